@@ -1,0 +1,1 @@
+"""What both apps share: configuration, wire format, parameters, seeding, metrics, errors."""

@@ -1,0 +1,289 @@
+"""Run config and node config: parsed once, bad values rejected with the key that is wrong.
+
+Flower's run config is a flat table of kebab-case keys with scalar values. Here it becomes one
+frozen object with a section per concern, so that a function receives the section it needs. The
+defaults of the sections are the published settings (`method.md`; arXiv 2507.22330).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError, unknown_name
+
+Scalar = bool | int | float | str
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; keys are the kebab-case field names."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True
+    )
+
+    @classmethod
+    def key_names(cls) -> set[str]:
+        """Return the kebab-case keys of this section."""
+        return {_kebab(name) for name in cls.model_fields}
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return the section as flat kebab-case keys and scalar values."""
+        return self.model_dump(by_alias=True)
+
+
+class RunSection(Section):
+    """What to run, for how long, and where results go."""
+
+    method: Literal["mh-pfedhn", "mh-pfedhn-gd"] = "mh-pfedhn"
+    rounds: int = Field(40, ge=1)
+    seed: int = Field(42, ge=0)
+    evaluation: Literal["separate", "fused"] = "separate"
+    evaluate_every: int = Field(1, ge=1)
+    output_dir: str = ""
+    run_name: str = ""
+    resume_from: str = ""
+    checkpoint_every: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    server_device: str = "cpu"
+
+
+class ScheduleSection(Section):
+    """Who trains when: the two numbers of `docs/parallel-updates.md`, and patience with stragglers.
+
+    `max_in_flight` 0 means everybody at once; `buffer_size` 0 means as many as are in flight.
+    A deadline of 0 s means none.
+    """
+
+    max_in_flight: int = Field(1, ge=0)
+    buffer_size: int = Field(1, ge=0)
+    min_clients: int = Field(1, ge=1)
+    wait_for_clients_s: float = Field(300.0, ge=0)
+    min_fraction: float = Field(0.5, ge=0, le=1)
+    round_deadline_s: float = Field(0.0, ge=0)
+    message_timeout_s: float = Field(3600.0, gt=0)
+    max_staleness: int = Field(20, ge=0)
+    max_delta_norm: float = Field(1e4, gt=0)
+
+
+class HypernetSection(Section):
+    """Shape of the hypernetwork (method.md, "Hypernetwork")."""
+
+    chunk_size: int = Field(3072, ge=1)
+    embed_dim: int = Field(64, ge=1)
+    hidden_dim: int = Field(128, ge=1)
+    trunk_layers: int = Field(3, ge=1)
+    embedding_std: float = Field(0.002, ge=0)
+    max_parameters: int = Field(12_000_000, ge=1)
+
+
+class UpdateSection(Section):
+    """The server's optimiser (method.md, "One MH-pFedHN round as published")."""
+
+    server_lr: float = Field(2e-4, gt=0)
+    embedding_lr: float = Field(2e-4, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    server_clip_norm: float = Field(50.0, gt=0)
+    warmup_rounds: float = Field(0.0, ge=0)
+    lr_decay: Literal["none", "cosine"] = "none"
+    lr_final_fraction: float = Field(0.05, ge=0, le=1)
+
+
+class TrainingSection(Section):
+    """Local training of one client in one round (method.md, "Local training")."""
+
+    local_epochs: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(5e-3, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    client_clip_norm: float = Field(50.0, gt=0)
+
+
+class DistillSection(Section):
+    """MH-pFedHNGD: the global model and the distillation from it (paper section 3.3)."""
+
+    global_model: str = "cnn"
+    gd_mode: Literal["separate", "fused"] = "separate"
+    distill_alpha: float = Field(0.2, ge=0, le=1)
+    distill_temperature: float = Field(15.0, gt=0)
+
+
+class ClientSection(Section):
+    """What a client that declared nothing itself uses: model, data, device.
+
+    `models` is one name, or several separated by commas that are given to contiguous blocks of
+    clients. 0 for `classes_per_client` and `dirichlet_alpha` means the published value of the
+    data set. `num_partitions` is used where Flower's node config has none.
+    """
+
+    models: str = "cnn"
+    dataset: str = "digits"
+    data_dir: str = ""
+    cache_dir: str = ""
+    partition: str = "pathological"
+    num_partitions: int = Field(10, ge=1)
+    classes_per_client: int = Field(0, ge=0)
+    dirichlet_alpha: float = Field(0.0, ge=0)
+    min_client_examples: int = Field(30, ge=1)
+    partition_options: str = "{}"
+    test_fraction: float = Field(0.25, gt=0, lt=1)
+    image_size: int = Field(32, ge=8)
+    device: str = "auto"
+    client_threads: int = Field(1, ge=0)
+    state_dir: str = ""
+
+
+class WireSection(Section):
+    """How arrays travel. Down: theta; up: delta."""
+
+    wire_precision: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+class RunConfig(BaseModel):
+    """The whole run config, one section per concern."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: RunSection = RunSection()
+    schedule: ScheduleSection = ScheduleSection()
+    hypernet: HypernetSection = HypernetSection()
+    update: UpdateSection = UpdateSection()
+    training: TrainingSection = TrainingSection()
+    distill: DistillSection = DistillSection()
+    client: ClientSection = ClientSection()
+    wire: WireSection = WireSection()
+
+    sections: ClassVar[dict[str, type[Section]]] = {
+        "run": RunSection,
+        "schedule": ScheduleSection,
+        "hypernet": HypernetSection,
+        "update": UpdateSection,
+        "training": TrainingSection,
+        "distill": DistillSection,
+        "client": ClientSection,
+        "wire": WireSection,
+    }
+
+    @classmethod
+    def key_names(cls) -> set[str]:
+        """Return every key of the run config."""
+        return set().union(*(section.key_names() for section in cls.sections.values()))
+
+    @classmethod
+    def parse(cls, flat: Mapping[str, Any]) -> Self:
+        """Build the config from flat kebab-case keys; keys left out keep their default.
+
+        Raises
+        ------
+        ConfigError
+            A key is unknown (the nearest one is named) or a value is out of range.
+        """
+        known = cls.key_names()
+        for key in flat:
+            if key not in known:
+                raise ConfigError("run config: " + unknown_name("key", key, known))
+        parts = {
+            name: _validated(section, _pick(flat, section), "run config")
+            for name, section in cls.sections.items()
+        }
+        return cls.model_validate(parts)
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return all keys and values, as Flower's run config wants them."""
+        merged: dict[str, Scalar] = {}
+        for name in self.sections:
+            merged |= getattr(self, name).flat()
+        return merged
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
+        """Return a copy with some keys replaced, validated like the whole."""
+        return self.parse({**self.flat(), **overrides})
+
+    @property
+    def distils(self) -> bool:
+        """Whether the run has a global model (MH-pFedHNGD)."""
+        return self.run.method == "mh-pfedhn-gd"
+
+
+class NodeConfig(Section):
+    """What one participant declares about itself (`--node-config`). It wins over the run config.
+
+    In simulation Flower sets `partition_id` and `num_partitions` alone. A deployed participant
+    sets `client_id` and whatever else it wants to decide itself.
+    """
+
+    client_id: str = ""
+    partition_id: int = Field(-1, ge=-1)
+    num_partitions: int = Field(0, ge=0)
+    model: str = ""
+    dataset: str | None = None
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    partition: str | None = None
+    classes_per_client: int | None = Field(None, ge=0)
+    dirichlet_alpha: float | None = Field(None, ge=0)
+    partition_options: str | None = None
+    test_fraction: float | None = Field(None, gt=0, lt=1)
+    image_size: int | None = Field(None, ge=8)
+    device: str | None = None
+    client_threads: int | None = Field(None, ge=0)
+    state_dir: str | None = None
+
+    @classmethod
+    def parse(cls, flat: Mapping[str, Any]) -> Self:
+        """Build the node config; raise ConfigError on an unknown key or a bad value."""
+        known = cls.key_names()
+        for key in flat:
+            if key not in known:
+                raise ConfigError("node config: " + unknown_name("key", key, known))
+        return _validated(cls, dict(flat), "node config")
+
+    @model_validator(mode="after")
+    def _has_identity(self) -> Self:
+        if not self.client_id and self.partition_id < 0:
+            raise ValueError("set client-id (a stable name of this participant) or partition-id")
+        return self
+
+    @property
+    def identity(self) -> str:
+        """The stable client_id: declared, or the partition id where none is (simulation)."""
+        return self.client_id or str(self.partition_id)
+
+    def client_section(self, run: RunConfig) -> ClientSection:
+        """Merge with the run config: what the participant declared wins."""
+        own = self.model_dump(by_alias=True, exclude_none=True)
+        merged = {
+            **run.client.flat(),
+            **{k: v for k, v in own.items() if k in ClientSection.key_names()},
+        }
+        merged["num-partitions"] = self.num_partitions or run.client.num_partitions
+        if self.model:
+            merged["models"] = self.model
+        return _validated(ClientSection, merged, "node config")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _pick(flat: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if key in section.key_names()}
+
+
+def _validated(section: type[S], values: dict[str, Any], where: str) -> S:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = _kebab(str(first["loc"][0])) if first["loc"] else "value"
+        raise ConfigError(
+            f"{where}: {key} = {first.get('input')!r} cannot be used: {first['msg']}."
+        ) from error

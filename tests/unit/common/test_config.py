@@ -1,0 +1,59 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from common.config import NodeConfig, RunConfig
+from common.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_flat_and_parse_are_inverse() -> None:
+    config = RunConfig.parse({"rounds": 3, "models": "cnn,mlp"})
+    assert RunConfig.parse(config.flat()) == config
+    assert config.run.rounds == 3
+
+
+def test_pyproject_has_exactly_the_keys_of_the_code() -> None:
+    # Flower lets a user override only keys that stand in pyproject.toml.
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert table.keys() == RunConfig.key_names()
+    assert RunConfig.parse(table).flat() == table
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"rouns": 3}, "unknown key 'rouns'. Did you mean 'rounds'?"),
+        ({"rounds": 0}, "run config: rounds = 0 cannot be used: Input should be greater than"),
+        ({"rounds": "many"}, "run config: rounds = 'many' cannot be used"),
+        ({"method": "fedavgg"}, "method = 'fedavgg' cannot be used: Input should be 'mh-pfedhn'"),
+        ({"min-fraction": 1.5}, "min-fraction = 1.5 cannot be used"),
+    ],
+)
+def test_bad_run_config_names_key_value_and_remedy(flat: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse(flat)
+    assert message in str(caught.value)
+
+
+def test_bad_node_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'data-dri'. Did you mean 'data-dir'\?"):
+        NodeConfig.parse({"client-id": "a", "data-dri": "x"})
+    with pytest.raises(ConfigError, match=r"set client-id \(a stable name"):
+        NodeConfig.parse({"model": "cnn"})
+
+
+def test_local_declarations_win_and_the_run_config_fills_in() -> None:
+    run = RunConfig.parse({"models": "cnn,mlp", "dataset": "cifar10", "device": "cuda"})
+    node = NodeConfig.parse({"client-id": "site-a", "model": "my:net", "device": "cpu"})
+    section = node.client_section(run)
+    assert (section.models, section.dataset, section.device) == ("my:net", "cifar10", "cpu")
+    assert node.identity == "site-a"
+
+
+def test_simulated_node_is_its_partition() -> None:
+    node = NodeConfig.parse({"partition-id": 3, "num-partitions": 7})
+    assert node.identity == "3"
+    assert node.client_section(RunConfig()).num_partitions == 7
