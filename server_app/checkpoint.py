@@ -1,0 +1,248 @@
+"""Save and restore the whole server so that a crash, a full disk or a cut file loses nothing.
+
+A folder holds numbered checkpoints, each a directory of its own:
+
+    checkpoint-00000007/tensors.safetensors   phi, embeddings, Adam moments and step counters
+    checkpoint-00000007/meta.json             everything that is not a tensor
+    checkpoint-00000007/manifest.json         sha256 and size of the two, written last
+
+A checkpoint is written beside the others under a temporary name, flushed to disk and renamed, so
+that a directory with the final name is whole; its checksums are verified all the same before
+anything of it is used. safetensors and JSON only. One process at a time may write to a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from common.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
+_PREFIX, _TEMPORARY = "checkpoint-", ".writing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory: where it came from, its tensors and its JSON."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, *, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 3
+) -> Path:
+    """Write the next checkpoint of a folder and drop all but the newest `keep`.
+
+    Parameters
+    ----------
+    folder
+        Made when missing. Checkpoints that are there stay until the new one is safely on disk.
+    tensors
+        Any device, any shape; copied to the CPU.
+    meta
+        What `json.dumps` takes.
+    keep
+        At least 1.
+
+    Returns
+    -------
+    The directory of the new checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        The disk is full or not writable, or `meta` is not JSON. Earlier checkpoints are intact.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep = {keep}: at least one checkpoint must be kept.")
+    text = _to_json(meta)
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(folder.glob(_TEMPORARY + "*"))
+        final = folder / f"{_PREFIX}{_next_number(folder):08d}"
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
+        _write(temporary, tensors, text)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        if temporary is not None:
+            _remove([temporary])
+        raise CheckpointError(
+            f"cannot write a checkpoint to {folder}: {error}. Earlier checkpoints are intact; "
+            "free disk space, or set output-dir to a writable place."
+        ) from error
+    _remove(_numbered(folder)[:-keep])
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint: the one that `folder` is, or the newest good one of those it holds.
+
+    A checkpoint that is cut short or altered is logged and passed over for the one before it,
+    unless it was asked for by its own path.
+
+    Raises
+    ------
+    CheckpointError
+        Nothing whole is there; every checkpoint that was tried is named with its fault.
+    """
+    if folder.name.startswith(_PREFIX) or (folder / MANIFEST).exists():
+        return _load_one(folder)
+    faults: list[str] = []
+    for path in reversed(_numbered(folder)):
+        try:
+            return _load_one(path)
+        except CheckpointError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+            faults.append(str(error))
+    raise CheckpointError(
+        f"no whole checkpoint in {folder}: {'; '.join(faults) or 'there is none at all'}."
+    )
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a folder whose checksums hold, or None; log the others."""
+    for path in reversed(_numbered(folder)):
+        try:
+            _verify(path)
+        except CheckpointError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+        else:
+            return path
+    return None
+
+
+def required_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of a saved state, or raise CheckpointError where it does not fit."""
+    if name not in tensors:
+        raise CheckpointError(f"the checkpoint has no tensor {name!r}, which its own list names.")
+    if tuple(tensors[name].shape) != shape:
+        raise CheckpointError(
+            f"tensor {name!r} of the checkpoint has shape {tuple(tensors[name].shape)}; "
+            f"expected {shape}."
+        )
+    return tensors[name]
+
+
+def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise CheckpointError when a setting of the saved run differs from this run's."""
+    for key in keys:
+        if saved.get(key) != current[key]:
+            raise CheckpointError(
+                f"the checkpoint was written with {key} = {saved.get(key)}; this run has "
+                f"{current[key]}. Set {key} to the checkpoint's value to resume."
+            )
+
+
+def _to_json(meta: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's meta must be plain JSON: {error}.") from error
+
+
+def _write(directory: Path, tensors: Mapping[str, Tensor], meta: str) -> None:
+    """Write and flush the files, the manifest last."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(plain, directory / TENSORS)
+    (directory / META).write_text(meta)
+    files = {}
+    for name in (TENSORS, META):
+        _sync(directory / name)
+        files[name] = _fingerprint(directory / name)
+    manifest = {"format_version": FORMAT_VERSION, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    _sync(directory / MANIFEST)
+    _sync(directory)
+
+
+def _load_one(path: Path) -> Checkpoint:
+    _verify(path)
+    try:
+        tensors = safetensors.torch.load_file(path / TENSORS)
+        meta = json.loads((path / META).read_text())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    return Checkpoint(path, tensors, meta)
+
+
+def _verify(path: Path) -> None:
+    """Raise CheckpointError unless size and checksum of every file are the manifest's."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        version, files = manifest["format_version"], manifest["files"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {path} has format version {version}; this program reads "
+                f"{FORMAT_VERSION}."
+            )
+        for name in (TENSORS, META):
+            found, expected = _fingerprint(path / name), files[name]
+            if found != expected:
+                raise CheckpointError(
+                    f"checkpoint {path} is damaged: {name} has {found['bytes']} bytes and sha256 "
+                    f"{found['sha256'][:12]}; its manifest says {expected['bytes']} bytes and "
+                    f"{expected['sha256'][:12]}"
+                )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is incomplete: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Return the checkpoint directories of a folder, oldest first."""
+    found = [path for path in folder.glob(_PREFIX + "*") if path.name[len(_PREFIX) :].isdigit()]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name[len(_PREFIX) :])
+
+
+def _next_number(folder: Path) -> int:
+    numbered = _numbered(folder)
+    return _number(numbered[-1]) + 1 if numbered else 1
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Delete directories; one that cannot be deleted is logged, for it harms nothing."""
+    for path in paths:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("cannot delete %s: %s", path, error)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,302 @@
+"""The hypernetwork: per-client embeddings, one trunk, and heads shared by clients of equal size.
+
+Client i owns an embedding v_i with one row a chunk. The trunk turns rows into features and head j
+of the client's group turns the features of row j into chunk j of theta_i (paper section 3.2;
+method.md, "Hypernetwork"). Only sizes are known here, never an architecture.
+
+Shapes: N clients, C chunks of a client, S chunk size, E embedding size, H hidden size, P parameters
+of a client (the paper's K_i), R rows of several embeddings put one after the other.
+"""
+
+# ruff: noqa: N803, N806 - names carry their shape as a suffix
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import HypernetSection
+from common.errors import CheckpointError, RegistrationError, listing
+from common.seeding import torch_generator
+from server_app.checkpoint import require_same, required_tensor
+from server_app.grouping import by_num_chunks, members_by_group, num_chunks
+from server_app.heads import HeadGroup, HeadPullback, Scratch
+from server_app.pulls import Pull, Pullback, check_pulls, delta_facts
+from server_app.trunk import draw_trunk
+
+SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers")
+
+
+class Hypernetwork:
+    """Generate client parameters and pull pseudo-gradients back; clients come and go any time.
+
+    What a client or group starts from depends on the seed and its own id or size alone, not on
+    the order of arrival. Drawn on the CPU, so it does not depend on the device either.
+
+    Attributes
+    ----------
+    trunk : Linear(E, H), ReLU, then Linear(H, H), ReLU as often as `trunk_layers` says.
+    groups : head groups by key (number of chunks).
+    embeddings : v_i (C_i, E) by client_id.
+    """
+
+    def __init__(
+        self,
+        section: HypernetSection,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.section = section
+        self.seed = seed
+        self.device = torch.device(device)
+        self.trunk = draw_trunk(section, torch_generator(seed, "trunk")).to(self.device)
+        self.groups: dict[int, HeadGroup] = {}
+        self.embeddings: dict[str, nn.Parameter] = {}
+        self._sizes: dict[str, int] = {}
+        self._scratch = Scratch(self.device)
+
+    def add_client(self, client_id: str, num_parameters: int) -> None:
+        """Give a client an embedding, and its size a head group where none exists yet.
+
+        Raises
+        ------
+        RegistrationError
+            The client is known already, or its size is outside 1..max-parameters.
+        """
+        if client_id in self._sizes:
+            raise RegistrationError(
+                f"client {client_id!r} has an embedding for {self._sizes[client_id]} parameters "
+                "already. Remove it first when the client changed its model."
+            )
+        cap = self.section.max_parameters
+        if not 1 <= num_parameters <= cap:
+            raise RegistrationError(
+                f"client {client_id!r} asks for {num_parameters} parameters; 1 to {cap} are "
+                "allowed. Use a smaller model, or raise max-parameters in the run config."
+            )
+        chunks = num_chunks(num_parameters, self.section.chunk_size)
+        generator = torch_generator(self.seed, "embedding", client_id=client_id)
+        rows = torch.randn(chunks, self.section.embed_dim, generator=generator)
+        self._sizes[client_id] = num_parameters
+        self.embeddings[client_id] = nn.Parameter(
+            (rows * self.section.embedding_std).to(self.device)
+        )
+        key = self._group_key(client_id)
+        if key not in self.groups:
+            self.groups[key] = HeadGroup.draw(
+                num_chunks=key,
+                chunk_size=self.section.chunk_size,
+                hidden_dim=self.section.hidden_dim,
+                generator=torch_generator(self.seed, f"head/{key}"),
+            ).to(self.device)
+
+    def remove_client(self, client_id: str) -> None:
+        """Forget a client's embedding; its head group stays, for it holds what others learned."""
+        self._require(client_id)
+        del self._sizes[client_id], self.embeddings[client_id]
+
+    def has_client(self, client_id: str) -> bool:
+        """Whether the client owns an embedding."""
+        return client_id in self._sizes
+
+    def clients(self) -> list[str]:
+        """Return the known client_ids in order of arrival."""
+        return list(self._sizes)
+
+    def num_parameters(self, client_id: str) -> int:
+        """Return P, the paper's K_i, of a known client."""
+        self._require(client_id)
+        return self._sizes[client_id]
+
+    def num_chunks(self, client_id: str) -> int:
+        """Return C, the paper's tau_i, of a known client."""
+        return num_chunks(self.num_parameters(client_id), self.section.chunk_size)
+
+    @torch.no_grad()
+    def generate(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
+        """Generate theta_i = h(v_i; phi) for several clients, one batched product per head group.
+
+        Returns
+        -------
+        dict of client_id to theta (P_i,), float32, on `device`, in the order asked for. Each is
+        its own memory.
+
+        Raises
+        ------
+        RegistrationError
+            A client is not known.
+        """
+        self._require(*client_ids)
+        thetas: dict[str, Tensor] = {}
+        parts = self._parts(client_ids)
+        if parts:
+            features_RH = self.trunk(self._rows(parts))
+            for part in parts:
+                sizes = [self._sizes[client_id] for client_id in part.client_ids]
+                emitted = part.group.forward(
+                    part.chunk_major(features_RH), sizes, scratch=self._scratch
+                )
+                thetas |= zip(part.client_ids, emitted, strict=True)
+        return {client_id: thetas[client_id] for client_id in client_ids}
+
+    def backward(self, pulls: Sequence[Pull]) -> Pullback:
+        """Compute sum_i share_i J_i^T delta_i at the current phi, as `grad` of what took part.
+
+        The heads of a group get the mean over that group's clients (shares made to sum to 1 within
+        the group), trunk and embeddings the sum with the shares as given. One client alone with
+        share 1 gives the published J_i^T delta_i. Any `grad` of an earlier call is replaced. A
+        client may appear more than once (two of its replies in one buffer).
+
+        Raises
+        ------
+        RegistrationError
+            A client is not known.
+        ValueError
+            There is no pull, a share is not positive, or a delta has not its client's size.
+        """
+        self._require(*(pull.client_id for pull in pulls))
+        check_pulls(pulls, self._sizes)
+        parts = self._parts([pull.client_id for pull in pulls])
+        rows_RE = self._rows(parts).requires_grad_()
+        with torch.enable_grad():
+            features_RH = self.trunk(rows_RE)
+        gradient_RH = torch.empty_like(features_RH)
+        heads: list[nn.Parameter] = []
+        pulled: list[HeadPullback] = []
+        for part in parts:
+            mine = [pulls[i] for i in part.positions]
+            result = part.group.backward(
+                part.chunk_major(features_RH.detach()),
+                [pull.delta for pull in mine],
+                torch.tensor([pull.share for pull in mine], device=self.device),
+                scratch=self._scratch,
+            )
+            part.chunk_major(gradient_RH).copy_(result.features_CNH)
+            heads += [part.group.weight, part.group.bias]
+            pulled.append(result)
+        trunk = list(self.trunk.parameters())
+        *gradients, rows_gradient = torch.autograd.grad(features_RH, [*trunk, rows_RE], gradient_RH)
+        for parameter, gradient in zip(trunk, gradients, strict=True):
+            parameter.grad = gradient
+        embeddings = self._spread(rows_gradient, parts)
+        return Pullback(trunk + heads, embeddings, *delta_facts(pulls, pulled))
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return phi and all embeddings by name.
+
+        `trunk.<layer>.weight`, `heads.<num_chunks>.weight` (C, H, S), `heads.<num_chunks>.bias`
+        (C, S), `embeddings.<client_id>` (C, E).
+        """
+        named = {f"trunk.{name}": p for name, p in self.trunk.named_parameters()}
+        for key in sorted(self.groups):
+            named[f"heads.{key}.weight"] = self.groups[key].weight
+            named[f"heads.{key}.bias"] = self.groups[key].bias
+        named |= {f"embeddings.{client_id}": v for client_id, v in self.embeddings.items()}
+        return named
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export everything, by the names of `named_parameters`, and JSON-able facts beside it.
+
+        The tensors share memory with the live parameters: write or copy them before the next step.
+        """
+        tensors = {name: p.detach() for name, p in self.named_parameters().items()}
+        meta = {
+            "seed": self.seed,
+            "section": self.section.flat(),
+            "clients": [[client_id, size] for client_id, size in self._sizes.items()],
+            "groups": sorted(self.groups),
+        }
+        return tensors, meta
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Restore an exported state into this hypernetwork, which must have no clients yet.
+
+        Raises
+        ------
+        CheckpointError
+            There are clients already, the shape of the hypernetwork differs, or a tensor is
+            missing or has another shape.
+        """
+        if self._sizes:
+            raise CheckpointError(
+                "a state is loaded into an empty hypernetwork; this one has clients "
+                f"{listing(self._sizes)}. Make a new one."
+            )
+        require_same(meta["section"], self.section.flat(), SHAPE_KEYS)
+        self.seed = int(meta["seed"])
+        s = self.section
+        for name, parameter in self.trunk.named_parameters():
+            shape = tuple(parameter.shape)
+            parameter.data.copy_(required_tensor(tensors, f"trunk.{name}", shape))
+        for key in map(int, meta["groups"]):
+            weight = required_tensor(
+                tensors, f"heads.{key}.weight", (key, s.hidden_dim, s.chunk_size)
+            )
+            bias = required_tensor(tensors, f"heads.{key}.bias", (key, s.chunk_size))
+            self.groups[key] = HeadGroup(self._own(weight), self._own(bias))
+        for client_id, size in meta["clients"]:
+            shape = (num_chunks(size, s.chunk_size), s.embed_dim)
+            rows = required_tensor(tensors, f"embeddings.{client_id}", shape)
+            self.embeddings[client_id] = nn.Parameter(self._own(rows))
+            self._sizes[client_id] = int(size)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device=self.device, copy=True)
+
+    def _group_key(self, client_id: str) -> int:
+        return by_num_chunks(self._sizes[client_id], self.section.chunk_size)
+
+    def _require(self, *client_ids: str) -> None:
+        unknown = [client_id for client_id in client_ids if client_id not in self._sizes]
+        if unknown:
+            raise RegistrationError(
+                f"no embedding for client {listing(map(repr, unknown))}; call add_client first. "
+                f"Known: {listing(self._sizes) or 'nobody'}."
+            )
+
+    def _parts(self, client_ids: Sequence[str]) -> list[_Part]:
+        """Split clients by head group; their rows are stacked in the order of the parts."""
+        parts: list[_Part] = []
+        first = 0
+        for key, positions in members_by_group(client_ids, self._group_key).items():
+            stop = first + key * len(positions)
+            ids = [client_ids[i] for i in positions]
+            parts.append(_Part(self.groups[key], positions, ids, slice(first, stop)))
+            first = stop
+        return parts
+
+    def _rows(self, parts: Sequence[_Part]) -> Tensor:
+        """Stack the embeddings of all parts: (R, E), a copy."""
+        return torch.cat([self.embeddings[c].detach() for part in parts for c in part.client_ids])
+
+    def _spread(self, rows_gradient_RE: Tensor, parts: Sequence[_Part]) -> list[nn.Parameter]:
+        """Give each embedding its rows of the gradient; rows of one client asked twice add up."""
+        owners = [c for part in parts for c in part.client_ids]
+        gradients: dict[str, Tensor] = {}
+        pieces = torch.split(rows_gradient_RE, [len(self.embeddings[c]) for c in owners])
+        for client_id, piece in zip(owners, pieces, strict=True):
+            known = gradients.get(client_id)
+            gradients[client_id] = piece.clone() if known is None else known + piece
+        for client_id, gradient in gradients.items():
+            self.embeddings[client_id].grad = gradient
+        return [self.embeddings[client_id] for client_id in gradients]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The clients of one call that share a head group, and where their rows are stacked."""
+
+    group: HeadGroup
+    positions: Sequence[int]
+    client_ids: Sequence[str]
+    rows: slice
+
+    def chunk_major(self, stacked_RH: Tensor) -> Tensor:
+        """View this part's rows of (R, H) as (C, N, H)."""
+        rows = stacked_RH[self.rows]
+        return rows.view(len(self.client_ids), -1, rows.shape[1]).transpose(0, 1)

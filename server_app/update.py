@@ -1,0 +1,274 @@
+"""One server step: deltas -> gradient -> norm clip -> Adam on phi and the embeddings.
+
+With one update this is the published rule exactly (method.md, "One MH-pFedHN round as published"):
+vector-Jacobian product at the current phi, global norm clipped, one Adam step. With several it is
+the mean of the buffer, still one clip and one Adam step. Parameters that no update of the step
+touches (other groups' heads, other clients' embeddings) are not in the optimiser's list during
+that step: neither moments nor step counters move.
+
+Which mean: a head group's gradient is the mean over that group's updates in the buffer; trunk and
+embeddings get the mean over the whole buffer, so an embedding's gradient carries its client's share
+1/M (Adam is insensitive to that constant; the norm clip sees the gradient of ONE mean loss).
+Differs from paper: the mean and the two learning rates (docs/parallel-updates.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import UpdateSection
+from common.errors import CheckpointError
+from server_app.checkpoint import required_tensor
+from server_app.hypernet import Hypernetwork
+from server_app.pulls import Pull, Pullback
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one reply brings: delta (P_i,), float32; weights are relative within a step.
+
+    `staleness` counts the server steps between the dispatch and the arrival.
+    """
+
+    client_id: str
+    delta: Tensor
+    weight: float = 1.0
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
+class StepDiagnostics:
+    """What one server step did, in plain numbers.
+
+    Attributes
+    ----------
+    rms_delta, coherence : of the deltas; see `server_app.pulls.Pullback`.
+    grad_norm : global norm before the clip.
+    clip_scale : factor the clip put on the gradient, at most 1.
+    learning_rate, embedding_learning_rate : after warm-up and decay.
+    mean_staleness : over the updates of the step.
+    num_updates : how many deltas went in.
+    applied : False when the gradient was not finite and the step was skipped.
+    """
+
+    rms_delta: float
+    grad_norm: float
+    clip_scale: float
+    learning_rate: float
+    embedding_learning_rate: float
+    coherence: float
+    mean_staleness: float
+    num_updates: int
+    applied: bool = True
+
+
+class ServerUpdate:
+    """The optimiser of one hypernetwork.
+
+    Clients and head groups may be added to the hypernetwork at any time; their Adam state starts
+    with the first step that touches them.
+    """
+
+    def __init__(
+        self, hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float
+    ) -> None:
+        self.hypernet = hypernet
+        self.section = section
+        self.total_rounds = total_rounds
+        shared, embeddings = [*hypernet.trunk.parameters()], [nn.Parameter(torch.empty(0))]
+        self._adam = torch.optim.Adam(
+            [{"params": shared}, {"params": embeddings}],
+            betas=(section.adam_beta1, section.adam_beta2),
+            eps=section.adam_eps,
+            fused=True,
+        )
+
+    def step(self, updates: Sequence[ClientUpdate], *, progress: float) -> StepDiagnostics:
+        """Take one step along the mean of the updates; change phi and the embeddings in place.
+
+        Updates are sorted by client before anything is summed; their weights are normalised.
+
+        Parameters
+        ----------
+        updates
+            At least one. Weight 0 leaves an update out.
+        progress
+            Rounds done when the step is taken, fractions included; drives warm-up and decay.
+
+        Raises
+        ------
+        RegistrationError
+            A client has no embedding.
+        ValueError
+            No update with a positive weight, or a delta of the wrong size.
+        """
+        used = _sorted(updates)
+        total = sum(update.weight for update in used)
+        pulls = [Pull(u.client_id, u.delta, u.weight / total) for u in used]
+        return self._descend(pulls, used, progress)
+
+    def step_global(
+        self, client_id: str, updates: Sequence[ClientUpdate], *, progress: float
+    ) -> StepDiagnostics:
+        """Take one step for the global model w_g = h(v_g; phi) (method.md, "MH-pFedHNGD").
+
+        Parameters
+        ----------
+        client_id
+            The owner of v_g in the hypernetwork.
+        updates
+            delta_g,i of each client, all of w_g's size; weight n_i, the number of examples.
+        progress
+            As for `step`.
+
+        Raises
+        ------
+        RegistrationError
+            There is no v_g.
+        ValueError
+            No update with a positive weight, or a delta of the wrong size.
+        """
+        used = _sorted(updates)
+        expected = (self.hypernet.num_parameters(client_id),)
+        total = sum(update.weight for update in used)
+        mean = torch.zeros(expected, device=self.hypernet.device)
+        for update in used:
+            if tuple(update.delta.shape) != expected:
+                raise ValueError(
+                    f"global delta of client {update.client_id!r} has shape "
+                    f"{tuple(update.delta.shape)}; the global model has {expected}."
+                )
+            mean.add_(update.delta.to(mean), alpha=update.weight / total)
+        return self._descend([Pull(client_id, mean)], used, progress)
+
+    def learning_rates(self, progress: float) -> tuple[float, float]:
+        """Return the rates of (heads and trunk, embeddings) after `progress` rounds.
+
+        Linear warm-up, (progress + 1) / (warmup-rounds + 1) up to 1 so that the first step counts,
+        then constant, or a cosine that reaches lr-final-fraction at total_rounds.
+        """
+        s = self.section
+        factor = min(1.0, (progress + 1) / (s.warmup_rounds + 1))
+        span = self.total_rounds - s.warmup_rounds
+        if s.lr_decay == "cosine" and span > 0:
+            done = min(max((progress - s.warmup_rounds) / span, 0.0), 1.0)
+            cosine = (1 + math.cos(math.pi * done)) / 2
+            factor *= s.lr_final_fraction + (1 - s.lr_final_fraction) * cosine
+        return s.server_lr * factor, s.embedding_lr * factor
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export the Adam state as `adam.<exp_avg|exp_avg_sq|step>.<parameter>`, and meta.
+
+        The tensors share memory with the live state: write or copy them before the next step.
+        """
+        tensors: dict[str, Tensor] = {}
+        names: list[str] = []
+        for name, parameter in self.hypernet.named_parameters().items():
+            if state := self._adam.state.get(parameter):
+                names.append(name)
+                tensors |= {f"adam.{part}.{name}": state[part] for part in (*MOMENTS, "step")}
+        return tensors, {"adam": names}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Restore an exported state; the hypernetwork must have been restored before.
+
+        Raises
+        ------
+        CheckpointError
+            The state has a parameter that the hypernetwork has not, or a tensor is missing.
+        """
+        self._adam.state.clear()
+        parameters = self.hypernet.named_parameters()
+        for name in meta["adam"]:
+            if name not in parameters:
+                raise CheckpointError(
+                    f"the checkpoint has Adam moments of {name!r}, which the hypernetwork does not "
+                    "have. Load the hypernetwork's state from the same checkpoint first."
+                )
+            parameter = parameters[name]
+            for part in (*MOMENTS, "step"):
+                shape = tuple(parameter.shape) if part in MOMENTS else ()
+                saved = required_tensor(tensors, f"adam.{part}.{name}", shape)
+                self._adam.state[parameter][part] = saved.to(parameter.device, copy=True)
+
+    def _descend(
+        self, pulls: Sequence[Pull], used: Sequence[ClientUpdate], progress: float
+    ) -> StepDiagnostics:
+        """Gradient, clip, Adam; skip the step when the gradient is not finite."""
+        pullback = self.hypernet.backward(pulls)
+        touched = [*pullback.shared, *pullback.embeddings]
+        norm = global_norm(touched)
+        scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
+        rates = self.learning_rates(progress)
+        applied = math.isfinite(norm)
+        if applied:
+            self._apply(pullback, scale, rates)
+        for parameter in touched:
+            parameter.grad = None
+        return StepDiagnostics(
+            rms_delta=pullback.rms_delta,
+            grad_norm=norm,
+            clip_scale=scale,
+            learning_rate=rates[0],
+            embedding_learning_rate=rates[1],
+            coherence=pullback.coherence,
+            mean_staleness=sum(update.staleness for update in used) / len(used),
+            num_updates=len(used),
+            applied=applied,
+        )
+
+    def _apply(self, pullback: Pullback, scale: float, rates: tuple[float, float]) -> None:
+        """Take one Adam step on the parameters that took part, and on no other."""
+        if scale < 1:  # rare: a pass over all gradients, as dear as half of Adam
+            for parameter in (*pullback.shared, *pullback.embeddings):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        lists = (pullback.shared, pullback.embeddings)
+        for group, parameters, rate in zip(self._adam.param_groups, lists, rates, strict=True):
+            group["params"], group["lr"] = parameters, rate
+        self._adam.step()
+        self._forget_removed()
+
+    def _forget_removed(self) -> None:
+        """Drop the moments of embeddings whose client was removed."""
+        living = set(self.hypernet.named_parameters().values())
+        for parameter in [p for p in self._adam.state if p not in living]:
+            del self._adam.state[parameter]
+
+
+def global_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Return the 2-norm over the gradients of all parameters, each read once.
+
+    Chunk by chunk, then over chunks in float64: one float32 sum over 31 million entries is wrong
+    in the third digit.
+    """
+    norms: list[Tensor] = []
+    for gradient in (parameter.grad for parameter in parameters):
+        if gradient is not None:
+            rest = tuple(range(1, gradient.dim())) if gradient.dim() > 2 else None
+            norms.append(torch.linalg.vector_norm(gradient, dim=rest).reshape(-1))
+    return float(torch.linalg.vector_norm(torch.cat(norms).double()))
+
+
+def _sorted(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """Return the updates that count, in an order that does not depend on their arrival."""
+    for update in updates:
+        if not 0 <= update.weight < math.inf:
+            raise ValueError(
+                f"the update of client {update.client_id!r} has weight {update.weight}; weights "
+                "are finite and not negative."
+            )
+    used = [update for update in updates if update.weight > 0]
+    if not used:
+        raise ValueError(
+            f"a step needs an update with a positive weight; got {len(updates)} without."
+        )
+    return sorted(used, key=lambda update: (update.client_id, update.staleness))

@@ -1,0 +1,211 @@
+"""The hypernetwork: sizes, order of arrival, generation, pull-back, state."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import HypernetSection
+from common.errors import CheckpointError, RegistrationError
+from server_app import heads
+from server_app.heads import HeadGroup
+from server_app.hypernet import Hypernetwork
+from server_app.pulls import Pull
+from tests.reference.algorithm import Hyper, ReferenceHypernet
+
+TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)
+# one chunk, exact last chunk, ragged last chunk, two clients of one group; not in ascending order
+SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}
+
+
+def make(sizes: dict[str, int], section: HypernetSection = TOY, seed: int = 3) -> Hypernetwork:
+    hypernet = Hypernetwork(section, seed=seed)
+    for client_id, size in sizes.items():
+        hypernet.add_client(client_id, size)
+    return hypernet
+
+
+def random_deltas(sizes: dict[str, int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {c: torch.randn(size, generator=generator) for c, size in sizes.items()}
+
+
+def reference_of(hypernet: Hypernetwork) -> ReferenceHypernet:
+    return ReferenceHypernet(*hypernet.state_dict(), hyper=Hyper())
+
+
+def test_published_shape_has_41344_trunk_parameters() -> None:
+    hypernet = Hypernetwork(HypernetSection(), seed=0)
+    assert sum(p.numel() for p in hypernet.trunk.parameters()) == 41_344
+
+
+def test_generate_equals_the_heads_one_by_one() -> None:
+    hypernet = make(SIZES)
+    reference = reference_of(hypernet)
+    thetas = hypernet.generate(["b", "a", "e", "d", "c"])
+    assert list(thetas) == ["b", "a", "e", "d", "c"]
+    for client_id, theta in thetas.items():
+        assert theta.shape == (SIZES[client_id],)
+        assert theta.dtype == torch.float32
+        assert not theta.requires_grad
+        assert theta.untyped_storage().nbytes() == 4 * SIZES[client_id]
+        torch.testing.assert_close(theta, reference.theta(client_id), rtol=1e-5, atol=1e-6)
+    assert hypernet.generate([]) == {}
+
+
+def test_nothing_depends_on_the_order_of_arrival() -> None:
+    first, second = make(SIZES), make(dict(reversed(SIZES.items())))
+    for name, parameter in first.named_parameters().items():
+        assert torch.equal(parameter, second.named_parameters()[name]), name
+    order = sorted(SIZES)
+    for client_id, theta in first.generate(order).items():
+        assert torch.equal(theta, second.generate(order)[client_id])
+
+
+def test_initialisation_is_torchs_default_for_linear() -> None:
+    hypernet = make({"a": 3000}, HypernetSection(chunk_size=500, embed_dim=16, hidden_dim=32))
+    group = hypernet.groups[6]
+    bound = 1 / math.sqrt(32)
+    for tensor in (group.weight, group.bias, hypernet.trunk[2].weight):
+        assert tensor.abs().max() <= bound
+        assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert hypernet.embeddings["a"].std().item() == pytest.approx(0.002, rel=0.3)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 500, heads.TILE_BYTES])
+def test_backward_equals_autograd(tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "TILE_BYTES", tile_bytes)
+    hypernet, deltas = make(SIZES), random_deltas(SIZES)
+    reference = reference_of(hypernet)
+    shares = {"d": 0.1, "a": 0.2, "c": 0.3, "b": 0.25, "e": 0.15}
+    expected = reference.step(deltas, shares).gradients[0]
+    pullback = hypernet.backward([Pull(c, deltas[c], shares[c]) for c in SIZES])
+    got = {n: p.grad for n, p in hypernet.named_parameters().items() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    everything = torch.cat(list(deltas.values()))
+    assert pullback.rms_delta == pytest.approx(everything.square().mean().sqrt().item(), rel=1e-5)
+
+
+def test_only_what_took_part_gets_a_gradient() -> None:
+    hypernet = make(SIZES)
+    pullback = hypernet.backward([Pull("a", torch.ones(7))])
+    named = hypernet.named_parameters()
+    touched = {name for name, p in named.items() if p.grad is not None}
+    trunk = {f"trunk.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")}
+    assert touched == trunk | {"heads.1.weight", "heads.1.bias", "embeddings.a"}
+    assert len(pullback.shared) == 8
+    assert pullback.embeddings == [hypernet.embeddings["a"]]
+
+
+def test_two_replies_of_one_client_add_up() -> None:
+    hypernet = make({"a": 27})
+    one, two = torch.randn(27), torch.randn(27)
+    hypernet.backward([Pull("a", one, 0.5), Pull("a", two, 0.5)])
+    twice = {n: p.grad.clone() for n, p in hypernet.named_parameters().items()}
+    hypernet.backward([Pull("a", (one + two) / 2)])
+    for name, parameter in hypernet.named_parameters().items():
+        torch.testing.assert_close(parameter.grad, twice[name], rtol=1e-4, atol=1e-6)
+
+
+def test_coherence_is_one_when_deltas_agree_and_zero_when_they_cancel() -> None:
+    hypernet = make({"a": 27, "b": 25})
+    same = [Pull("a", torch.ones(27), 0.5), Pull("b", torch.ones(25), 0.5)]
+    assert hypernet.backward(same).coherence == pytest.approx(1.0, abs=0.03)
+    hypernet = make({"a": 27, "b": 27})
+    opposed = [Pull("a", torch.ones(27), 0.5), Pull("b", -torch.ones(27), 0.5)]
+    assert hypernet.backward(opposed).coherence == pytest.approx(0.0, abs=1e-12)
+
+
+def test_gradient_buffers_are_reused() -> None:
+    hypernet = make({"a": 27})
+    addresses = set()
+    for _ in range(3):
+        hypernet.backward([Pull("a", torch.ones(27))])
+        addresses.add(hypernet.groups[3].weight.grad.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_eleven_million_parameters() -> None:
+    section = HypernetSection(chunk_size=3072, embed_dim=4, hidden_dim=2)
+    hypernet = make({"huge": 11_000_000, "tiny": 10}, section)
+    theta = hypernet.generate(["huge", "tiny"])
+    assert {c: t.numel() for c, t in theta.items()} == {"huge": 11_000_000, "tiny": 10}
+    group = hypernet.groups[3581]
+    assert isinstance(group, HeadGroup)
+    features = hypernet.trunk(hypernet.embeddings["huge"][-1])
+    last = features @ group.weight[-1] + group.bias[-1]
+    torch.testing.assert_close(theta["huge"][3580 * 3072 :], last[:2240], rtol=1e-5, atol=1e-6)
+    hypernet.backward([Pull("huge", torch.ones(11_000_000))])
+    assert group.bias.grad[-1].sum().item() == 11_000_000 - 3580 * 3072
+
+
+def test_clients_come_and_go() -> None:
+    hypernet = make({"a": 27})
+    before = hypernet.generate(["a"])["a"]
+    hypernet.add_client("b", 12)
+    assert hypernet.clients() == ["a", "b"]
+    assert (hypernet.num_parameters("b"), hypernet.num_chunks("b")) == (12, 2)
+    assert torch.equal(hypernet.generate(["a"])["a"], before)
+    hypernet.remove_client("a")
+    assert not hypernet.has_client("a")
+    assert sorted(hypernet.groups) == [2, 3]
+    hypernet.add_client("a", 15)
+    assert hypernet.generate(["a"])["a"].shape == (15,)
+
+
+def test_errors_say_what_to_do() -> None:
+    hypernet = make({"a": 27}, HypernetSection(chunk_size=10, max_parameters=100))
+    with pytest.raises(RegistrationError, match=r"'b' asks for 101 parameters; 1 to 100 are allo"):
+        hypernet.add_client("b", 101)
+    with pytest.raises(RegistrationError, match="'b' asks for 0 parameters"):
+        hypernet.add_client("b", 0)
+    assert not hypernet.has_client("b")
+    assert list(hypernet.groups) == [3]
+    with pytest.raises(RegistrationError, match="'a' has an embedding for 27 parameters already"):
+        hypernet.add_client("a", 5)
+    with pytest.raises(RegistrationError, match=r"no embedding for client 'z'.*Known: a\."):
+        hypernet.generate(["a", "z"])
+    with pytest.raises(ValueError, match=r"client 'a' has shape \(30,\); its theta has \(27,\)"):
+        hypernet.backward([Pull("a", torch.ones(30))])
+    with pytest.raises(ValueError, match="at least one delta"):
+        hypernet.backward([])
+    with pytest.raises(ValueError, match=r"share of client 'a' is 0\.0; it must be positive"):
+        hypernet.backward([Pull("a", torch.ones(27), 0.0)])
+
+
+def test_state_is_restored_bitwise_and_later_clients_too() -> None:
+    saved = make(SIZES, seed=11)
+    saved.remove_client("c")
+    tensors, meta = saved.state_dict()
+    restored = Hypernetwork(TOY, seed=0)
+    restored.load_state_dict(tensors, json.loads(json.dumps(meta)))
+    assert restored.clients() == saved.clients()
+    for hypernet in (saved, restored):
+        hypernet.add_client("new", 99)
+    for name, parameter in saved.named_parameters().items():
+        other = restored.named_parameters()[name]
+        assert torch.equal(parameter, other), name
+        assert parameter.data_ptr() != other.data_ptr()
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    tensors, meta = make({"a": 27}).state_dict()
+    other = TOY.model_copy(update={"hidden_dim": 9})
+    with pytest.raises(CheckpointError, match="written with hidden-dim = 8; this run has 9"):
+        Hypernetwork(other, seed=0).load_state_dict(tensors, meta)
+    with pytest.raises(
+        CheckpointError, match=r"into an empty hypernetwork; this one has clients b"
+    ):
+        make({"b": 1}).load_state_dict(tensors, meta)
+    missing = {name: t for name, t in tensors.items() if name != "heads.3.bias"}
+    with pytest.raises(CheckpointError, match=r"no tensor 'heads\.3\.bias'"):
+        Hypernetwork(TOY, seed=0).load_state_dict(missing, meta)
+    bad = tensors | {"embeddings.a": torch.zeros(2, 4)}
+    with pytest.raises(
+        CheckpointError, match=r"'embeddings\.a' .* shape \(2, 4\); expected \(3, 4"
+    ):
+        Hypernetwork(TOY, seed=0).load_state_dict(bad, meta)
