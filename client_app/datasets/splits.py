@@ -1,0 +1,151 @@
+"""Who owns which examples: index arrays from labels, numpy alone.
+
+Shapes: M examples, N clients, C classes. Every function is a pure function of its arguments; all
+randomness comes from the generator it is given.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import ConfigError, DataError
+
+Indices = NDArray[np.int64]
+
+# a held class is divided in proportion to weights from this interval (method.md, "pathological")
+SHARE_RANGE = (0.4, 0.6)
+# bound of the redraws; a draw takes 0.03 to 1.5 ms
+MAX_DIRICHLET_DRAWS = 10_000
+
+
+def split_pathological(
+    labels: Indices, *, num_clients: int, classes_per_client: int, rng: np.random.Generator
+) -> list[Indices]:
+    """Draw the published pathological partition (method.md, "Data and evaluation").
+
+    Every client draws `classes_per_client` different classes, independently of the others; each
+    class is divided among those that hold it in proportion to U(0.4, 0.6) weights. A class that
+    nobody drew is not used.
+
+    Returns
+    -------
+    list of (M_i,) int64, ascending, one for each client, disjoint.
+
+    Raises
+    ------
+    ConfigError
+        A client is to draw more classes than there are.
+    """
+    classes = np.unique(labels)
+    if classes_per_client > len(classes):
+        raise ConfigError(
+            f"classes-per-client = {classes_per_client}, but the data has {len(classes)} classes. "
+            "Set it to 0 for the published value or to a smaller number."
+        )
+    holds = np.zeros((num_clients, len(classes)), dtype=bool)
+    for client in range(num_clients):
+        holds[client, rng.choice(len(classes), classes_per_client, replace=False)] = True
+    weights = np.where(holds, rng.uniform(*SHARE_RANGE, size=holds.shape), 0.0)
+    used = weights.sum(0) > 0
+    return _divide(labels, classes[used], weights[:, used], rng)
+
+
+def split_dirichlet(
+    labels: Indices, *, num_clients: int, alpha: float, min_examples: int, rng: np.random.Generator
+) -> list[Indices]:
+    """Draw the published Dirichlet partition: for each class, shares of the clients ~ Dir(alpha).
+
+    Redrawn until the smallest client has more than `min_examples` examples. Differs from the
+    authors: at most `MAX_DIRICHLET_DRAWS` times.
+
+    Returns
+    -------
+    list of (M_i,) int64, ascending, one for each client, disjoint, together all examples.
+
+    Raises
+    ------
+    DataError
+        There are fewer examples than that needs, or no draw gave enough to every client.
+    """
+    if len(labels) < num_clients * (min_examples + 1):
+        raise DataError(
+            f"dirichlet: {num_clients} clients with more than {min_examples} examples each need "
+            f"{num_clients * (min_examples + 1)} examples, the data has {len(labels)}. Use fewer "
+            "clients (num-partitions) or a smaller min-client-examples."
+        )
+    classes, counts = np.unique(labels, return_counts=True)
+    concentration = np.full(num_clients, alpha)
+    best = 0
+    for _ in range(MAX_DIRICHLET_DRAWS):
+        weights = rng.dirichlet(concentration, size=len(classes)).T
+        sizes = np.diff(_cuts(weights, counts), axis=0).sum(1)
+        best = max(best, int(sizes.min()))
+        if sizes.min() > min_examples:
+            return _divide(labels, classes, weights, rng)
+    raise DataError(
+        f"dirichlet: none of {MAX_DIRICHLET_DRAWS} draws with alpha {alpha} gave each of "
+        f"{num_clients} clients more than {min_examples} examples; in the best one the smallest "
+        f"client had {best}. Use a larger dirichlet-alpha, fewer clients (num-partitions), a "
+        "smaller min-client-examples, or partition = 'pathological'."
+    )
+
+
+def split_train_test(
+    labels: Indices, *, test_fraction: float, rng: np.random.Generator
+) -> tuple[Indices, Indices]:
+    """Split one client's share at random into positions of train and test examples.
+
+    The test part has round(test_fraction M) examples, at least one and at most M - 1. A class that
+    has an example to spare but none in the test part swaps one in, for an example of the class
+    that has most there.
+
+    Returns
+    -------
+    (train, test) int64 positions into `labels`, ascending.
+
+    Raises
+    ------
+    DataError
+        There are fewer than two examples.
+    """
+    count = len(labels)
+    if count < 2:
+        raise DataError(
+            f"{count} example(s) cannot be split into train and test. Give the client more data "
+            "or use fewer clients (num-partitions)."
+        )
+    order = rng.permutation(count)
+    num_test = min(max(round(test_fraction * count), 1), count - 1)
+    test, train = order[:num_test].copy(), order[num_test:].copy()
+    for missing in np.setdiff1d(labels, labels[test]):
+        spare = np.flatnonzero(labels[train] == missing)
+        values, counts = np.unique(labels[test], return_counts=True)
+        if len(spare) > 1 and counts.max() > 1:
+            given = np.flatnonzero(labels[test] == values[counts.argmax()])[0]
+            train[spare[0]], test[given] = test[given], train[spare[0]]
+    return np.sort(train), np.sort(test)
+
+
+def _divide(
+    labels: Indices, classes: Indices, weights: NDArray[np.float64], rng: np.random.Generator
+) -> list[Indices]:
+    """Deal out the examples of each class, shuffled, by the weights (N, C) of the clients."""
+    parts: list[list[Indices]] = [[] for _ in range(len(weights))]
+    for column, label in enumerate(classes):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        cuts = _cuts(weights[:, [column]], np.array([len(members)]))[1:-1, 0]
+        for part, indices in zip(parts, np.split(members, cuts), strict=True):
+            part.append(indices)
+    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+
+
+def _cuts(weights: NDArray[np.float64], counts: Indices) -> Indices:
+    """Turn weights (N, C) into cut points (N + 1, C), from 0 to counts (C,).
+
+    A client of weight 0 gets nothing: behind the last owner the cumulated share is exactly 1,
+    because x / x is, where a sum of normalised shares may stop short of it.
+    """
+    cumulated = np.cumsum(weights, axis=0)
+    cuts = np.floor(cumulated / cumulated[-1] * counts).astype(np.int64)
+    return np.vstack([np.zeros_like(counts), cuts])

@@ -1,0 +1,1 @@
+"""The models a client can train: one file per family; `registry` maps names to them."""

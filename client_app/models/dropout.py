@@ -1,0 +1,99 @@
+"""Dropout whose randomness has an owner.
+
+torch's dropout draws from the global generator, which every client of a process shares: results
+would depend on who ran before, and on threads. Here a model gets a generator of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+# number of leading axes that get an entry of the mask of their own; 0 means all axes
+_MASK_AXES: dict[type[nn.Module], int] = {
+    nn.Dropout: 0,
+    nn.Dropout1d: 2,
+    nn.Dropout2d: 2,
+    nn.Dropout3d: 2,
+}
+
+
+class GeneratorDropout(nn.Module):
+    """Dropout of rate `p` that draws its mask from `generator`.
+
+    Parameters
+    ----------
+    p
+        Probability that an entry becomes zero; the others are scaled by 1 / (1 - p).
+    mask_axes
+        0 drops single entries; 2 drops whole channels of (B, channels, ...).
+    """
+
+    def __init__(self, p: float, generator: torch.Generator, *, mask_axes: int = 0) -> None:
+        super().__init__()
+        self.p = p
+        self.generator = generator
+        self.mask_axes = mask_axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with entries dropped in training mode, x itself in evaluation mode."""
+        if not self.training or self.p == 0.0:
+            return x
+        if self.p >= 1.0:
+            return x * 0.0
+        axes = self.mask_axes or x.dim()
+        shape = [size if axis < axes else 1 for axis, size in enumerate(x.shape)]
+        mask = torch.empty(shape, dtype=x.dtype, device=x.device)
+        mask.bernoulli_(1.0 - self.p, generator=self.generator)
+        return x * mask.div_(1.0 - self.p)
+
+    def extra_repr(self) -> str:
+        """Show the rate when the model is printed."""
+        return f"p={self.p}"
+
+
+def seed_dropout(model: nn.Module, generator: torch.Generator) -> None:
+    """Make every nn.Dropout, 1d, 2d and 3d of the model draw from `generator`, in place.
+
+    The generator must live on the model's device. A second call hands over to another generator.
+    Random calls inside a user's own `forward` (F.dropout) cannot be seen from here.
+
+    Raises
+    ------
+    ModelError
+        The model has another kind of dropout, whose draws could not be repeated.
+    """
+    for path, parent in list(model.named_modules()):
+        if isinstance(parent, GeneratorDropout):
+            parent.generator = generator
+        elif isinstance(rate := getattr(parent, "dropout", None), float) and rate > 0:
+            log.warning(
+                "%s (%s) applies dropout %s inside: its draws are not seeded and two runs may "
+                "differ. Set it to 0 and add nn.Dropout where needed.",
+                path or "the model", type(parent).__name__, rate,
+            )  # fmt: skip
+        for name, child in list(parent._modules.items()):
+            if child is not None and not isinstance(child, GeneratorDropout):
+                replacement = _replacement(child, generator)
+                if replacement is not None:
+                    setattr(parent, name, replacement)
+
+
+def _replacement(module: nn.Module, generator: torch.Generator) -> nn.Module | None:
+    axes = _MASK_AXES.get(type(module))
+    rate = getattr(module, "p", None)
+    if axes is not None and isinstance(rate, float | int):
+        seeded = GeneratorDropout(float(rate), generator, mask_axes=axes)
+        return seeded.train(module.training)
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        raise ModelError(
+            f"{type(module).__name__} draws from torch's global generator and cannot be seeded "
+            "per client. Use nn.Dropout, nn.Dropout1d, nn.Dropout2d or nn.Dropout3d."
+        )
+    return None

@@ -1,0 +1,144 @@
+"""Model names -> models. The stable entry point for tools is `build_model`.
+
+A name is one of `MODEL_NAMES`, or `module:factory` for a participant's own model: a callable
+`factory(*, in_channels: int, num_classes: int) -> torch.nn.Module`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from client_app.models.cnn import CNN
+from client_app.models.mlp import MLP
+from client_app.models.resnet import STAGES, ResNet
+from client_app.models.squeezenet import STEM, SqueezeNet
+from client_app.models.vgg import VGG8
+from client_app.models.vit import ViT
+from client_app.plugins import load_callable
+from common.errors import ConfigError, ModelError, unknown_name
+
+Factory = Callable[..., nn.Module]
+
+_FAMILIES: dict[str, Factory] = {
+    "cnn": CNN,
+    "vgg8": VGG8,
+    **{name: partial(ResNet, stages) for name, stages in STAGES.items()},
+    "mlp": MLP,
+    **{name: partial(SqueezeNet, name) for name in STEM},
+    "vit": ViT,
+}
+MODEL_NAMES: tuple[str, ...] = tuple(_FAMILIES)
+
+
+def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
+    """Build a client's model with torch's default initialisation, on the CPU, float32.
+
+    Parameters
+    ----------
+    name
+        One of `MODEL_NAMES`, or "module:factory".
+    in_channels
+        Channels of the images.
+    num_classes
+        Entries of the logits.
+
+    Raises
+    ------
+    ModelError
+        The name is unknown, or a user's factory cannot be imported, fails, or returns something
+        whose parameters the hypernetwork cannot generate.
+    """
+    if in_channels < 1 or num_classes < 2:
+        raise ModelError(
+            f"model {name!r} needs in_channels >= 1 and num_classes >= 2, "
+            f"got {in_channels} and {num_classes}."
+        )
+    if ":" in name:
+        return _build_own(name, in_channels=in_channels, num_classes=num_classes)
+    _require_known(name, ModelError)
+    return _FAMILIES[name](in_channels=in_channels, num_classes=num_classes)
+
+
+def model_for_partition(models: str, partition_id: int, num_partitions: int) -> str:
+    """Choose a client's model: contiguous blocks of clients, in the order of the names.
+
+    Parameters
+    ----------
+    models
+        One name, or several separated by commas (method.md, "Five-model runs").
+    partition_id
+        From 0 to num_partitions - 1; any value when there is only one name.
+    num_partitions
+        How many clients the blocks divide.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown or missing, or partition_id does not say which block the client is in.
+    """
+    names = [name.strip() for name in models.split(",")]
+    if not all(names):
+        raise ConfigError(f"models = {models!r} has an empty name. Separate names by one comma.")
+    for name in names:
+        if ":" not in name:
+            _require_known(name, ConfigError)
+    if len(names) == 1:
+        return names[0]
+    if not 0 <= partition_id < num_partitions:
+        raise ConfigError(
+            f"models = {models!r} names {len(names)} models, one for each block of clients, but "
+            f"partition-id = {partition_id} is not in 0..{num_partitions - 1}. A participant "
+            "without a partition names one model in its node config: model = 'cnn'."
+        )
+    return names[partition_id * len(names) // num_partitions]
+
+
+def _require_known(name: str, error: type[ModelError] | type[ConfigError]) -> None:
+    if name not in _FAMILIES:
+        raise error(unknown_name("model", name, MODEL_NAMES) + " Or 'module:factory' for your own.")
+
+
+def _build_own(spec: str, *, in_channels: int, num_classes: int) -> nn.Module:
+    factory = load_callable(spec, key="model", error=ModelError, example="my_models:small_net")
+    try:
+        inspect.signature(factory).bind(in_channels=in_channels, num_classes=num_classes)
+    except TypeError as cause:
+        raise ModelError(
+            f"model {spec!r} must accept the keywords in_channels and num_classes: {cause}."
+        ) from cause
+    try:
+        model = factory(in_channels=in_channels, num_classes=num_classes)
+    except Exception as cause:  # a participant's code may raise anything; name whose it was
+        raise ModelError(
+            f"model {spec!r} raised {type(cause).__name__} for in_channels={in_channels}, "
+            f"num_classes={num_classes}: {cause}"
+        ) from cause
+    return _generable(spec, model)
+
+
+def _generable(spec: str, model: object) -> nn.Module:
+    """Return a user's model when a hypernetwork can generate all of its parameters."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {spec!r} returned a {type(model).__name__}, not torch.nn.Module.")
+    parameters = list(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"model {spec!r} has no parameters: there is nothing to generate.")
+    for name, parameter in parameters:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(
+                f"model {spec!r}: {name} is lazy and has no shape yet. Give every layer its sizes; "
+                "the server must know the number of parameters before the first batch."
+            )
+        if parameter.dtype != torch.float32:
+            raise ModelError(f"model {spec!r}: {name} is {parameter.dtype}, expected float32.")
+        if not parameter.requires_grad:
+            raise ModelError(
+                f"model {spec!r}: {name} has requires_grad=False. The hypernetwork generates every "
+                "parameter; register fixed tensors as buffers instead."
+            )
+    return model

@@ -1,0 +1,230 @@
+"""Who owns which examples: the published splits and the library's partitioners."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from client_app.datasets.partitions import LIBRARY_NAMES
+from client_app.datasets.splits import (
+    Indices,
+    split_dirichlet,
+    split_pathological,
+    split_train_test,
+)
+from common.errors import ConfigError, DataError
+from common.seeding import numpy_generator
+
+BALANCED = np.repeat(np.arange(10), 100)
+
+
+def _rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def _disjoint(parts: list[Indices]) -> bool:
+    rows = np.concatenate(parts)
+    return len(np.unique(rows)) == len(rows)
+
+
+def _pathological(seed: int = 0, clients: int = 12, classes: int = 2) -> list[Indices]:
+    return split_pathological(
+        BALANCED, num_clients=clients, classes_per_client=classes, rng=_rng(seed)
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_pathological_gives_every_client_its_classes_and_no_stray(seed: int) -> None:
+    parts = _pathological(seed, classes=5)
+    assert [len(np.unique(BALANCED[part])) for part in parts] == [5] * 12
+    assert _disjoint(parts)
+    assert all((np.diff(part) > 0).all() for part in parts)
+
+
+def test_pathological_divides_a_drawn_class_completely_and_nearly_evenly() -> None:
+    parts = _pathological()
+    held = {label: [p for p in parts if label in BALANCED[p]] for label in range(10)}
+    assert max(len(owners) for owners in held.values()) > 1
+    for label, owners in held.items():
+        sizes = [int((BALANCED[part] == label).sum()) for part in owners]
+        assert sum(sizes) == (100 if owners else 0)
+        # weights are from U(0.4, 0.6): no share is more than 1.5 times another (plus rounding)
+        assert not sizes or max(sizes) <= 1.5 * min(sizes) + 2
+
+
+def test_pathological_leaves_a_class_that_nobody_drew() -> None:
+    parts = split_pathological(BALANCED, num_clients=2, classes_per_client=1, rng=_rng())
+    assert sum(len(part) for part in parts) == 200
+
+
+def test_splits_are_deterministic_and_depend_on_the_seed() -> None:
+    first, again, other = _pathological(1), _pathological(1), _pathological(2)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_pathological_refuses_more_classes_than_there_are() -> None:
+    with pytest.raises(ConfigError, match="classes-per-client = 11, but the data has 10 classes"):
+        _pathological(classes=11)
+
+
+def test_splits_of_fifty_thousand_for_two_hundred_are_quick() -> None:
+    labels = _rng().integers(0, 100, 50_000)
+    started = time.perf_counter()
+    split_pathological(labels, num_clients=200, classes_per_client=10, rng=_rng())
+    assert time.perf_counter() - started < 1.0
+
+
+def test_dirichlet_uses_every_example_and_respects_the_minimum() -> None:
+    parts = split_dirichlet(BALANCED, num_clients=8, alpha=0.5, min_examples=30, rng=_rng())
+    assert sorted(np.concatenate(parts).tolist()) == list(range(1000))
+    assert min(len(part) for part in parts) > 30
+
+
+def test_dirichlet_with_a_small_alpha_concentrates_classes() -> None:
+    labels = np.repeat(np.arange(100), 50)
+    parts = split_dirichlet(labels, num_clients=20, alpha=0.01, min_examples=30, rng=_rng())
+    largest = [np.bincount(labels[part], minlength=100).max() / 50 for part in parts]
+    assert np.mean(largest) > 0.95
+
+
+def test_dirichlet_that_practically_never_ends_is_bounded() -> None:
+    labels = np.repeat(np.arange(10), 5000)
+    with pytest.raises(
+        DataError,
+        match=r"none of 10000 draws with alpha 0.1 gave each of 200 clients more than 30 examples; "
+        r"in the best one the smallest client had \d+\. Use a larger dirichlet-alpha",
+    ):
+        split_dirichlet(labels, num_clients=200, alpha=0.1, min_examples=30, rng=_rng())
+
+
+def test_dirichlet_with_more_clients_than_the_data_allows() -> None:
+    with pytest.raises(DataError, match="40 clients with more than 30 examples each need 1240"):
+        split_dirichlet(BALANCED, num_clients=40, alpha=1.0, min_examples=30, rng=_rng())
+
+
+# train and test
+
+
+@pytest.mark.parametrize(("count", "num_test"), [(2, 1), (3, 1), (4, 1), (100, 25), (1001, 250)])
+def test_train_test_sizes(count: int, num_test: int) -> None:
+    labels = np.zeros(count, dtype=np.int64)
+    train, test = split_train_test(labels, test_fraction=0.25, rng=_rng())
+    assert (len(train), len(test)) == (count - num_test, num_test)
+    assert sorted([*train, *test]) == list(range(count))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_both_sides_keep_an_example(fraction: float) -> None:
+    train, test = split_train_test(np.arange(5), test_fraction=fraction, rng=_rng())
+    assert len(train) >= 1
+    assert len(test) >= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rare_class_is_tested_when_it_has_one_to_spare(seed: int) -> None:
+    labels = np.array([0] * 50 + [1] * 2 + [2])
+    train, test = split_train_test(labels, test_fraction=0.25, rng=_rng(seed))
+    assert len(test) == 13
+    assert sorted([*train, *test]) == list(range(53))
+    assert 1 in labels[test]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_examples_to_split(count: int) -> None:
+    with pytest.raises(DataError, match=rf"{count} example\(s\) cannot be split into train"):
+        split_train_test(np.zeros(count, dtype=np.int64), test_fraction=0.25, rng=_rng())
+
+
+# partitioners of flwr-datasets
+
+
+@pytest.fixture(scope="module")
+def partitioners() -> ModuleType:
+    """Import when a test needs it: it costs seconds."""
+    return importlib.import_module("client_app.datasets.partitioners")
+
+
+def _dataset() -> object:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"label": BALANCED, "row": np.arange(1000)})
+
+
+def test_names_of_the_library_are_complete(partitioners: ModuleType) -> None:
+    assert set(partitioners.LIBRARY) == set(LIBRARY_NAMES)
+
+
+def test_our_partitioners_draw_the_published_splits(partitioners: ModuleType) -> None:
+    from flwr_datasets.partitioner import Partitioner
+
+    pathological = partitioners.PublishedPathologicalPartitioner(
+        num_partitions=12, partition_by="label", classes_per_client=2, seed=7
+    )
+    dirichlet = partitioners.PublishedDirichletPartitioner(
+        num_partitions=8, partition_by="label", alpha=0.5, min_client_examples=20, seed=7
+    )
+    rng = numpy_generator(7, "partition")
+    expected = split_pathological(BALANCED, num_clients=12, classes_per_client=2, rng=rng)
+    pathological.dataset = _dataset()
+    dirichlet.dataset = _dataset()
+    assert isinstance(pathological, Partitioner)
+    assert (pathological.num_partitions, dirichlet.num_partitions) == (12, 8)
+    assert pathological.load_partition(3)["row"] == expected[3].tolist()
+    rng = numpy_generator(7, "partition")
+    expected = split_dirichlet(BALANCED, num_clients=8, alpha=0.5, min_examples=20, rng=rng)
+    assert dirichlet.load_partition(5)["row"] == expected[5].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "clients", "options"),
+    [
+        ("iid", 7, {}),
+        ("linear", 7, {}),
+        ("square", 4, {}),
+        ("exponential", 4, {}),
+        ("size", 3, {"partition_sizes": [100, 200, 300]}),
+        ("shard", 10, {"num_shards_per_partition": 2}),
+        ("inner-dirichlet", 2, {"partition_sizes": [400, 400], "alpha": 1.0}),
+        ("natural-id", 10, {}),
+        ("library-dirichlet", 5, {"alpha": 1.0}),
+        ("library-pathological", 10, {"num_classes_per_partition": 3}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_library_partitions_by_name(
+    partitioners: ModuleType, name: str, clients: int, options: dict[str, object]
+) -> None:
+    first, again = (
+        partitioners.split_by_library(name, BALANCED, num_clients=clients, seed=3, options=options)
+        for _ in range(2)
+    )
+    assert len(first) == clients
+    assert _disjoint(first)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    if name == "size":
+        assert [len(part) for part in first] == [100, 200, 300]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("iid", {"alpha": 1}, ConfigError, "partition 'iid'.*unexpected keyword argument 'alpha'"),
+        ("library-dirichlet", {}, ConfigError, "missing a required argument: 'alpha'. Options: al"),
+        ("natural-id", {}, ConfigError, "makes 10 clients, num-partitions is 3"),
+        ("size", {"partition_sizes": [900, 900, 1]}, DataError, "cannot divide 1000 examples"),
+    ],
+)
+def test_library_partition_that_cannot_be_drawn(
+    partitioners: ModuleType,
+    name: str,
+    options: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        partitioners.split_by_library(name, BALANCED, num_clients=3, seed=3, options=options)
