@@ -1,0 +1,235 @@
+"""One participant: its declarations, its data, its models, what it keeps, and what it does.
+
+The handlers in `app.py` decode a message, call one method here and encode the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+
+from client_app.data import ClientData, load_client_data
+from client_app.models.registry import model_for_partition
+from client_app.personal import describe
+from client_app.state import ClientState, FolderState, open_state, safe_name, store_personal_model
+from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
+from client_app.workshop import ModelKind, Tool, borrow, pick_device
+from common.codec import Float32
+from common.config import ClientSection, NodeConfig, RunConfig
+from common.errors import WireError
+from common.params import FlatModel, delta
+from common.seeding import stream_seed, torch_generator
+from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
+
+PERSONAL_BUFFERS, GLOBAL_BUFFERS, TEACHER = "personal_buffers", "global_buffers", "teacher"
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A client for the duration of one message."""
+
+    client_id: str
+    config: RunConfig
+    section: ClientSection
+    data: ClientData
+    device: torch.device
+    model_name: str
+    state: ClientState
+
+    @classmethod
+    def open(cls, context: Context) -> Participant:
+        """Read both configs, load the data, open the state; what the node declared wins.
+
+        Raises
+        ------
+        ConfigError, DataError, ModelError
+            Something declared cannot be used; the message says what to change.
+        """
+        config = RunConfig.parse(context.run_config)
+        node = NodeConfig.parse(context.node_config)
+        section = node.client_section(config)
+        device = pick_device(section.device)
+        data = load_client_data(
+            section, partition_id=node.partition_id, seed=config.run.seed, device=device
+        )
+        return cls(
+            client_id=node.identity,
+            config=config,
+            section=section,
+            data=data,
+            device=device,
+            model_name=model_for_partition(
+                section.models, node.partition_id, section.num_partitions
+            ),
+            state=open_state(context, section.state_dir, node.identity),
+        )
+
+    # --- what it is asked ------------------------------------------------------------------------
+
+    def register(self) -> Registration:
+        """Say who this is and how large its model is; nothing else about it."""
+        return Registration(
+            client_id=self.client_id,
+            num_parameters=self._personal().model.num_parameters,
+            num_examples=self.data.num_train,
+            num_global_parameters=self._global().model.num_parameters if self.config.distils else 0,
+        )
+
+    def train(self, task: TrainTask, source: str) -> TrainReply:
+        """Do what a training message asks: test, train w_g, train the personal model.
+
+        Returns
+        -------
+        Deltas (before minus after) of the weights exactly as they were received.
+        """
+        self.state.enter_federation(task.header.federation_id)
+        teacher_theta = self._teacher_theta(task, source)
+        seconds = 0.0
+        global_delta = personal_delta = None
+        trained = Trained(self.data.num_train, 0.0, 0.0)
+        evaluation = None
+        if task.train_global and teacher_theta is not None:
+            trained = self._train_global(task, teacher_theta)
+            global_delta = self._delta(teacher_theta, self._global().model)
+            seconds += trained.seconds
+        if task.theta is not None:
+            if task.evaluate:
+                evaluation = self.evaluate(task.header, task.theta)
+            trained = self._train_personal(task, task.theta, teacher_theta, source)
+            personal_delta = self._delta(task.theta, self._personal().model)
+            seconds += trained.seconds
+        return TrainReply(
+            num_examples=trained.num_examples,
+            train_loss=trained.loss,
+            seconds=seconds,
+            delta=personal_delta,
+            global_delta=global_delta,
+            evaluation=evaluation,
+        )
+
+    def evaluate(self, header: Header, theta: Float32) -> Evaluation:
+        """Test theta (K_i,) exactly as received, with this client's own BatchNorm statistics."""
+        self.state.enter_federation(header.federation_id)
+        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, header)
+        return evaluate(tool.model, self.data)
+
+    def finish(self, header: Header, theta: Float32) -> str:
+        """Store the personal model as a plain torch state_dict; returns its path, or "" if none.
+
+        Without a state folder it goes below the run's output folder, and nowhere without either.
+        """
+        evaluation = self.evaluate(header, theta)
+        folder = self._personal_folder()
+        if folder is None:
+            return ""
+        module = self._personal().model.module
+        return str(
+            store_personal_model(
+                folder, module.state_dict(), describe(self.model_name, self.data, evaluation)
+            )
+        )
+
+    # --- how -------------------------------------------------------------------------------------
+
+    def _train_personal(
+        self, task: TrainTask, theta: Float32, teacher_theta: Float32 | None, source: str
+    ) -> Trained:
+        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, task.header)
+        loss: Loss = cross_entropy
+        if task.distill is not None:
+            if teacher_theta is None:
+                raise WireError(
+                    f"{source}: there is no teacher for round {task.header.server_round}. The "
+                    "server sends w_g to clients that did not train it; give this client a "
+                    "state-dir if it restarts within a round."
+                )
+            teacher = self._ready(self._teacher(), teacher_theta, "", task.header)
+            loss = distillation(teacher.model.module, task.distill)
+        trained = train(
+            tool.model,
+            self.data,
+            task.training,
+            generator=self._shuffler("shuffle", task.header),
+            loss=loss,
+        )
+        self._keep_buffers(tool, PERSONAL_BUFFERS)
+        return trained
+
+    def _train_global(self, task: TrainTask, theta: Float32) -> Trained:
+        tool = self._ready(self._global(), theta, GLOBAL_BUFFERS, task.header)
+        trained = train(
+            tool.model,
+            self.data,
+            task.training,
+            generator=self._shuffler("shuffle-global", task.header),
+            clip=False,
+        )
+        self._keep_buffers(tool, GLOBAL_BUFFERS)
+        if task.theta is None:
+            stamped = {
+                "theta": torch.from_numpy(theta),
+                "round": torch.tensor(task.header.server_round),
+            }
+            self.state.save(TEACHER, stamped)
+        return trained
+
+    def _teacher_theta(self, task: TrainTask, source: str) -> Float32 | None:
+        """Return w_g as sent: in this message, or earlier in this round."""
+        if task.global_theta is not None:
+            return task.global_theta
+        kept = self.state.load(TEACHER) if task.distill is not None else None
+        if kept is None or int(kept["round"]) != task.header.server_round:
+            return None
+        theta: Float32 = kept["theta"].numpy()
+        return theta
+
+    def _ready(self, tool: Tool, theta: Float32, buffers: str, header: Header) -> Tool:
+        """Make a borrowed model this client's: its weights, its buffers, its dropout."""
+        seed = stream_seed(
+            self.config.run.seed, f"dropout/{buffers}", header.server_round, self.client_id
+        )
+        tool.reset(self.state.load(buffers) if buffers and tool.fresh_buffers else None, seed)
+        tool.model.load(torch.from_numpy(theta).to(self.device))
+        return tool
+
+    def _keep_buffers(self, tool: Tool, name: str) -> None:
+        if tool.fresh_buffers:
+            self.state.save(name, tool.buffers())
+
+    def _delta(self, theta_sent: Float32, trained: FlatModel) -> Float32:
+        sent = torch.from_numpy(theta_sent).to(self.device)
+        change: Float32 = delta(sent, trained.theta.detach()).cpu().numpy()
+        return change
+
+    def _shuffler(self, purpose: str, header: Header) -> torch.Generator:
+        return torch_generator(
+            self.config.run.seed,
+            purpose,
+            server_round=header.server_round,
+            client_id=self.client_id,
+        )
+
+    def _kind(self) -> ModelKind:
+        return ModelKind(self.model_name, self.data.in_channels, self.data.num_classes, self.device)
+
+    def _personal(self) -> Tool:
+        return borrow(self._kind())
+
+    def _global(self) -> Tool:
+        name = self.config.distill.global_model
+        return borrow(replace(self._kind(), name=name, role="global"))
+
+    def _teacher(self) -> Tool:
+        name = self.config.distill.global_model
+        return borrow(replace(self._kind(), name=name, role="teacher"))
+
+    def _personal_folder(self) -> Path | None:
+        if isinstance(self.state, FolderState):
+            return self.state.folder
+        if not self.config.run.output_dir:
+            return None
+        root = Path(self.config.run.output_dir).expanduser()
+        return root / "personal-models" / safe_name(self.client_id)

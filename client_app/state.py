@@ -1,0 +1,147 @@
+"""What stays on the client: BatchNorm buffers, the round's teacher, the personal model.
+
+Kept in the client's state folder when it has one, else in Flower's context. Flower's context is
+lost when a SuperNode restarts, so deployments always have a folder; everything also works empty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import ConfigError
+
+Tensors = dict[str, Tensor]
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+class ClientState(Protocol):
+    """Named groups of tensors that outlive a message."""
+
+    def load(self, name: str) -> Tensors | None:
+        """Return a group of tensors, or None when there is none."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace a group of tensors."""
+
+    def enter_federation(self, federation_id: str) -> None:
+        """Forget everything that belongs to another federation."""
+
+
+class ContextState:
+    """State in Flower's context: for simulation, and for a client without a folder."""
+
+    def __init__(self, context: Context) -> None:
+        self._state = context.state
+
+    def load(self, name: str) -> Tensors | None:
+        """Return a group of tensors, or None when there is none."""
+        record = self._state.array_records.get(name)
+        if record is None:
+            return None
+        return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace a group of tensors."""
+        self._state[name] = ArrayRecord(
+            {key: Array(np.asarray(t.detach().cpu().numpy())) for key, t in tensors.items()}
+        )
+
+    def enter_federation(self, federation_id: str) -> None:
+        """Forget everything that belongs to another federation."""
+        known = self._state.config_records.get("federation")
+        if known is None or known["id"] != federation_id:
+            self._state.clear()
+            self._state["federation"] = ConfigRecord({"id": federation_id})
+
+
+class FolderState:
+    """State in a folder: survives restarts of the node. Files are replaced atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"state-dir {folder} cannot be created: {error.strerror}. Choose a folder that "
+                "this participant may write to."
+            ) from error
+
+    def load(self, name: str) -> Tensors | None:
+        """Return a group of tensors, or None when there is none or it is damaged."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            tensors: Tensors = load_file(path)
+        except (FileNotFoundError, SafetensorError):
+            return None
+        return tensors
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace a group of tensors."""
+        path = self.folder / f"{name}.safetensors"
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
+        os.replace(temporary, path)
+
+    def enter_federation(self, federation_id: str) -> None:
+        """Forget everything that belongs to another federation, but never the personal model."""
+        marker = self.folder / "federation.json"
+        try:
+            known = json.loads(marker.read_text())["id"]
+        except (OSError, ValueError, KeyError):
+            known = None
+        if known == federation_id:
+            return
+        for path in self.folder.glob("*.safetensors"):
+            if path.name != f"{PERSONAL_MODEL}.safetensors":
+                path.unlink(missing_ok=True)
+        marker.write_text(json.dumps({"id": federation_id}))
+
+
+PERSONAL_MODEL = "personal_model"
+
+
+def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:
+    """Open a client's state: a folder of its own below `state_dir`, or Flower's context."""
+    if state_dir:
+        return FolderState(Path(state_dir).expanduser() / safe_name(client_id))
+    return ContextState(context)
+
+
+def safe_name(name: str) -> str:
+    """Return the name if it can be a single folder, else raise ConfigError (no path tricks)."""
+    if not _SAFE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and '-', "
+            "not starting with '.' or '-'."
+        )
+    return name
+
+
+def store_personal_model(
+    folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> Path:
+    """Write the personal model: a state_dict as safetensors, and a JSON that says how to load it.
+
+    Returns
+    -------
+    The path of the safetensors file.
+    """
+    state = FolderState(folder)
+    state.save(PERSONAL_MODEL, tensors)
+    text = json.dumps(dict(description), indent=2)
+    (folder / f"{PERSONAL_MODEL}.json").write_text(text)
+    return folder / f"{PERSONAL_MODEL}.safetensors"

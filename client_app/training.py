@@ -1,0 +1,128 @@
+"""Local training, distillation and evaluation: plain torch on flat parameters.
+
+Shapes: B batch, C classes, P parameters of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from client_app.data import ClientData
+from common.config import DistillSection, TrainingSection
+from common.errors import ModelError
+from common.params import FlatModel
+from common.wire import Evaluation
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(images (B, ...), logits (B, C), labels (B,)) -> scalar loss."""
+
+TEST_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training measured: mean loss per example over all epochs, seconds."""
+
+    num_examples: int
+    loss: float
+    seconds: float
+
+
+def cross_entropy(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a batch, in nats."""
+    return functional.cross_entropy(logits, labels)
+
+
+def distillation(teacher: nn.Module, section: DistillSection) -> Loss:
+    """Make the loss of MH-pFedHNGD's personal models (paper section 3.3; method.md, Phase 2).
+
+    alpha T^2 KL(softmax(teacher / T) || softmax(student / T), batchmean) + (1 - alpha) CE. The
+    teacher is w_g as it was sent: frozen, in evaluation mode, no graph is built for it.
+    """
+    alpha, temperature = section.distill_alpha, section.distill_temperature
+    teacher.eval()
+
+    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = functional.log_softmax(teacher(images) / temperature, dim=1)
+        student = functional.log_softmax(logits / temperature, dim=1)
+        divergence = functional.kl_div(student, target, reduction="batchmean", log_target=True)
+        hard = functional.cross_entropy(logits, labels)
+        return alpha * temperature**2 * divergence + (1 - alpha) * hard
+
+    return loss
+
+
+def train(
+    model: FlatModel,
+    data: ClientData,
+    section: TrainingSection,
+    *,
+    generator: torch.Generator,
+    loss: Loss = cross_entropy,
+    clip: bool = True,
+) -> Trained:
+    """Train in place: SGD with fresh momentum, shuffled batches, last batch kept.
+
+    Parameters
+    ----------
+    model : its theta (P,) is updated; its BatchNorm buffers move too.
+    generator : shuffles the examples.
+    clip : whether the gradient's norm is clipped at `client-clip-norm` (w_g is trained without).
+    """
+    started = time.monotonic()
+    optimizer = torch.optim.SGD(
+        [model.theta],
+        lr=section.learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+    )
+    model.module.train()
+    total = torch.zeros((), device=model.theta.device)
+    seen = 0
+    for _ in range(section.local_epochs):
+        for images, labels in data.batches(section.batch_size, generator):
+            model.zero_grad()
+            value = loss(images, _logits(model.module, images, data.num_classes), labels)
+            value.backward()  # type: ignore[no-untyped-call]
+            if clip:
+                nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
+            optimizer.step()
+            total += value.detach() * len(labels)
+            seen += len(labels)
+    return Trained(data.num_train, float(total) / seen, time.monotonic() - started)
+
+
+@torch.no_grad()
+def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
+    """Count correct test examples of the model as it is, in evaluation mode."""
+    started = time.monotonic()
+    model.module.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=model.theta.device)
+    total = torch.zeros((), dtype=torch.float64, device=model.theta.device)
+    for images, labels in data.test_batches(TEST_BATCH):
+        logits = _logits(model.module, images, data.num_classes)
+        correct += (logits.argmax(dim=1) == labels).sum()
+        total += functional.cross_entropy(logits, labels, reduction="sum").double()
+    return Evaluation(
+        num_test=data.num_test,
+        num_correct=int(correct),
+        test_loss=float(total) / data.num_test,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _logits(module: nn.Module, images: Tensor, num_classes: int) -> Tensor:
+    logits: Tensor = module(images)
+    if logits.shape != (len(images), num_classes):
+        raise ModelError(
+            f"{type(module).__name__} maps images {tuple(images.shape)} to {tuple(logits.shape)}; "
+            f"expected logits ({len(images)}, {num_classes}). Build it for {num_classes} classes."
+        )
+    return logits

@@ -1,0 +1,105 @@
+"""Models ready for use: built once per thread, reset for each message.
+
+A process serves many simulated clients. Building a model costs milliseconds and memory, so each
+thread keeps one of every kind; loading theta and buffers makes it the next client's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client_app.models.dropout import seed_dropout
+from client_app.models.registry import build_model
+from common.errors import ConfigError
+from common.params import FlatModel
+
+_own = threading.local()
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """Everything a model's construction depends on. `role` keeps student and teacher apart."""
+
+    name: str
+    in_channels: int
+    num_classes: int
+    device: torch.device
+    role: str = "personal"
+
+
+@dataclass
+class Tool:
+    """A model with the buffers it was born with and the generator of its dropout."""
+
+    model: FlatModel
+    fresh_buffers: dict[str, Tensor]
+    generator: torch.Generator
+
+    def reset(self, buffers: Mapping[str, Tensor] | None, seed: int) -> None:
+        """Load a client's buffers (or fresh ones) and seed the dropout."""
+        wanted = buffers or {}
+        with torch.no_grad():
+            for name, buffer in self.model.module.named_buffers():
+                kept = wanted.get(name)
+                fits = kept is not None and kept.shape == buffer.shape
+                buffer.copy_(kept if fits and kept is not None else self.fresh_buffers[name])
+        self.generator.manual_seed(seed)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the model's buffers: BatchNorm statistics and the like."""
+        return {name: b.detach().clone() for name, b in self.model.module.named_buffers()}
+
+
+def borrow(kind: ModelKind) -> Tool:
+    """Return this thread's model of a kind; call `reset` and load theta before use."""
+    tools: dict[ModelKind, Tool] = _own.__dict__.setdefault("tools", {})
+    if kind not in tools:
+        module = build_model(
+            kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes
+        ).to(kind.device)
+        generator = torch.Generator(device=kind.device)
+        seed_dropout(module, generator)
+        fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
+        tools[kind] = Tool(FlatModel(module), fresh, generator)
+    return tools[kind]
+
+
+def pick_device(wish: str) -> torch.device:
+    """Return the device to train on; `auto` takes CUDA where there is one, then the CPU.
+
+    Raises
+    ------
+    ConfigError
+        The wish is no torch device, or names a GPU that this machine does not have.
+    """
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wish)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device = {wish!r} is no torch device: use auto, cpu or cuda:0."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {wish!r}, but torch sees no GPU here. Use auto or cpu.")
+    return device
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Run with `count` torch CPU threads (0: leave it); results depend on it bit for bit."""
+    before = torch.get_num_threads()
+    if count in (0, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

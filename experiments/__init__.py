@@ -1,0 +1,1 @@
+"""The command line, presets, engines and reports. Imports anything; nobody imports it."""

@@ -1,0 +1,176 @@
+"""Messages in flight: at most one per node, answered in any order, late or never.
+
+One mechanism for Ray, for separate machines and for the in-process engine: push, then poll. A
+reply is matched by the message it answers, never by the node it comes from: errors that the
+SuperLink makes up carry the SuperLink's own node id.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.errors import RunError
+from common.records import payload_bytes
+
+PUSH_BATCH = 8
+"""Messages pushed at once: the grid holds a second, encoded copy of all of them meanwhile."""
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.2
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What the server remembers of one message in flight.
+
+    `version` is the number of server steps taken when its theta was generated; `sent_at` is
+    `time.monotonic()` in seconds.
+    """
+
+    client_id: str
+    node_id: int
+    message_type: str
+    server_round: int
+    version: int = 0
+    sent_at: float = 0.0
+
+    @property
+    def source(self) -> str:
+        """Words that start an error message about the reply."""
+        return f"{self.message_type} reply of client {self.client_id} in round {self.server_round}"
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message that is about to be sent."""
+
+    ticket: Ticket
+    content: RecordDict
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a message: content, or the reason why there is none."""
+
+    ticket: Ticket
+    content: RecordDict | None
+    failure: str = ""
+    seconds: float = 0.0
+
+
+class Mailbox:
+    """Sends letters and yields answers; counts payload bytes both ways.
+
+    Parameters
+    ----------
+    grid : Flower's grid, or anything with its push and pull.
+    timeout_s : time to live of a message; a node that did not answer by then is given up on.
+    """
+
+    def __init__(self, grid: Grid, timeout_s: float) -> None:
+        self._grid = grid
+        self._timeout_s = timeout_s
+        self._in_flight: dict[str, Ticket] = {}
+        self._refused: list[Ticket] = []
+        self._kept: list[Answer] = []
+        self._wait_s = _FIRST_WAIT_S
+        self.bytes_down = 0
+        self.bytes_up = 0
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def busy_nodes(self) -> set[int]:
+        """Return the nodes that have a message in flight."""
+        return {ticket.node_id for ticket in self._in_flight.values()}
+
+    def send(self, letters: Sequence[Letter]) -> None:
+        """Push letters; those that the grid refuses are answered as failures at the next poll."""
+        for start in range(0, len(letters), PUSH_BATCH):
+            part = letters[start : start + PUSH_BATCH]
+            messages = [self._message(letter) for letter in part]
+            accepted = set(self._grid.push_messages(messages))
+            for letter, message in zip(part, messages, strict=True):
+                if message.metadata.message_id in accepted:
+                    self._in_flight[message.metadata.message_id] = letter.ticket
+                    self.bytes_down += payload_bytes(letter.content)
+                else:
+                    self._refused.append(letter.ticket)
+        self._wait_s = _FIRST_WAIT_S
+
+    def _message(self, letter: Letter) -> Message:
+        return Message(
+            letter.content,
+            letter.ticket.node_id,
+            letter.ticket.message_type,
+            ttl=self._timeout_s,
+            group_id=str(letter.ticket.server_round),
+        )
+
+    def poll(self) -> list[Answer]:
+        """Return the answers that are there now; wait a little, and longer each time, if none."""
+        answers = self._kept + [
+            Answer(ticket, None, "the node is unknown or offline") for ticket in self._refused
+        ]
+        self._kept, self._refused = [], []
+        if self._in_flight:
+            for reply in self._grid.pull_messages(list(self._in_flight)):
+                ticket = self._in_flight.pop(reply.metadata.reply_to_message_id, None)
+                if ticket is not None:
+                    answers.append(self._answer(ticket, reply))
+        answers.extend(self._expired())
+        if answers:
+            self._wait_s = _FIRST_WAIT_S
+        elif self._in_flight:
+            time.sleep(self._wait_s)
+            self._wait_s = min(self._wait_s * 1.3, _LONGEST_WAIT_S)
+        return answers
+
+    def exchange(self, letters: Iterable[Letter], *, window: int = 64) -> Iterator[Answer]:
+        """Send letters and yield each answer as it comes, until every one has come or failed.
+
+        At most `window` of these letters are in flight, so that a lazy iterable of letters never
+        lies in memory as a whole. Answers to other letters are kept for the next `poll`.
+        """
+        source, wanted, others = iter(letters), set[Ticket](), list[Answer]()
+        while True:
+            part = list(islice(source, window - len(wanted)))
+            wanted |= {letter.ticket for letter in part}
+            self.send(part)
+            if not wanted:
+                break
+            for answer in self.poll():
+                if answer.ticket in wanted:
+                    wanted.discard(answer.ticket)
+                    yield answer
+                else:
+                    others.append(answer)
+        self._kept.extend(others)
+
+    def _answer(self, ticket: Ticket, reply: Message) -> Answer:
+        seconds = time.monotonic() - ticket.sent_at
+        if reply.has_error():
+            reason = str(reply.error.reason)
+            if "ActorDiedError" in reason:
+                raise RunError(
+                    f"{ticket.source}: a Ray worker process died ({reason[:300]}). Ray answers "
+                    "every later message with this error at once, so the run stops here; resume "
+                    "from the last checkpoint, with fewer clients at once if memory ran out."
+                )
+            return Answer(ticket, None, f"error {reply.error.code}: {reason}", seconds)
+        self.bytes_up += payload_bytes(reply.content)
+        return Answer(ticket, reply.content, seconds=seconds)
+
+    def _expired(self) -> Iterable[Answer]:
+        now = time.monotonic()
+        for message_id, ticket in list(self._in_flight.items()):
+            if now - ticket.sent_at > self._timeout_s:
+                del self._in_flight[message_id]
+                yield Answer(
+                    ticket, None, f"no answer within {self._timeout_s:g} s", now - ticket.sent_at
+                )

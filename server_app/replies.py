@@ -1,0 +1,60 @@
+"""Accepts or rejects what clients send, with the reason. A reply can never crash the server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import RecordDict
+
+from common.codec import Float32
+from common.errors import MHpFedHNError, WireError
+from common.log import logger
+from server_app.mailbox import Answer
+
+T = TypeVar("T")
+
+
+class ReplyDesk:
+    """Decodes answers, logs and counts those that are no good.
+
+    Attributes
+    ----------
+    rejected : number of rejected or failed answers by client_id, over the whole run.
+    recent : the last ten reasons.
+    """
+
+    def __init__(self, max_delta_norm: float) -> None:
+        self._max_delta_norm = max_delta_norm
+        self.rejected: Counter[str] = Counter()
+        self.recent: list[str] = []
+
+    def read(self, answer: Answer, decode: Callable[[RecordDict, str], T]) -> T | None:
+        """Decode a good answer; log and count a bad one and return None."""
+        source = answer.ticket.source
+        if answer.content is None:
+            self.reject(answer, f"{source}: {answer.failure}")
+            return None
+        try:
+            return decode(answer.content, source)
+        except MHpFedHNError as error:
+            self.reject(answer, str(error))
+            return None
+
+    def check_norm(self, x: Float32, name: str, source: str) -> None:
+        """Raise WireError when the Euclidean norm of a delta is beyond `max-delta-norm`."""
+        norm = float(np.linalg.norm(x.astype(np.float64)))
+        if norm > self._max_delta_norm:
+            raise WireError(
+                f"{source}: {name} has norm {norm:.3g}; at most {self._max_delta_norm:.3g} is "
+                "accepted (max-delta-norm). Training diverged there, or the client is faulty."
+            )
+
+    def reject(self, answer: Answer, reason: str) -> None:
+        """Log and count an answer that is not used."""
+        self.rejected[answer.ticket.client_id] += 1
+        short = " ".join(reason.split())[:1000]
+        self.recent = [*self.recent[-9:], short]
+        logger.warning("Rejected: %s", short)

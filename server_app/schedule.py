@@ -1,0 +1,146 @@
+"""Who trains when: two numbers, one mechanism.
+
+`max_in_flight` (F) slots; an update holds its slot from the moment its message is sent until the
+server step that used it. `buffer_size` (M) accepted updates make one server step. So
+
+- (1, 1) is the published sequential algorithm: a client waits for the one before it;
+- (m, m) is a synchronous cohort: m clients share one phi, one step, next cohort;
+- (N, N) is fully parallel: one step a round;
+- (N, m) is buffered asynchronous: a step for every m arrivals, nobody waits for the slowest.
+
+A round is one pass over the participants. It closes when all of them answered, or when the
+deadline passed and the minimum fraction answered. What arrives after that is late: it is used in a
+later round when its staleness (server steps since its theta was generated) is within bounds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.config import ScheduleSection
+from server_app.mailbox import Answer, Letter, Mailbox
+from server_app.update import ClientUpdate
+
+
+class RoundActions(Protocol):
+    """What the schedule asks of the strategy."""
+
+    def letters(self, client_ids: Sequence[str]) -> Sequence[Letter]:
+        """Generate fresh theta for these clients and wrap it up."""
+
+    def accept(self, answer: Answer) -> ClientUpdate | None:
+        """Turn a good answer into an update; None when it is rejected (and logged, counted)."""
+
+    def step(self, updates: Sequence[ClientUpdate]) -> None:
+        """Take one server step."""
+
+
+@dataclass
+class RoundOutcome:
+    """What happened to the participants of one round, in client ids and counts."""
+
+    accepted: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=list)
+    skipped_busy: list[str] = field(default_factory=list)
+    late_used: int = 0
+    late_dropped: int = 0
+    num_steps: int = 0
+
+
+class Schedule:
+    """Runs rounds over a mailbox; messages of stragglers stay in flight from round to round."""
+
+    def __init__(self, section: ScheduleSection, mailbox: Mailbox) -> None:
+        self._section = section
+        self._mailbox = mailbox
+
+    def slots(self, num_participants: int) -> tuple[int, int]:
+        """Resolve (max_in_flight, buffer_size) for this many participants; 0 means all."""
+        in_flight = min(self._section.max_in_flight or num_participants, num_participants)
+        return in_flight, min(self._section.buffer_size or in_flight, in_flight)
+
+    def run_round(
+        self, server_round: int, participants: Sequence[tuple[str, int]], actions: RoundActions
+    ) -> RoundOutcome:
+        """Train every participant once.
+
+        Parameters
+        ----------
+        participants : (client_id, node_id) pairs in the order in which they train.
+        """
+        state = _RoundState(server_round, list(participants), self.slots(len(participants)))
+        deadline = self._deadline()
+        while not self._closed(state, deadline):
+            self._dispatch(state, actions)
+            for answer in self._mailbox.poll():
+                self._receive(state, answer, actions)
+            if len(state.buffer) >= state.buffer_size:
+                self._step(state, actions)
+        if state.buffer:
+            self._step(state, actions)
+        state.outcome.skipped_busy = [client_id for client_id, _ in state.queue]
+        state.outcome.unanswered = sorted(state.pending)
+        return state.outcome
+
+    def _deadline(self) -> float:
+        seconds = self._section.round_deadline_s
+        return time.monotonic() + seconds if seconds else math.inf
+
+    def _closed(self, state: _RoundState, deadline: float) -> bool:
+        if not state.pending and not any(self._ready(state)):
+            return not state.queue or not len(self._mailbox) or self._late(state, deadline)
+        return self._late(state, deadline)
+
+    def _late(self, state: _RoundState, deadline: float) -> bool:
+        enough = len(state.outcome.accepted) >= self._section.min_fraction * state.num_participants
+        return enough and time.monotonic() >= deadline
+
+    def _ready(self, state: _RoundState) -> list[tuple[str, int]]:
+        busy = self._mailbox.busy_nodes()
+        return [pair for pair in state.queue if pair[1] not in busy]
+
+    def _dispatch(self, state: _RoundState, actions: RoundActions) -> None:
+        free = state.max_in_flight - len(state.pending) - len(state.buffer)
+        chosen = self._ready(state)[: max(free, 0)]
+        if not chosen:
+            return
+        state.queue = [pair for pair in state.queue if pair not in chosen]
+        state.pending |= {client_id for client_id, _ in chosen}
+        self._mailbox.send(actions.letters([client_id for client_id, _ in chosen]))
+
+    def _receive(self, state: _RoundState, answer: Answer, actions: RoundActions) -> None:
+        client_id, on_time = answer.ticket.client_id, answer.ticket.server_round == state.number
+        update = actions.accept(answer)
+        if on_time:
+            state.pending.discard(client_id)
+            (state.outcome.accepted if update else state.outcome.failed).append(client_id)
+        elif update and update.staleness <= self._section.max_staleness:
+            state.outcome.late_used += 1
+        else:
+            state.outcome.late_dropped += 1
+            return
+        if update:
+            state.buffer.append(update)
+
+    def _step(self, state: _RoundState, actions: RoundActions) -> None:
+        updates, state.buffer = state.buffer, []
+        actions.step(updates)
+        state.outcome.num_steps += 1
+
+
+class _RoundState:
+    """The moving parts of one round."""
+
+    def __init__(self, number: int, queue: list[tuple[str, int]], slots: tuple[int, int]) -> None:
+        self.number = number
+        self.queue = queue
+        self.num_participants = len(queue)
+        self.max_in_flight, self.buffer_size = slots
+        self.pending: set[str] = set()
+        self.buffer: list[ClientUpdate] = []
+        self.outcome = RoundOutcome()

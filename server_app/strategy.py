@@ -1,0 +1,321 @@
+"""MH-pFedHN and MH-pFedHNGD as a Flower Strategy (arXiv 2507.22330).
+
+One round reads like the paper: who is there; (GD) train and fold w_g; train the personal models
+through the schedule; evaluate; report. The strategy knows counts and vectors, no architecture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from common import wire
+from common.errors import RunError, listing
+from common.log import logger
+from common.metrics import summarise, weighted_mean
+from common.seeding import numpy_generator
+from common.wire import Evaluation
+from server_app.mailbox import Answer, Letter, Ticket
+from server_app.outputs import RunFolder
+from server_app.phases import (
+    GLOBAL_ID,
+    Core,
+    GlobalPhase,
+    PersonalPhase,
+    Roster,
+    RoundTally,
+    evaluate,
+    finish,
+    fold_global,
+    mean_diagnostics,
+    without_busy,
+)
+from server_app.registry import Client, Registry
+from server_app.schedule import RoundOutcome, Schedule
+from server_app.snapshot import save_server
+
+
+class MHpFedHN(Strategy):
+    """Hosts the hypernetwork and runs rounds over whoever is present.
+
+    Parameters
+    ----------
+    core : hypernetwork, its optimiser, the mailbox to the clients.
+    registry : who is who.
+    folder : where results go.
+    first_round : 1, or the round after the checkpoint that was loaded.
+    """
+
+    def __init__(
+        self, core: Core, registry: Registry, folder: RunFolder, first_round: int = 1
+    ) -> None:
+        self._core = core
+        self._registry = registry
+        self._folder = folder
+        self._first_round = first_round
+        self._schedule = Schedule(core.config.schedule, core.mailbox)
+
+    # --- the run ---------------------------------------------------------------------------------
+
+    def start(  # type: ignore[override]  # the rounds are ours; Flower's extras have no use here
+        self, grid: Grid, num_rounds: int | None = None, **_: object
+    ) -> Result:
+        """Run all rounds; every finished round is on disk before the next one starts."""
+        rounds = num_rounds or self._core.config.run.rounds
+        result = Result()
+        self.summary()
+        for server_round in range(self._first_round, rounds + 1):
+            row = self.run_round(grid, server_round)
+            self._folder.add_round(row, rounds)
+            result.train_metrics_clientapp[server_round] = MetricRecord(dict(row))
+            if server_round % self._core.config.run.checkpoint_every == 0 or server_round == rounds:
+                self._checkpoint()
+            self._require_enough(row, server_round)
+        self._finish(grid, rounds)
+        return result
+
+    def run_round(self, grid: Grid, server_round: int) -> dict[str, float]:
+        """Run one round: registration, global phase, personal phase, evaluation; return its row."""
+        started = time.monotonic()
+        down, up = self._core.mailbox.bytes_down, self._core.mailbox.bytes_up
+        clients = self.refresh(grid, server_round)
+        tally = RoundTally()
+        roster = self._roster(clients, server_round)
+        phase = self._global_phase(roster, tally)
+        outcome = self._schedule.run_round(server_round, list(roster.nodes.items()), phase)
+        if self._core.config.distils and self._core.config.distill.gd_mode == "fused":
+            fold_global(self._core, tally, progress=float(server_round))
+        self._evaluate(clients, server_round, tally)
+        row: dict[str, float] = {"round": server_round}
+        row |= summarise(tally.evaluations)
+        row |= self._train_row(tally, outcome)
+        row["bytes_up"] = self._core.mailbox.bytes_up - up
+        row["bytes_down"] = self._core.mailbox.bytes_down - down
+        row["seconds_round"] = time.monotonic() - started
+        row["seconds_waiting"] = row["seconds_round"] - row["seconds_server"]
+        self._folder.note_clients(self._client_rows(tally.evaluations))
+        return row
+
+    def _global_phase(self, roster: Roster, tally: RoundTally) -> PersonalPhase:
+        """Run phase 1 of GD where it is a trip of its own; return the personal phase."""
+        if not self._core.config.distils:
+            return PersonalPhase(self._core, roster, tally)
+        theta = self._core.generate([GLOBAL_ID])[GLOBAL_ID]
+        if self._core.config.distill.gd_mode == "separate":
+            free = without_busy(roster, self._core.mailbox.busy_nodes())
+            GlobalPhase(self._core, free, tally, theta).run()
+        holders = frozenset(tally.global_deltas)
+        return PersonalPhase(self._core, roster, tally, theta, holders)
+
+    def _evaluate(self, clients: list[Client], server_round: int, tally: RoundTally) -> None:
+        """Replace what was measured before training by a measurement after it, where asked."""
+        run = self._core.config.run
+        last = server_round == run.rounds
+        due = run.evaluation == "separate" and server_round % run.evaluate_every == 0
+        if due or last:
+            roster = Roster(server_round, {c.client_id: c.node_id for c in clients})
+            tally.evaluations = evaluate(
+                self._core, without_busy(roster, self._core.mailbox.busy_nodes())
+            )
+
+    def _train_row(self, tally: RoundTally, outcome: RoundOutcome) -> dict[str, float]:
+        return {
+            "train_loss": weighted_mean(tally.train_losses.values()),
+            "seconds_server": tally.seconds_server,
+            "seconds_clients": tally.seconds_clients,
+            "num_accepted": len(outcome.accepted),
+            "num_failed": len(outcome.failed),
+            "num_unanswered": len(outcome.unanswered) + len(outcome.skipped_busy),
+            "num_late_used": outcome.late_used,
+            "num_late_dropped": outcome.late_dropped,
+            "num_server_steps": outcome.num_steps,
+            **mean_diagnostics(tally.diagnostics),
+        }
+
+    def _require_enough(self, row: dict[str, float], server_round: int) -> None:
+        asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]
+        needed = self._core.config.schedule.min_fraction * asked
+        if row["num_accepted"] < needed:
+            self._checkpoint()
+            raise RunError(
+                f"round {server_round}: {int(row['num_accepted'])} of {int(asked)} clients sent a "
+                f"usable update; min-fraction {self._core.config.schedule.min_fraction:g} needs "
+                f"{needed:g}. Everything learned so far is in the checkpoint; see the rejected "
+                "replies above, then resume with resume-from."
+            )
+
+    def _checkpoint(self) -> None:
+        save_server(
+            self._folder.path,
+            self._core,
+            self._registry,
+            self._folder.rows,
+            self._folder.client_rows,
+        )
+
+    def _finish(self, grid: Grid, rounds: int) -> None:
+        clients = self._registry.present(rounds)
+        stored = finish(self._core, Roster(rounds, {c.client_id: c.node_id for c in clients}))
+        places = sorted({place for place in stored.values() if place})
+        if places:
+            logger.info("Personal models of %d clients stored, e.g. %s", len(stored), places[0])
+
+    # --- who is there ----------------------------------------------------------------------------
+
+    def refresh(self, grid: Grid, server_round: int) -> list[Client]:
+        """Register nodes that are new or back; wait until `min-clients` are present."""
+        section = self._core.config.schedule
+        deadline = time.monotonic() + section.wait_for_clients_s
+        while True:
+            self._register(grid, server_round)
+            present = self._registry.present(server_round)
+            if len(present) >= section.min_clients:
+                return present
+            if time.monotonic() >= deadline:
+                raise RunError(self._too_few(present))
+            time.sleep(0.5)
+
+    def _register(self, grid: Grid, server_round: int) -> None:
+        nodes = self._registry.unknown_nodes(grid.get_node_ids())
+        header = self._core.header(server_round)
+        letters = (
+            Letter(
+                Ticket(f"of node {n}", n, wire.REGISTER, server_round, 0, time.monotonic()),
+                wire.encode_query(header),
+            )
+            for n in nodes
+        )
+        answers = sorted(self._core.mailbox.exchange(letters), key=lambda a: a.ticket.node_id)
+        for answer in answers:
+            self._admit(answer, server_round)
+
+    def _admit(self, answer: Answer, server_round: int) -> None:
+        registration = self._core.desk.read(answer, wire.decode_registration)
+        if registration is None:
+            return
+        client = self._registry.admit(answer.ticket.node_id, registration, server_round)
+        if client is None:
+            return
+        hypernet = self._core.hypernet
+        if hypernet.has_client(client.client_id):
+            if hypernet.num_parameters(client.client_id) == client.num_parameters:
+                return
+            hypernet.remove_client(client.client_id)
+        hypernet.add_client(client.client_id, client.num_parameters)
+        if self._core.config.distils and not hypernet.has_client(GLOBAL_ID):
+            hypernet.add_client(GLOBAL_ID, client.num_global_parameters)
+
+    def _too_few(self, present: list[Client]) -> str:
+        section = self._core.config.schedule
+        why = listing(self._registry.refusals() + self._core.desk.recent, 3)
+        return (
+            f"{len(present)} clients registered within {section.wait_for_clients_s:g} s; "
+            f"min-clients is {section.min_clients}. Start more clients, or lower min-clients."
+            + (f" Clients that could not join: {why}" if why else "")
+        )
+
+    def _roster(self, clients: list[Client], server_round: int) -> Roster:
+        """Shuffle the clients: the published algorithm trains them in random order."""
+        rng = numpy_generator(self._core.config.run.seed, "client-order", server_round=server_round)
+        order = [clients[i] for i in rng.permutation(len(clients))]
+        return Roster(server_round, {c.client_id: c.node_id for c in order})
+
+    def _client_rows(self, evaluations: dict[str, Evaluation]) -> list[dict[str, object]]:
+        return [
+            {
+                "client_id": client_id,
+                "num_parameters": self._registry.client(client_id).num_parameters,
+                "num_chunks": self._core.hypernet.num_chunks(client_id),
+                "num_train": self._registry.client(client_id).num_examples,
+                "num_test": evaluation.num_test,
+                "correct": evaluation.num_correct,
+                "accuracy": evaluation.num_correct / evaluation.num_test,
+                "test_loss": evaluation.test_loss,
+                "rejected": self._core.desk.rejected[client_id],
+            }
+            for client_id, evaluation in evaluations.items()
+        ]
+
+    # --- Flower's hooks, as building blocks for a stock strategy loop ----------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Build one `train.personal` message for each client present (`arrays` is not used)."""
+        clients = self.refresh(grid, server_round)
+        roster = self._roster(clients, server_round)
+        phase = PersonalPhase(self._core, roster, RoundTally())
+        return [_message(letter) for letter in phase.letters(list(roster.nodes))]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take one server step on the mean of all good replies (fully parallel round)."""
+        clients = self._registry.present(server_round)
+        roster = Roster(server_round, {c.client_id: c.node_id for c in clients})
+        tally = RoundTally()
+        phase = PersonalPhase(self._core, roster, tally)
+        updates = [u for a in self._answers(roster, replies) if (u := phase.accept(a)) is not None]
+        if not updates:
+            return None, None
+        phase.step(updates)
+        return None, MetricRecord({"train_loss": weighted_mean(tally.train_losses.values())})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Build one `evaluate.personal` message for each client present."""
+        header = self._core.header(server_round)
+        clients = self._registry.present(server_round)
+        thetas = self._core.generate([c.client_id for c in clients])
+        return [
+            Message(wire.encode_theta(header, thetas[c.client_id]), c.node_id, "evaluate.personal")
+            for c in clients
+        ]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Summarise test counts over clients."""
+        roster = Roster(
+            server_round, {c.client_id: c.node_id for c in self._registry.present(server_round)}
+        )
+        found = {
+            answer.ticket.client_id: evaluation
+            for answer in self._answers(roster, replies)
+            if (evaluation := self._core.desk.read(answer, wire.decode_evaluation)) is not None
+        }
+        return MetricRecord(dict(summarise(found))) if found else None
+
+    def _answers(self, roster: Roster, replies: Iterable[Message]) -> list[Answer]:
+        client_of = {node: client_id for client_id, node in roster.nodes.items()}
+        return [
+            Answer(
+                roster.ticket(client_of[m.metadata.src_node_id], wire.TRAIN_PERSONAL),
+                None if m.has_error() else m.content,
+                failure=m.error.reason or "error" if m.has_error() else "",
+            )
+            for m in replies
+            if m.metadata.src_node_id in client_of
+        ]
+
+    def summary(self) -> None:
+        """Log what is about to run."""
+        config = self._core.config
+        logger.info(
+            "%s: rounds %d-%d, max-in-flight %s, buffer-size %s, seed %d",
+            config.run.method,
+            self._first_round,
+            config.run.rounds,
+            config.schedule.max_in_flight or "all",
+            config.schedule.buffer_size or "= max-in-flight",
+            config.run.seed,
+        )
+
+
+def _message(letter: Letter) -> Message:
+    return Message(letter.content, letter.ticket.node_id, letter.ticket.message_type)

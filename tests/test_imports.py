@@ -1,0 +1,75 @@
+"""The architecture's arrows: server_app -> common <- client_app; flwr only where it is met."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("server_app", "client_app", "common", "experiments")
+ALLOWED = {
+    "server_app": {"server_app", "common"},
+    "client_app": {"client_app", "common"},
+    "common": {"common"},
+    "experiments": set(PACKAGES),
+}
+MEETS_FLOWER = {
+    "server_app/app.py",
+    "server_app/strategy.py",
+    "server_app/phases.py",
+    "server_app/mailbox.py",
+    "server_app/replies.py",
+    "client_app/app.py",
+    "client_app/participant.py",
+    "client_app/state.py",
+    "common/wire.py",
+    "common/records.py",
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module or "")
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_arrows_point_the_right_way(package: str) -> None:
+    for path in sources(package):
+        tops = {name.split(".")[0] for name in imported_modules(path)} & set(PACKAGES)
+        assert tops <= ALLOWED[package], f"{path} imports {tops - ALLOWED[package]}"
+
+
+def test_flower_is_imported_only_where_it_is_met() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for package in ("server_app", "client_app", "common")
+        for path in sources(package)
+        if "flwr" in {name.split(".")[0] for name in imported_modules(path)}
+    }
+    assert found <= MEETS_FLOWER
+
+
+def test_nothing_is_deserialised_with_pickle() -> None:
+    for package in PACKAGES:
+        for path in sources(package):
+            modules = {name.split(".")[0] for name in imported_modules(path)}
+            assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                    continue
+                base = ast.unparse(node.func)
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                if base == "torch.load":
+                    assert keywords.get("weights_only") == "True", f"{path}: {base}"
+                if base in {"np.load", "numpy.load"}:
+                    assert keywords.get("allow_pickle") == "False", f"{path}: {base}"
