@@ -7,6 +7,7 @@ every round, so clients join, leave and return at any time.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from common.errors import RegistrationError
 from common.log import logger
 from common.wire import Registration
+
+RETRY_S = 15.0
+"""Seconds until a node that failed to register is asked again."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Registry:
         self._clients: dict[str, Client] = {}
         self._known_nodes: set[int] = set()
         self._refused: dict[int, str] = {}
+        self._failed_at: dict[int, float] = {}
         self._online: set[int] = set()
 
     def unknown_nodes(self, online: Iterable[int]) -> list[int]:
@@ -54,7 +59,12 @@ class Registry:
         before, self._online = self._online, set(online)
         self._refused = {n: why for n, why in self._refused.items() if n in self._online}
         self._known_nodes &= before & self._online
-        return sorted(self._online - self._known_nodes - self._refused.keys())
+        resting = {n for n, at in self._failed_at.items() if time.monotonic() - at < RETRY_S}
+        return sorted(self._online - self._known_nodes - self._refused.keys() - resting)
+
+    def note_failure(self, node_id: int) -> None:
+        """Leave a node alone for `RETRY_S`: it could not say who it is."""
+        self._failed_at[node_id] = time.monotonic()
 
     def ask_again(self, client_id: str) -> None:
         """Have a client's node register anew at the next refresh (its replies do not fit)."""

@@ -196,6 +196,7 @@ class MHpFedHN(Strategy):
     def _admit(self, answer: Answer, server_round: int) -> None:
         registration = self._core.desk.read(answer, wire.decode_registration)
         if registration is None:
+            self._registry.note_failure(answer.ticket.node_id)
             return
         client = self._registry.admit(answer.ticket.node_id, registration, server_round)
         if client is None:

@@ -46,11 +46,11 @@ class Small(nn.Module):
 class Normed(nn.Module):
     """A small convolution with BatchNorm and dropout: buffers and randomness."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
-        self.drop = nn.Dropout(0.1)
+        self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(16, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -68,6 +68,10 @@ def wide(*, in_channels: int, num_classes: int) -> nn.Module:
 
 def normed(*, in_channels: int, num_classes: int) -> nn.Module:
     return Normed(num_classes)
+
+
+def steady(*, in_channels: int, num_classes: int) -> nn.Module:
+    return Normed(num_classes, dropout=0.0)
 
 
 def explodes(*, in_channels: int, num_classes: int) -> nn.Module:

@@ -1,0 +1,249 @@
+"""Bad input gets a clear error and loses nothing: the run goes on with whoever is left."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from safetensors.torch import load_file
+
+from common.config import RunConfig
+from common.errors import ConfigError, MHpFedHNError, RunError
+from experiments.engines.inprocess import InProcessGrid
+from tests.integration.conftest import Lines
+from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
+
+BAD = 2
+"""partition-id, and so client_id, of the client that misbehaves."""
+
+
+def read_run(config: RunConfig) -> tuple[dict, list[dict]]:
+    folder = Path(config.run.output_dir)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "summary.json").read_text()), [json.loads(x) for x in lines]
+
+
+def spoiling(action: str, damage: Callable[[Message], None]) -> Wrapped:
+    """The real app, except that client BAD's replies to `action` are damaged."""
+
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        reply = handler(message, context)
+        if message.metadata.message_type == action and context.node_config["partition-id"] == BAD:
+            damage(reply)
+        return reply
+
+    return Wrapped(handle)
+
+
+def set_delta(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], None]:
+    def damage(reply: Message) -> None:
+        good = reply.content["arrays"]["delta"].numpy()
+        reply.content["arrays"] = ArrayRecord({"delta": Array(change(good))})
+
+    return damage
+
+
+def drop(record: str) -> Callable[[Message], None]:
+    def damage(reply: Message) -> None:
+        del reply.content[record]
+
+    return damage
+
+
+def poison(x: np.ndarray) -> np.ndarray:
+    x[3] = np.nan
+    return x
+
+
+SOURCE = f"Rejected: train.personal reply of client {BAD} in round 1: "
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (set_delta(lambda x: x[:-1]), "delta has shape (115,); expected (116,), one entry for"),
+        (set_delta(poison), "delta has 1 of 116 entries that are NaN or infinite. Training dive"),
+        (set_delta(lambda x: x + np.float32(1e30)), "delta has norm 1.08e+31; at most 1e+04 is"),
+        (set_delta(lambda x: x.astype(np.float64)), "delta has dtype float64; expected float32"),
+        (drop("arrays"), "record 'arrays' is missing; got none of its kind."),
+        (drop("metrics"), "record 'metrics' is missing; got none of its kind."),
+    ],
+)
+@pytest.mark.parametrize("in_flight", [1, 0])
+def test_a_bad_reply_is_rejected_and_the_others_go_on(
+    tmp_path: Path, logged: Lines, damage: Callable, message: str, in_flight: int
+) -> None:
+    models = f"{HERE}:small,{HERE}:normed,{HERE}:small"  # client 2 has 116 parameters
+    config = tiny_config(
+        tmp_path, models=models, max_in_flight=in_flight, buffer_size=in_flight, rounds=2
+    )
+    run_tiny(config, app=spoiling("train.personal", damage))
+    assert logged.find(SOURCE)[0].startswith(SOURCE + message)
+    summary, rows = read_run(config)
+    assert summary["status"] == "completed"
+    assert [(r["num_accepted"], r["num_failed"]) for r in rows] == [(5, 1), (5, 1)]
+
+
+def test_nothing_of_a_bad_reply_enters_the_hypernetwork(tmp_path: Path) -> None:
+    """A client whose every reply is rejected leaves phi exactly as if it had said nothing."""
+
+    def refuse(message: Message, context: Context, handler: Handler) -> Message:
+        training = message.metadata.message_type == "train.personal"
+        if training and context.node_config["partition-id"] == BAD:
+            raise RuntimeError("out of memory")
+        return handler(message, context)
+
+    runs = {
+        "garbage": spoiling("train.personal", set_delta(lambda x: x * np.float32(1e30))),
+        "silent": Wrapped(refuse),
+    }
+    found = {}
+    for name, app in runs.items():
+        config = tiny_config(tmp_path / name, max_in_flight=0, buffer_size=0)
+        run_tiny(config, app=app)
+        path = next(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors"))
+        found[name] = load_file(path)
+    for name, tensor in found["garbage"].items():
+        assert torch.equal(tensor, found["silent"][name]), name
+        assert torch.isfinite(tensor).all(), name
+
+
+def test_a_wrong_protocol_version_is_not_admitted(tmp_path: Path, logged: Lines) -> None:
+    def damage(reply: Message) -> None:
+        reply.content["config"] = ConfigRecord({"protocol-version": 0, "client-id": "2"})
+
+    config = tiny_config(tmp_path)
+    run_tiny(config, app=spoiling("query.register", damage))
+    assert "protocol version 0; expected 1. Install the same mh-pfedhn release" in "".join(
+        logged.find("Rejected: query.register")
+    )
+    assert read_run(config)[0]["num_clients"] == 5
+
+
+def test_a_client_over_the_cap_is_not_admitted(tmp_path: Path, logged: Lines) -> None:
+    config = tiny_config(tmp_path, max_parameters=200)  # small has 172, normed 116, wide 424
+    run_tiny(config)
+    assert logged.find("Refused: client 2")[0].endswith(
+        "declares 424 parameters; at most 200 are accepted. Use a smaller model, or raise "
+        "max-parameters on the server (heads take 129 floats for each parameter)."
+    )
+    assert read_run(config)[0]["num_clients"] == 4
+
+
+def test_two_nodes_with_one_identity(tmp_path: Path, logged: Lines) -> None:
+    nodes = [
+        {"partition-id": i, "num-partitions": 6, "client-id": "twin" if i in (1, 4) else f"c{i}"}
+        for i in range(6)
+    ]
+    config = tiny_config(tmp_path)
+    run_tiny(config, node_configs=nodes)
+    assert "claims a client-id that node 3 holds" in logged.find("Refused: client twin")[0]
+    assert read_run(config)[0]["num_clients"] == 5
+
+
+def test_a_client_that_raises_in_training(tmp_path: Path, logged: Lines) -> None:
+    config = tiny_config(tmp_path, models=f"{HERE}:small,{HERE}:explodes,{HERE}:wide")
+    run_tiny(config)
+    line = logged.find("Rejected: train.personal reply of client 2 in round 1")[0]
+    assert line.endswith("error 2: RuntimeError: this model cannot run")
+    summary, rows = read_run(config)
+    assert summary["status"] == "completed"
+    assert rows[-1]["num_accepted"] == 4
+
+
+class DeafGrid(InProcessGrid):
+    """Never delivers training messages to one node."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for message_id, message in list(self._queue.items()):
+            training = message.metadata.message_type.startswith("train")
+            if training and message.metadata.dst_node_id == BAD + 2:
+                del self._queue[message_id]
+        return super().pull_messages(message_ids)
+
+
+@pytest.mark.parametrize("in_flight", [1, 0])
+def test_a_client_that_never_answers(tmp_path: Path, logged: Lines, in_flight: int) -> None:
+    config = tiny_config(
+        tmp_path, max_in_flight=in_flight, buffer_size=in_flight, message_timeout_s=0.4
+    )
+    run_tiny(config, grid_type=DeafGrid)
+    lines = logged.find(SOURCE)
+    assert lines[0] == SOURCE + "no answer within 0.4 s"
+    summary, rows = read_run(config)
+    assert summary["status"] == "completed"
+    assert [(r["num_accepted"], r["num_failed"]) for r in rows] == [(5, 1), (5, 1)]
+
+
+def test_the_deadline_closes_a_round_and_the_late_client_is_skipped(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, max_in_flight=0, buffer_size=0, round_deadline_s=0.3)
+    run_tiny(config, grid_type=DeafGrid)
+    rows = read_run(config)[1]
+    assert [(r["num_accepted"], r["num_unanswered"]) for r in rows] == [(5, 1), (5, 1)]
+    assert max(r["seconds_round"] for r in rows) < 10
+
+
+def test_too_few_good_replies_stop_the_run_with_its_checkpoint(tmp_path: Path) -> None:
+    def fail(message: Message, context: Context, handler: Handler) -> Message:
+        late = int(message.content["config"]["server-round"]) == 2
+        if message.metadata.message_type == "train.personal" and late:
+            raise RuntimeError("power cut")
+        return handler(message, context)
+
+    config = tiny_config(tmp_path, rounds=3)
+    with pytest.raises(RunError, match=r"round 2: 0 of 6 clients sent a usable update"):
+        run_tiny(config, app=Wrapped(fail))
+    summary, rows = read_run(config)
+    assert summary["status"] == "failed"
+    assert "resume with resume-from" in summary["reason"]
+    assert len(rows) == 2
+    assert list(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"models": "resnet11"}, "unknown model 'resnet11'. Did you mean 'resnet1"),
+        ({"dataset": "cifar11"}, "unknown dataset 'cifar11'. Did you mean 'cifar10"),
+        ({"partition": "dirichlett"}, "unknown partition 'dirichlett'. Did you mean 'dirichlet'"),
+        ({"num_partitions": 1000}, "1000 clients"),
+        (
+            {"partition": "dirichlet", "dirichlet_alpha": 0.01, "min_client_examples": 70},
+            "min-client-examples",
+        ),
+        ({"device": "cuda:9"}, "device = 'cuda:9', but torch sees no GPU here"),
+    ],
+)
+def test_clients_that_cannot_start_say_why(tmp_path: Path, overrides: dict, message: str) -> None:
+    if "device" in overrides and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = tiny_config(tmp_path, **overrides)
+    nodes = [{"partition-id": i} for i in range(3)]
+    with pytest.raises(RunError) as caught:
+        run_tiny(config, node_configs=nodes)
+    assert "0 clients registered within 1 s; min-clients is 1" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_typo_in_the_run_config_never_starts_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'buffer-sise'. Did you mean 'buffer-size'"):
+        tiny_config(tmp_path, buffer_sise=3)
+
+
+def test_a_relative_output_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MHpFedHNError, match="output-dir = 'runs' is relative"):
+        run_tiny(tiny_config(tmp_path, output_dir="runs"))
+
+
+def test_a_forged_count_is_rejected(tmp_path: Path, logged: Lines) -> None:
+    def damage(reply: Message) -> None:
+        reply.content["metrics"] = MetricRecord(
+            {"num-test": 10, "num-correct": 11, "test-loss": 0.1, "seconds-evaluation": 0.0}
+        )
+
+    config = tiny_config(tmp_path, rounds=1)
+    run_tiny(config, app=spoiling("evaluate.personal", damage))
+    assert "num-correct 11 is more than num-test 10" in logged.find("Rejected: evaluate")[0]
