@@ -79,8 +79,8 @@ class Schedule:
             self._dispatch(state, actions)
             for answer in self._mailbox.poll():
                 self._receive(state, answer, actions)
-            if len(state.buffer) >= state.buffer_size:
-                self._step(state, actions)
+                if len(state.buffer) >= state.buffer_size:
+                    self._step(state, actions)
         if state.buffer:
             self._step(state, actions)
         state.outcome.skipped_busy = [client_id for client_id, _ in state.queue]
