@@ -1,0 +1,131 @@
+"""The command line: `mh-pfedhn run NAME`, `list`, `show RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from common.errors import MHpFedHNError
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 only when what was asked is done."""
+    args = _parser().parse_args(argv)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own "module:factory" lives where they work
+    try:
+        code: int = args.command(args)
+    except MHpFedHNError as error:
+        Console(stderr=True).print(
+            f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a preset or an experiment file to its end."""
+    from experiments.launch import launch
+    from experiments.presets import Preset
+
+    preset = Preset.load(args.experiment)
+    engine = {"name": args.engine, "num-clients": args.clients}
+    config = {
+        "rounds": args.rounds,
+        "seed": args.seed,
+        "data-dir": _absolute(args.data_dir),
+        "output-dir": _absolute(args.output_dir),
+    }
+    preset = preset.with_engine(_given(engine)).with_settings(args.set)
+    return launch(preset.with_config(_given(config)), _console())
+
+
+def list_presets(args: argparse.Namespace) -> int:
+    """List the presets."""
+    from experiments.presets import Preset, preset_names
+    from experiments.report import preset_table
+
+    _console().print(preset_table([Preset.load(name) for name in preset_names()]))
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Show a finished run: tables, and pictures drawn into its folder."""
+    from experiments import launch, report
+    from experiments.runs import find_run
+    from server_app.picture import Reference, draw_curves
+
+    console, found = _console(), find_run(args.run)
+    launch.show(found.folder, console)
+    if args.reference:
+        reference = Reference.load(Path(args.reference).expanduser())
+        path = draw_curves(
+            found.folder, reference=reference, target=found.folder / "curves-reference.png"
+        )
+        console.print(f"picture  {path}", highlight=False, soft_wrap=True)
+        console.print(f"\nreference: {escape(reference.source)}", highlight=False)
+        console.print(report.reference_table(found, reference))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mh-pfedhn",
+        description="Personalised federated learning across different architectures, on Flower.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    command = commands.add_parser("list", help="list the presets")
+    command.set_defaults(command=list_presets)
+    command = commands.add_parser("show", help="tables and pictures of a run")
+    command.add_argument("run", metavar="RUN", help="a run folder, or its name")
+    command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
+    command.set_defaults(command=show)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    command = commands.add_parser("run", help="run a preset or an experiment file")
+    command.add_argument("experiment", metavar="NAME|FILE.toml", help="see `mh-pfedhn list`")
+    command.add_argument("--rounds", type=int, metavar="N", help="passes over the clients")
+    command.add_argument("--clients", type=int, metavar="N", help="number of simulated clients")
+    command.add_argument("--seed", type=int, metavar="N")
+    command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
+    command.add_argument("--output-dir", metavar="DIR", help="this run's own folder")
+    command.add_argument("--engine", metavar="ray|inprocess", help="where it runs")
+    command.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key of the run config or of [engine]",
+    )
+    command.set_defaults(command=run)
+
+
+def _console() -> Console:
+    # rich would cut lines for a log file or a pipe to 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The command line with Flower's simulation on Ray: the same numbers, honest status, no remains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import psutil
+import pytest
+
+from experiments.__main__ import main
+from experiments.engines import processes
+from experiments.engines.home import PROJECT_ROOT, bytecode_cache
+
+TINY = """
+description = "three architectures on the tiny patterns"
+[engine]
+num-clients = 3
+[config]
+rounds = 2
+method = "mh-pfedhn-gd"
+max-in-flight = 0
+buffer-size = 0
+dataset = "tests.support.tiny:patterns"
+models = "tests.support.tiny:small,tests.support.tiny:wide,tests.support.tiny:normed"
+global-model = "tests.support.tiny:small"
+partition = "iid"
+image-size = 8
+chunk-size = 64
+hidden-dim = 16
+embed-dim = 8
+cache-dir = "cache"
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def untimed_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def remains() -> list[int]:
+    """Processes of any run that this test process started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            marked = process.environ().get(processes.MARK, "").startswith("/tmp/mhp-")
+        except psutil.Error:
+            continue
+        if marked and processes.is_alive(process):
+            found.append(process.pid)
+    return found
+
+
+def test_ray_and_one_process_give_the_same_numbers(experiment: str, tmp_path: Path) -> None:
+    before = remains()
+    for engine in ("ray", "inprocess"):
+        arguments = ["run", experiment, "--engine", engine]
+        assert main([*arguments, "--output-dir", str(tmp_path / engine)]) == 0
+    assert untimed_rows(tmp_path / "ray") == untimed_rows(tmp_path / "inprocess")
+    assert (tmp_path / "ray" / "curves.png").is_file()
+    assert set(remains()) <= set(before)
+
+
+def test_a_failed_run_is_not_taken_for_a_good_one(
+    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    arguments = ["run", experiment, "--output-dir", str(folder), "--set"]
+    assert main([*arguments, "models=tests.support.tiny:explodes", "wait-for-clients-s=1"]) == 1
+    out = capsys.readouterr().out
+    assert "this model cannot run" in out
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert (folder / "superlink.log").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_process(
+    experiment: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    before = remains()
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "experiments", "run", experiment, "--rounds", "100000"]
+    process = subprocess.Popen(
+        [*command, "--output-dir", str(folder)],
+        cwd=PROJECT_ROOT,
+        env={**os.environ, **bytecode_cache(os.environ)},
+    )
+    metrics, deadline = folder / "metrics.jsonl", monotonic() + 300
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+        assert monotonic() < deadline
+        sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    assert set(remains()) <= set(before)

@@ -1,0 +1,167 @@
+"""The command line on real runs of a tiny federation, in process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from time import sleep
+
+import pytest
+
+from experiments.__main__ import main
+from tests.unit.experiments.run_folders import write_run
+
+TINY = """
+description = "a tiny federation"
+[engine]
+name = "inprocess"
+num-clients = 3
+workers = 1
+[config]
+rounds = 2
+dataset = "tests.support.tiny:patterns"
+models = "tests.support.tiny:small,tests.support.tiny:wide,tests.support.tiny:normed"
+partition = "iid"
+image-size = 8
+chunk-size = 64
+hidden-dim = 16
+embed-dim = 8
+cache-dir = "cache"
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def read_summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_completes_and_can_be_shown(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(["run", str(experiment), "--rounds", "3", "--output-dir", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"run folder  {folder}") == 2
+    assert "round 3/3" in out
+    assert "completed" in out
+    assert read_summary(folder)["status"] == "completed"
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert (folder / "clients.png").stat().st_size > 10_000
+    assert "round 3/3" in (folder / "run.log").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["run-name"], config["num-partitions"], config["min-clients"]) == ("tiny", 3, 3)
+    assert len((folder / "clients.csv").read_text().splitlines()) == 1 + 3
+
+    assert main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "tests.support.tiny:wide" in shown
+    assert str(folder / "clients.png") in shown
+
+
+def test_run_goes_below_the_output_root(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path / "root"))
+    command = ["run", str(experiment), "--rounds", "1", "--clients", "2", "--seed", "1"]
+    assert main([*command, "--set", "models=mlp", "image-size=32"]) == 0
+    (folder,) = (tmp_path / "root").iterdir()
+    assert folder.name.startswith("tiny-2")
+    assert read_summary(folder)["seed"] == 1
+    assert main(["show", folder.name]) == 0
+
+
+def test_a_run_that_fails_says_why_and_exits_with_1(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    command = ["run", str(experiment), "--output-dir", str(folder)]
+    assert main([*command, "--set", "models=tests.support.tiny:explodes"]) == 1
+    out = capsys.readouterr().out
+    assert "failed" in out
+    assert "this model cannot run" in out
+    assert read_summary(folder)["status"] == "failed"
+
+
+def test_data_that_cannot_be_prepared_fails_before_anything_starts(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    command = ["run", str(experiment), "--output-dir", str(folder)]
+    assert main([*command, "--set", "partition=dirichlett"]) == 1
+    assert "Did you mean 'dirichlet'?" in capsys.readouterr().out
+    assert not (folder / "metrics.jsonl").exists()
+    assert read_summary(folder)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quikstart"], "Did you mean 'quickstart'?"),
+        (["run", "quickstart", "--set", "server-lrr=1"], "Did you mean 'server-lr'?"),
+        (["run", "quickstart", "--engine", "rai"], "engine: name = 'rai' cannot be used"),
+        (["run", "quickstart", "--clients", "0"], "engine: num-clients = 0 cannot be used"),
+        (["show", "nowhere"], "unknown run 'nowhere'"),
+    ],
+)
+def test_mistakes_are_explained_and_exit_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "old")
+    assert main(["run", str(experiment), "--output-dir", str(folder)]) == 2
+    assert "already holds a run. Choose another --output-dir" in capsys.readouterr().err
+    assert read_summary(folder)["status"] == "completed"
+
+
+def test_list_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "quickstart" in out
+    assert "cifar100-sequential" in out
+
+
+def test_show_compares_with_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "a", rounds=10, models="cnn")
+    rows = [[i, 1.0, 0.97] for i in range(1, 21)]
+    content = {"source": "somebody", "columns": ["round", "loss", "accuracy"], "rows": rows}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    assert main(["show", str(folder), "--reference", str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert "reference: somebody" in out
+    assert "+3.0" in out
+    assert (folder / "curves-reference.png").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_what_was_learned(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    folder = tmp_path / "out"
+    metrics = folder / "metrics.jsonl"
+
+    def stop_after_the_first_round() -> None:
+        while not metrics.exists() or not metrics.read_text():
+            sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop_after_the_first_round, daemon=True).start()
+    arguments = ["--rounds", "100000", "--output-dir", str(folder)]
+    assert main(["run", str(experiment), *arguments]) == 130
+    assert "interrupted" in capsys.readouterr().out
+    assert read_summary(folder)["status"] == "interrupted"
+    assert read_summary(folder)["rounds"] >= 1

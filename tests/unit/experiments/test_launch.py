@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from experiments.launch import complete, error_lines, open_engine
+from experiments.presets import Preset
+
+FLOWER_LOG = """\
+\x1b[92mINFO \x1b[0m:      round 1/5  accuracy 0.192
+\x1b[93mWARNING \x1b[0m:   Since flwr 1.32, default simulated SuperNodes changed from 10 to 2.
+\x1b[93mWARNING \x1b[0m:   Rejected: delta of client 3 is not finite
+Traceback (most recent call last):
+  File "strategy.py", line 3, in start
+    raise RunError("too few")
+common.errors.RunError: too few
+\x1b[91mERROR \x1b[0m:     Exit Code: 700
+"""
+
+
+def test_error_lines_tell_the_story_without_the_noise(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text(FLOWER_LOG)
+    assert error_lines(log) == [
+        "WARNING :   Rejected: delta of client 3 is not finite",
+        "common.errors.RunError: too few",
+    ]
+
+
+def test_error_lines_of_a_silent_death_are_the_last_ones(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("".join(f"line {i}\n" for i in range(20)))
+    assert error_lines(log, limit=2) == ["line 18", "line 19"]
+
+
+def test_error_lines_without_a_log_are_none(tmp_path: Path) -> None:
+    assert error_lines(tmp_path / "run.log") == []
+
+
+def test_launch_fills_in_folder_name_and_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
+    config = complete(Preset.load("cifar100-sequential")).config
+    assert Path(config.run.output_dir).parent == tmp_path
+    assert config.run.run_name == "cifar100-sequential"
+    assert config.schedule.min_clients == 50
+
+
+def test_launch_keeps_what_was_chosen(tmp_path: Path) -> None:
+    preset = Preset.load("quickstart").with_settings(
+        [f"output-dir={tmp_path}/x", "run-name=mine", "min-clients=4"]
+    )
+    config = complete(preset).config
+    assert config.run.output_dir == f"{tmp_path}/x"
+    assert config.run.run_name == "mine"
+    assert config.schedule.min_clients == 4
+
+
+def test_launch_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"already holds a run. Choose another --output-dir"):
+        complete(Preset.load("quickstart").with_settings([f"output-dir={tmp_path}"]))
+
+
+def test_local_data_and_own_modules_reach_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    preset = Preset.load("quickstart").with_settings([f"data-dir={tmp_path}", "models=mine:net"])
+    with open_engine(preset, tmp_path / "run.log") as engine:
+        env = engine.environment  # type: ignore[attr-defined]
+    assert env["HF_HUB_OFFLINE"] == env["HF_DATASETS_OFFLINE"] == "1"
+    assert env["PYTHONPATH"] == str(tmp_path)
+
+
+def test_nobody_elses_modules_are_offered_to_a_run_that_needs_none(tmp_path: Path) -> None:
+    with open_engine(Preset.load("quickstart"), tmp_path / "run.log") as engine:
+        env = engine.environment  # type: ignore[attr-defined]
+    assert "HF_HUB_OFFLINE" not in env
+    assert str(Path.cwd()) not in env.get("PYTHONPATH", "")

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import RunError
+from experiments.plots import draw_clients, family_colors
+from experiments.runs import Run
+from server_app.picture import Reference, column, draw_curves, folder_title
+from tests.unit.experiments.run_folders import metric_row, write_run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_curves_are_drawn_into_the_folder(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    path = draw_curves(folder)
+    assert path == folder / "curves.png"
+    assert path.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("accuracies", [[], [None], [0.3], [None, 0.5, None]])
+def test_short_and_unevaluated_runs_can_be_drawn(
+    tmp_path: Path, accuracies: list[float | None]
+) -> None:
+    rows = [metric_row(i, accuracy) for i, accuracy in enumerate(accuracies, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert draw_curves(tmp_path).read_bytes().startswith(PNG)
+
+
+def test_nan_and_missing_values_leave_a_gap() -> None:
+    rows = [
+        {"round": 1, "x": 0.5},
+        {"round": 2, "x": float("nan")},
+        {"round": 3},
+        {"round": 4, "x": 1},
+    ]
+    assert column(rows, "x") == ([1, 4], [0.5, 1.0])
+
+
+def test_title_names_method_data_and_clients(tmp_path: Path) -> None:
+    assert folder_title(write_run(tmp_path / "a")) == "MH-pFedHN · digits · 4 clients"
+
+
+def test_reference_is_drawn_beside_the_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    content = {"source": "s", "columns": ["round", "loss", "accuracy"], "rows": [[1, 2.5, 0.1]]}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    reference = Reference.load(tmp_path / "r.json")
+    assert reference == Reference("s", (1,), (0.1,), (2.5,))
+    target = draw_curves(folder, reference=reference, target=tmp_path / "both.png")
+    assert target.read_bytes().startswith(PNG)
+    assert not (folder / "curves.png").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"columns": ["round"], "rows": []}'])
+def test_other_json_is_not_a_reference(tmp_path: Path, content: str) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(RunError, match=r"r.json is not a reference curve. Expected JSON with"):
+        Reference.load(tmp_path / "r.json")
+
+
+def test_missing_reference_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot read the reference .*none.json: No such file"):
+        Reference.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_clients_are_drawn(tmp_path: Path, clients: int) -> None:
+    run = Run.load(write_run(tmp_path / "a", clients=clients, models="cnn"))
+    assert draw_clients(run).read_bytes().startswith(PNG)
+
+
+def test_run_without_clients_can_be_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "clients.csv").unlink()
+    assert draw_clients(Run.load(folder)).read_bytes().startswith(PNG)
+
+
+def test_families_keep_their_colour_however_many_clients_they_have() -> None:
+    colors = family_colors(["cnn", "cnn", "vgg8", "cnn"])
+    assert list(colors) == ["cnn", "vgg8"]
+    assert colors["cnn"] != colors["vgg8"]

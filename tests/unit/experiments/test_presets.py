@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from flwr.common.config import parse_config_args
+
+from common.config import RunConfig
+from common.errors import ConfigError
+from experiments.presets import Preset, preset_names, to_toml
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_preset_loads_and_says_what_it_shows() -> None:
+    assert {"quickstart", "cifar100-sequential"} <= set(preset_names())
+    for name in preset_names():
+        preset = Preset.load(name)
+        assert preset.name == name
+        assert 20 < len(preset.description) < 100
+        assert preset.config.client.num_partitions == preset.engine.num_clients
+
+
+def test_sequential_preset_has_the_published_settings() -> None:
+    preset = Preset.load("cifar100-sequential")
+    config = preset.config
+    assert (preset.engine.num_clients, config.run.rounds, config.client.models) == (50, 40, "cnn")
+    assert (config.schedule.max_in_flight, config.schedule.buffer_size) == (1, 1)
+    assert config.update == RunConfig().update
+    assert config.training == RunConfig().training
+
+
+def test_file_has_the_form_of_a_preset(tmp_path: Path) -> None:
+    text = 'description = "d"\n[engine]\nnum-clients = 3\n[config]\ndata-dir = "here"\nrounds = 2\n'
+    preset = Preset.load(write(tmp_path, text))
+    assert (preset.name, preset.description, preset.engine.num_clients) == ("mine", "d", 3)
+    assert preset.config.client.data_dir == str(tmp_path / "here")
+    assert preset.config.client.num_partitions == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[confg]\n", r"mine.toml: unknown table 'confg'. Did you mean 'config'\?"),
+        ("[engine]\nnum-client = 3\n", r"mine.toml \[engine\]: unknown key 'num-client'. Did you"),
+        ("[engine]\nnum-clients = 0\n", r"mine.toml \[engine\]: num-clients = 0 cannot be used"),
+        ("[config]\nround = 3\n", r"mine.toml \[config\]: .*'round'. Did you mean 'rounds'\?"),
+        ("[config]\nrounds = 0\n", r"mine.toml \[config\]: run config: rounds = 0 cannot be used"),
+        ("config = 3\n", r"mine.toml: config must be a table: write \[config\]"),
+        ("= 3\n", r"mine.toml is not a TOML file"),
+    ],
+)
+def test_bad_file_names_the_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Preset.load(write(tmp_path, text))
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown preset 'quikstart'. Did you mean 'quickstart'"):
+        Preset.load("quikstart")
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read experiment file nowhere.toml: No such"):
+        Preset.load("nowhere.toml")
+
+
+def test_settings_reach_config_and_engine_with_their_types(tmp_path: Path) -> None:
+    preset = Preset.load("quickstart").with_settings(
+        ["server-lr=1e-3", "rounds=7", "workers=2", "num-clients=4", "run-name='a b'", "models=cnn"]
+    )
+    assert preset.config.update.server_lr == 1e-3
+    assert preset.config.run.rounds == 7
+    assert (preset.engine.workers, preset.engine.num_clients) == (2, 4)
+    assert preset.config.run.run_name == "a b"
+    assert preset.config.client.num_partitions == 4
+
+
+def test_underscores_are_accepted_in_keys() -> None:
+    assert Preset.load("quickstart").with_settings(["batch_size=8"]).config.training.batch_size == 8
+
+
+def test_later_setting_wins() -> None:
+    preset = Preset.load("quickstart").with_settings(["rounds=3", "rounds=4"])
+    assert preset.config.run.rounds == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("server-lrr=1", r"--set: unknown key 'server-lrr'. Did you mean 'server-lr'\?"),
+        ("rounds", r"--set expects key=value, got 'rounds'"),
+        ("rounds=many", r"run config: rounds = 'many' cannot be used"),
+        ("method=fedavg", r"run config: method = 'fedavg' cannot be used"),
+        ("workers=-1", r"engine: workers = '-1' cannot be used"),
+        ("num-partitions=3", r"num-partitions cannot be set here: .*--clients N"),
+    ],
+)
+def test_bad_setting_is_explained(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Preset.load("quickstart").with_settings([setting])
+
+
+def test_toml_is_what_flower_reads_back(tmp_path: Path) -> None:
+    flat = RunConfig().flat() | {
+        "run-name": 'quote " backslash \\ tab \t é 漢',
+        "server-lr": 1e-5,
+        "partition-options": '{"a": [1, 2]}',
+    }
+    path = tmp_path / "run-config.toml"
+    path.write_text(to_toml(flat), encoding="utf-8")
+    assert tomllib.loads(path.read_text(encoding="utf-8")) == flat
+    assert parse_config_args([str(path)]) == flat

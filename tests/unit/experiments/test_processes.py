@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+import psutil
+import pytest
+
+from common.errors import RunError
+from experiments.engines import processes
+
+SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
+# Its child starts a session of its own, as Flower does, and ignores SIGTERM.
+PARENT = """
+import subprocess, sys, time
+child = "import signal as s, time; s.signal(15, s.SIG_IGN); print('up', flush=True); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+time.sleep(60)
+"""
+
+
+def start(code: str, mark: str, folder: Path) -> processes.Process:
+    env = {**os.environ, processes.MARK: mark}
+    command = [sys.executable, "-c", code]
+    process = processes.start(command, env=env, log=folder / "log", cwd=folder)
+    deadline = monotonic() + 20
+    while "up" not in (folder / "log").read_text() and monotonic() < deadline:
+        pass
+    return process
+
+
+def test_marked_processes_are_stopped_even_when_detached_and_stubborn(tmp_path: Path) -> None:
+    mark = str(tmp_path)
+    parent = start(PARENT, mark, tmp_path)
+    seen = psutil.Process(parent.pid)
+    (child,) = seen.children()
+    assert processes.stop_marked(mark, patience_s=0.5) == 2
+    parent.wait(5)
+    assert not processes.is_alive(seen)
+    assert not processes.is_alive(child)
+
+
+def test_orphans_are_found_by_their_mark(tmp_path: Path) -> None:
+    mark = str(tmp_path)
+    parent = start(PARENT, mark, tmp_path)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait(5)
+    assert processes.is_alive(child)
+    assert processes.stop_marked(mark, patience_s=0.5) == 1
+    assert not processes.is_alive(child)
+
+
+def test_processes_of_others_are_left_alone(tmp_path: Path) -> None:
+    other = start(SLEEPER, "another run", tmp_path)
+    try:
+        assert processes.stop_marked(str(tmp_path)) == 0
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait(5)
+
+
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
+    code = "import sys; print('out'); print('err', file=sys.stderr)"
+    command = [sys.executable, "-c", code]
+    log = tmp_path / "log"
+    processes.start(command, env=dict(os.environ), log=log, cwd=tmp_path).wait(20)
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
+def test_missing_program_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot start no-such-flwr: .* `uv sync` does it"):
+        processes.start(["no-such-flwr"], env={}, log=tmp_path / "log", cwd=tmp_path)
+
+
+def test_superlink_that_ends_at_once_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", "print('port is taken'); raise SystemExit(3)"]
+    process = processes.start(command, env=dict(os.environ), log=log, cwd=tmp_path)
+    with pytest.raises(RunError, match=r"SuperLink ended at its start.*\nport is taken"):
+        processes.wait_until_healthy(process, port=processes.free_port(), timeout_s=20, log=log)
+
+
+def test_superlink_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(SLEEPER, "mark", tmp_path)
+    try:
+        with pytest.raises(RunError, match=r"did not answer on port \d+ within 0 s"):
+            processes.wait_until_healthy(
+                process, port=processes.free_port(), timeout_s=0.2, log=log
+            )
+    finally:
+        process.kill()
+        process.wait(5)
+
+
+def test_free_port_can_be_bound() -> None:
+    port = processes.free_port()
+    command = [sys.executable, "-c", f"import socket; socket.socket().bind(('127.0.0.1', {port}))"]
+    assert subprocess.run(command, check=False).returncode == 0

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.presets import Preset
+from experiments.report import family_table, preset_table, reference_table, run_table
+from experiments.runs import Run, settle
+from server_app.picture import Reference
+from tests.unit.experiments.run_folders import write_run
+
+
+def text(table: Table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160).print(table)
+    return out.getvalue()
+
+
+def cells(table: Table) -> dict[str, list[str]]:
+    """Rows by their first cell, split where columns are."""
+    rows = [
+        [cell.strip() for cell in line.split("   ") if cell.strip()]
+        for line in text(table).splitlines()
+    ]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def test_run_table_sums_the_run_up(tmp_path: Path) -> None:
+    shown = text(run_table(Run.load(write_run(tmp_path / "a"))))
+    for part in (
+        "completed",
+        "MH-pFedHN",
+        "cnn, vgg8",
+        "4 of 4",
+        "40.0 % last, 40.0 % best (round 4)",
+        "38.0 %, standard deviation over clients 10.0 %",
+        "20.0 %",
+        "8.0 MB down, 4.0 MB up",
+        "1:15",
+    ):
+        assert part in shown
+
+
+def test_run_table_of_a_run_that_never_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    settle(tmp_path, "failed", "no [clients] came")
+    shown = text(run_table(Run.load(tmp_path)))
+    assert "failed" in shown
+    assert "no [clients] came" in shown
+    assert "micro accuracy" in shown
+
+
+def test_family_table_weighs_by_examples(tmp_path: Path) -> None:
+    rows = cells(family_table(Run.load(write_run(tmp_path / "a"))))
+    assert rows["cnn"] == ["2", "1,000", "20", "55.0 %", "55.0 %", "50.0 %"]
+    assert rows["vgg8"] == ["2", "2,000", "20", "75.0 %", "75.0 %", "70.0 %"]
+    assert rows["all"] == ["4", "1,000 - 2,000", "40", "65.0 %", "65.0 %", "50.0 %"]
+
+
+def test_reference_table_shows_differences_in_points(tmp_path: Path) -> None:
+    run = Run.load(write_run(tmp_path / "a", rounds=10))
+    reference = Reference("paper", tuple(range(1, 13)), (0.95,) * 12, (1.0,) * 12)
+    rows = cells(reference_table(run, reference))
+    assert rows["10"] == ["100.0 %", "95.0 %", "+5.0"]
+    assert "20" not in rows
+
+
+def test_preset_table_lists_name_and_purpose() -> None:
+    rows = cells(preset_table([Preset.load("cifar100-sequential")]))
+    assert rows["cifar100-sequential"][:3] == ["50", "40", "inprocess"]

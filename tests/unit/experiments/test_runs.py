@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError, RunError
+from experiments.runs import Run, find_run, new_folder, output_root, settle
+from tests.unit.experiments.run_folders import write_clients, write_run
+
+
+def test_run_reads_every_part(tmp_path: Path) -> None:
+    run = Run.load(write_run(tmp_path / "a"))
+    assert run.name == "a"
+    assert [row["round"] for row in run.rows] == [1, 2, 3, 4]
+    assert [client.client_id for client in run.clients] == ["0", "1", "2", "3"]
+    assert run.clients[3].accuracy == 0.8
+    assert run.summary["status"] == "completed"
+
+
+def test_families_come_from_the_blocks_of_the_run_config(tmp_path: Path) -> None:
+    run = Run.load(write_run(tmp_path / "a"))
+    assert run.families() == {"0": "cnn", "1": "cnn", "2": "vgg8", "3": "vgg8"}
+
+
+def test_one_model_names_all_clients(tmp_path: Path) -> None:
+    run = Run.load(write_run(tmp_path / "a", models="cnn"))
+    assert set(run.families().values()) == {"cnn"}
+
+
+def test_models_that_clients_chose_themselves_are_named_by_size(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    write_clients(folder, ["vgg8", "cnn", "vgg8", "cnn"], 4)
+    assert Run.load(folder).families()["0"] == "2,000 parameters"
+
+
+def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 5, "accu')
+    assert len(Run.load(folder).rows) == 4
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no run: neither summary.json nor metrics.jsonl"):
+        Run.load(tmp_path)
+
+
+def test_broken_file_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(RunError, match=r"run folder .* cannot be read: JSONDecodeError"):
+        Run.load(folder)
+
+
+def test_runs_are_found_by_name_and_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
+    folder = write_run(tmp_path / "quick-1")
+    assert output_root() == tmp_path
+    assert find_run("quick-1").folder == folder
+    assert find_run(str(folder)).folder == folder
+    with pytest.raises(ConfigError, match=r"unknown run 'quik-1'. Did you mean 'quick-1'\?"):
+        find_run("quik-1")
+
+
+def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
+    first = new_folder("quick")
+    first.mkdir()
+    second = new_folder("quick")
+    assert first.parent == second.parent == tmp_path
+    assert first.name.startswith("quick-2")
+    assert first != second
+
+
+def test_settle_says_how_a_killed_run_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    settle(folder, "failed", "the machine burnt")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("failed", "the machine burnt")
+    assert summary["rounds"] == 4
+
+
+def test_settle_keeps_the_reason_that_the_server_gave(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    settle(folder, "failed", "what the server said")
+    settle(folder, "failed", "something vaguer")
+    assert json.loads((folder / "summary.json").read_text())["reason"] == "what the server said"
