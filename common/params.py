@@ -84,6 +84,17 @@ class FlatModel:
             )
         self.theta.copy_(theta)
 
+    def backward(self, loss: Tensor) -> None:
+        """Overwrite `theta.grad` (P,) with the gradient of a scalar loss.
+
+        The same as `zero_grad` and `loss.backward()`, in one pass over the gradients instead of
+        three (clear, accumulate each layer); a parameter that the loss does not depend on gets 0.
+        """
+        parameters = [parameter for parameter, _ in self._views]
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        assert self.theta.grad is not None
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.theta.grad)
+
     def zero_grad(self) -> None:
         """Set the gradient vector to zero, keeping the views of it."""
         assert self.theta.grad is not None

@@ -1,8 +1,9 @@
 """One head group: the linear heads that clients with equally many chunks share.
 
-Both directions work on tiles of a few chunks for ALL clients at once. The scratch memory is
-bounded by `TILE_BYTES` however many clients there are, and every weight is read, and every
-gradient written, exactly once.
+Both directions work on tiles of a few chunks for ALL clients at once. A tile, what goes into it
+and what comes out of it stay in the cache until everything that needs them is done; the scratch
+memory is bounded by `TILE_BYTES` however many clients there are; and every weight is read, and
+every gradient written, exactly once.
 
 Shapes: N clients, C chunks of the group, c chunks of one tile, S chunk size, H hidden size,
 P parameters of a client (the paper's K_i; differs from client to client within the last chunk).
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 TILE_BYTES = 16 * 2**20  # half of a common L3 cache; at least one chunk is always taken
+WORK_BYTES = 8 * 2**20  # what the products of one step of the loop read and write together
+ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would all fall into the same cache sets
 
 
 class Scratch:
@@ -44,12 +47,20 @@ class HeadPullback:
     ----------
     features_CNH : gradient of the features, each client's scaled by its share of the step.
     square_norms : |delta_i|^2 of each client (N,), float64, of the unweighted deltas.
-    mean_square_norm : |weighted mean of the deltas|^2, a scalar tensor, float64.
+    mean_square_norm : |weighted mean of the deltas|^2, a scalar tensor, float64. It is the squared
+        norm of the bias gradient.
+    weight_square_norm : squared norm of the weight gradient, a scalar tensor, float64.
     """
 
     features_CNH: Tensor
     square_norms: Tensor
     mean_square_norm: Tensor
+    weight_square_norm: Tensor
+
+    @property
+    def square_norm(self) -> Tensor:
+        """Squared norm of the group's whole gradient, a scalar tensor, float64."""
+        return self.mean_square_norm + self.weight_square_norm
 
 
 class HeadGroup:
@@ -95,23 +106,19 @@ class HeadGroup:
         return self.weight.shape[2]
 
     @torch.no_grad()
-    def forward(
-        self,
-        features_CNH: Tensor,
-        sizes: Sequence[int],
-        *,
-        scratch: Scratch,
-    ) -> list[Tensor]:
-        """Emit theta_i (P_i,) of every client, truncated to its size; no graph is recorded."""
-        thetas = [torch.empty(size, device=self.weight.device) for size in sizes]
-        for tile in self._tiles(len(sizes)):
-            out_cNS = scratch.take(tile.stop - tile.start, len(sizes), self.chunk_size)
-            bias_c1S = self.bias[tile].unsqueeze(1)
-            torch.baddbmm(bias_c1S, features_CNH[tile], self.weight[tile], out=out_cNS)
-            for i, theta in enumerate(thetas):
-                for part, row in self._spans(theta, out_cNS[:, i], tile):
-                    part.copy_(row)
-        return thetas
+    def forward(self, features_CNH: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Emit theta_i (P_i,) of every client, truncated to its size; no graph is recorded.
+
+        They are rows of one block of memory, which is freed with the last of them.
+        """
+        length = self.num_chunks * self.chunk_size
+        block = torch.empty(len(sizes), length + ROW_PADDING, device=self.weight.device)
+        out_CNS = block[:, :length].view(len(sizes), *self.bias.shape).transpose(0, 1)
+        rows = len(sizes) + self.weight.shape[1]
+        for work in self._tiles(0, self.num_chunks, rows=rows, budget=self._work_bytes):
+            bias_c1S = self.bias[work].unsqueeze(1)
+            torch.baddbmm(bias_c1S, features_CNH[work], self.weight[work], out=out_CNS[work])
+        return [block[i, :size] for i, size in enumerate(sizes)]
 
     @torch.no_grad()
     def backward(
@@ -144,28 +151,39 @@ class HeadGroup:
         weighted_CNH = features_CNH * within[:, None]
         pulled = torch.empty_like(features_CNH, memory_format=torch.contiguous_format)
         squares = torch.zeros(len(deltas), dtype=torch.float64, device=shares.device)
-        for tile in self._tiles(len(deltas)):
-            delta_NcS = self._pack(deltas, tile, scratch)
-            delta_NQ, delta_cNS = delta_NcS.flatten(1), delta_NcS.transpose(0, 1)
-            torch.bmm(weighted_CNH[tile].transpose(1, 2), delta_cNS, out=grad_weight[tile])
-            torch.mv(delta_NQ.t(), within, out=grad_bias[tile].view(-1))
-            torch.bmm(delta_cNS, self.weight[tile].transpose(1, 2), out=pulled[tile])
-            squares += torch.linalg.vector_norm(delta_NcS, dim=2).double().square().sum(1)
+        weight_square = torch.zeros((), dtype=torch.float64, device=shares.device)
+        for tile in self._tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
+            packed_NcS = self._pack(deltas, tile, scratch)
+            rows = len(deltas) + self.weight.shape[1]
+            for work in self._tiles(tile.start, tile.stop, rows=rows, budget=self._work_bytes):
+                delta_NcS = packed_NcS[:, work.start - tile.start : work.stop - tile.start]
+                delta_cNS = delta_NcS.transpose(0, 1)
+                grad_cHS = grad_weight[work]
+                torch.bmm(weighted_CNH[work].transpose(1, 2), delta_cNS, out=grad_cHS)
+                torch.bmm(delta_cNS, self.weight[work].transpose(1, 2), out=pulled[work])
+                torch.matmul(within, delta_cNS, out=grad_bias[work])
+                squares += torch.linalg.vector_norm(delta_NcS, dim=2).double().square().sum(1)
+                weight_square += torch.linalg.vector_norm(grad_cHS, dim=2).double().square().sum()
         pulled *= shares[:, None]
         self.weight.grad, self.bias.grad = grad_weight, grad_bias
         mean_square = torch.linalg.vector_norm(grad_bias, dim=1).double().square().sum()
-        return HeadPullback(pulled, squares, mean_square)
+        return HeadPullback(pulled, squares, mean_square, weight_square)
 
     def _gradient_buffers(self) -> tuple[Tensor, Tensor]:
         if self._gradients is None:
             self._gradients = torch.empty_like(self.weight), torch.empty_like(self.bias)
         return self._gradients
 
-    def _tiles(self, num_clients: int) -> Iterator[slice]:
-        """Cut the chunks into runs whose (c, N, S) float32 tile fits `TILE_BYTES`."""
-        chunks = max(1, TILE_BYTES // (4 * num_clients * self.chunk_size))
-        for first in range(0, self.num_chunks, chunks):
-            yield slice(first, min(first + chunks, self.num_chunks))
+    @property
+    def _work_bytes(self) -> int:
+        """Bytes one product may touch; a GPU wants few launches more than a small footprint."""
+        return WORK_BYTES if self.weight.device.type == "cpu" else 64 * WORK_BYTES
+
+    def _tiles(self, first: int, stop: int, *, rows: int, budget: int) -> Iterator[slice]:
+        """Cut chunks into runs that touch at most `budget` bytes, at `rows` rows (S,) a chunk."""
+        chunks = max(1, budget // (4 * rows * self.chunk_size))
+        for start in range(first, stop, chunks):
+            yield slice(start, min(start + chunks, stop))
 
     def _pack(self, deltas: Sequence[Tensor], tile: slice, scratch: Scratch) -> Tensor:
         """Gather a tile of all deltas into (N, c, S), zero beyond a client's last entry."""

@@ -25,7 +25,7 @@ from common.seeding import torch_generator
 from server_app.checkpoint import require_same, required_tensor
 from server_app.grouping import by_num_chunks, members_by_group, num_chunks
 from server_app.heads import HeadGroup, HeadPullback, Scratch
-from server_app.pulls import Pull, Pullback, check_pulls, delta_facts
+from server_app.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
 from server_app.trunk import draw_trunk
 
 SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers")
@@ -123,8 +123,8 @@ class Hypernetwork:
 
         Returns
         -------
-        dict of client_id to theta (P_i,), float32, on `device`, in the order asked for. Each is
-        its own memory.
+        dict of client_id to theta (P_i,), float32, on `device`, in the order asked for; they do
+        not overlap, but those of one head group share a block of memory.
 
         Raises
         ------
@@ -138,9 +138,7 @@ class Hypernetwork:
             features_RH = self.trunk(self._rows(parts))
             for part in parts:
                 sizes = [self._sizes[client_id] for client_id in part.client_ids]
-                emitted = part.group.forward(
-                    part.chunk_major(features_RH), sizes, scratch=self._scratch
-                )
+                emitted = part.group.forward(part.chunk_major(features_RH), sizes)
                 thetas |= zip(part.client_ids, emitted, strict=True)
         return {client_id: thetas[client_id] for client_id in client_ids}
 
@@ -184,7 +182,8 @@ class Hypernetwork:
         for parameter, gradient in zip(trunk, gradients, strict=True):
             parameter.grad = gradient
         embeddings = self._spread(rows_gradient, parts)
-        return Pullback(trunk + heads, embeddings, *delta_facts(pulls, pulled))
+        norm = step_norm(pulled, [*trunk, *embeddings])
+        return Pullback(trunk + heads, embeddings, norm, *delta_facts(pulls, pulled))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return phi and all embeddings by name.

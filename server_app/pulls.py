@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from server_app.heads import HeadPullback
@@ -29,12 +30,14 @@ class Pullback:
     shared : the trunk and the heads of the groups that took part.
     embeddings : the embeddings of the clients that took part.
     rms_delta : root mean square over all entries of all deltas.
+    norm : global 2-norm of all these gradients.
     coherence : |mean delta|^2 / mean |delta_i|^2, pooled over head groups; 1 when all agree
         (or there is one), 1/N when they are unrelated.
     """
 
     shared: list[nn.Parameter]
     embeddings: list[nn.Parameter]
+    norm: float
     rms_delta: float
     coherence: float
 
@@ -62,3 +65,23 @@ def delta_facts(pulls: Sequence[Pull], pulled: Sequence[HeadPullback]) -> tuple[
     agreed = sum(len(part.square_norms) * float(part.mean_square_norm) for part in pulled)
     entries = sum(pull.delta.numel() for pull in pulls)
     return math.sqrt(total / entries), agreed / total if total > 0 else 1.0
+
+
+def global_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Return the 2-norm over the gradients of all parameters, each read once.
+
+    Chunk by chunk, then over chunks in float64: one float32 sum over 31 million entries is wrong
+    in the third digit.
+    """
+    norms: list[Tensor] = []
+    for gradient in (parameter.grad for parameter in parameters):
+        if gradient is not None:
+            rest = tuple(range(1, gradient.dim())) if gradient.dim() > 2 else None
+            norms.append(torch.linalg.vector_norm(gradient, dim=rest).reshape(-1))
+    return float(torch.linalg.vector_norm(torch.cat(norms).double()))
+
+
+def step_norm(pulled: Sequence[HeadPullback], others: Sequence[nn.Parameter]) -> float:
+    """Return the 2-norm over the heads' gradients, measured while made, and all others'."""
+    heads = sum(float(part.square_norm) for part in pulled)
+    return math.hypot(math.sqrt(heads), global_norm(others))

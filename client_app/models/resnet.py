@@ -33,9 +33,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, narrow, H, W) to (B, wide, H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)))
+        # in place: BatchNorm keeps its input for the backward pass, never its output
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return F.relu(y + self.shortcut(x))
+        return F.relu(y.add_(self.shortcut(x)), inplace=True)
 
 
 class ResNet(FeatureClassifier):
@@ -56,5 +57,5 @@ class ResNet(FeatureClassifier):
 
     def features(self, images: Tensor) -> Tensor:
         """Map images (B, channels, H, W) to features (B, 64); any size of 8 or more."""
-        x = self.blocks(F.relu(self.bn(self.stem(images))))
+        x = self.blocks(F.relu(self.bn(self.stem(images)), inplace=True))
         return F.adaptive_avg_pool2d(x, 1).flatten(1)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from common.config import HypernetSection, UpdateSection
 from common.errors import CheckpointError, RegistrationError
 from server_app.hypernet import Hypernetwork
-from server_app.pulls import Pull
-from server_app.update import ClientUpdate, ServerUpdate, global_norm
+from server_app.pulls import Pull, global_norm
+from server_app.update import ClientUpdate, ServerUpdate
 from tests.reference.algorithm import (
     Client,
     Hyper,

@@ -1,0 +1,48 @@
+"""Timings that survive a shared machine: variants take turns, the minimum and median are kept."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds over the repeats, and the least CPU seconds of this process."""
+
+    best: float
+    median: float
+    cpu: float
+
+
+def take_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Time each variant `repeats` times, in turns, after one untimed call of each."""
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        call()
+    for _ in range(repeats):
+        for name, call in variants.items():
+            started, started_cpu = time.perf_counter(), time.process_time()
+            call()
+            _synchronize()
+            wall[name].append(time.perf_counter() - started)
+            cpu[name].append(time.process_time() - started_cpu)
+    return {n: Timing(min(wall[n]), statistics.median(wall[n]), min(cpu[n])) for n in variants}
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,126 @@
+"""What makes local training cheap must not change what it computes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from client_app.data import ClientData
+from client_app.models.cnn import CNN
+from client_app.models.registry import build_model
+from client_app.models.vgg import VGG8
+from client_app.training import evaluate, train
+from common.config import TrainingSection
+from common.params import FlatModel, num_parameters
+from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
+
+
+def pictures(num_train: int = 70, num_test: int = 20, classes: int = 10) -> ClientData:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(count: int) -> Tensor:
+        images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def labels(count: int) -> Tensor:
+        return torch.randint(classes, (count,), generator=generator)
+
+    return ClientData(
+        train_images=draw(num_train),
+        train_labels=labels(num_train),
+        test_images=draw(num_test),
+        test_labels=labels(num_test),
+        mean=torch.tensor([0.5, 0.4, 0.3]),
+        std=torch.tensor([0.2, 0.25, 0.3]),
+        num_classes=classes,
+        in_channels=3,
+    )
+
+
+def draw_theta(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.rand(num_parameters(model), generator=generator) - 0.5) * 0.18
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet10"])
+def test_local_training_equals_the_reference(name: str) -> None:
+    data, section = pictures(), TrainingSection(batch_size=32)
+    model = FlatModel(build_model(name, in_channels=3, num_classes=10))
+    clear = build_model(name, in_channels=3, num_classes=10)
+    theta = draw_theta(clear)
+    model.load(theta)
+    load_theta(clear, theta)
+    train(model, data, section, generator=torch.Generator().manual_seed(5))
+    batches = list(data.batches(32, torch.Generator().manual_seed(5)))
+    local_training(clear, batches, hyper=Hyper(), clip=section.client_clip_norm)
+    torch.testing.assert_close(model.theta.detach(), read_theta(clear), rtol=0, atol=1e-5)
+    for mine, theirs in zip(model.module.buffers(), clear.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def relu_first_cnn(model: CNN, images: Tensor) -> Tensor:
+    x = F.max_pool2d(F.relu(model.conv1(images)), 2)
+    x = F.max_pool2d(F.relu(model.conv2(x)), 2)
+    return model.head(F.relu(model.fc2(F.relu(model.fc1(x.flatten(1))))))
+
+
+def relu_first_vgg(model: VGG8, images: Tensor) -> Tensor:
+    x = images
+    for index, conv in enumerate(model.convs):
+        x = F.relu(conv(x))
+        x = F.max_pool2d(x, 2) if index % 2 == 1 else x
+    return model.head(F.relu(model.fc2(F.relu(model.fc1(x.flatten(1))))))
+
+
+@pytest.mark.parametrize(("name", "published"), [("cnn", relu_first_cnn), ("vgg8", relu_first_vgg)])
+def test_pooling_before_relu_changes_no_bit(
+    name: str, published: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    model = build_model(name, in_channels=3, num_classes=10).eval()  # no dropout in the way
+    images, labels = next(pictures().batches(16, torch.Generator().manual_seed(0)))
+    images[0] = -3.0  # whole windows below zero, and ties
+    results = []
+    for forward in (model, lambda x: published(model, x)):
+        logits = forward(images)
+        loss = F.cross_entropy(logits, labels)
+        results.append((logits, *torch.autograd.grad(loss, list(model.parameters()))))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class Forgetful(nn.Module):
+    """Two layers, one of which the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(3, 2)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_backward_overwrites_the_flat_gradient() -> None:
+    model = FlatModel(Forgetful())
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    model.module(x).square().sum().backward()
+    expected = model.theta.grad.clone()
+    model.theta.grad.fill_(7.0)
+    model.backward(model.module(x).square().sum())
+    assert torch.equal(model.theta.grad, expected)
+    assert expected[-6:].tolist() == [0.0] * 6
+
+
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = FlatModel(build_model("cnn", in_channels=3, num_classes=10)), pictures()
+    found = []
+    for size in (64, 7):
+        monkeypatch.setattr("client_app.training.TEST_BATCH", {"cpu": size})
+        found.append(evaluate(model, data))
+    assert found[0].num_correct == found[1].num_correct
+    assert found[0].test_loss == pytest.approx(found[1].test_loss, rel=1e-6)
