@@ -14,7 +14,14 @@ from flwr.app import Context
 from client_app.data import ClientData, load_client_data
 from client_app.models.registry import model_for_partition
 from client_app.personal import describe
-from client_app.state import ClientState, FolderState, open_state, safe_name, store_personal_model
+from client_app.state import (
+    ClientState,
+    FolderState,
+    Stamp,
+    open_state,
+    safe_name,
+    store_personal_model,
+)
 from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
 from client_app.workshop import ModelKind, Tool, borrow, pick_device
 from common.codec import Float32
@@ -97,7 +104,7 @@ class Participant:
             seconds += trained.seconds
         if task.theta is not None:
             if task.evaluate:
-                evaluation = self.evaluate(task.header, task.theta)
+                evaluation = self._evaluate(task.header, task.theta, task.header.server_round)
             trained = self._train_personal(task, task.theta, teacher_theta, source)
             personal_delta = self._delta(task.theta, self._personal().model)
             seconds += trained.seconds
@@ -113,8 +120,7 @@ class Participant:
     def evaluate(self, header: Header, theta: Float32) -> Evaluation:
         """Test theta (K_i,) exactly as received, with this client's own BatchNorm statistics."""
         self.state.enter_federation(header.federation_id)
-        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, header)
-        return evaluate(tool.model, self.data)
+        return self._evaluate(header, theta, header.server_round + 1)
 
     def finish(self, header: Header, theta: Float32) -> str:
         """Store the personal model as a plain torch state_dict; returns its path, or "" if none.
@@ -133,6 +139,10 @@ class Participant:
         )
 
     # --- how -------------------------------------------------------------------------------------
+
+    def _evaluate(self, header: Header, theta: Float32, before: int) -> Evaluation:
+        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, header, before=before)
+        return evaluate(tool.model, self.data)
 
     def _train_personal(
         self, task: TrainTask, theta: Float32, teacher_theta: Float32 | None, source: str
@@ -155,7 +165,7 @@ class Participant:
             generator=self._shuffler("shuffle", task.header),
             loss=loss,
         )
-        self._keep_buffers(tool, PERSONAL_BUFFERS)
+        self._keep_buffers(tool, PERSONAL_BUFFERS, task.header)
         return trained
 
     def _train_global(self, task: TrainTask, theta: Float32) -> Trained:
@@ -167,7 +177,7 @@ class Participant:
             generator=self._shuffler("shuffle-global", task.header),
             clip=False,
         )
-        self._keep_buffers(tool, GLOBAL_BUFFERS)
+        self._keep_buffers(tool, GLOBAL_BUFFERS, task.header)
         if task.theta is None:
             stamped = {
                 "theta": torch.from_numpy(theta),
@@ -186,18 +196,27 @@ class Participant:
         theta: Float32 = kept["theta"].numpy()
         return theta
 
-    def _ready(self, tool: Tool, theta: Float32, buffers: str, header: Header) -> Tool:
-        """Make a borrowed model this client's: its weights, its buffers, its dropout."""
-        seed = stream_seed(
-            self.config.run.seed, f"dropout/{buffers}", header.server_round, self.client_id
-        )
-        tool.reset(self.state.load(buffers) if buffers and tool.fresh_buffers else None, seed)
+    def _ready(
+        self, tool: Tool, theta: Float32, buffers: str, header: Header, *, before: int = 0
+    ) -> Tool:
+        """Make a borrowed model this client's: its weights, its buffers, its dropout.
+
+        The buffers are the newest from a round earlier than `before`; 0 means than this round.
+        """
+        now = header.server_round
+        seed = stream_seed(self.config.run.seed, f"dropout/{buffers}", now, self.client_id)
+        kept = None
+        if buffers and tool.fresh_buffers:
+            kept = self.state.load(buffers, before=before or now)
+        tool.reset(kept, seed)
         tool.model.load(torch.from_numpy(theta).to(self.device))
         return tool
 
-    def _keep_buffers(self, tool: Tool, name: str) -> None:
+    def _keep_buffers(self, tool: Tool, name: str, header: Header) -> None:
         if tool.fresh_buffers:
-            self.state.save(name, tool.buffers())
+            # Twice: the newest checkpoint may turn out to be damaged.
+            stamp = Stamp(header.server_round, 2 * self.config.run.checkpoint_every)
+            self.state.save(name, tool.buffers(), stamp=stamp)
 
     def _delta(self, theta_sent: Float32, trained: FlatModel) -> Float32:
         sent = torch.from_numpy(theta_sent).to(self.device)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,14 +28,26 @@ Tensors = dict[str, Tensor]
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """The round that made a version, and for how many rounds older versions are kept."""
+
+    server_round: int
+    keep_rounds: int
+
+
 class ClientState(Protocol):
     """Named groups of tensors that outlive a message."""
 
-    def load(self, name: str) -> Tensors | None:
-        """Return a group of tensors, or None when there is none."""
+    def load(self, name: str, *, before: int | None = None) -> Tensors | None:
+        """Return a group of tensors, or None when there is none.
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace a group of tensors."""
+        `before` asks for the newest version of an earlier round than that: a server that resumes
+        from a checkpoint repeats rounds which this client has seen already.
+        """
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], *, stamp: Stamp | None = None) -> None:
+        """Replace a group of tensors, or add a stamped version of it."""
 
     def enter_federation(self, federation_id: str) -> None:
         """Forget everything that belongs to another federation."""
@@ -46,14 +59,14 @@ class ContextState:
     def __init__(self, context: Context) -> None:
         self._state = context.state
 
-    def load(self, name: str) -> Tensors | None:
-        """Return a group of tensors, or None when there is none."""
+    def load(self, name: str, *, before: int | None = None) -> Tensors | None:
+        """Return a group of tensors, or None when there is none; there are no older versions."""
         record = self._state.array_records.get(name)
         if record is None:
             return None
         return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor], *, stamp: Stamp | None = None) -> None:
         """Replace a group of tensors."""
         self._state[name] = ArrayRecord(
             {key: Array(np.asarray(t.detach().cpu().numpy())) for key, t in tensors.items()}
@@ -80,21 +93,34 @@ class FolderState:
                 "this participant may write to."
             ) from error
 
-    def load(self, name: str) -> Tensors | None:
+    def load(self, name: str, *, before: int | None = None) -> Tensors | None:
         """Return a group of tensors, or None when there is none or it is damaged."""
-        path = self.folder / f"{name}.safetensors"
-        try:
-            tensors: Tensors = load_file(path)
-        except (FileNotFoundError, SafetensorError):
-            return None
-        return tensors
+        if before is None:
+            return _read(self.folder / f"{name}.safetensors")
+        versions = self._versions(name)
+        found = (_read(versions[r]) for r in sorted(versions, reverse=True) if r < before)
+        return next((tensors for tensors in found if tensors is not None), None)
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace a group of tensors."""
-        path = self.folder / f"{name}.safetensors"
+    def save(self, name: str, tensors: Mapping[str, Tensor], *, stamp: Stamp | None = None) -> None:
+        """Replace a group of tensors, or add a version and drop those that nobody will ask for."""
+        full_name = f"{name}@{stamp.server_round:08d}" if stamp else name
+        path = self.folder / f"{full_name}.safetensors"
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
         os.replace(temporary, path)
+        if stamp:
+            self._prune(name, stamp)
+
+    def _versions(self, name: str) -> dict[int, Path]:
+        found = self.folder.glob(f"{name}@*.safetensors")
+        return {int(path.stem.partition("@")[2]): path for path in found}
+
+    def _prune(self, name: str, stamp: Stamp) -> None:
+        """Drop versions of rounds that are being repeated, and all but one of the old ones."""
+        versions, now = self._versions(name), stamp.server_round
+        old = sorted(r for r in versions if r <= now - stamp.keep_rounds)
+        for server_round in [*old[:-1], *(r for r in versions if r > now)]:
+            versions[server_round].unlink(missing_ok=True)
 
     def enter_federation(self, federation_id: str) -> None:
         """Forget everything that belongs to another federation, but never the personal model."""
@@ -109,6 +135,14 @@ class FolderState:
             if path.name != f"{PERSONAL_MODEL}.safetensors":
                 path.unlink(missing_ok=True)
         marker.write_text(json.dumps({"id": federation_id}))
+
+
+def _read(path: Path) -> Tensors | None:
+    try:
+        tensors: Tensors = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return tensors
 
 
 PERSONAL_MODEL = "personal_model"

@@ -39,7 +39,12 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """What to run, for how long, and where results go."""
+    """What to run, for how long, and where results go.
+
+    `novel_only` freezes everything that the checkpoint of `resume_from` holds: only clients that
+    are new to it learn. `client_keys` says whether a client-id is bound to the SuperNode key that
+    first used it: "auto" binds where the operator registered the SuperNode under a name.
+    """
 
     method: Literal["mh-pfedhn", "mh-pfedhn-gd"] = "mh-pfedhn"
     rounds: int = Field(40, ge=1)
@@ -49,6 +54,8 @@ class RunSection(Section):
     output_dir: str = ""
     run_name: str = ""
     resume_from: str = ""
+    novel_only: bool = False
+    client_keys: Literal["auto", "bind", "ignore"] = "auto"
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     server_device: str = "cpu"
@@ -58,7 +65,8 @@ class ScheduleSection(Section):
     """Who trains when: the two numbers of `docs/parallel-updates.md`, and patience with stragglers.
 
     `max_in_flight` 0 means everybody at once; `buffer_size` 0 means as many as are in flight.
-    A deadline of 0 s means none.
+    A deadline of 0 s means none. `clip_to_median` is the multiple of the median norm of its head
+    group's earlier deltas that a delta is scaled down to; 0 leaves deltas as they are.
     """
 
     max_in_flight: int = Field(1, ge=0)
@@ -70,6 +78,7 @@ class ScheduleSection(Section):
     message_timeout_s: float = Field(3600.0, gt=0)
     max_staleness: int = Field(20, ge=0)
     max_delta_norm: float = Field(1e4, gt=0)
+    clip_to_median: float = Field(0.0, ge=0)
 
 
 class HypernetSection(Section):

@@ -15,6 +15,7 @@ from common.errors import ConfigError
 from common.log import logger
 from server_app.hypernet import Hypernetwork
 from server_app.mailbox import Mailbox
+from server_app.norms import NormClip
 from server_app.outputs import RunFolder, run_folder_path
 from server_app.phases import Core
 from server_app.registry import Registry
@@ -56,13 +57,18 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _prepare(core: Core, registry: Registry, folder: RunFolder) -> MHpFedHN:
-    first_round = 1
-    if core.config.run.resume_from:
-        source = Path(core.config.run.resume_from).expanduser()
-        progress = restore_server(source, core, registry)
-        folder.restore(progress.rows, progress.client_rows)
-        first_round = progress.server_round + 1
-    return MHpFedHN(core, registry, folder, first_round)
+    if core.config.run.novel_only and not core.config.run.resume_from:
+        raise ConfigError(
+            "novel-only = true, but there is nothing to freeze. Set resume-from to the run whose "
+            "trunk and heads the new clients shall use."
+        )
+    if not core.config.run.resume_from:
+        folder.begin()
+        return MHpFedHN(core, registry, folder)
+    source = Path(core.config.run.resume_from).expanduser()
+    progress = restore_server(source, core, registry)
+    folder.begin(progress.rows, progress.client_rows)
+    return MHpFedHN(core, registry, folder, progress.server_round + 1)
 
 
 def build_core(config: RunConfig, grid: Grid) -> Core:
@@ -76,6 +82,7 @@ def build_core(config: RunConfig, grid: Grid) -> Core:
         update=ServerUpdate(hypernet, config.update, total_rounds=config.run.rounds),
         mailbox=Mailbox(grid, config.schedule.message_timeout_s),
         desk=ReplyDesk(config.schedule.max_delta_norm),
+        norms=NormClip(config.schedule.clip_to_median),
     )
 
 

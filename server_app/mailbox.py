@@ -7,6 +7,7 @@ SuperLink makes up carry the SuperLink's own node id.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Ticket:
     """What the server remembers of one message in flight.
 
     `version` is the number of server steps taken when its theta was generated; `sent_at` is
-    `time.monotonic()` in seconds.
+    `time.monotonic()` in seconds. The answer is waited for `patience_s`, the mailbox's time to live
+    if that is shorter.
     """
 
     client_id: str
@@ -38,6 +40,7 @@ class Ticket:
     server_round: int
     version: int = 0
     sent_at: float = 0.0
+    patience_s: float = math.inf
 
     @property
     def source(self) -> str:
@@ -108,7 +111,7 @@ class Mailbox:
             letter.content,
             letter.ticket.node_id,
             letter.ticket.message_type,
-            ttl=self._timeout_s,
+            ttl=self._patience_s(letter.ticket),
             group_id=str(letter.ticket.server_round),
         )
 
@@ -169,8 +172,10 @@ class Mailbox:
     def _expired(self) -> Iterable[Answer]:
         now = time.monotonic()
         for message_id, ticket in list(self._in_flight.items()):
-            if now - ticket.sent_at > self._timeout_s:
+            patience = self._patience_s(ticket)
+            if now - ticket.sent_at > patience:
                 del self._in_flight[message_id]
-                yield Answer(
-                    ticket, None, f"no answer within {self._timeout_s:g} s", now - ticket.sent_at
-                )
+                yield Answer(ticket, None, f"no answer within {patience:g} s", now - ticket.sent_at)
+
+    def _patience_s(self, ticket: Ticket) -> float:
+        return min(ticket.patience_s, self._timeout_s)

@@ -1,12 +1,14 @@
 """The run folder: config, metrics by round, clients, summary, picture, checkpoints.
 
 Every finished round is on disk before the next one starts, and the summary says "interrupted"
-until the run ends, so a killed run still tells how far it came.
+until the run ends, so a killed run still tells how far it came. A folder belongs to one server at a
+time, and holds one run: another run is refused unless it resumes the one that is there.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -16,10 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from common.config import RunConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError
 from common.log import logger
 
+LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
 
 
@@ -44,7 +49,18 @@ def run_folder_path(config: RunConfig) -> Path:
 
 
 class RunFolder:
-    """Writes one run's folder."""
+    """Writes one run's folder.
+
+    Nothing in the folder changes before `begin`. A full disk costs what could not be written, not
+    the run: it is logged, and written with the next round.
+
+    Raises
+    ------
+    RunError
+        Another server is writing to the folder.
+    ConfigError
+        The folder holds another run.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
@@ -52,9 +68,49 @@ class RunFolder:
         self._rows: list[dict[str, float]] = []
         self._client_rows: list[dict[str, Any]] = []
         self._started = time.monotonic()
+        self._begun, self._incomplete = False, False
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.json", json.dumps(config.flat(), indent=2))
-        (path / "metrics.jsonl").write_text("")
+        self._lock = self._own()
+        try:
+            self._require_free()
+        except ConfigError:
+            self._lock.release()
+            raise
+
+    def _own(self) -> FileLock:
+        """Lock the folder until this process ends or the run closes."""
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(
+                f"another server is writing to {self.path}. Two runs cannot share a folder: give "
+                "this one an output-dir of its own, or wait until the other has ended."
+            ) from None
+        return lock
+
+    def _require_free(self) -> None:
+        rows, source = self.path / "metrics.jsonl", self._config.run.resume_from
+        resumes = bool(source) and Path(source).expanduser().resolve().is_relative_to(
+            self.path.resolve()
+        )
+        if rows.exists() and rows.stat().st_size > 0 and not resumes:
+            raise ConfigError(
+                f"{self.path} already holds a run. To go on with it, set resume-from to this "
+                "folder; to start another, choose another output-dir, or delete the folder."
+            )
+
+    def begin(
+        self,
+        rows: Sequence[Mapping[str, float]] = (),
+        client_rows: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Start the files, with the rows of the run that is being resumed, if any."""
+        self._begun = True
+        self._rows = [dict(row) for row in rows]
+        write_atomically(self.path / "config.json", json.dumps(self._config.flat(), indent=2))
+        self._write_rows()
+        self.note_clients(client_rows)
         self._write_summary("interrupted")
 
     @property
@@ -67,22 +123,25 @@ class RunFolder:
         """The rows of clients.csv so far."""
         return self._client_rows
 
-    def restore(
-        self, rows: Sequence[Mapping[str, float]], client_rows: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Start metrics.jsonl and clients.csv with those of the run that is being resumed."""
-        self._rows = [dict(row) for row in rows]
-        self.note_clients(client_rows)
-        lines = "".join(json.dumps(row) + "\n" for row in self._rows)
-        write_atomically(self.path / "metrics.jsonl", lines)
-
     def add_round(self, row: Mapping[str, float], rounds: int) -> None:
         """Append a round's row and log it as a line that a person can follow."""
         self._rows.append(dict(row))
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._write_summary("interrupted")
+        try:
+            if self._incomplete:
+                self._write_rows()
+            else:
+                with (self.path / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            self._write_summary("interrupted")
+            self._incomplete = False
+        except OSError as error:
+            self._incomplete = True
+            logger.error("Row %s is not on disk, the run goes on: %s", row["round"], error)
         logger.info("%s", self._line(row, rounds))
+
+    def _write_rows(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self._rows)
+        write_atomically(self.path / "metrics.jsonl", lines)
 
     def _line(self, row: Mapping[str, float], rounds: int) -> str:
         server_round = int(row["round"])
@@ -104,17 +163,30 @@ class RunFolder:
         fresh = {row["client_id"]: dict(row) for row in rows}
         kept = [r for r in self._client_rows if r["client_id"] not in fresh]
         self._client_rows = kept + list(fresh.values())
-        temporary = self.path / "clients.csv.tmp"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self._client_rows[0]))
-            writer.writeheader()
-            writer.writerows(self._client_rows)
-        os.replace(temporary, self.path / "clients.csv")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(self._client_rows[0]))
+        writer.writeheader()
+        writer.writerows(self._client_rows)
+        try:
+            write_atomically(self.path / "clients.csv", text.getvalue())
+        except OSError as error:
+            logger.error("clients.csv is not on disk, the run goes on: %s", error)
 
     def close(self, status: str, reason: str = "") -> None:
-        """Write the final summary and the picture; `status` as in design.md, "Outputs"."""
-        self._write_summary(status, reason)
-        self._draw()
+        """Write the final summary and the picture, let go of the folder.
+
+        `status` as in design.md, "Outputs". A run that never began leaves another's summary alone.
+        """
+        try:
+            if self._begun or not (self.path / "summary.json").exists():
+                if self._incomplete:
+                    self._write_rows()
+                self._write_summary(status, reason)
+                self._draw()
+        except OSError as error:
+            logger.error("The last results are not on disk: %s", error)
+        finally:
+            self._lock.release()
         logger.info("Run %s. Results in %s", status, self.path)
 
     def _draw(self) -> None:
@@ -164,7 +236,7 @@ class RunFolder:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, newline="")
     os.replace(temporary, path)
 
 

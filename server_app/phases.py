@@ -21,11 +21,10 @@ from common.config import RunConfig
 from common.wire import Evaluation, Header, TrainReply, TrainTask
 from server_app.hypernet import Hypernetwork
 from server_app.mailbox import Answer, Letter, Mailbox, Ticket
+from server_app.norms import NormClip
+from server_app.registry import GLOBAL_ID
 from server_app.replies import ReplyDesk
 from server_app.update import ClientUpdate, ServerUpdate, StepDiagnostics
-
-GLOBAL_ID = "__global__"
-"""Key of the global model's embedding v_g; no client may register under it."""
 
 GENERATE_BLOCK = 16
 """Clients whose theta is generated in one batched product while letters are made lazily."""
@@ -33,7 +32,10 @@ GENERATE_BLOCK = 16
 
 @dataclass
 class Core:
-    """What all phases share: the learning state and the way out to the clients."""
+    """What all phases share: the learning state and the way out to the clients.
+
+    `frozen_clients` are those whose embedding must not move (`novel-only`).
+    """
 
     config: RunConfig
     federation_id: str
@@ -41,7 +43,14 @@ class Core:
     update: ServerUpdate
     mailbox: Mailbox
     desk: ReplyDesk
+    norms: NormClip
     num_steps: int = 0
+    frozen_clients: set[str] = field(default_factory=set)
+
+    @property
+    def trains_global(self) -> bool:
+        """Whether w_g learns in this run: not without GD, and not when only new clients learn."""
+        return self.config.distils and not self.config.run.novel_only
 
     def header(self, server_round: int) -> Header:
         """Return the header of this round's messages."""
@@ -181,7 +190,7 @@ class PersonalPhase:
     ) -> None:
         self._core, self._roster, self._tally = core, roster, tally
         self._global_theta, self._holders = global_theta, holders
-        self._fused = core.config.distils and core.config.distill.gd_mode == "fused"
+        self._fused = core.trains_global and core.config.distill.gd_mode == "fused"
         self._num_accepted = 0
 
     def letters(self, client_ids: Sequence[str]) -> Sequence[Letter]:
@@ -234,7 +243,8 @@ class PersonalPhase:
         started = time.monotonic()
         done = min(1.0, self._num_accepted / max(1, len(self._roster.nodes)))
         progress = self._roster.server_round - 1 + done
-        self._tally.diagnostics.append(self._core.update.step(updates, progress=progress))
+        usual = self._core.norms.clip("personal", updates)
+        self._tally.diagnostics.append(self._core.update.step(usual, progress=progress))
         self._core.num_steps += 1
         self._tally.seconds_server += time.monotonic() - started
 

@@ -24,12 +24,14 @@ class ReplyDesk:
     ----------
     rejected : number of rejected or failed answers by client_id, over the whole run.
     recent : the last ten reasons.
+    misfits : clients whose content did not fit what they registered, since the last `clear`.
     """
 
     def __init__(self, max_delta_norm: float) -> None:
         self._max_delta_norm = max_delta_norm
         self.rejected: Counter[str] = Counter()
         self.recent: list[str] = []
+        self.misfits: set[str] = set()
 
     def read(self, answer: Answer, decode: Callable[[RecordDict, str], T]) -> T | None:
         """Decode a good answer; log and count a bad one and return None."""
@@ -40,6 +42,7 @@ class ReplyDesk:
         try:
             return decode(answer.content, source)
         except MHpFedHNError as error:
+            self.misfits.add(answer.ticket.client_id)
             self.reject(answer, str(error))
             return None
 

@@ -43,6 +43,9 @@ def save_server(
         "hypernet": hypernet_meta,
         "update": update_meta,
         "registry": registry.export(),
+        "rejected": dict(core.desk.rejected),
+        "norms": core.norms.export(),
+        "frozen": _frozen(core),
         "rows": [dict(row) for row in rows],
         "clients": [dict(row) for row in client_rows],
     }
@@ -55,6 +58,13 @@ def save_server(
     logger.info("Checkpoint: %s", path)
 
 
+def _frozen(core: Core) -> dict[str, Any] | None:
+    if not core.config.run.novel_only:
+        return None
+    groups = sorted(core.update.frozen_groups)
+    return {"clients": sorted(core.frozen_clients), "groups": groups}
+
+
 def restore_server(source: Path, core: Core, registry: Registry) -> Progress:
     """Load a checkpoint into an empty server.
 
@@ -65,7 +75,8 @@ def restore_server(source: Path, core: Core, registry: Registry) -> Progress:
     Raises
     ------
     CheckpointError
-        Nothing there can be read whole, or it was written with other settings.
+        Nothing there can be read whole, or it was written by another method, for another shape of
+        the hypernetwork.
     """
     folder = source / FOLDER if (source / FOLDER).is_dir() else source
     checkpoint = load_checkpoint(folder)
@@ -79,7 +90,29 @@ def restore_server(source: Path, core: Core, registry: Registry) -> Progress:
     core.update.load_state_dict(checkpoint.tensors, meta["update"])
     core.federation_id = str(meta["federation-id"])
     core.num_steps = int(meta["num-steps"])
+    core.desk.rejected.update(meta["rejected"])
+    core.norms.restore(meta["norms"])
     registry.restore(meta["registry"])
+    if core.config.run.novel_only:
+        _freeze(core, meta["frozen"])
+    if meta["seed"] != core.config.run.seed:
+        logger.warning(
+            "The checkpoint's run had seed %s; this one goes on with %d, so it differs from a run "
+            "that was never interrupted.",
+            meta["seed"],
+            core.config.run.seed,
+        )
     rows: list[dict[str, float]] = meta["rows"]
     logger.info("Resumed after round %d from %s", int(rows[-1]["round"]), checkpoint.path)
     return Progress(int(rows[-1]["round"]), rows, meta["clients"])
+
+
+def _freeze(core: Core, before: Mapping[str, Any] | None) -> None:
+    """Freeze all there is; a novel-only run that is resumed freezes what it froze before."""
+    core.frozen_clients |= set(before["clients"] if before else core.hypernet.clients())
+    core.update.freeze(before["groups"] if before else core.hypernet.groups)
+    logger.info(
+        "Trunk, %d head groups and %d embeddings are frozen: only new clients learn",
+        len(core.update.frozen_groups),
+        len(core.frozen_clients),
+    )

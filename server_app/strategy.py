@@ -14,15 +14,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from common import wire
-from common.errors import RunError, listing
+from common.errors import RunError
 from common.log import logger
 from common.metrics import summarise, weighted_mean
 from common.seeding import numpy_generator
 from common.wire import Evaluation
-from server_app.mailbox import Answer, Letter, Ticket
+from server_app.admission import Admission
+from server_app.mailbox import Answer, Letter
 from server_app.outputs import RunFolder
 from server_app.phases import (
-    GLOBAL_ID,
     Core,
     GlobalPhase,
     PersonalPhase,
@@ -34,7 +34,7 @@ from server_app.phases import (
     mean_diagnostics,
     without_busy,
 )
-from server_app.registry import Client, Registry
+from server_app.registry import GLOBAL_ID, Client, Registry
 from server_app.schedule import RoundOutcome, Schedule
 from server_app.snapshot import save_server
 
@@ -57,6 +57,7 @@ class MHpFedHN(Strategy):
         self._registry = registry
         self._folder = folder
         self._first_round = first_round
+        self._admission = Admission(core, registry)
         self._schedule = Schedule(core.config.schedule, core.mailbox)
 
     # --- the run ---------------------------------------------------------------------------------
@@ -82,12 +83,12 @@ class MHpFedHN(Strategy):
         """Run one round: registration, global phase, personal phase, evaluation; return its row."""
         started = time.monotonic()
         down, up = self._core.mailbox.bytes_down, self._core.mailbox.bytes_up
-        clients = self.refresh(grid, server_round)
+        clients = self._admission.refresh(grid, server_round)
         tally = RoundTally()
-        roster = self._roster(clients, server_round)
+        roster = self._roster(self._learners(clients), server_round)
         phase = self._global_phase(roster, tally)
         outcome = self._schedule.run_round(server_round, list(roster.nodes.items()), phase)
-        if self._core.config.distils and self._core.config.distill.gd_mode == "fused":
+        if self._core.trains_global and self._core.config.distill.gd_mode == "fused":
             fold_global(self._core, tally, progress=float(server_round))
         self._evaluate(clients, server_round, tally)
         row: dict[str, float] = {"round": server_round}
@@ -98,6 +99,7 @@ class MHpFedHN(Strategy):
         row["seconds_round"] = time.monotonic() - started
         row["seconds_waiting"] = row["seconds_round"] - row["seconds_server"]
         self._folder.note_clients(self._client_rows(tally.evaluations))
+        self._ask_misfits_again()
         return row
 
     def _global_phase(self, roster: Roster, tally: RoundTally) -> PersonalPhase:
@@ -105,7 +107,7 @@ class MHpFedHN(Strategy):
         if not self._core.config.distils:
             return PersonalPhase(self._core, roster, tally)
         theta = self._core.generate([GLOBAL_ID])[GLOBAL_ID]
-        if self._core.config.distill.gd_mode == "separate":
+        if self._core.trains_global and self._core.config.distill.gd_mode == "separate":
             free = without_busy(roster, self._core.mailbox.busy_nodes())
             GlobalPhase(self._core, free, tally, theta).run()
         holders = frozenset(tally.global_deltas)
@@ -164,60 +166,21 @@ class MHpFedHN(Strategy):
         if places:
             logger.info("Personal models of %d clients stored, e.g. %s", len(stored), places[0])
 
-    # --- who is there ----------------------------------------------------------------------------
-
-    def refresh(self, grid: Grid, server_round: int) -> list[Client]:
-        """Register nodes that are new or back; wait until `min-clients` are present."""
-        section = self._core.config.schedule
-        deadline = time.monotonic() + section.wait_for_clients_s
-        while True:
-            self._register(grid, server_round)
-            present = self._registry.present(server_round)
-            if len(present) >= section.min_clients:
-                return present
-            if time.monotonic() >= deadline:
-                raise RunError(self._too_few(present))
-            time.sleep(0.5)
-
-    def _register(self, grid: Grid, server_round: int) -> None:
-        nodes = self._registry.unknown_nodes(grid.get_node_ids())
-        header = self._core.header(server_round)
-        letters = (
-            Letter(
-                Ticket(f"of node {n}", n, wire.REGISTER, server_round, 0, time.monotonic()),
-                wire.encode_query(header),
+    def _learners(self, clients: list[Client]) -> list[Client]:
+        """Return those who train: everybody, or in a novel-only run the new clients alone."""
+        learners = [c for c in clients if c.client_id not in self._core.frozen_clients]
+        if not learners:
+            raise RunError(
+                f"novel-only, but all {len(clients)} clients that are present are part of the "
+                "checkpoint. Start the new clients before the run, or set novel-only = false."
             )
-            for n in nodes
-        )
-        answers = sorted(self._core.mailbox.exchange(letters), key=lambda a: a.ticket.node_id)
-        for answer in answers:
-            self._admit(answer, server_round)
+        return learners
 
-    def _admit(self, answer: Answer, server_round: int) -> None:
-        registration = self._core.desk.read(answer, wire.decode_registration)
-        if registration is None:
-            self._registry.note_failure(answer.ticket.node_id)
-            return
-        client = self._registry.admit(answer.ticket.node_id, registration, server_round)
-        if client is None:
-            return
-        hypernet = self._core.hypernet
-        if hypernet.has_client(client.client_id):
-            if hypernet.num_parameters(client.client_id) == client.num_parameters:
-                return
-            hypernet.remove_client(client.client_id)
-        hypernet.add_client(client.client_id, client.num_parameters)
-        if self._core.config.distils and not hypernet.has_client(GLOBAL_ID):
-            hypernet.add_client(GLOBAL_ID, client.num_global_parameters)
-
-    def _too_few(self, present: list[Client]) -> str:
-        section = self._core.config.schedule
-        why = listing(self._registry.refusals() + self._core.desk.recent, 3)
-        return (
-            f"{len(present)} clients registered within {section.wait_for_clients_s:g} s; "
-            f"min-clients is {section.min_clients}. Start more clients, or lower min-clients."
-            + (f" Clients that could not join: {why}" if why else "")
-        )
+    def _ask_misfits_again(self) -> None:
+        """Have clients register anew whose replies did not fit: perhaps their model changed."""
+        for client_id in self._core.desk.misfits & self._registry.clients().keys():
+            self._registry.ask_again(client_id)
+        self._core.desk.misfits.clear()
 
     def _roster(self, clients: list[Client], server_round: int) -> Roster:
         """Shuffle the clients: the published algorithm trains them in random order."""
@@ -247,7 +210,7 @@ class MHpFedHN(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Build one `train.personal` message for each client present (`arrays` is not used)."""
-        clients = self.refresh(grid, server_round)
+        clients = self._learners(self._admission.refresh(grid, server_round))
         roster = self._roster(clients, server_round)
         phase = PersonalPhase(self._core, roster, RoundTally())
         return [_message(letter) for letter in phase.letters(list(roster.nodes))]

@@ -15,8 +15,8 @@ Differs from paper: the mean and the two learning rates (docs/parallel-updates.m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from common.config import UpdateSection
 from common.errors import CheckpointError
 from server_app.checkpoint import required_tensor
 from server_app.hypernet import Hypernetwork
-from server_app.pulls import Pull, Pullback
+from server_app.pulls import Pull, Pullback, global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -73,6 +73,8 @@ class StepDiagnostics:
 class ServerUpdate:
     """The optimiser of one hypernetwork.
 
+    `frozen_groups` are the head groups that do not learn; see `freeze`.
+
     Clients and head groups may be added to the hypernetwork at any time; their Adam state starts
     with the first step that touches them.
     """
@@ -83,6 +85,8 @@ class ServerUpdate:
         self.hypernet = hypernet
         self.section = section
         self.total_rounds = total_rounds
+        self.frozen_groups: frozenset[int] = frozenset()
+        self._trunk_learns = True
         shared, embeddings = [*hypernet.trunk.parameters()], [nn.Parameter(torch.empty(0))]
         self._adam = torch.optim.Adam(
             [{"params": shared}, {"params": embeddings}],
@@ -149,6 +153,11 @@ class ServerUpdate:
             mean.add_(update.delta.to(mean), alpha=update.weight / total)
         return self._descend([Pull(client_id, mean)], used, progress)
 
+    def freeze(self, groups: Iterable[int]) -> None:
+        """Let trunk and these head groups never move again; embeddings and new groups learn."""
+        self.frozen_groups = frozenset(groups)
+        self._trunk_learns = False
+
     def learning_rates(self, progress: float) -> tuple[float, float]:
         """Return the rates of (heads and trunk, embeddings) after `progress` rounds.
 
@@ -203,7 +212,7 @@ class ServerUpdate:
         self, pulls: Sequence[Pull], used: Sequence[ClientUpdate], progress: float
     ) -> StepDiagnostics:
         """Gradient, clip, Adam; skip the step when the gradient is not finite."""
-        pullback = self.hypernet.backward(pulls)
+        pullback = self._without_frozen(self.hypernet.backward(pulls))
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
         rates = self.learning_rates(progress)
@@ -223,6 +232,19 @@ class ServerUpdate:
             num_updates=len(used),
             applied=applied,
         )
+
+    def _without_frozen(self, pullback: Pullback) -> Pullback:
+        """Leave the frozen parameters out of the gradient, its norm and the step."""
+        if self._trunk_learns:
+            return pullback
+        frozen = set(self.hypernet.trunk.parameters())
+        for key in self.frozen_groups:
+            frozen |= {self.hypernet.groups[key].weight, self.hypernet.groups[key].bias}
+        for parameter in frozen:
+            parameter.grad = None
+        learning = [p for p in pullback.shared if p not in frozen]
+        norm = global_norm([*learning, *pullback.embeddings])
+        return replace(pullback, shared=learning, norm=norm)
 
     def _apply(self, pullback: Pullback, scale: float, rates: tuple[float, float]) -> None:
         """Take one Adam step on the parameters that took part, and on no other."""

@@ -1,0 +1,112 @@
+"""Who takes part: asks new nodes who they are, admits them, gives new clients their embedding."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.serverapp import Grid
+
+from common import wire
+from common.errors import RunError, listing
+from server_app.mailbox import Answer, Letter, Ticket
+from server_app.phases import Core
+from server_app.registry import GLOBAL_ID, Client, NodeKey, Registry, fingerprint
+
+REGISTRATION_S = 300.0
+"""A node that has not said who it is by then must not hold up the others."""
+
+
+class Admission:
+    """Keeps registry and hypernetwork in step with who is online.
+
+    Parameters
+    ----------
+    core, registry : changed in place.
+    """
+
+    def __init__(self, core: Core, registry: Registry) -> None:
+        self._core = core
+        self._registry = registry
+
+    def refresh(self, grid: Grid, server_round: int) -> list[Client]:
+        """Register nodes that are new or back; wait until `min-clients` are present.
+
+        Raises
+        ------
+        RunError
+            Too few came in time; the reasons of those that could not join are named.
+        """
+        section = self._core.config.schedule
+        deadline = time.monotonic() + section.wait_for_clients_s
+        while True:
+            self._register(grid, server_round)
+            present = self._registry.present(server_round)
+            if len(present) >= section.min_clients:
+                return present
+            if time.monotonic() >= deadline:
+                raise RunError(self._too_few(present))
+            time.sleep(0.5)
+
+    def _register(self, grid: Grid, server_round: int) -> None:
+        keys = self._keys(grid)
+        busy = self._core.mailbox.busy_nodes()
+        nodes = [n for n in self._registry.unknown_nodes(keys, server_round) if n not in busy]
+        content = wire.encode_query(self._core.header(server_round))
+        letters = (Letter(self._ticket(node, server_round), content) for node in nodes)
+        answers = sorted(self._core.mailbox.exchange(letters), key=lambda a: a.ticket.node_id)
+        for answer in answers:
+            self._admit(answer, server_round, keys[answer.ticket.node_id])
+
+    def _keys(self, grid: Grid) -> dict[int, NodeKey | None]:
+        """Return who is online, with the key that each node proved to hold."""
+        mode = self._core.config.run.client_keys
+        if mode == "ignore":
+            return dict.fromkeys(grid.get_node_ids())
+        return {
+            node.node_id: NodeKey(fingerprint(node.public_key), mode == "bind" or bool(node.name))
+            for node in grid.get_nodes()
+        }
+
+    def _ticket(self, node_id: int, server_round: int) -> Ticket:
+        return Ticket(
+            client_id=f"of node {node_id}",
+            node_id=node_id,
+            message_type=wire.REGISTER,
+            server_round=server_round,
+            sent_at=time.monotonic(),
+            patience_s=REGISTRATION_S,
+        )
+
+    def _admit(self, answer: Answer, server_round: int, key: NodeKey | None) -> None:
+        node_id = answer.ticket.node_id
+        registration = self._core.desk.read(answer, wire.decode_registration)
+        if registration is None:
+            if answer.content is None and answer.failure.startswith("no answer"):
+                self._registry.note_silence(node_id, answer.failure, server_round)
+            else:
+                self._registry.note_failure(node_id)
+            return
+        client = self._registry.admit(node_id, registration, server_round, key=key)
+        if client is not None:
+            self._embed(client)
+
+    def _embed(self, client: Client) -> None:
+        """Give a client an embedding of its size, unless it has one; GD: v_g with the first."""
+        hypernet = self._core.hypernet
+        if hypernet.has_client(client.client_id):
+            if hypernet.num_parameters(client.client_id) == client.num_parameters:
+                return
+            hypernet.remove_client(client.client_id)
+            self._core.frozen_clients.discard(client.client_id)
+        hypernet.add_client(client.client_id, client.num_parameters)
+        if self._core.config.distils and not hypernet.has_client(GLOBAL_ID):
+            hypernet.add_client(GLOBAL_ID, client.num_global_parameters)
+
+    def _too_few(self, present: list[Client]) -> str:
+        section = self._core.config.schedule
+        why = listing(self._registry.refusals() + self._core.desk.recent, 3)
+        return (
+            f"{len(present)} clients registered within {section.wait_for_clients_s:g} s; "
+            f"min-clients is {section.min_clients}. Start more clients, or lower min-clients."
+            + (f" Clients that could not join: {why}" if why else "")
+        )

@@ -1,0 +1,67 @@
+"""Scales down deltas that are far larger than their group's usually are (parallel-updates.md).
+
+A delta's norm is compared with the running median of the norms that its head group accepted before.
+The comparison happens when a step is taken, over updates sorted by client, so that it does not
+depend on the order in which replies arrived.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from common.log import logger
+from server_app.update import ClientUpdate
+
+WINDOW, LEAST = 64, 5
+"""Norms remembered for each group, and how many are needed before anything is clipped."""
+
+
+class NormClip:
+    """Running median norms by group.
+
+    Parameters
+    ----------
+    factor : multiple of the median that a delta may have; 0 turns the clip off.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._norms: dict[str, deque[float]] = {}
+
+    def clip(self, group: str, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """Return the updates with deltas (P_i,) of at most `factor` times the median norm."""
+        if not self._factor:
+            return list(updates)
+        known = self._norms.setdefault(group, deque(maxlen=WINDOW))
+        bound = self._factor * median(known) if len(known) >= LEAST else None
+        ordered = sorted(updates, key=lambda u: (u.client_id, u.staleness))
+        norms = [float(torch.linalg.vector_norm(u.delta.double())) for u in ordered]
+        clipped = [_shrunk(u, n, bound) for u, n in zip(ordered, norms, strict=True)]
+        known.extend(norm if bound is None else min(norm, bound) for norm in norms)
+        return clipped
+
+    def export(self) -> dict[str, list[float]]:
+        """Return the remembered norms for a checkpoint."""
+        return {group: list(norms) for group, norms in self._norms.items()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Load exported norms."""
+        self._norms = {group: deque(norms, maxlen=WINDOW) for group, norms in saved.items()}
+
+
+def _shrunk(update: ClientUpdate, norm: float, bound: float | None) -> ClientUpdate:
+    if bound is None or norm <= bound:
+        return update
+    logger.warning(
+        "Delta of client %s has norm %.3g; scaled down to %.3g (clip-to-median)",
+        update.client_id,
+        norm,
+        bound,
+    )
+    return replace(update, delta=update.delta * (bound / norm))
