@@ -12,9 +12,10 @@ import torch
 from flwr.app import Context
 
 from client_app.data import ClientData, load_client_data
+from client_app.folders import safe_name
 from client_app.models.registry import model_for_partition
 from client_app.personal import describe
-from client_app.state import ClientState, FolderState, open_state, safe_name, store_personal_model
+from client_app.state import ClientState, FolderState, open_state, store_personal_model
 from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
 from client_app.workshop import ModelKind, Tool, borrow, pick_device
 from common.codec import Float32
