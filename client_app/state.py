@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -117,19 +117,3 @@ def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:
     if state_dir:
         return FolderState(state_folder(state_dir, client_id))
     return ContextState(context)
-
-
-def store_personal_model(
-    folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> Path:
-    """Write the personal model: a state_dict as safetensors, and a JSON that says how to load it.
-
-    Returns
-    -------
-    The path of the safetensors file.
-    """
-    state = FolderState(folder)
-    state.save(PERSONAL_MODEL, tensors)
-    text = json.dumps(dict(description), indent=2)
-    (folder / f"{PERSONAL_MODEL}.json").write_text(text)
-    return folder / f"{PERSONAL_MODEL}.safetensors"

@@ -69,6 +69,7 @@ class Worker:
                 break
             if not job.abandoned:
                 self._compute(job)
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, refuses who comes now
         self._listener.close()
         self._drain()
 
