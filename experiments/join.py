@@ -92,7 +92,7 @@ class JoinSettings:
 
     @property
     def folder(self) -> Path:
-        """This participant's own folder below the state-dir."""
+        """The participant's own folder below the state-dir."""
         return state_folder(str(self.node["state-dir"]), self.client_id)
 
     def command(self, port: int) -> list[str]:

@@ -144,9 +144,10 @@ class Supervisor:
             if now != seen:
                 seen = now
                 facts = json.loads(path.read_text())
+                where = escape(str(path.with_suffix(".safetensors")))
                 self._say(
-                    f"[bold green]your model[/]: {escape(str(path.with_suffix('.safetensors')))}, "
-                    f"accuracy {facts['test_accuracy']:.3f} on your {facts['num_test']} test examples"
+                    f"[bold green]your model[/]: {where}, accuracy {facts['test_accuracy']:.3f} "
+                    f"on your {facts['num_test']} test examples"
                 )
 
     def _say(self, text: str) -> None:
