@@ -1,9 +1,9 @@
 """Measure what the warm worker saves: `python -m experiments.bench_worker`.
 
-A real SuperLink and three real SuperNodes on loopback train the published CNN on digits, once
-without the warm worker and once with it; everything else is the same. The time of a round is what
-the server wrote into metrics.jsonl. The first round is shown apart: it contains the registration
-and, with the worker, its start.
+A real SuperLink and three real SuperNodes on loopback train the published CNN on digits: without
+the warm worker, with it, and with it as `mh-pfedhn join` starts it (`lean_clientapp`). Everything
+else is the same. The time of a round is what the server wrote into metrics.jsonl. The first round is
+shown apart: it contains the registration and, with the worker, its start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +23,7 @@ from rich.table import Table
 from common.config import RunConfig
 from experiments.engines.loopback import Loopback
 
-Mode = Literal["off", "on"]
+Mode = Literal["off", "on", "join"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Timing:
 
 
 def measure(bench: Bench, mode: Mode, folder: Path) -> Timing:
-    """Run the deployment once, with the worker `on` or `off`."""
+    """Run the deployment once, with the worker `off`, `on`, or `on` as `join` starts it."""
     config = bench.config(folder / "run")
     with Loopback(folder) as loopback:
         for i in range(bench.sites):
@@ -82,8 +82,9 @@ def measure(bench: Bench, mode: Mode, folder: Path) -> Timing:
                     "partition-id": i,
                     "num-partitions": bench.sites,
                     "state-dir": str(folder / "state"),
-                    "warm-worker": mode,
+                    "warm-worker": "off" if mode == "off" else "on",
                 },
+                lean=mode == "join",
             )
         loopback.run(config, timeout_s=1800.0)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
@@ -103,7 +104,7 @@ def main() -> None:
     console = Console(width=110)
     found: dict[Mode, Timing] = {}
     with tempfile.TemporaryDirectory(prefix="mh-pfedhn-bench-") as folder:
-        for mode in ("off", "on"):
+        for mode in get_args(Mode):
             before = os.getloadavg()[0]
             found[mode] = measure(bench, mode, Path(folder) / mode)
             console.print(f"warm worker {mode}: done; load before {before:.1f}", highlight=False)
@@ -120,11 +121,12 @@ def main() -> None:
             f"{timing.accuracy:.3f}",
         )
     console.print(table)
-    ratio = found["on"].typical / found["off"].typical
+    compared: tuple[Mode, Mode] = ("on", "join")
+    for mode in compared:
+        ratio = found[mode].typical / found["off"].typical
+        console.print(f"{mode} / off: {ratio:.2f}", highlight=False)
     console.print(
-        f"ratio with / without: {ratio:.2f} on {os.cpu_count()} CPUs, load average now "
-        f"{os.getloadavg()[0]:.1f}",
-        highlight=False,
+        f"{os.cpu_count()} CPUs, load average now {os.getloadavg()[0]:.1f}", highlight=False
     )
 
 

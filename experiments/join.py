@@ -20,6 +20,7 @@ from rich.markup import escape
 from client_app.folders import state_folder
 from common.config import NodeConfig
 from common.errors import ConfigError, RunError, unknown_name
+from experiments.lean_clientapp import install_lean_clientapp
 from experiments.toml_text import to_toml
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
@@ -113,13 +114,13 @@ class JoinSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment: its own FLWR_HOME, quick polls, no telemetry."""
-        programs = str(Path(sys.executable).parent)
+        programs = [str(install_lean_clientapp(self.folder)), str(Path(sys.executable).parent)]
         env = dict(os.environ) | {
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
+            "PATH": os.pathsep.join([*programs, os.environ.get("PATH", os.defpath)]),
         }
         if env.get("PYTHONDONTWRITEBYTECODE") and not env.get("PYTHONPYCACHEPREFIX"):
             # a process starts for every message: compiling its imports again would cost seconds

@@ -23,6 +23,7 @@ import psutil
 
 from common.config import RunConfig
 from common.errors import RunError
+from experiments.lean_clientapp import install_lean_clientapp
 from experiments.toml_text import to_toml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -69,13 +70,16 @@ class Loopback:
     ) -> None:
         stop_processes_of(self.folder)
 
-    def start_node(self, name: str, node_config: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        """Start a SuperNode with its own FLWR_HOME."""
+    def start_node(
+        self, name: str, node_config: Mapping[str, Any], *, lean: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """Start a SuperNode with its own FLWR_HOME; `lean` starts messages as `join` does."""
         settings = self.folder / f"{name}.toml"
         settings.write_text(to_toml(node_config))
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--host", "127.0.0.1", "--port", str(free_port())]
-        return self.start(name, [*command, "--node-config", str(settings)])
+        programs = install_lean_clientapp(self.folder / name) if lean else None
+        return self.start(name, [*command, "--node-config", str(settings)], programs=programs)
 
     def run(self, config: RunConfig, *, timeout_s: float = 600.0) -> None:
         """Run a federation to its end.
@@ -95,12 +99,17 @@ class Loopback:
         if status != "finished:completed":
             raise RunError(f"the run is {status!r}, not completed.\n{self.tail('run.log')}")
 
-    def start(self, name: str, command: list[str], log: str = "") -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: list[str], *, log: str = "", programs: Path | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start one of Flower's programs with FLWR_HOME = folder/name, output in name.log."""
+        env = self.environment(name)
+        if programs is not None:
+            env["PATH"] = os.pathsep.join([str(programs), env["PATH"]])
         with (self.folder / (log or f"{name}.log")).open("ab") as output:
             return subprocess.Popen(
                 [str(Path(sys.executable).parent / command[0]), *command[1:]],
-                env=self.environment(name),
+                env=env,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
