@@ -2,7 +2,7 @@
 
 A real SuperLink and three real SuperNodes on loopback train the published CNN on digits: without
 the warm worker, with it, and with it as `mh-pfedhn join` starts it (`lean_clientapp`). Everything
-else is the same. The time of a round is what the server wrote into metrics.jsonl. The first round is
+else is the same. Times of rounds are what the server wrote into metrics.jsonl. The first round is
 shown apart: it contains the registration and, with the worker, its start.
 """
 

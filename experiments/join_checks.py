@@ -211,7 +211,7 @@ def check_training(trial: Trial) -> Finding:
         loss = cross_entropy(images, logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     seconds = (time.monotonic() - started) / 2
     if not all(torch.isfinite(torch.tensor(losses))) or not tool.model.theta.isfinite().all():
         raise ModelError(

@@ -28,6 +28,9 @@ SOCKET, LOCK, RECORD, LOG = "worker.sock", "worker.lock", "worker.json", "worker
 MAX_LOG_BYTES = 1 << 20
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
+_children: list[subprocess.Popen[bytes]] = []
+"""Workers that this process started; where it outlives them (tests) it must collect them."""
+
 
 class WorkerUnavailableError(MHpFedHNError):
     """The message has to be handled in this process; the text says why."""
@@ -153,7 +156,7 @@ class Place:
         mode = "ab" if log.exists() and log.stat().st_size < MAX_LOG_BYTES else "wb"
         with log.open(mode) as output:
             log.chmod(0o600)
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -162,6 +165,8 @@ class Place:
                 pass_fds=(listener_fd,),
                 start_new_session=True,
             )
+        _children[:] = [child for child in _children if child.poll() is None] + [process]
+        return process
 
     def _write_private(self, name: str, text: str) -> None:
         draft = self.folder / f"{name}.tmp"
