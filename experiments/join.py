@@ -21,7 +21,7 @@ from client_app.folders import state_folder
 from common.config import NodeConfig
 from common.errors import ConfigError, RunError, unknown_name
 from experiments.lean_clientapp import install_lean_clientapp
-from experiments.toml_text import to_toml
+from experiments.presets import to_toml
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
 OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities")

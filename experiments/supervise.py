@@ -22,7 +22,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.engines.loopback import free_port
+from experiments.engines.processes import free_port
 from experiments.join import JoinSettings
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0

@@ -6,28 +6,21 @@ template for a real federation.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from common.config import RunConfig
 from common.errors import RunError
+from experiments.engines import processes
+from experiments.engines.ray import PROJECT_ROOT, child_environment, parse_status, stage_app
+from experiments.join import find_program
 from experiments.lean_clientapp import install_lean_clientapp
-from experiments.toml_text import to_toml
+from experiments.presets import to_toml
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("server_app", "client_app", "common", "pyproject.toml", "README.md")
 CONNECTION = "loopback"
 START_TIMEOUT_S = 120.0
 
@@ -45,8 +38,9 @@ class Loopback:
 
     def __init__(self, folder: Path, *, extra_env: Mapping[str, str] | None = None) -> None:
         self.folder = folder.resolve()
-        self.port = free_port()
+        self.port = processes.free_port()
         self._extra_env = dict(extra_env or {})
+        self._started: list[processes.Process] = []
 
     def __enter__(self) -> Self:
         home = self.folder / "home"
@@ -54,12 +48,17 @@ class Loopback:
         (home / "config.toml").write_text(
             f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
-        self._stage()
-        self.superlink = self.start(
-            "superlink",
-            ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)],
-        )
-        self._wait_for_port()
+        if not (self.folder / "app").exists():
+            stage_app(PROJECT_ROOT, self.folder / "app")
+        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
+        try:
+            superlink = self.start("superlink", [*command, str(self.port)])
+            processes.wait_until_healthy(
+                superlink, port=self.port, timeout_s=START_TIMEOUT_S, log=self.log("superlink")
+            )
+        except BaseException:
+            self._clean_up()
+            raise
         return self
 
     def __exit__(
@@ -68,16 +67,16 @@ class Loopback:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        stop_processes_of(self.folder)
+        self._clean_up()
 
     def start_node(
         self, name: str, node_config: Mapping[str, Any], *, lean: bool = False
-    ) -> subprocess.Popen[bytes]:
+    ) -> processes.Process:
         """Start a SuperNode with its own FLWR_HOME; `lean` starts messages as `join` does."""
         settings = self.folder / f"{name}.toml"
         settings.write_text(to_toml(node_config))
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
-        command += ["--host", "127.0.0.1", "--port", str(free_port())]
+        command += ["--host", "127.0.0.1", "--port", str(processes.free_port())]
         programs = install_lean_clientapp(self.folder / name) if lean else None
         return self.start(name, [*command, "--node-config", str(settings)], programs=programs)
 
@@ -89,119 +88,60 @@ class Loopback:
         RunError
             It did not complete within `timeout_s`; the end of its log is quoted.
         """
+        process = self.begin(config)
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        status = self.status()
+        if status != "finished:completed":
+            end = processes.quote_end(self.log("run"))
+            raise RunError(f"the run is {status!r}, not completed. {end}")
+
+    def begin(self, config: RunConfig) -> processes.Process:
+        """Start `flwr run`; it ends with the run."""
         overrides = self.folder / "run-config.toml"
         overrides.write_text(to_toml(config.flat()))
         command = ["flwr", "run", str(self.folder / "app"), CONNECTION, "--stream"]
-        process = self.start("home", [*command, "--run-config", str(overrides)], log="run.log")
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout_s)
-        status = self._status()
-        if status != "finished:completed":
-            raise RunError(f"the run is {status!r}, not completed.\n{self.tail('run.log')}")
+        return self.start("run", [*command, "--run-config", str(overrides)], home="home")
 
     def start(
-        self, name: str, command: list[str], *, log: str = "", programs: Path | None = None
-    ) -> subprocess.Popen[bytes]:
+        self, name: str, command: list[str], *, home: str = "", programs: Path | None = None
+    ) -> processes.Process:
         """Start one of Flower's programs with FLWR_HOME = folder/name, output in name.log."""
-        env = self.environment(name)
+        env = self.environment(home or name)
         if programs is not None:
             env["PATH"] = os.pathsep.join([str(programs), env["PATH"]])
-        with (self.folder / (log or f"{name}.log")).open("ab") as output:
-            return subprocess.Popen(
-                [str(Path(sys.executable).parent / command[0]), *command[1:]],
-                env=env,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = processes.start(
+            [find_program(command[0]), *command[1:]],
+            env=env,
+            log=self.log(name),
+            cwd=self.folder,
+        )
+        self._started.append(process)
+        return process
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the environment of one process: isolated, quiet, its imports compiled once."""
-        env = dict(os.environ) | {
-            "FLWR_HOME": str(self.folder / name),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
-        if env.get("PYTHONDONTWRITEBYTECODE") and not env.get("PYTHONPYCACHEPREFIX"):
-            # without it every process compiles torch and flwr again, which no deployment does
-            cache = Path.home() / ".cache" / "mh-pfedhn" / "bytecode"
-            env |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache)}
-        return env | self._extra_env
+        """Return the environment of one process: isolated, quiet, marked as this deployment's."""
+        env = child_environment(os.environ, home=self.folder / name)
+        return env | {processes.MARK: str(self.folder)} | self._extra_env
 
-    def tail(self, log: str, lines: int = 25) -> str:
-        """Return the last lines of a log."""
-        text = (self.folder / log).read_text(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+    def log(self, name: str) -> Path:
+        """Return the file with what a process printed."""
+        return self.folder / f"{name}.log"
 
-    def _status(self) -> str:
+    def status(self) -> str:
+        """Return Flower's status of the last run."""
         answer = subprocess.run(
-            [str(Path(sys.executable).parent / "flwr"), "ls", CONNECTION, "--format", "json"],
+            [find_program("flwr"), "ls", CONNECTION, "--format", "json"],
             env=self.environment("home"),
             capture_output=True,
             text=True,
             check=False,
         )
-        try:
-            return str(json.loads(answer.stdout)["runs"][0]["status"])
-        except (ValueError, KeyError, IndexError):
-            return f"unknown ({answer.stdout}{answer.stderr})"
+        return parse_status(answer.stdout)
 
-    def _stage(self) -> None:
-        app = self.folder / "app"
-        shutil.rmtree(app, ignore_errors=True)
-        app.mkdir()
-        for name in SHIPPED:
-            source = PROJECT_ROOT / name
-            if source.is_dir():
-                shutil.copytree(
-                    source, app / name, ignore=shutil.ignore_patterns("__pycache__", "test*")
-                )
-            else:
-                shutil.copy(source, app)
-
-    def _wait_for_port(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.superlink.poll() is None:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):
-                return
-            time.sleep(0.1)
-        raise RunError(f"the SuperLink did not start.\n{self.tail('superlink.log')}")
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes whose FLWR_HOME is below a folder."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            home = process.environ().get("FLWR_HOME", "")
-            if home.startswith(f"{folder.resolve()}{os.sep}") and process.status() != "zombie":
-                found.append(process)
-    return found
-
-
-def stop_processes_of(folder: Path) -> None:
-    """End the processes whose FLWR_HOME is below a folder: asked first, then killed."""
-    for _ in range(3):  # again, for what was being started meanwhile
-        found = processes_of(folder)
-        for process in found:
-            with suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(found, timeout=4.0)
-        for process in alive:
-            with suppress(psutil.Error):
-                process.kill()
-        if not found:
-            return
+    def _clean_up(self) -> None:
+        processes.stop_marked(str(self.folder))
+        for process in self._started:
+            process.wait(timeout=10.0)

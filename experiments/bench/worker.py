@@ -1,4 +1,4 @@
-"""Measure what the warm worker saves: `python -m experiments.bench_worker`.
+"""Measure what the warm worker saves: `python -m experiments.bench.worker`.
 
 A real SuperLink and three real SuperNodes on loopback train the published CNN on digits: without
 the warm worker, with it, and with it as `mh-pfedhn join` starts it (`lean_clientapp`). Everything
