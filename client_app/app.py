@@ -1,76 +1,91 @@
-"""The Flower ClientApp: register, train, evaluate, finish."""
+"""The Flower ClientApp: register, train, evaluate, finish.
+
+Imports no torch: a deployed client starts a process for every message, and this one only forwards
+it to the participant's warm worker where there is one.
+"""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client_app.participant import Participant
-from client_app.workshop import cpu_threads
-from common import wire
-from common.codec import Float32
+from client_app.folders import state_folder
+from client_app.warm.link import Link, Patience
+from client_app.warm.place import WorkerUnavailableError
+from common.config import NodeConfig, RunConfig
+from common.errors import ConfigError
+from common.log import logger
 
 app = ClientApp()
-
-
-def _source(message: Message, participant: Participant) -> str:
-    return f"{message.metadata.message_type} message to client {participant.client_id}"
 
 
 @app.query("register")
 def register(message: Message, context: Context) -> Message:
     """Answer `query.register`: identity and counts."""
-    participant = Participant.open(context)
-    wire.decode_header(message.content, _source(message, participant))
-    return _reply(message, wire.encode_registration(participant.register()))
+    return _reply(message, context)
 
 
 @app.train("personal")
 def train_personal(message: Message, context: Context) -> Message:
     """Answer `train.personal`: the change of the personal model (and of w_g when fused)."""
-    return _train(message, context)
+    return _reply(message, context)
 
 
 @app.train("global")
 def train_global(message: Message, context: Context) -> Message:
     """Answer `train.global`: the change of w_g."""
-    return _train(message, context)
-
-
-def _train(message: Message, context: Context) -> Message:
-    participant = Participant.open(context)
-    source = _source(message, participant)
-    task = wire.decode_train_task(message.content, source)
-    with cpu_threads(participant.section.client_threads):
-        reply = participant.train(task, source)
-    return _reply(message, wire.encode_train_reply(reply, task.header.precision))
+    return _reply(message, context)
 
 
 @app.evaluate("personal")
 def evaluate_personal(message: Message, context: Context) -> Message:
     """Answer `evaluate.personal`: test counts of the weights as received."""
-    participant = Participant.open(context)
-    with cpu_threads(participant.section.client_threads):
-        header, theta = _theta(message, participant)
-        return _reply(message, wire.encode_evaluation(participant.evaluate(header, theta)))
+    return _reply(message, context)
 
 
 @app.query("finish")
 def finish(message: Message, context: Context) -> Message:
     """Answer `query.finish`: store the personal model and say where."""
-    participant = Participant.open(context)
-    with cpu_threads(participant.section.client_threads):
-        header, theta = _theta(message, participant)
-        return _reply(message, wire.encode_finish_reply(participant.finish(header, theta)))
+    return _reply(message, context)
 
 
-def _theta(message: Message, participant: Participant) -> tuple[wire.Header, Float32]:
-    return wire.decode_theta(
-        message.content,
-        length=participant.register().num_parameters,
-        source=_source(message, participant),
-    )
+def _reply(message: Message, context: Context) -> Message:
+    return Message(_answer(message, context), reply_to=message)
 
 
-def _reply(message: Message, content: RecordDict) -> Message:
-    return Message(content, reply_to=message)
+def _answer(message: Message, context: Context) -> RecordDict:
+    """Let the warm worker answer, or answer here when there is none."""
+    message_type = message.metadata.message_type
+    try:
+        link = _worker(context)
+        if link is not None:
+            return link.ask(message_type, message.content)
+    except WorkerUnavailableError as error:
+        logger.warning("No warm worker (%s); handling %s in process.", error, message_type)
+    from client_app.handlers import answer  # imports torch: seconds
+
+    return answer(message_type, message.content, context)
+
+
+def _worker(context: Context) -> Link | None:
+    """Return the way to the worker, or None when the message is to be handled in this process.
+
+    `auto` means: where the participant itself declared a state folder (Flower's simulation declares
+    none), unless this process has torch already and would gain nothing.
+    """
+    config = RunConfig.parse(context.run_config)
+    node = NodeConfig.parse(context.node_config)
+    section = node.client_section(config)
+    if section.warm_worker == "on" and not section.state_dir:
+        raise ConfigError(
+            "warm-worker = 'on' needs a state-dir: the worker keeps what belongs to this "
+            "participant there. Set state-dir, or warm-worker to 'auto'."
+        )
+    useful = bool(node.state_dir) and "torch" not in sys.modules
+    if section.warm_worker == "off" or (section.warm_worker == "auto" and not useful):
+        return None
+    folder = state_folder(section.state_dir, node.identity)
+    return Link.open(context, Path(folder), Patience(idle_s=section.worker_idle_s))

@@ -50,6 +50,9 @@ class ClientData:
         (N,) int64.
     mean, std
         (C,) float32, in units of full intensity.
+    test_rows
+        (N,) int64: which examples of the source the test examples are, so that a stored model's
+        accuracy can be checked without this project.
     """
 
     train_images: Tensor
@@ -60,6 +63,7 @@ class ClientData:
     std: Tensor
     num_classes: int
     in_channels: int
+    test_rows: Indices | None = None
 
     @property
     def num_train(self) -> int:
@@ -208,4 +212,5 @@ def _load(section: ClientSection, partition_id: int, seed: int, device: torch.de
         std=torch.tensor(dataset.std, device=device),
         num_classes=dataset.num_classes,
         in_channels=len(dataset.mean),
+        test_rows=np.asarray(rows)[test],
     )

@@ -12,16 +12,10 @@ import torch
 from flwr.app import Context
 
 from client_app.data import ClientData, load_client_data
+from client_app.folders import safe_name
 from client_app.models.registry import model_for_partition
-from client_app.personal import describe
-from client_app.state import (
-    ClientState,
-    FolderState,
-    Stamp,
-    open_state,
-    safe_name,
-    store_personal_model,
-)
+from client_app.personal import PersonalModel
+from client_app.state import ClientState, FolderState, Stamp, open_state
 from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
 from client_app.workshop import ModelKind, Tool, borrow, pick_device
 from common.codec import Float32
@@ -131,12 +125,11 @@ class Participant:
         folder = self._personal_folder()
         if folder is None:
             return ""
-        module = self._personal().model.module
-        return str(
-            store_personal_model(
-                folder, module.state_dict(), describe(self.model_name, self.data, evaluation)
-            )
+        personal = PersonalModel(
+            self.model_name, self._personal().model.module, self.data, evaluation
         )
+        # the export takes seconds, and a simulation has many clients nobody deploys
+        return str(personal.store(folder, program=isinstance(self.state, FolderState)))
 
     # --- how -------------------------------------------------------------------------------------
 

@@ -1,34 +1,150 @@
-"""The description that lies beside a personal model: how to load and feed it in plain torch."""
+"""What a participant owns at the end: its personal model, usable without this project.
+
+`personal_model.safetensors` is the plain torch state_dict, `personal_model.json` says how it is
+fed and what it reached, `test_rows.npy` which examples of the participant's own source that was
+measured on. A participant with a state folder also gets `personal_model.pt2`: the whole program
+(torch.export: raw weights and JSON, no pickled code), uint8 pictures in and logits out, which runs
+where only torch is installed.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from client_app.data import ClientData
+from client_app.models.registry import build_model
+from client_app.state import PERSONAL_MODEL, FolderState
+from common.log import logger
 from common.wire import Evaluation
 
+TEST_ROWS = "test_rows"
 
-def describe(model_name: str, data: ClientData, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what a person or program needs to use the stored weights, as JSON-able facts."""
+
+class PictureClassifier(nn.Module):
+    """A model with its normalisation: uint8 pictures (B, C, H, W) in, logits (B, classes) out."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        # the same two constants as in training, so that not one rounding differs
+        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, -1, 1, 1))
+        self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise and classify."""
+        logits: Tensor = self.model(torch.addcmul(self.shift, images, self.scale))
+        return logits
+
+
+@dataclass(frozen=True)
+class PersonalModel:
+    """A trained personal model, its data and what it reached on them."""
+
+    name: str
+    module: nn.Module
+    data: ClientData
+    evaluation: Evaluation
+
+    def store(self, folder: Path, *, program: bool) -> Path:
+        """Write the files; returns the path of the safetensors file.
+
+        A model that torch.export cannot follow keeps its weights and its description, which then
+        says why there is no program.
+        """
+        FolderState(folder).save(PERSONAL_MODEL, self.module.state_dict())
+        description = self.describe()
+        if self.data.test_rows is not None:
+            draft = folder / f".{TEST_ROWS}.npy"
+            np.save(draft, self.data.test_rows, allow_pickle=False)
+            os.replace(draft, folder / f"{TEST_ROWS}.npy")
+        if program:
+            description |= self._export(folder / f"{PERSONAL_MODEL}.pt2")
+        draft = folder / f".{PERSONAL_MODEL}.json"
+        draft.write_text(json.dumps(description, indent=2))
+        os.replace(draft, folder / f"{PERSONAL_MODEL}.json")
+        return folder / f"{PERSONAL_MODEL}.safetensors"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a person or program needs to use the weights, as JSON-able facts."""
+        data = self.data
+        return {
+            "model": self.name,
+            "in_channels": data.in_channels,
+            "num_classes": data.num_classes,
+            "image_size": int(data.test_images.shape[-1]),
+            "mean": [float(x) for x in data.mean],
+            "std": [float(x) for x in data.std],
+            "input": "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)",
+            "num_test": self.evaluation.num_test,
+            "num_correct": self.evaluation.num_correct,
+            "test_accuracy": self.evaluation.num_correct / self.evaluation.num_test,
+            "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
+            "load": _load_line(self.name, data),
+        }
+
+    def _export(self, path: Path) -> dict[str, Any]:
+        try:
+            save_program(self._on_cpu(), path)
+        except Exception as error:  # torch.export raises whatever it meets in a user's model
+            logger.warning("%s: no program stored, weights only: %s", self.name, error)
+            path.unlink(missing_ok=True)
+            return {"program": None, "program_error": f"{type(error).__name__}: {error}"[:2000]}
+        return {
+            "program": path.name,
+            "program_input": "images as uint8 (B, C, H, W), any B; normalised inside",
+            "run": f"import torch; model = torch.export.load('{path.name}').module(); "
+            "logits = model(images)",
+        }
+
+    def _on_cpu(self) -> tuple[nn.Module, Tensor]:
+        """Build the model anew with these weights, and a batch of two pictures for the export.
+
+        The trained module shares one flat vector and has the client's own dropout inside.
+        """
+        data = self.data
+        fresh = build_model(self.name, in_channels=data.in_channels, num_classes=data.num_classes)
+        fresh.load_state_dict({k: v.detach().cpu() for k, v in self.module.state_dict().items()})
+        whole = PictureClassifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
+        shape = (2, data.in_channels, *data.test_images.shape[-2:])
+        return whole, torch.zeros(shape, dtype=torch.uint8)
+
+
+def save_program(program: tuple[nn.Module, Tensor], path: Path) -> None:
+    """Export a module to a .pt2 file, for any batch size, and check that the file can be read."""
+    module, example = program
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
+    draft = path.with_name(f".{path.name}")  # torch wants the suffix .pt2
+    try:
+        torch.export.save(exported, draft)
+        again = torch.export.load(draft).module()
+        if not torch.allclose(again(example), module(example), rtol=1e-4, atol=1e-5):
+            raise RuntimeError("the exported program gives other logits than the model")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _load_line(name: str, data: ClientData) -> str:
     build = (
-        f"{model_name.partition(':')[0]} import {model_name.partition(':')[2]} as factory; "
-        if ":" in model_name
+        f"{name.partition(':')[0]} import {name.partition(':')[2]} as factory; "
+        if ":" in name
         else "client_app.models.registry import build_model; "
     )
-    call = "factory(" if ":" in model_name else f"build_model('{model_name}', "
-    return {
-        "model": model_name,
-        "in_channels": data.in_channels,
-        "num_classes": data.num_classes,
-        "image_size": int(data.test_images.shape[-1]),
-        "mean": [float(x) for x in data.mean],
-        "std": [float(x) for x in data.std],
-        "input": "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)",
-        "num_test": evaluation.num_test,
-        "test_accuracy": evaluation.num_correct / evaluation.num_test,
-        "load": (
-            f"from {build}from safetensors.torch import load_file; "
-            f"model = {call}in_channels={data.in_channels}, num_classes={data.num_classes}); "
-            "model.load_state_dict(load_file('personal_model.safetensors')); model.eval()"
-        ),
-    }
+    call = "factory(" if ":" in name else f"build_model('{name}', "
+    return (
+        f"from {build}from safetensors.torch import load_file; "
+        f"model = {call}in_channels={data.in_channels}, num_classes={data.num_classes}); "
+        "model.load_state_dict(load_file('personal_model.safetensors')); model.eval()"
+    )

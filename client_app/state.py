@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,11 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from client_app.folders import state_folder
 from common.errors import ConfigError
 
 Tensors = dict[str, Tensor]
-
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -151,31 +149,5 @@ PERSONAL_MODEL = "personal_model"
 def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:
     """Open a client's state: a folder of its own below `state_dir`, or Flower's context."""
     if state_dir:
-        return FolderState(Path(state_dir).expanduser() / safe_name(client_id))
+        return FolderState(state_folder(state_dir, client_id))
     return ContextState(context)
-
-
-def safe_name(name: str) -> str:
-    """Return the name if it can be a single folder, else raise ConfigError (no path tricks)."""
-    if not _SAFE_NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and '-', "
-            "not starting with '.' or '-'."
-        )
-    return name
-
-
-def store_personal_model(
-    folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> Path:
-    """Write the personal model: a state_dict as safetensors, and a JSON that says how to load it.
-
-    Returns
-    -------
-    The path of the safetensors file.
-    """
-    state = FolderState(folder)
-    state.save(PERSONAL_MODEL, tensors)
-    text = json.dumps(dict(description), indent=2)
-    (folder / f"{PERSONAL_MODEL}.json").write_text(text)
-    return folder / f"{PERSONAL_MODEL}.safetensors"

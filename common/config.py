@@ -149,6 +149,8 @@ class ClientSection(Section):
     device: str = "auto"
     client_threads: int = Field(1, ge=0)
     state_dir: str = ""
+    warm_worker: Literal["auto", "on", "off"] = "auto"
+    worker_idle_s: float = Field(600.0, gt=0)
 
 
 class WireSection(Section):
@@ -246,6 +248,8 @@ class NodeConfig(Section):
     device: str | None = None
     client_threads: int | None = Field(None, ge=0)
     state_dir: str | None = None
+    warm_worker: Literal["auto", "on", "off"] | None = None
+    worker_idle_s: float | None = Field(None, gt=0)
 
     @classmethod
     def parse(cls, flat: Mapping[str, Any]) -> Self:

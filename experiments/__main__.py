@@ -1,4 +1,4 @@
-"""The command line: `mh-pfedhn run NAME`, `list`, `show RUN`."""
+"""The command line: `mh-pfedhn run NAME`, `list`, `show RUN`, `join`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import MHpFedHNError
+from experiments.join import add_join_parser
 
 USAGE_ERROR = 2
 
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
     command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
     command.set_defaults(command=show)
+    add_join_parser(commands)
     return parser
 
 

@@ -20,8 +20,12 @@ MEETS_FLOWER = {
     "server_app/mailbox.py",
     "server_app/replies.py",
     "client_app/app.py",
+    "client_app/handlers.py",
     "client_app/participant.py",
     "client_app/state.py",
+    "client_app/warm/frames.py",
+    "client_app/warm/link.py",
+    "client_app/warm/serve.py",
     "common/wire.py",
     "common/records.py",
 }
