@@ -24,7 +24,8 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends nginx-light tini \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 10001 app \
- && install -d -o app -g app /state /runs /certs /flwr
+ && install -d -o app -g app /state /runs /flwr /certs \
+      /certs/ca /certs/server /certs/site-a /certs/site-b /certs/site-c
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 # The checkout itself: `flwr run /app` ships it to the federation, `mh-pfedhn` runs from it.
@@ -36,6 +37,7 @@ COPY server_app server_app
 COPY experiments experiments
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 COPY docker/ /opt/docker/
+COPY --chown=app:app docker/flwr.toml /flwr/config.toml
 
 USER app
 ENV FLWR_HOME=/flwr FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \

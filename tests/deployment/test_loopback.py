@@ -1,0 +1,69 @@
+"""A deployment as plain processes: TLS, SuperNode keys, process isolation, two participants."""
+
+import json
+from pathlib import Path
+
+from common.config import RunConfig
+from experiments.certs import make_certs
+from tests.support.deployment import Deployment, RecordingProxy, tls_records, wait_until
+from tests.support.tiny import HERE, tiny_config
+
+SITES = {"site-a": f"{HERE}:small", "site-b": f"{HERE}:normed"}
+
+
+def deployed_config(folder: Path, **overrides: object) -> RunConfig:
+    settings: dict[str, object] = {
+        "rounds": 2,
+        "max_in_flight": 0,
+        "buffer_size": 0,
+        "evaluation": "fused",
+        "min_clients": 2,
+        "wait_for_clients_s": 120.0,
+        "message_timeout_s": 120.0,
+        "checkpoint_every": 1,
+        **overrides,
+    }
+    return tiny_config(folder, **settings)
+
+
+def test_two_sites_train_over_tls_and_a_stranger_is_refused(tmp_path: Path) -> None:
+    with Deployment(tmp_path, list(SITES)) as deployment:
+        deployment.start_superlink()
+        proxy = RecordingProxy(deployment.port)
+        deployment.entrance = proxy.port
+        deployment.start_server()
+        for i, (site, model) in enumerate(SITES.items()):
+            deployment.register(site)
+            deployment.start_site(site, model=model, partition_id=i, num_partitions=6)
+        make_certs(tmp_path / "strangers", hosts=["127.0.0.1"], sites=["stranger"])
+        (tmp_path / "strangers" / "stranger" / "ca.crt").write_bytes(
+            (deployment.certs / "site-a" / "ca.crt").read_bytes()
+        )
+        deployment.start_site("stranger", key="../strangers/stranger", partition_id=2)
+        config = deployed_config(tmp_path)
+        deployment.run(config)
+        deployment.wait_for_status(config, {"completed"})
+        stranger = deployment.processes["stranger"]
+        code = wait_until(lambda: stranger.poll(), 60, "the stranger's SuperNode has given up")
+        status = wait_until(
+            lambda: (s := deployment.status()).startswith("finished") and s, 30, "Flower knows"
+        )
+        proxy.close()
+
+    assert code != 0, "an unregistered key must not get in"
+    assert status == "finished:completed"
+    rows = deployment.rows(config)
+    assert [(r["num_accepted"], r["num_failed"]) for r in rows] == [(2, 0), (2, 0)]
+    meta = json.loads(next(tmp_path.glob("run/checkpoint/*2/meta.json")).read_text())
+    keys = {client["client_id"]: client["key"] for client in meta["registry"]}
+    assert keys.keys() == SITES.keys()
+    assert all(key.startswith("SHA256:") for key in keys.values())
+    assert len(set(keys.values())) == 2
+    assert list((tmp_path / "state").glob("site-*/personal_model.safetensors"))
+
+    streams = [bytes(s) for s in proxy.streams if s]
+    assert sum(len(s) for s in streams) > 20_000
+    for stream in streams:
+        assert 22 in tls_records(stream)  # a handshake, and nothing but TLS records after it
+        for word in (b"site-a", b"theta", b"num-parameters", b"HTTP/1.1", b"POST"):
+            assert word not in stream

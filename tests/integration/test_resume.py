@@ -1,0 +1,267 @@
+"""Checkpoint and resume: nothing learned before the last checkpoint is lost, whatever happens."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from safetensors.torch import load_file
+
+from common.config import RunConfig
+from common.errors import CheckpointError, ConfigError, RunError
+from tests.integration.conftest import Lines
+from tests.support.tiny import Handler, Wrapped, run_tiny, tiny_config
+
+METHODS = pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("mh-pfedhn", {"max_in_flight": 1, "buffer_size": 1}),
+        ("mh-pfedhn-gd", {"max_in_flight": 3, "buffer_size": 3}),
+        ("mh-pfedhn-gd", {"max_in_flight": 0, "buffer_size": 0, "gd_mode": "fused"}),
+    ],
+)
+
+
+def config_at(folder: Path, **overrides: object) -> RunConfig:
+    settings: dict[str, object] = {
+        "rounds": 5,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 9,
+        "state_dir": str(folder / "state"),
+        "message_timeout_s": 300.0,
+        **overrides,
+    }
+    return tiny_config(folder, **settings)
+
+
+def in_place(config: RunConfig) -> RunConfig:
+    """The same run, going on where its newest checkpoint is."""
+    return config.with_overrides({"resume-from": config.run.output_dir})
+
+
+def rows(config: RunConfig) -> list[dict]:
+    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines
+    ]
+
+
+def checkpoints(config: RunConfig) -> list[Path]:
+    return sorted((Path(config.run.output_dir) / "checkpoint").iterdir())
+
+
+def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(config)[-1] / "tensors.safetensors")
+
+
+def require_same_run(a: RunConfig, b: RunConfig) -> None:
+    assert rows(a) == rows(b)
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def stopping(server_round: int, stop: object) -> Wrapped:
+    """The real app; `stop` is called when client 3 is to train in a round."""
+
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        due = message.content["config"]["server-round"] == server_round
+        trains = message.metadata.message_type == "train.personal"
+        if due and trains and context.node_config["partition-id"] == 3:
+            stop()
+        return handler(message, context)
+
+    return Wrapped(handle)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@METHODS
+def test_resumed_in_place_equals_uninterrupted(
+    tmp_path: Path, method: str, settings: dict[str, object]
+) -> None:
+    whole = config_at(tmp_path / "whole", method=method, **settings)
+    run_tiny(whole)
+    broken = config_at(tmp_path / "broken", method=method, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(broken, app=stopping(4, interrupt))
+    assert [row["round"] for row in rows(broken)] == [1, 2, 3]
+    assert len(checkpoints(broken)) == 1  # after round 2: round 3 and the started one are repeated
+    run_tiny(in_place(broken))
+    require_same_run(whole, broken)
+
+
+def test_resumed_into_another_folder_equals_uninterrupted(tmp_path: Path) -> None:
+    whole, short = config_at(tmp_path / "whole"), config_at(tmp_path / "short", rounds=2)
+    run_tiny(whole)
+    run_tiny(short)
+    rest = short.with_overrides(
+        {
+            "rounds": 5,
+            "output-dir": str(tmp_path / "rest"),
+            "resume-from": str(checkpoints(short)[0]),
+        }
+    )
+    run_tiny(rest)
+    require_same_run(whole, rest)
+    assert len(rows(short)) == 2
+
+
+def test_a_checkpoint_cut_short_costs_the_rounds_since_the_one_before(
+    tmp_path: Path, logged: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, broken = config_at(tmp_path / "whole"), config_at(tmp_path / "broken")
+    run_tiny(whole)
+    run_tiny(broken)
+    for path in checkpoints(broken)[1:]:
+        file = path / "tensors.safetensors"
+        os.truncate(file, file.stat().st_size // 2)
+    run_tiny(in_place(broken))
+    passed_over = [m for m in caplog.messages if "is damaged: tensors.safetensors" in m]
+    assert len(passed_over) == 2
+    assert logged.find("Resumed after round 2")
+    require_same_run(whole, broken)
+
+
+def test_nothing_but_damaged_checkpoints_is_a_clear_error(tmp_path: Path) -> None:
+    config = config_at(tmp_path, rounds=2)
+    run_tiny(config)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (checkpoints(config)[0] / "meta.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*meta\.json has 2 bytes"):
+        run_tiny(in_place(config))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+
+
+def test_kill_9_of_the_server_costs_the_rounds_since_the_checkpoint(tmp_path: Path) -> None:
+    whole, killed = config_at(tmp_path / "whole"), config_at(tmp_path / "killed")
+    script = (
+        "import os, signal, sys\n"
+        "from common.config import RunConfig\n"
+        "from tests.integration.test_resume import stopping\n"
+        "from tests.support.tiny import run_tiny\n"
+        "import json\n"
+        "config = RunConfig.parse(json.loads(sys.argv[1]))\n"
+        "run_tiny(config, app=stopping(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))\n"
+    )
+    flat = json.dumps(killed.flat())
+    done = subprocess.run([sys.executable, "-c", script, flat], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert json.loads((tmp_path / "killed/run/summary.json").read_text())["status"] == "interrupted"
+    assert [row["round"] for row in rows(killed)] == [1, 2, 3]
+    run_tiny(in_place(killed))
+    run_tiny(whole)
+    require_same_run(whole, killed)
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `limit` bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, logged: Lines) -> None:
+    whole = config_at(tmp_path / "whole", checkpoint_every=1)
+    full = config_at(tmp_path / "full", checkpoint_every=1)
+    run_tiny(whole)
+    with pytest.raises(KeyboardInterrupt), small_files(60_000):
+        run_tiny(full, app=stopping(3, interrupt))
+    failures = logged.find("No checkpoint this time, the run goes on: cannot write a checkpoint")
+    assert len(failures) == 2
+    assert "File too large" in failures[0]
+    assert [row["round"] for row in rows(full)] == [1, 2]
+    assert checkpoints(full) == []  # not even a temporary folder
+    with pytest.raises(CheckpointError, match="there is none at all"):
+        run_tiny(in_place(full))
+
+
+def mount_ram(folder: Path, size: str) -> None:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("this user may not mount a small disk")
+
+
+def test_a_disk_that_fills_up_and_is_freed_again(tmp_path: Path, logged: Lines) -> None:
+    disk = tmp_path / "disk"
+    mount_ram(disk, "4m")
+    config = config_at(tmp_path, output_dir=str(disk / "run"), checkpoint_every=1)
+    filler = disk / "filler"
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        server_round = message.content["config"]["server-round"]
+        if message.metadata.message_type == "train.personal":
+            if server_round == 3 and not filler.exists():
+                fill()
+            if server_round == 4:
+                filler.unlink(missing_ok=True)
+        return handler(message, context)
+
+    try:
+        run_tiny(config, app=Wrapped(handle))
+        assert len(logged.find("No checkpoint this time")) == 1
+        assert len(logged.find("Row 3 is not on disk, the run goes on")) == 1
+        assert [row["round"] for row in rows(config)] == [1, 2, 3, 4, 5]
+        assert len(checkpoints(config)) == 4
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_servers_on_one_folder(tmp_path: Path) -> None:
+    config = config_at(tmp_path, rounds=2)
+    refused: list[str] = []
+
+    def second_server() -> None:
+        with pytest.raises(RunError, match="another server is writing to") as caught:
+            run_tiny(config)
+        refused.append(str(caught.value))
+
+    run_tiny(config, app=stopping(2, second_server))
+    assert len(refused) == 1
+    assert "give this one an output-dir of its own" in refused[0]
+    assert [row["round"] for row in rows(config)] == [1, 2]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = config_at(tmp_path, rounds=2)
+    run_tiny(config)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(
+        ConfigError, match=r"already holds a run\. To go on with it, set resume-from"
+    ):
+        run_tiny(config.with_overrides({"seed": 1}))
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_another_method_does_not_resume(tmp_path: Path) -> None:
+    config = config_at(tmp_path, rounds=2)
+    run_tiny(config)
+    with pytest.raises(CheckpointError, match="written by method mh-pfedhn; this run is mh-pfedhn"):
+        run_tiny(in_place(config).with_overrides({"method": "mh-pfedhn-gd"}))
