@@ -22,6 +22,12 @@ def test_pyproject_has_exactly_the_keys_of_the_code() -> None:
     assert RunConfig.parse(table).flat() == table
 
 
+def test_plain_flwr_run_is_the_quickstart() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    preset = tomllib.loads((ROOT / "experiments" / "configs" / "quickstart.toml").read_text())
+    assert RunConfig.parse(preset["config"]) == RunConfig.parse(table)
+
+
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
