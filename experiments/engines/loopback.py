@@ -16,7 +16,8 @@ from typing import Any, Self
 from common.config import RunConfig
 from common.errors import RunError
 from experiments.engines import processes
-from experiments.engines.ray import PROJECT_ROOT, child_environment, parse_status, stage_app
+from experiments.engines.home import PROJECT_ROOT, child_environment, stage_app
+from experiments.engines.ray import parse_status
 from experiments.join import find_program
 from experiments.lean_clientapp import install_lean_clientapp
 from experiments.presets import to_toml
