@@ -23,7 +23,9 @@ from common.log import logger
 
 WORKER_FOLDER = "worker"
 ATTEMPTS = 2
-"""The worker that is there, then a new one; after that the message is handled in process."""
+"""Workers that one message may lose: after that it is handled in process."""
+MAX_TURNS = 6
+"""With the replacements of workers that serve another run; two runs at once take turns."""
 
 
 class WorkerReplacedError(MHpFedHNError):
@@ -73,18 +75,21 @@ class Link:
             Python's, same text always.
         """
         request = self._request(message_type, content)
-        for attempt in range(ATTEMPTS):
+        answer, losses = None, 0
+        for _ in range(MAX_TURNS):
             try:
                 answer = self._exchange(request)
-                break
             except WorkerReplacedError as error:
                 self.place.retire(error.pid, kill=False)
             except WireError as error:
                 raise WorkerUnavailableError(str(error)) from error
             except OSError as error:
-                self._recover(error, last=attempt == ATTEMPTS - 1)
-        else:
-            raise WorkerUnavailableError(f"{ATTEMPTS} workers in a row gave no answer")
+                losses += 1
+                self._recover(error, last=losses == ATTEMPTS)
+            if answer is not None or losses == ATTEMPTS:
+                break
+        if answer is None:
+            raise WorkerUnavailableError(f"{losses} workers lost over one message")
         if not answer.header["ok"]:
             raise rebuilt_error(answer.header)
         return decode(answer.body)

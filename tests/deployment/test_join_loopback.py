@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from client_app.warm.place import Place
+from experiments.engines.home import PROJECT_ROOT
 from experiments.engines.loopback import Loopback
-from experiments.engines.ray import PROJECT_ROOT
 from tests.support.tiny import HERE, tiny_config
 
 SITES = ("site-a", "site-b")
