@@ -70,7 +70,7 @@ class MHpFedHN(Strategy):
         result = Result()
         self.summary()
         for server_round in range(self._first_round, rounds + 1):
-            row = self.run_round(grid, server_round)
+            row = self._run_or_rescue(grid, server_round)
             self._folder.add_round(row, rounds)
             result.train_metrics_clientapp[server_round] = MetricRecord(dict(row))
             if server_round % self._core.config.run.checkpoint_every == 0 or server_round == rounds:
@@ -78,6 +78,15 @@ class MHpFedHN(Strategy):
             self._require_enough(row, server_round)
         self._finish(grid, rounds)
         return result
+
+    def _run_or_rescue(self, grid: Grid, server_round: int) -> dict[str, float]:
+        """Run a round; when it breaks, save what was learned up to there before the run ends."""
+        try:
+            return self.run_round(grid, server_round)
+        except Exception:  # whatever it is, it is raised again
+            if self._folder.rows:
+                self._checkpoint()
+            raise
 
     def run_round(self, grid: Grid, server_round: int) -> dict[str, float]:
         """Run one round: registration, global phase, personal phase, evaluation; return its row."""

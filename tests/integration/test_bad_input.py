@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord
 from safetensors.torch import load_file
 
 from common.config import RunConfig
@@ -247,3 +247,27 @@ def test_a_forged_count_is_rejected(tmp_path: Path, logged: Lines) -> None:
     config = tiny_config(tmp_path, rounds=1)
     run_tiny(config, app=spoiling("evaluate.personal", damage))
     assert "num-correct 11 is more than num-test 10" in logged.find("Rejected: evaluate")[0]
+
+
+class DyingGrid(InProcessGrid):
+    """Answers as Ray does once a worker process has died."""
+
+    def _deliver(self, message: Message) -> Message:
+        config = message.content["config"]
+        if message.metadata.message_type == "train.personal" and config["server-round"] == 2:
+            return Message(
+                Error(0, "ActorDiedError: the actor died unexpectedly"), reply_to=message
+            )
+        return super()._deliver(message)
+
+
+def test_a_dead_ray_worker_ends_the_run_and_saves_what_was_learned(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rounds=3, checkpoint_every=100)
+    with pytest.raises(RunError, match="a Ray worker process died"):
+        run_tiny(config, grid_type=DyingGrid)
+    assert read_run(config)[0]["status"] == "failed"
+    again = tiny_config(tmp_path, rounds=3, resume_from=config.run.output_dir)
+    run_tiny(again)
+    summary, rows = read_run(again)
+    assert summary["status"] == "completed"
+    assert [row["round"] for row in rows] == [1, 2, 3]
