@@ -163,8 +163,8 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
             with follow(folder, rounds=config.run.rounds, console=console):
                 engine.run(config)
             _require_completed(folder)
-    except KeyboardInterrupt:
-        settle(folder, "interrupted", "stopped by the user")
+    except KeyboardInterrupt as stop:
+        settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}")
         console.print("[bold red]interrupted[/]; what was learned so far is on disk")
         return INTERRUPTED
     except Exception as error:  # the edge: an engine raises whatever the run raised
@@ -241,7 +241,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM and a closed terminal like Ctrl-C, so that a stopped run cleans up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     kept: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # not the main thread: nobody sends signals here

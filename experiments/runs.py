@@ -128,8 +128,8 @@ def find_run(name_or_path: str) -> Run:
 def settle(folder: Path, status: str, reason: str) -> None:
     """Write how a run ended into summary.json, where the server could not do it itself."""
     summary = read_json(folder / "summary.json")
-    if summary.get("status") == status:
-        return
+    if summary.get("status") == status and summary.get("reason"):
+        return  # the server said it better
     text = json.dumps({**summary, "status": status, "reason": reason}, indent=2)
     write_atomically(folder / "summary.json", text)
 

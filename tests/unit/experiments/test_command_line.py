@@ -163,5 +163,7 @@ def test_a_stopped_run_keeps_what_was_learned(
     arguments = ["--rounds", "100000", "--output-dir", str(folder)]
     assert main(["run", str(experiment), *arguments]) == 130
     assert "interrupted" in capsys.readouterr().out
-    assert read_summary(folder)["status"] == "interrupted"
-    assert read_summary(folder)["rounds"] >= 1
+    summary = read_summary(folder)
+    assert summary["status"] == "interrupted"
+    assert summary["reason"]
+    assert summary["rounds"] >= 1
