@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from client_app.warm.place import Place
 from experiments.engines.home import PROJECT_ROOT
@@ -45,6 +46,7 @@ def join(loopback: Loopback, client_id: str) -> subprocess.Popen[bytes]:
         )
 
 
+@pytest.mark.slow  # a minute on an idle machine, seven on one that is ten times overbooked
 def test_joined_participants_train_lose_a_node_and_a_worker_and_own_a_model(tmp_path: Path) -> None:
     rounds = 4
     config = tiny_config(
