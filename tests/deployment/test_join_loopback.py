@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from client_app.warm.place import Place
 from experiments.engines.home import PROJECT_ROOT
@@ -17,7 +18,7 @@ from experiments.engines.loopback import Loopback
 from tests.support.tiny import HERE, tiny_config
 
 SITES = ("site-a", "site-b")
-PATIENCE_S = 240.0
+PATIENCE_S = 420.0  # a busy machine takes minutes to start a dozen Python processes
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -45,11 +46,12 @@ def join(loopback: Loopback, client_id: str) -> subprocess.Popen[bytes]:
         )
 
 
+@pytest.mark.slow  # a minute on an idle machine, seven on one that is ten times overbooked
 def test_joined_participants_train_lose_a_node_and_a_worker_and_own_a_model(tmp_path: Path) -> None:
-    rounds = 6
+    rounds = 4
     config = tiny_config(
         tmp_path, rounds=rounds, evaluation="fused", min_clients=2, max_in_flight=0, buffer_size=0
-    ).with_overrides({"wait-for-clients-s": 120.0, "message-timeout-s": 600.0})
+    ).with_overrides({"wait-for-clients-s": 600.0, "message-timeout-s": 600.0})
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def done() -> int:
@@ -59,16 +61,16 @@ def test_joined_participants_train_lose_a_node_and_a_worker_and_own_a_model(tmp_
         joined = {name: join(loopback, name) for name in SITES}
         try:
             run = loopback.begin(config)
-            wait_until(lambda: done() >= 2, "two rounds")
+            wait_until(lambda: done() >= 1 or run.poll() is not None, "a round")
+            assert run.poll() is None, loopback.log("run").read_text()
             workers = {name: Place(tmp_path / "state" / name / "worker") for name in SITES}
             pids = {name: place.running() for name, place in workers.items()}
             assert None not in pids.values()
             os.kill(pids["site-a"] or 0, signal.SIGKILL)  # the worker: nothing may be lost
-            wait_until(lambda: done() >= 4, "two more rounds")
+            wait_until(lambda: run.poll() is not None, "the end of the run")
+            assert loopback.status() == "finished:completed", loopback.log("run").read_text()
             assert workers["site-a"].running() not in (None, pids["site-a"])
             assert workers["site-b"].running() == pids["site-b"]  # one process for all messages
-            wait_until(lambda: run.poll() is not None, "the end of the run")
-            assert loopback.status() == "finished:completed"
             node = next(
                 p
                 for p in psutil.Process(joined["site-b"].pid).children()
