@@ -170,6 +170,7 @@ def test_a_twin_is_let_in_when_the_first_has_left(tmp_path: Path, logged: Lines)
     """After kill -9 a node without a key returns under a new id while the old one seems online."""
     config = config_at(tmp_path, rounds=4)
     nodes = named("a", "b", "b", folder=tmp_path)
+    nodes[2]["partition-id"] = 1  # the same model, so that it finds the same embedding
     plan = attended_by(lambda r: (0, 1) if r == 1 else (0, 1, 2) if r == 2 else (0, 2))
     run_tiny(config, node_configs=nodes, grid_type=plan)
     assert accepted(config) == [2, 2, 2, 2]
