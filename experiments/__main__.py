@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import MHpFedHNError
+from experiments.bench import add_bench_parser
 from experiments.join import add_join_parser
 
 USAGE_ERROR = 2
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
     command.set_defaults(command=show)
     add_join_parser(commands)
+    add_bench_parser(commands)
     return parser
 
 
