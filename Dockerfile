@@ -2,7 +2,7 @@
 #
 #   docker build -t mh-pfedhn .                                   runs on CPU and CUDA (PyPI's torch)
 #   docker build -t mh-pfedhn \
-#     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .    CPU only, gigabytes smaller
+#     --build-arg TORCH_INDEX=URL .    an index of CPU builds: gigabytes smaller
 #
 # Wheels that lie in the folder wheels/ win over the index: for builds without internet, or to pin
 # a torch build (--build-arg TORCH="torch==2.13.0+cpu").

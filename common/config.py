@@ -73,6 +73,7 @@ class ScheduleSection(Section):
     buffer_size: int = Field(1, ge=0)
     min_clients: int = Field(1, ge=1)
     wait_for_clients_s: float = Field(300.0, ge=0)
+    settle_s: float = Field(2.0, ge=0)
     min_fraction: float = Field(0.5, ge=0, le=1)
     round_deadline_s: float = Field(0.0, ge=0)
     message_timeout_s: float = Field(3600.0, gt=0)

@@ -27,6 +27,7 @@ class Admission:
     def __init__(self, core: Core, registry: Registry) -> None:
         self._core = core
         self._registry = registry
+        self._settled = False
 
     def refresh(self, grid: Grid, server_round: int) -> list[Client]:
         """Register nodes that are new or back; wait until `min-clients` are present.
@@ -37,6 +38,8 @@ class Admission:
             Too few came in time; the reasons of those that could not join are named.
         """
         section = self._core.config.schedule
+        if not self._settled:
+            self._settle(grid, section.settle_s)
         deadline = time.monotonic() + section.wait_for_clients_s
         while True:
             self._register(grid, server_round)
@@ -46,6 +49,17 @@ class Admission:
             if time.monotonic() >= deadline:
                 raise RunError(self._too_few(present))
             time.sleep(0.5)
+
+    def _settle(self, grid: Grid, seconds: float) -> None:
+        """Wait at the start of a run until no node has come for `seconds`: simulated ones trickle."""
+        known: set[int] = set()
+        since = time.monotonic()
+        while time.monotonic() - since < seconds:
+            online = set(grid.get_node_ids())
+            if online - known:
+                known, since = online, time.monotonic()
+            time.sleep(min(0.2, seconds))
+        self._settled = True
 
     def _register(self, grid: Grid, server_round: int) -> None:
         keys = self._keys(grid)

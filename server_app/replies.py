@@ -58,6 +58,11 @@ class ReplyDesk:
     def reject(self, answer: Answer, reason: str) -> None:
         """Log and count an answer that is not used."""
         self.rejected[answer.ticket.client_id] += 1
-        short = " ".join(reason.split())[:1000]
+        short = _shortened(" ".join(reason.split()))
         self.recent = [*self.recent[-9:], short]
         logger.warning("Rejected: %s", short)
+
+
+def _shortened(reason: str) -> str:
+    """Cut a long reason in the middle: its start says who, and Ray puts the cause last."""
+    return reason if len(reason) <= 1000 else f"{reason[:300]} ... {reason[-700:]}"
