@@ -51,7 +51,7 @@ class Admission:
             time.sleep(0.5)
 
     def _settle(self, grid: Grid, seconds: float) -> None:
-        """Wait at the start of a run until no node has come for `seconds`: simulated ones trickle."""
+        """Wait at the start until no node has come for `seconds`: simulated ones trickle in."""
         known: set[int] = set()
         since = time.monotonic()
         while time.monotonic() - since < seconds:
