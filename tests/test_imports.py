@@ -15,6 +15,7 @@ ALLOWED = {
 }
 MEETS_FLOWER = {
     "server_app/app.py",
+    "server_app/admission.py",
     "server_app/strategy.py",
     "server_app/phases.py",
     "server_app/mailbox.py",
