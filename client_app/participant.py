@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from flwr.app import Context
+from torch import nn
 
+from client_app.cohort import Member, Outcome
 from client_app.data import ClientData, load_client_data
 from client_app.folders import safe_name
 from client_app.models.registry import model_for_partition
@@ -130,6 +132,51 @@ class Participant:
         )
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
+
+    # --- trained together with others (client_app.together) --------------------------------------
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the construction of this client's model depends on."""
+        return self._kind()
+
+    @property
+    def module(self) -> nn.Module:
+        """Return this thread's model of that kind, whoever's weights it holds now."""
+        return self._personal().model.module
+
+    def join_cohort(self, task: TrainTask) -> tuple[Member, Evaluation | None]:
+        """Test theta when asked, as `train` does, and hand over what a batched call needs."""
+        self.state.enter_federation(task.header.federation_id)
+        theta, now = task.theta, task.header.server_round
+        if theta is None:
+            raise WireError(f"client {self.client_id}: there is no theta to train in a cohort.")
+        evaluation = self._evaluate(task.header, theta, now) if task.evaluate else None
+        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, task.header)
+        member = Member(
+            theta=tool.model.theta.detach().clone(),
+            buffers=tool.buffers(),
+            data=self.data,
+            generator=self._shuffler("shuffle", task.header),
+        )
+        return member, evaluation
+
+    def leave_cohort(
+        self, task: TrainTask, outcome: Outcome, evaluation: Evaluation | None
+    ) -> TrainReply:
+        """Keep the buffers and make the reply of a client that was trained together with others."""
+        tool = self._personal()
+        tool.reset(outcome.buffers, 0)
+        self._keep_buffers(tool, PERSONAL_BUFFERS, task.header)
+        tool.model.load(outcome.theta)
+        trained = outcome.trained
+        return TrainReply(
+            num_examples=trained.num_examples,
+            train_loss=trained.loss,
+            seconds=trained.seconds,
+            delta=None if task.theta is None else self._delta(task.theta, tool.model),
+            evaluation=evaluation,
+        )
 
     # --- how -------------------------------------------------------------------------------------
 

@@ -64,7 +64,12 @@ class InProcessEngine:
 
         engine = self._engine
         with _log_to(self._log):
-            run_inprocess(config, num_clients=engine.num_clients, workers=engine.workers)
+            run_inprocess(
+                config,
+                num_clients=engine.num_clients,
+                workers=engine.workers,
+                batched_clients=engine.batched_clients,
+            )
 
 
 def complete(preset: Preset) -> Preset:

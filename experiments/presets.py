@@ -27,7 +27,9 @@ class EngineSection(Section):
     """Where an experiment runs and what each client may use.
 
     `workers` is how many clients compute at once; 0 means as many as the CPUs allow.
-    `client_gpus` may be a fraction: it schedules clients, it does not limit their memory.
+    `batched_clients` of one architecture are trained in one batched call (engine inprocess only);
+    0 trains them one by one. `client_gpus` may be a fraction: it schedules clients, it does not
+    limit their memory.
     """
 
     name: Literal["ray", "inprocess"] = "ray"
@@ -35,6 +37,7 @@ class EngineSection(Section):
     client_cpus: int = Field(1, ge=1)
     client_gpus: float = Field(0.0, ge=0)
     workers: int = Field(0, ge=0)
+    batched_clients: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.config import RunConfig
+from common.log import logger
 
 CLIENT_APP_RAISED = 2
 """Flower's error code for an exception inside a ClientApp (flwr ErrorCode)."""
@@ -38,15 +39,23 @@ class InProcessGrid(Grid):
     client_app : the app; one instance serves all nodes.
     contexts : each node's Flower context by node_id; kept between messages, as Flower does.
     workers : threads that run clients. 1 runs them in the calling thread, one after the other.
+    batched_clients : with one worker, so many waiting clients of one architecture at most are
+        trained in one batched call (`client_app.cohort`); 0 or 1 trains them one by one.
     """
 
     def __init__(
-        self, client_app: ClientApp, contexts: Mapping[int, Context], workers: int = 1
+        self,
+        client_app: ClientApp,
+        contexts: Mapping[int, Context],
+        workers: int = 1,
+        *,
+        batched_clients: int = 0,
     ) -> None:
         # Flower stamps every message with the process's identity; here the process is the server.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
         self._app = client_app
         self._contexts = dict(contexts)
+        self._batched_clients = batched_clients
         self._pool = ThreadPoolExecutor(workers, "client") if workers > 1 else None
         self._queue: dict[str, Message] = {}
         self._futures: dict[str, Future[Message]] = {}
@@ -97,6 +106,8 @@ class InProcessGrid(Grid):
         """Return the replies that are there; with one worker, run the next client now."""
         wanted = set(message_ids)
         if self._pool is None:
+            if self._batched_clients > 1:
+                return self._deliver_together([i for i in self._queue if i in wanted])
             waiting = next((i for i in self._queue if i in wanted), None)
             return [] if waiting is None else [self._deliver(self._queue.pop(waiting))]
         if self._futures.keys() & wanted:
@@ -125,6 +136,22 @@ class InProcessGrid(Grid):
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
         return reply
+
+    def _deliver_together(self, message_ids: Sequence[str]) -> list[Message]:
+        """Answer the next waiting messages, in one batched call where they allow it."""
+        from client_app.together import answer_together
+
+        messages = [self._queue.pop(i) for i in message_ids[: self._batched_clients]]
+        pairs = [(m, self._contexts[m.metadata.dst_node_id]) for m in messages]
+        try:
+            answers = answer_together(pairs)
+        except Exception as error:  # the app's edge, as below; one by one shows whose fault it is
+            logger.warning("Batched training failed, going on one by one: %s", error)
+            answers = [None] * len(pairs)
+        return [
+            self._deliver(message) if content is None else Message(content, reply_to=message)
+            for message, content in zip(messages, answers, strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the workers; what they still do is dropped."""
@@ -157,6 +184,7 @@ def run_inprocess(
     num_clients: int,
     node_configs: Sequence[NodeConfigDict] | None = None,
     workers: int = 0,
+    batched_clients: int = 0,
 ) -> None:
     """Run a whole federation in this process; raises what the ServerApp raises.
 
@@ -164,14 +192,18 @@ def run_inprocess(
     ----------
     workers : threads that run clients; 0 means one per CPU core, and one where the schedule has
         a single client in flight (torch then may use its threads inside the client).
+    batched_clients : clients of one architecture that are trained in one batched call, in one
+        thread whatever `workers` says; 0 trains one by one. For GPUs: see `client_app.cohort`.
     """
     from client_app.app import app as client_app
     from server_app.app import app as server_app
 
+    if batched_clients > 1:
+        workers = 1
     if workers == 0:
         workers = 1 if config.schedule.max_in_flight == 1 else (os.cpu_count() or 1)
     contexts = make_contexts(config, node_configs or simulated_nodes(num_clients))
-    grid = InProcessGrid(client_app, contexts, workers)
+    grid = InProcessGrid(client_app, contexts, workers, batched_clients=batched_clients)
     threads = torch.get_num_threads()
     if workers > 1 and config.client.client_threads:
         # One setting for all threads: a client that set and restored it would race with the others

@@ -1,0 +1,209 @@
+"""Several clients of one architecture trained as one batched call on one device.
+
+Every client has weights, running statistics, examples and an order of its own; what they share is
+the architecture, so one kernel does a step of all of them (torch.func.vmap: convolutions become
+grouped, linear layers batched products). The result is that of training them one by one up to
+float rounding: a short last batch is padded with examples of weight zero, or, where BatchNorm
+would see the padding, taken together only with batches of the same size.
+
+Shapes: G clients, B batch, P parameters, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from client_app.data import ClientData
+from client_app.models.dropout import GeneratorDropout
+from client_app.training import Trained
+from common.config import TrainingSection
+from common.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of a cohort: theta (P,), its own buffers, its examples, and who shuffles them."""
+
+    theta: Tensor
+    buffers: Mapping[str, Tensor]
+    data: ClientData
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a member's training left: theta (P,), buffers, and the usual measurements.
+
+    The seconds are the cohort's, divided by its members.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
+    trained: Trained
+
+
+def can_train_together(module: nn.Module) -> bool:
+    """Whether clients with this architecture can be batched: nothing in it draws at random."""
+    layers = list(module.modules())
+    draws = any(isinstance(layer, GeneratorDropout) and layer.p > 0 for layer in layers)
+    own = any(type(layer).__module__.split(".")[0] not in KNOWN for layer in layers)
+    return not draws and not own
+
+
+KNOWN = ("torch", "client_app", "tests")
+"""Packages whose layers are known to be batchable; a participant's own code may not be."""
+
+
+def train_cohort(
+    module: nn.Module, members: Sequence[Member], section: TrainingSection, *, clip: bool = True
+) -> list[Outcome]:
+    """Train every member as `client_app.training.train` would, all of them at once.
+
+    Parameters
+    ----------
+    module : the architecture; its own parameters and buffers are not used and do not change.
+    members : their `data` must be on one device and be normalised alike.
+
+    Returns
+    -------
+    One outcome for each member, in the order given.
+
+    Raises
+    ------
+    ModelError
+        The architecture draws random numbers; train its clients one by one.
+    """
+    if not can_train_together(module):
+        raise ModelError(
+            f"{type(module).__name__} cannot be trained for several clients at once: it has "
+            "dropout, or layers of your own. Set batched-clients = 0."
+        )
+    started = time.monotonic()
+    order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)
+    cohort = _Cohort(module, [members[i] for i in order], section, clip)
+    for _ in range(section.local_epochs):
+        cohort.epoch()
+    seconds = (time.monotonic() - started) / len(members)
+    outcomes = dict(zip(order, cohort.outcomes(seconds), strict=True))
+    return [outcomes[i] for i in range(len(members))]
+
+
+class _Cohort:
+    """Stacked weights, momenta, buffers and examples; members with most examples come first.
+
+    So the members that still have a batch at some step are always the first ones: no gathering.
+    """
+
+    def __init__(
+        self, module: nn.Module, members: Sequence[Member], section: TrainingSection, clip: bool
+    ) -> None:
+        self._module, self._members, self._section, self._clip = module, members, section, clip
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        self._theta = torch.stack([member.theta for member in members])
+        self._momentum = torch.zeros_like(self._theta)
+        names = [name for name, _ in module.named_buffers()]
+        self._buffers = {n: torch.stack([m.buffers[n] for m in members]) for n in names}
+        self._pads = not any(isinstance(m, _BatchNorm) for m in module.modules())
+        self._images = torch.cat([member.data.train_images for member in members])
+        self._labels = torch.cat([member.data.train_labels for member in members])
+        self._counts = [member.data.num_train for member in members]
+        self._loss = torch.zeros(len(members), device=self._theta.device)
+
+    def epoch(self) -> None:
+        """Take every step of one pass over the examples."""
+        self._module.train()
+        size = self._section.batch_size
+        rows = self._shuffled_rows()
+        for first in range(0, max(self._counts), size):
+            sizes = [min(size, count - first) for count in self._counts if count > first]
+            for group in self._groups(sizes):
+                width = max(sizes[group])
+                self._step(group, rows[group, first : first + width], sizes[group])
+
+    def _groups(self, sizes: Sequence[int]) -> Iterator[slice]:
+        """Cut the active members into runs that can share a step."""
+        if self._pads:
+            yield slice(0, len(sizes))
+            return
+        start = 0
+        for _, run in groupby(sizes):
+            stop = start + len(list(run))
+            yield slice(start, stop)
+            start = stop
+
+    def _shuffled_rows(self) -> Tensor:
+        """Draw each member's order as `ClientData.batches` does; rows of `_images` (G, most)."""
+        width = -(-max(self._counts) // self._section.batch_size) * self._section.batch_size
+        table = torch.zeros(len(self._counts), width, dtype=torch.int64)
+        offset = 0
+        for row, member, count in zip(table, self._members, self._counts, strict=True):
+            generator = member.generator
+            drawn = torch.randperm(count, generator=generator, device=generator.device)
+            row[:count] = drawn.cpu() + offset
+            row[count:] = offset  # padding: an example of the member's own
+            offset += count
+        return table.to(self._theta.device)
+
+    def _step(self, group: slice, rows_GB: Tensor, sizes: Sequence[int]) -> None:  # noqa: N803
+        """Take one SGD step of the members in `group`, in place."""
+        count = torch.tensor(sizes, device=rows_GB.device)
+        place = torch.arange(rows_GB.shape[1], device=rows_GB.device)
+        share = (place < count[:, None]) / count[:, None]
+        theta = self._theta[group].detach().requires_grad_()
+        loss = (self._losses(theta, group, rows_GB) * share).sum(dim=1)
+        (gradient,) = torch.autograd.grad(loss.sum(), theta)
+        self._loss[group] += loss.detach() * count
+        self._descend(group, gradient)
+
+    def _losses(self, theta: Tensor, group: slice, rows_GB: Tensor) -> Tensor:  # noqa: N803
+        """Return the cross-entropy of every example (G, B)."""
+        data = self._members[0].data
+        images = data.normalise(self._images[rows_GB.flatten()])
+        images = images.view(*rows_GB.shape, *images.shape[1:])
+        labels = self._labels[rows_GB]
+        pieces = torch.split(theta, [s.numel() for s in self._shapes.values()], dim=1)
+        parameters = {
+            name: piece.view(-1, *shape)
+            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
+        }
+        buffers = {name: stacked[group] for name, stacked in self._buffers.items()}
+
+        def logits(weights: dict[str, Tensor], own: dict[str, Tensor], batch: Tensor) -> Tensor:
+            found: Tensor = functional_call(self._module, (weights, own), (batch,))
+            return found
+
+        out = vmap(logits)(parameters, buffers, images)
+        losses = functional.cross_entropy(out.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(labels.shape)
+
+    @torch.no_grad()
+    def _descend(self, group: slice, gradient: Tensor) -> None:
+        """Clip each member's gradient by its own norm, then SGD with momentum and decay."""
+        s = self._section
+        if self._clip:
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient = gradient * (s.client_clip_norm / (norms + 1e-6)).clamp(max=1.0)
+        theta, momentum = self._theta[group], self._momentum[group]
+        momentum.mul_(s.momentum).add_(gradient).add_(theta, alpha=s.weight_decay)
+        theta.sub_(momentum, alpha=s.learning_rate)
+
+    def outcomes(self, seconds: float) -> Iterator[Outcome]:
+        """Yield what became of each member, in the cohort's order."""
+        losses = self._loss.tolist()
+        for i, count in enumerate(self._counts):
+            yield Outcome(
+                theta=self._theta[i].clone(),
+                buffers={name: stacked[i].clone() for name, stacked in self._buffers.items()},
+                trained=Trained(count, losses[i] / (count * self._section.local_epochs), seconds),
+            )
+
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm

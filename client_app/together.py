@@ -1,0 +1,87 @@
+"""Answer several training messages of one round in one batched call (in-process engine).
+
+What a client sends and keeps is what it would by itself, up to float rounding. A message that
+cannot be batched (dropout, distillation, another device, a config that is refused) is left to be
+answered one by one, where its errors are raised as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from client_app.cohort import Member, can_train_together, train_cohort
+from client_app.participant import Participant
+from common import wire
+from common.errors import MHpFedHNError
+from common.wire import Evaluation, TrainTask
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A client that can join a batched call."""
+
+    place: int
+    participant: Participant
+    task: TrainTask
+    source: str
+
+    @property
+    def kind(self) -> Hashable:
+        """What clients must have in common to be trained by one call."""
+        data = self.participant.data
+        looks = (*data.mean.tolist(), *data.std.tolist(), tuple(data.train_images.shape[1:]))
+        return self.participant.kind, self.task.training, looks
+
+
+def answer_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict | None]:
+    """Answer `train.personal` messages; None stands where the caller has to do it one by one."""
+    answers: list[RecordDict | None] = [None] * len(pairs)
+    groups: dict[Hashable, list[_Ready]] = {}
+    for place, (message, context) in enumerate(pairs):
+        ready = _open(place, message, context)
+        if ready is not None:
+            groups.setdefault(ready.kind, []).append(ready)
+    for group in groups.values():
+        if len(group) > 1:
+            for ready, content in zip(group, _train(group), strict=True):
+                answers[ready.place] = content
+    return answers
+
+
+def _open(place: int, message: Message, context: Context) -> _Ready | None:
+    if message.metadata.message_type != wire.TRAIN_PERSONAL:
+        return None
+    try:
+        participant = Participant.open(context)
+        source = f"{wire.TRAIN_PERSONAL} message to client {participant.client_id}"
+        task = wire.decode_train_task(message.content, source)
+    except MHpFedHNError:
+        return None  # raised again, and reported, when it is answered by itself
+    module = participant.module
+    fits = task.theta is not None and task.theta.size == sum(p.numel() for p in module.parameters())
+    alone = task.train_global or task.distill is not None or not fits
+    if alone or not can_train_together(module):
+        return None
+    return _Ready(place, participant, task, source)
+
+
+def _train(group: Sequence[_Ready]) -> list[RecordDict]:
+    members: list[Member] = []
+    evaluations: list[Evaluation | None] = []
+    for ready in group:
+        member, evaluation = ready.participant.join_cohort(ready.task)
+        members.append(member)
+        evaluations.append(evaluation)
+    first = group[0]
+    outcomes = train_cohort(first.participant.module, members, first.task.training)
+    if first.participant.device.type == "cuda":
+        torch.cuda.synchronize(first.participant.device)
+    replies = []
+    for ready, outcome, evaluation in zip(group, outcomes, evaluations, strict=True):
+        reply = ready.participant.leave_cohort(ready.task, outcome, evaluation)
+        replies.append(wire.encode_train_reply(reply, ready.task.header.precision))
+    return replies

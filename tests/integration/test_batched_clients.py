@@ -1,0 +1,70 @@
+"""The in-process engine with clients trained in one batched call: the same federation."""
+
+import json
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from client_app import together
+from client_app.app import app as client_app
+from common.config import RunConfig
+from experiments.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
+from server_app.app import app as server_app
+from tests.support.tiny import HERE, tiny_config
+
+
+def run(config: RunConfig, batched_clients: int) -> list[dict]:
+    contexts = make_contexts(config, simulated_nodes(6))
+    grid = InProcessGrid(client_app, contexts, batched_clients=batched_clients)
+    try:
+        server_app(grid, Context(1, 1, {}, RecordDict(), dict(config.flat())))
+    finally:
+        grid.close()
+    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("evaluation", ["separate", "fused"])
+def test_batched_clients_give_the_same_rounds(
+    tmp_path: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    train_cohort = together.train_cohort
+
+    def counted(module, members, section):  # noqa: ANN001, ANN202
+        sizes.append(len(members))
+        return train_cohort(module, members, section)
+
+    monkeypatch.setattr(together, "train_cohort", counted)
+    settings = {
+        "models": f"{HERE}:small,{HERE}:wide",
+        "rounds": 3,
+        "max_in_flight": 0,
+        "buffer_size": 0,
+        "evaluation": evaluation,
+        "message_timeout_s": 600.0,
+    }
+    alone = run(tiny_config(tmp_path / "a", **settings), 0)
+    assert sizes == []
+    batched = run(tiny_config(tmp_path / "b", **settings), 6)
+    assert sizes == [3, 3] * 3
+    assert len(alone) == len(batched) == 3
+    for one, other in zip(alone, batched, strict=True):
+        for key in ("accuracy_micro", "train_loss", "test_loss", "bytes_up", "bytes_down"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_dropout_and_distillation_fall_back_to_one_by_one(tmp_path: Path) -> None:
+    settings = {
+        "models": f"{HERE}:normed,{HERE}:small",
+        "max_in_flight": 0,
+        "buffer_size": 0,
+        "message_timeout_s": 600.0,
+    }
+    for method in ("mh-pfedhn", "mh-pfedhn-gd"):
+        alone = run(tiny_config(tmp_path / f"{method}-a", method=method, **settings), 0)
+        batched = run(tiny_config(tmp_path / f"{method}-b", method=method, **settings), 6)
+        for one, other in zip(alone, batched, strict=True):
+            assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+            assert other["num_accepted"] == 6
