@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import MHpFedHNError
+from experiments.bench import add_bench_parser
 from experiments.certs import add_certs_parser
 from experiments.join import add_join_parser
 
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=show)
     add_join_parser(commands)
     add_certs_parser(commands)
+    add_bench_parser(commands)
     return parser
 
 

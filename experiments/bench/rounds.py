@@ -1,0 +1,145 @@
+"""Parts (c) and (e): whole rounds of the real apps, by engine and schedule, and their overhead.
+
+The first round of a run pays for start-up (processes, imports, decoding); the second is reported.
+Overhead is measured with clients that exchange a CNN's parameters but have nothing to compute.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client_app.data import load_client_data
+from client_app.models.registry import build_model
+from common.config import RunConfig
+from experiments.bench.clear import reference_hypernet, reference_round
+from experiments.engines.inprocess import run_inprocess
+from server_app.hypernet import Hypernetwork
+
+HERE = "experiments.bench.synthetic"
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a full round trains: clients, their data and a scratch folder."""
+
+    num_clients: int
+    data_dir: str
+    folder: Path
+    quick: bool = False
+
+    def config(self, name: str, **settings: Any) -> RunConfig:
+        """Return the run config of one measured run; `settings` have underscores."""
+        real = {"dataset": "cifar100", "data-dir": self.data_dir, "partition": "pathological"}
+        made = {"dataset": f"{HERE}:{'handful_' * self.quick}pictures", "partition": "iid"}
+        flat: dict[str, Any] = {
+            "method": "mh-pfedhn",
+            "models": "cnn",
+            "rounds": ROUNDS,
+            "num-partitions": self.num_clients,
+            "min-client-examples": 4,
+            "min-clients": self.num_clients,
+            "max-in-flight": 0,
+            "buffer-size": 0,
+            "checkpoint-every": ROUNDS,
+            "cache-dir": str(self.folder / "cache"),
+            "output-dir": str(self.folder / name),
+            "device": "auto",
+            **(real if self.data_dir else made),
+            **({"hidden-dim": 8, "embed-dim": 8} if self.quick else {}),
+        }
+        flat |= {key.replace("_", "-"): value for key, value in settings.items()}
+        return RunConfig.parse(flat)
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "parallel": {"max_in_flight": 0, "buffer_size": 0},
+    "sequential": {"max_in_flight": 1, "buffer_size": 1},
+}
+
+
+def inprocess(work: Workload, config: RunConfig, **options: Any) -> dict[str, float]:
+    """Run on the in-process engine; return the last round's row."""
+    with _quiet():
+        run_inprocess(config, num_clients=work.num_clients, **options)
+    return last_row(Path(config.run.output_dir))
+
+
+def ray(work: Workload, config: RunConfig) -> dict[str, float]:
+    """Run on Flower's simulation engine; return the last round's row."""
+    engines = importlib.import_module("experiments.engines.ray")
+    presets = importlib.import_module("experiments.presets")
+    section = presets.EngineSection(name="ray", num_clients=work.num_clients)
+    root = str(Path(__file__).resolve().parents[2])
+    folder = Path(config.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    with engines.RayEngine(section, log=folder / "run.log", extra_env=environment) as engine:
+        engine.run(config)
+    return last_row(folder)
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """Return the last row of a run's metrics."""
+    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return row
+
+
+def reference(work: Workload) -> dict[str, float]:
+    """Run one round of the clear sequential implementation on the same partitions."""
+    config = work.config("reference")
+    clients = {
+        str(i): load_client_data(
+            config.client, partition_id=i, seed=config.run.seed, device=torch.device("cpu")
+        )
+        for i in range(work.num_clients)
+    }
+    first = clients["0"]
+    build = partial(
+        build_model, "cnn", in_channels=first.in_channels, num_classes=first.num_classes
+    )
+    hypernet = Hypernetwork(config.hypernet, seed=config.run.seed)
+    size = sum(p.numel() for p in build().parameters())
+    for client_id in clients:
+        hypernet.add_client(client_id, size)
+    return reference_round(reference_hypernet(hypernet), clients, build)
+
+
+def idle_config(work: Workload, name: str) -> RunConfig:
+    """Return the config of clients that do nothing but exchange vectors."""
+    dataset = f"{HERE}:{'handful' if work.quick else 'few'}_pictures"
+    settings = {"models": f"{HERE}:idle_model", "dataset": dataset, "data_dir": ""}
+    return work.config(name, partition="iid", batch_size=1024, **settings)
+
+
+def attempt(measure: Any, *arguments: Any) -> dict[str, Any]:
+    """Run a measurement; one that fails is reported as such, the others go on."""
+    started = time.monotonic()
+    try:
+        row: dict[str, Any] = dict(measure(*arguments))
+    except Exception as error:  # the bench's edge: an engine may be absent or not start here
+        row = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
+    return row | {"seconds_measuring": time.monotonic() - started}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep log lines of the runs out of the table."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,133 @@
+"""The benchmark from end to end: measure the parts, write bench.json, print the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from common.errors import ConfigError, unknown_name
+from experiments.bench import PARTS, rounds
+from experiments.bench.client import client_step, forward_flops, step_flops
+from experiments.bench.growth import grow
+from experiments.bench.machine import Machine, inspect_machine
+from experiments.bench.rounds import SCHEDULES, Workload, attempt
+from experiments.bench.server import server_table
+from experiments.bench.synthetic import IDLE_PARAMETERS
+from experiments.bench.table import print_tables
+from experiments.bench.wire import wire_table
+
+SIZES = [(n, k) for k in (IDLE_PARAMETERS, 2_000_000, 11_000_000) for n in (10, 50, 200, 1000)]
+QUICK_SIZES = [(4, 6_000)]
+
+
+def run_suite(args: argparse.Namespace) -> int:
+    """Measure what `--parts` names; returns 0. bench.json is written after every part."""
+    parts = [part.strip() for part in args.parts.split(",")]
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError("bench: " + unknown_name("part", part, PARTS))
+    folder = Path(args.output_dir).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    data_dir = str(Path(args.data_dir).expanduser().resolve()) if args.data_dir else ""
+    work = Workload(4 if args.quick else args.clients, data_dir, folder / "runs", args.quick)
+    work.folder.mkdir(exist_ok=True)
+    console = Console(width=120)
+    machine = inspect_machine(args.repeats, size=256 if args.quick else 2048)
+    results: dict[str, Any] = {"machine": machine.facts(), "quick": args.quick}
+    for part in [part for part in PARTS if part in parts]:
+        console.print(f"measuring: {part}", style="dim")
+        results[part] = _measure(part, work, machine, args.repeats)
+        (folder / "bench.json").write_text(json.dumps(results, indent=2))
+    if "runtime" in results and "round" in results:
+        results["runtime"] |= overhead(results["runtime"], results["round"])
+        (folder / "bench.json").write_text(json.dumps(results, indent=2))
+    print_tables(results, console)
+    console.print(f"\nfigures in {folder / 'bench.json'}", soft_wrap=True)
+    return 0
+
+
+def _measure(part: str, work: Workload, machine: Machine, repeats: int) -> dict[str, Any]:
+    quick = work.quick
+    if part == "server":
+        return server(server_table(QUICK_SIZES if quick else SIZES, machine, repeats))
+    if part == "client":
+        return client(("cnn",) if quick else ("cnn", "vgg8", "resnet10"), machine, repeats)
+    if part == "wire":
+        return wire_table(6_000 if quick else IDLE_PARAMETERS, machine, repeats)
+    if part == "round":
+        return full_round(work, machine)
+    if part == "runtime":
+        return runtime(work)
+    return grow(work, rounds=3 if quick else 300, clients=(2,) if quick else (10, 20, 40, 80))
+
+
+def server(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the row of 50 CNN clients first: it is the one that is held against a target."""
+    target = [r for r in rows if (r["num_clients"], r["num_parameters"]) == (50, IDLE_PARAMETERS)]
+    first = (target or rows)[0]
+    keys = ("sequential_seconds", "parallel_seconds", "ratio", "reference_seconds")
+    return {key: first[key] for key in keys if key in first} | {"sizes": rows}
+
+
+def client(names: tuple[str, ...], machine: Machine, repeats: int) -> dict[str, Any]:
+    """Time a step of each model on the CPU, and on the GPU where there is one; CNN/CPU first."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    models = {
+        f"{name}/{device}": client_step(name, machine, repeats, device=torch.device(device))
+        for device in devices
+        for name in names
+    }
+    first = models["cnn/cpu"]
+    keys = ("step_seconds", "dataloader_step_seconds", "ratio")
+    return {key: first[key] for key in keys} | {"models": models}
+
+
+def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
+    """Measure a full round by engine and schedule, and the clear sequential implementation."""
+    rows: dict[str, Any] = {}
+    for name, schedule in SCHEDULES.items():
+        config = work.config(f"inprocess-{name}", **schedule)
+        rows[f"inprocess-{name}"] = attempt(rounds.inprocess, work, config)
+        if not work.quick:
+            config = work.config(f"ray-{name}", **schedule)
+            rows[f"ray-{name}"] = attempt(rounds.ray, work, config)
+    rows["reference"] = attempt(rounds.reference, work)
+    result: dict[str, Any] = {
+        "reference_seconds": rows["reference"].get("total"),
+        "ray_seconds": rows.get("ray-parallel", {}).get("seconds_round"),
+        "inprocess_seconds": rows["inprocess-parallel"].get("seconds_round"),
+        "num_clients": work.num_clients,
+        "data": "cifar100" if work.data_dir else "synthetic",
+        "runs": rows,
+    }
+    if not work.quick and result["inprocess_seconds"]:
+        train, test = step_flops("cnn", 64) / 64, forward_flops("cnn", 64) / 64
+        flops = 50_000 * (0.75 * train + 0.25 * test)
+        result["bounds"] = machine.bound(result["inprocess_seconds"], flops=flops)
+    return result
+
+
+def runtime(work: Workload) -> dict[str, Any]:
+    """Measure rounds of idle clients: what the engines cost by themselves, in seconds a round."""
+    found = {"inprocess": attempt(rounds.inprocess, work, rounds.idle_config(work, "idle"))}
+    if not work.quick:
+        found["ray"] = attempt(rounds.ray, work, rounds.idle_config(work, "idle-ray"))
+    for row in found.values():
+        if "seconds_round" in row:
+            row["idle_seconds"] = row["seconds_round"] - row["seconds_server"]
+    return {"engines": found, "bounded_by": "process start, message store, polling"}
+
+
+def overhead(idle: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    """Return the share of a full parallel round that an idle round's runtime makes up."""
+    for engine in ("ray", "inprocess"):
+        cost = idle["engines"].get(engine, {}).get("idle_seconds")
+        total = full.get(f"{engine}_seconds")
+        if cost is not None and total:
+            return {"overhead_fraction": cost / total, "overhead_engine": engine}
+    return {}

@@ -1,0 +1,150 @@
+"""The tables that `mh-pfedhn bench` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_tables(results: dict[str, Any], console: Console) -> None:
+    """Print what was measured, part by part."""
+    machine = results["machine"]
+    console.print(
+        f"\n{machine['cpu']}, {machine['cores']} cores, {machine['threads']} torch threads, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, GPU {machine['gpu']}, load "
+        f"{machine['load']:.1f}; measured peaks {machine['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['bandwidth'] / 1e9:.1f} GB/s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for part, draw in DRAW.items():
+        if part in results:
+            console.print(draw(results[part]))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.2f} ms"
+
+
+def _bound(row: dict[str, Any]) -> tuple[str, str]:
+    return (row["bounded_by"], f"{row['distance']:.1f}x") if row else ("-", "-")
+
+
+def _server(part: dict[str, Any]) -> Table:
+    table = _table(
+        "server, one round", "clients x parameters", "sequential", "parallel", "ratio",
+        "reference", "peak", "bounded by", "from bound",
+    )  # fmt: skip
+    for row in part["sizes"]:
+        name = f"{row['num_clients']} x {row['num_parameters']:,}"
+        if "skipped" in row:
+            table.add_row(name, row["skipped"][:40])
+            continue
+        table.add_row(
+            name,
+            _seconds(row["sequential_seconds"]),
+            _seconds(row["parallel_seconds"]),
+            f"{row['ratio']:.1f}",
+            _seconds(row.get("reference_seconds")),
+            f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            *_bound(row["bounds"]["parallel"]),
+        )
+    return table
+
+
+def _client(part: dict[str, Any]) -> Table:
+    table = _table(
+        "client, one step of 64", "model/device", "step", "DataLoader script", "ratio",
+        "data alone", "its DataLoader", "test batch", "bounded by", "from bound",
+    )  # fmt: skip
+    for name, row in part["models"].items():
+        keys = ("batches_seconds", "dataloader_batches_seconds", "test_batch_seconds")
+        table.add_row(
+            name,
+            _seconds(row["step_seconds"]),
+            _seconds(row["dataloader_step_seconds"]),
+            f"{row['ratio']:.1f}",
+            *(_seconds(row[key]) for key in keys),
+            *_bound(row.get("bounds", {})),
+        )
+    return table
+
+
+def _wire(part: dict[str, Any]) -> Table:
+    table = _table("wire, one delta", "format", "bytes", "encode", "decode", "from bound")
+    for name, row in part.items():
+        table.add_row(
+            name,
+            f"{row['bytes']:,}",
+            _seconds(row["encode_seconds"]),
+            _seconds(row["decode_seconds"]),
+            _bound(row["bounds"])[1],
+        )
+    return table
+
+
+def _round(part: dict[str, Any]) -> Table:
+    title = f"full round, {part['num_clients']} CNN clients, {part['data']}"
+    table = _table(title, "run", "round", "server", "clients (summed)", "note")
+    for name, row in part["runs"].items():
+        table.add_row(
+            name,
+            _seconds(row.get("seconds_round", row.get("total"))),
+            _seconds(row.get("seconds_server", row.get("server"))),
+            _seconds(row.get("seconds_clients", row.get("train"))),
+            row.get("skipped", "")[:60],
+        )
+    return table
+
+
+def _runtime(part: dict[str, Any]) -> Table:
+    table = _table("runtime, idle clients", "engine", "round", "without the server's work", "note")
+    for name, row in part["engines"].items():
+        table.add_row(
+            name,
+            _seconds(row.get("seconds_round")),
+            _seconds(row.get("idle_seconds")),
+            row.get("skipped", "")[:60],
+        )
+    if "overhead_fraction" in part:
+        share = f"{100 * part['overhead_fraction']:.1f} % of a full round"
+        table.add_row("overhead", share, "", part["overhead_engine"])
+    return table
+
+
+def _growth(part: dict[str, Any]) -> Table:
+    table = _table("growth, idle clients", "clients", "rounds", "round", "resident", "last/first")
+    for row in [part["rounds"], *part["clients"]]:
+        if "skipped" in row:
+            table.add_row(str(row["num_clients"]), row["skipped"][:40])
+            continue
+        weights, seconds = row["resident_bytes"], row["seconds"]
+        table.add_row(
+            str(row["num_clients"]),
+            str(len(seconds)),
+            _seconds(sorted(seconds)[len(seconds) // 2]),
+            f"{weights[-1] / 2**20:.0f} MiB",
+            f"{weights[-1] / weights[min(len(weights) - 1, 2)]:.3f}",
+        )
+    return table
+
+
+DRAW = {
+    "server": _server,
+    "client": _client,
+    "wire": _wire,
+    "round": _round,
+    "runtime": _runtime,
+    "growth": _growth,
+}

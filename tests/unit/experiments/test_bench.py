@@ -1,0 +1,71 @@
+"""`mh-pfedhn bench --quick` measures everything once and writes the keys that tools rely on."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from experiments.bench import add_bench_parser
+from experiments.bench.machine import Machine
+from experiments.bench.server import least_bytes
+from experiments.bench.suite import overhead, server
+
+
+def bench(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_bench_parser(parser.add_subparsers())
+    args = parser.parse_args(["bench", *arguments])
+    code: int = args.command(args)
+    return code
+
+
+def test_quick_bench_writes_the_promised_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = "server,client,wire,round,runtime"
+    arguments = ["--quick", "--repeats", "1", "--parts", parts, "--output-dir", str(tmp_path)]
+    assert bench(*arguments) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {"sequential_seconds", "parallel_seconds", "ratio"} <= found["server"].keys()
+    assert {"reference_seconds", "ray_seconds", "inprocess_seconds"} <= found["round"].keys()
+    assert found["round"]["reference_seconds"] > 0
+    assert found["round"]["inprocess_seconds"] > 0
+    assert found["runtime"]["overhead_fraction"] > 0
+    assert {"step_seconds", "dataloader_step_seconds"} <= found["client"].keys()
+    for name in ("float32", "float16", "bfloat16"):
+        assert {"bytes", "encode_seconds", "decode_seconds"} <= found["wire"][name].keys()
+    assert found["wire"]["bfloat16"]["bytes"] < 0.55 * found["wire"]["float32"]["bytes"]
+    printed = capsys.readouterr().out
+    assert found["machine"]["cpu"] in printed
+    assert "GFLOP/s" in printed
+
+
+def test_an_unknown_part_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"part 'servr'.*server"):
+        bench("--parts", "servr", "--output-dir", str(tmp_path))
+
+
+def test_a_bound_is_the_time_of_the_scarcer_resource() -> None:
+    machine = Machine("x", 2, 1, 1, 0.0, "none", "2", flops=100.0, bandwidth=10.0)
+    bound = machine.bound(4.0, flops=100.0, traffic=10.0)
+    assert bound["bound_seconds"] == 2.0
+    assert bound["distance"] == 2.0
+    assert machine.bound(1.0, flops=1.0, traffic=100.0)["bounded_by"] == "memory traffic"
+
+
+def test_memory_is_estimated_before_a_size_is_tried() -> None:
+    assert least_bytes(1000, 11_000_000) > 60e9
+    assert least_bytes(1000, 239_856) < 2e9
+
+
+def test_the_target_row_comes_first_and_overhead_is_a_share() -> None:
+    rows = [
+        {"num_clients": 10, "num_parameters": 239_856, "ratio": 1.0},
+        {"num_clients": 50, "num_parameters": 239_856, "ratio": 2.0},
+    ]
+    assert server(rows)["ratio"] == 2.0
+    idle = {"engines": {"inprocess": {"idle_seconds": 1.0}}}
+    assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
+    assert overhead({"engines": {}}, {}) == {}
