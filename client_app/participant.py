@@ -133,7 +133,7 @@ class Participant:
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
 
-    # --- trained together with others (client_app.together) --------------------------------------
+    # --- trained together with others (in-process engine) ----------------------------------------
 
     @property
     def kind(self) -> ModelKind:

@@ -139,7 +139,7 @@ class InProcessGrid(Grid):
 
     def _deliver_together(self, message_ids: Sequence[str]) -> list[Message]:
         """Answer the next waiting messages, in one batched call where they allow it."""
-        from client_app.together import answer_together
+        from experiments.engines.together import answer_together
 
         messages = [self._queue.pop(i) for i in message_ids[: self._batched_clients]]
         pairs = [(m, self._contexts[m.metadata.dst_node_id]) for m in messages]
