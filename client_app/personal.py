@@ -125,6 +125,7 @@ def save_program(program: tuple[nn.Module, Tensor], path: Path) -> None:
     module, example = program
     dynamic = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
+    exported.example_inputs = None  # torch would store it pickled; nobody needs it
     draft = path.with_name(f".{path.name}")  # torch wants the suffix .pt2
     try:
         torch.export.save(exported, draft)

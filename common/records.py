@@ -29,6 +29,9 @@ from common.errors import WireError, listing
 CONFIG, ARRAYS, METRICS = "config", "arrays", "metrics"
 _SCALES = "-scales"
 
+LARGEST = 10**12
+"""No count, loss or duration is larger; sums of what is accepted stay finite."""
+
 
 def encode_vector(name: str, x: Float32, precision: Precision) -> dict[str, Array]:
     """Encode x (P,) under `name`; float16 adds its scales under `<name>-scales`."""
@@ -141,16 +144,16 @@ def value_of(config: Mapping[str, Any], key: str, kind: type[V], source: str) ->
 def count_of(metrics: Mapping[str, Any], key: str, least: int, source: str) -> int:
     """Return an int of at least `least`."""
     value = value_of(metrics, key, int, source)
-    if value < least:
-        raise WireError(f"{source}: {key} = {value}; expected at least {least}.")
+    if not least <= value <= LARGEST:
+        raise WireError(f"{source}: {key} = {value}; expected {least} to {LARGEST:g}.")
     return value
 
 
 def number_of(metrics: Mapping[str, Any], key: str, source: str) -> float:
     """Return a finite float."""
     value = value_of(metrics, key, float, source)
-    if not np.isfinite(value):
-        raise WireError(f"{source}: {key} is {value}; expected a finite number.")
+    if not abs(value) <= LARGEST:
+        raise WireError(f"{source}: {key} is {value}; expected a finite number up to {LARGEST:g}.")
     return value
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from common import wire
-from common.errors import RunError, listing
+from common.errors import RunError, WireError, listing
+from common.wire import Registration
 from server_app.mailbox import Answer, Letter, Ticket
 from server_app.phases import Core
 from server_app.registry import GLOBAL_ID, Client, NodeKey, Registry, fingerprint
@@ -93,7 +95,7 @@ class Admission:
 
     def _admit(self, answer: Answer, server_round: int, key: NodeKey | None) -> None:
         node_id = answer.ticket.node_id
-        registration = self._core.desk.read(answer, wire.decode_registration)
+        registration = self._core.desk.read(answer, self._decode)
         if registration is None:
             if answer.content is None and answer.failure.startswith("no answer"):
                 self._registry.note_silence(node_id, answer.failure, server_round)
@@ -103,6 +105,17 @@ class Admission:
         client = self._registry.admit(node_id, registration, server_round, key=key)
         if client is not None:
             self._embed(client)
+
+    def _decode(self, content: RecordDict, source: str) -> Registration:
+        registration = wire.decode_registration(content, source)
+        cap = self._core.config.hypernet.max_parameters
+        if self._core.config.distils and not 1 <= registration.num_global_parameters <= cap:
+            raise WireError(
+                f"{source}: num-global-parameters = {registration.num_global_parameters}; with "
+                f"{self._core.config.run.method} 1 to {cap:,} are accepted. Start the client with "
+                "the run config of this federation."
+            )
+        return registration
 
     def _embed(self, client: Client) -> None:
         """Give a client an embedding of its size, unless it has one; GD: v_g with the first."""

@@ -91,4 +91,9 @@ def _server_device(wish: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wish.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"server-device = {wish!r}, but torch sees no GPU here: use auto or cpu.")
-    return torch.device(wish)
+    try:
+        return torch.device(wish)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"server-device = {wish!r} is no torch device: auto, cpu, cuda."
+        ) from error

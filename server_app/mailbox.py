@@ -16,7 +16,6 @@ from itertools import islice
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from common.errors import RunError
 from common.records import payload_bytes
 
 PUSH_BATCH = 8
@@ -160,10 +159,9 @@ class Mailbox:
         if reply.has_error():
             reason = str(reply.error.reason)
             if "ActorDiedError" in reason:
-                raise RunError(
-                    f"{ticket.source}: a Ray worker process died ({reason[:300]}). Ray answers "
-                    "every later message with this error at once, so the run stops here; resume "
-                    "from the last checkpoint, with fewer clients at once if memory ran out."
+                reason += (
+                    ". A Ray worker process died, perhaps for lack of memory; Ray repeats this "
+                    "answer for the rest of the run. Resume with fewer clients at once."
                 )
             return Answer(ticket, None, f"error {reply.error.code}: {reason}", seconds)
         self.bytes_up += payload_bytes(reply.content)

@@ -6,6 +6,7 @@ them knows an architecture.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,10 +86,14 @@ class RoundTally:
 
 @dataclass(frozen=True)
 class Roster:
-    """The participants of a round: client_id -> node_id, in the order in which they train."""
+    """The participants of a round: client_id -> node_id, in the order in which they train.
+
+    `patience_s` bounds every trip but the personal training, whose deadline is the schedule's.
+    """
 
     server_round: int
     nodes: dict[str, int]
+    patience_s: float = math.inf
 
     def ticket(self, client_id: str, message_type: str, version: int = 0) -> Ticket:
         """Make the ticket of a message that is sent now."""
@@ -99,6 +104,7 @@ class Roster:
             server_round=self.server_round,
             version=version,
             sent_at=time.monotonic(),
+            patience_s=math.inf if message_type == wire.TRAIN_PERSONAL else self.patience_s,
         )
 
 

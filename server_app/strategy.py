@@ -6,6 +6,7 @@ through the schedule; evaluate; report. The strategy knows counts and vectors, n
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -102,6 +103,7 @@ class MHpFedHN(Strategy):
         self._evaluate(clients, server_round, tally)
         row: dict[str, float] = {"round": server_round}
         row |= summarise(tally.evaluations)
+        row["num_evaluated"] = len(tally.evaluations)
         row |= self._train_row(tally, outcome)
         row["bytes_up"] = self._core.mailbox.bytes_up - up
         row["bytes_down"] = self._core.mailbox.bytes_down - down
@@ -128,7 +130,7 @@ class MHpFedHN(Strategy):
         last = server_round == run.rounds
         due = run.evaluation == "separate" and server_round % run.evaluate_every == 0
         if due or last:
-            roster = Roster(server_round, {c.client_id: c.node_id for c in clients})
+            roster = self._listed(clients, server_round)
             tally.evaluations = evaluate(
                 self._core, without_busy(roster, self._core.mailbox.busy_nodes())
             )
@@ -170,7 +172,8 @@ class MHpFedHN(Strategy):
 
     def _finish(self, grid: Grid, rounds: int) -> None:
         clients = self._registry.present(rounds)
-        stored = finish(self._core, Roster(rounds, {c.client_id: c.node_id for c in clients}))
+        roster = self._listed(clients, rounds)
+        stored = finish(self._core, without_busy(roster, self._core.mailbox.busy_nodes()))
         places = sorted({place for place in stored.values() if place})
         if places:
             logger.info("Personal models of %d clients stored, e.g. %s", len(stored), places[0])
@@ -195,7 +198,11 @@ class MHpFedHN(Strategy):
         """Shuffle the clients: the published algorithm trains them in random order."""
         rng = numpy_generator(self._core.config.run.seed, "client-order", server_round=server_round)
         order = [clients[i] for i in rng.permutation(len(clients))]
-        return Roster(server_round, {c.client_id: c.node_id for c in order})
+        return self._listed(order, server_round)
+
+    def _listed(self, clients: list[Client], server_round: int) -> Roster:
+        patience = self._core.config.schedule.round_deadline_s or math.inf
+        return Roster(server_round, {c.client_id: c.node_id for c in clients}, patience)
 
     def _client_rows(self, evaluations: dict[str, Evaluation]) -> list[dict[str, object]]:
         return [
@@ -221,7 +228,8 @@ class MHpFedHN(Strategy):
         """Build one `train.personal` message for each client present (`arrays` is not used)."""
         clients = self._learners(self._admission.refresh(grid, server_round))
         roster = self._roster(clients, server_round)
-        phase = PersonalPhase(self._core, roster, RoundTally())
+        theta = self._core.generate([GLOBAL_ID])[GLOBAL_ID] if self._core.config.distils else None
+        phase = PersonalPhase(self._core, roster, RoundTally(), theta)
         return [_message(letter) for letter in phase.letters(list(roster.nodes))]
 
     def aggregate_train(

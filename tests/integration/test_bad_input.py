@@ -261,13 +261,67 @@ class DyingGrid(InProcessGrid):
         return super()._deliver(message)
 
 
-def test_a_dead_ray_worker_ends_the_run_and_saves_what_was_learned(tmp_path: Path) -> None:
+def test_a_dead_ray_worker_ends_the_run_and_saves_what_was_learned(
+    tmp_path: Path, logged: Lines
+) -> None:
     config = tiny_config(tmp_path, rounds=3, checkpoint_every=100)
-    with pytest.raises(RunError, match="a Ray worker process died"):
+    with pytest.raises(RunError, match=r"round 2: 0 of 6 clients sent a usable update"):
         run_tiny(config, grid_type=DyingGrid)
+    assert "A Ray worker process died" in logged.find("Rejected")[0]
     assert read_run(config)[0]["status"] == "failed"
     again = tiny_config(tmp_path, rounds=3, resume_from=config.run.output_dir)
     run_tiny(again)
     summary, rows = read_run(again)
     assert summary["status"] == "completed"
     assert [row["round"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [0, 10**12])
+def test_a_global_model_of_no_or_absurd_size_is_not_admitted(
+    tmp_path: Path, logged: Lines, count: int
+) -> None:
+    def damage(reply: Message) -> None:
+        reply.content["metrics"]["num-global-parameters"] = count
+
+    config = tiny_config(tmp_path, method="mh-pfedhn-gd", rounds=1)
+    run_tiny(config, app=spoiling("query.register", damage))
+    line = logged.find("Rejected: query.register")[0]
+    assert f"num-global-parameters = {count}; with mh-pfedhn-gd 1 to 12,000,000" in line
+    assert read_run(config)[0]["num_clients"] == 5
+
+
+def test_a_finite_but_absurd_loss_is_rejected(tmp_path: Path, logged: Lines) -> None:
+    def damage(reply: Message) -> None:
+        reply.content["metrics"]["train-loss"] = 1.5e308
+
+    config = tiny_config(tmp_path, rounds=1)
+    run_tiny(config, app=spoiling("train.personal", damage))
+    assert "train-loss is 1.5e+308; expected a finite number up to 1e+12" in "".join(logged.lines)
+    assert read_run(config)[1][0]["num_failed"] == 1
+
+
+class SilentGrid(InProcessGrid):
+    """Client BAD registers and then says nothing, whatever it is asked."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for message_id, message in list(self._queue.items()):
+            asked = message.metadata.message_type != "query.register"
+            if asked and message.metadata.dst_node_id == BAD + 2:
+                del self._queue[message_id]
+        return super().pull_messages(message_ids)
+
+
+def test_the_deadline_holds_in_every_phase(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        method="mh-pfedhn-gd",
+        rounds=1,
+        max_in_flight=0,
+        buffer_size=0,
+        round_deadline_s=2.0,
+        message_timeout_s=600.0,
+    )
+    run_tiny(config, grid_type=SilentGrid)
+    row = read_run(config)[1][0]
+    assert (row["num_accepted"], row["num_evaluated"]) == (5, 5)
+    assert row["seconds_round"] < 60
