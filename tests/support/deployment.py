@@ -133,7 +133,7 @@ class Deployment:
         runs = json.loads(self.flwr("ls", CONNECTION, "--format", "json"))["runs"]
         return str(max(runs, key=lambda run: run["pending-at"])["status"])
 
-    def wait_for_status(self, config: RunConfig, wanted: set[str], seconds: float = 180) -> str:
+    def wait_for_status(self, config: RunConfig, wanted: set[str], seconds: float = 400) -> str:
         """Wait for the summary of a run to say how it ended; returns what it says."""
         path = Path(config.run.output_dir) / "summary.json"
 
@@ -147,7 +147,7 @@ class Deployment:
         path = Path(config.run.output_dir) / "metrics.jsonl"
         return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for_round(self, config: RunConfig, number: int, seconds: float = 180) -> None:
+    def wait_for_round(self, config: RunConfig, number: int, seconds: float = 400) -> None:
         wait_until(lambda: len(self.rows(config)) >= number, seconds, f"round {number} is done")
 
     def tails(self) -> str:
