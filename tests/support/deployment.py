@@ -213,25 +213,29 @@ class RecordingProxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                with suppress(OSError):
-                    server = socket.create_connection(("127.0.0.1", self._target))
-                    self._pump(client, server)
-                    self._pump(server, client)
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _serve(self, client: socket.socket) -> None:
+        with (
+            client,
+            suppress(OSError),
+            socket.create_connection(("127.0.0.1", self._target)) as far,
+        ):
+            back = threading.Thread(target=self._copy, args=(far, client), daemon=True)
+            back.start()
+            self._copy(client, far)
+            back.join()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
         stream = bytearray()
         self.streams.append(stream)
-
-        def copy() -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                stream.extend(data)
+                sink.sendall(data)
+        for end in (source, sink):
             with suppress(OSError):
-                while data := source.recv(65536):
-                    stream.extend(data)
-                    sink.sendall(data)
-            for end in (source, sink):
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-        threading.Thread(target=copy, daemon=True).start()
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listener.close()
