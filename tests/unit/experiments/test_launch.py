@@ -77,7 +77,10 @@ def test_local_data_and_own_modules_reach_the_processes(
     assert env["PYTHONPATH"] == str(tmp_path)
 
 
-def test_nobody_elses_modules_are_offered_to_a_run_that_needs_none(tmp_path: Path) -> None:
+def test_nobody_elses_modules_are_offered_to_a_run_that_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     with open_engine(Preset.load("quickstart"), tmp_path / "run.log") as engine:
         env = engine.environment  # type: ignore[attr-defined]
     assert "HF_HUB_OFFLINE" not in env
