@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from server_app.norms import NormClip
 from server_app.registry import GLOBAL_ID
 from server_app.replies import ReplyDesk
 from server_app.update import ClientUpdate, ServerUpdate, StepDiagnostics
+
+T = TypeVar("T")
 
 GENERATE_BLOCK = 16
 """Clients whose theta is generated in one batched product while letters are made lazily."""
@@ -257,22 +260,24 @@ class PersonalPhase:
 
 def evaluate(core: Core, roster: Roster) -> dict[str, Evaluation]:
     """Let every participant test freshly generated weights, with no local fine-tuning."""
-    found: dict[str, Evaluation] = {}
-    for answer in core.mailbox.exchange(_theta_letters(core, roster, wire.EVALUATE_PERSONAL)):
-        evaluation = core.desk.read(answer, wire.decode_evaluation)
-        if evaluation is not None:
-            found[answer.ticket.client_id] = evaluation
-    return found
+    return _ask_all(core, roster, wire.EVALUATE_PERSONAL, wire.decode_evaluation)
 
 
 def finish(core: Core, roster: Roster) -> dict[str, str]:
     """Hand every participant its final personal parameters; returns where each stored them."""
-    stored: dict[str, str] = {}
-    for answer in core.mailbox.exchange(_theta_letters(core, roster, wire.FINISH)):
-        location = core.desk.read(answer, wire.decode_finish_reply)
-        if location is not None:
-            stored[answer.ticket.client_id] = location
-    return stored
+    return _ask_all(core, roster, wire.FINISH, wire.decode_finish_reply)
+
+
+def _ask_all(
+    core: Core, roster: Roster, message_type: str, decode: Callable[[RecordDict, str], T]
+) -> dict[str, T]:
+    """Send everyone fresh weights; return the good replies by client_id."""
+    found: dict[str, T] = {}
+    for answer in core.mailbox.exchange(_theta_letters(core, roster, message_type)):
+        reply = core.desk.read(answer, decode)
+        if reply is not None:
+            found[answer.ticket.client_id] = reply
+    return found
 
 
 def _theta_letters(core: Core, roster: Roster, message_type: str) -> Iterator[Letter]:
