@@ -83,19 +83,36 @@ class ScheduleSection(Section):
 
 
 class HypernetSection(Section):
-    """Shape of the hypernetwork (method.md, "Hypernetwork")."""
+    """Shape of the hypernetwork (method.md, "Hypernetwork").
+
+    `head_init` "torch" draws weights and biases of the heads as the authors do; "shared" sets the
+    weights to zero, so that all clients of a group start from one and the same model, the bias.
+    """
 
     chunk_size: int = Field(3072, ge=1)
     embed_dim: int = Field(64, ge=1)
     hidden_dim: int = Field(128, ge=1)
     trunk_layers: int = Field(3, ge=1)
     embedding_std: float = Field(0.002, ge=0)
+    head_init: Literal["torch", "shared"] = "torch"
     max_parameters: int = Field(12_000_000, ge=1)
 
 
 class UpdateSection(Section):
-    """The server's optimiser (method.md, "One MH-pFedHN round as published")."""
+    """The server's optimiser (method.md, "One MH-pFedHN round as published").
 
+    `server_rule` "adam" is the published one for everything. "least-squares" moves the heads so
+    that the generated parameters go where the deltas point, at gains of their own for what a
+    group's clients share and for what is each one's own (`server_app.least_squares`); trunk and
+    embeddings keep Adam. An update that is s server steps old weighs (1 + s)^-staleness-power.
+    """
+
+    server_rule: Literal["adam", "least-squares"] = "adam"
+    shared_gain: float = Field(1.0, ge=0)
+    shared_momentum: float = Field(0.9, ge=0, lt=1)
+    personal_gain: float = Field(0.1, ge=0)
+    kernel_damping: float = Field(1e-3, gt=0)
+    staleness_power: float = Field(0.0, ge=0)
     server_lr: float = Field(2e-4, gt=0)
     embedding_lr: float = Field(2e-4, gt=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)

@@ -115,7 +115,7 @@ class HeadGroup:
         block = torch.empty(len(sizes), length + ROW_PADDING, device=self.weight.device)
         out_CNS = block[:, :length].view(len(sizes), *self.bias.shape).transpose(0, 1)
         rows = len(sizes) + self.weight.shape[1]
-        for work in self._tiles(0, self.num_chunks, rows=rows, budget=self._work_bytes):
+        for work in self.tiles(0, self.num_chunks, rows=rows, budget=self.work_bytes):
             bias_c1S = self.bias[work].unsqueeze(1)
             torch.baddbmm(bias_c1S, features_CNH[work], self.weight[work], out=out_CNS[work])
         return [block[i, :size] for i, size in enumerate(sizes)]
@@ -152,10 +152,10 @@ class HeadGroup:
         pulled = torch.empty_like(features_CNH, memory_format=torch.contiguous_format)
         squares = torch.zeros(len(deltas), dtype=torch.float64, device=shares.device)
         weight_square = torch.zeros((), dtype=torch.float64, device=shares.device)
-        for tile in self._tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
-            packed_NcS = self._pack(deltas, tile, scratch)
+        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
+            packed_NcS = self.pack(deltas, tile, scratch)
             rows = len(deltas) + self.weight.shape[1]
-            for work in self._tiles(tile.start, tile.stop, rows=rows, budget=self._work_bytes):
+            for work in self.tiles(tile.start, tile.stop, rows=rows, budget=self.work_bytes):
                 delta_NcS = packed_NcS[:, work.start - tile.start : work.stop - tile.start]
                 delta_cNS = delta_NcS.transpose(0, 1)
                 grad_cHS = grad_weight[work]
@@ -175,17 +175,17 @@ class HeadGroup:
         return self._gradients
 
     @property
-    def _work_bytes(self) -> int:
+    def work_bytes(self) -> int:
         """Bytes one product may touch; a GPU wants few launches more than a small footprint."""
         return WORK_BYTES if self.weight.device.type == "cpu" else 64 * WORK_BYTES
 
-    def _tiles(self, first: int, stop: int, *, rows: int, budget: int) -> Iterator[slice]:
+    def tiles(self, first: int, stop: int, *, rows: int, budget: int) -> Iterator[slice]:
         """Cut chunks into runs that touch at most `budget` bytes, at `rows` rows (S,) a chunk."""
         chunks = max(1, budget // (4 * rows * self.chunk_size))
         for start in range(first, stop, chunks):
             yield slice(start, min(start + chunks, stop))
 
-    def _pack(self, deltas: Sequence[Tensor], tile: slice, scratch: Scratch) -> Tensor:
+    def pack(self, deltas: Sequence[Tensor], tile: slice, scratch: Scratch) -> Tensor:
         """Gather a tile of all deltas into (N, c, S), zero beyond a client's last entry."""
         packed = scratch.take(len(deltas), tile.stop - tile.start, self.chunk_size)
         if tile.stop == self.num_chunks:

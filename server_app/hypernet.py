@@ -12,7 +12,7 @@ of a client (the paper's K_i), R rows of several embeddings put one after the ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,15 @@ from common.seeding import torch_generator
 from server_app.checkpoint import require_same, required_tensor
 from server_app.grouping import by_num_chunks, members_by_group, num_chunks
 from server_app.heads import HeadGroup, HeadPullback, Scratch
+from server_app.least_squares import GroupBatch
 from server_app.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
 from server_app.trunk import draw_trunk
+
+HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
+"""Moves the heads of one group and returns what the trunk is to learn from."""
+
+SAMPLE = 8
+"""Clients and chunks that diagnostics look at."""
 
 SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers")
 
@@ -94,6 +101,8 @@ class Hypernetwork:
                 hidden_dim=self.section.hidden_dim,
                 generator=torch_generator(self.seed, f"head/{key}"),
             ).to(self.device)
+            if self.section.head_init == "shared":
+                self.groups[key].weight.data.zero_()
 
     def remove_client(self, client_id: str) -> None:
         """Forget a client's embedding; its head group stays, for it holds what others learned."""
@@ -142,13 +151,14 @@ class Hypernetwork:
                 thetas |= zip(part.client_ids, emitted, strict=True)
         return {client_id: thetas[client_id] for client_id in client_ids}
 
-    def backward(self, pulls: Sequence[Pull]) -> Pullback:
+    def backward(self, pulls: Sequence[Pull], *, head_rule: HeadRule | None = None) -> Pullback:
         """Compute sum_i share_i J_i^T delta_i at the current phi, as `grad` of what took part.
 
         The heads of a group get the mean over that group's clients (shares made to sum to 1 within
         the group), trunk and embeddings the sum with the shares as given. One client alone with
         share 1 gives the published J_i^T delta_i. Any `grad` of an earlier call is replaced. A
-        client may appear more than once (two of its replies in one buffer).
+        client may appear more than once (two of its replies in one buffer). A `head_rule` moves the
+        heads itself, in this call: then they are not among the parameters that take part.
 
         Raises
         ------
@@ -168,14 +178,15 @@ class Hypernetwork:
         pulled: list[HeadPullback] = []
         for part in parts:
             mine = [pulls[i] for i in part.positions]
-            result = part.group.backward(
-                part.chunk_major(features_RH.detach()),
-                [pull.delta for pull in mine],
-                torch.tensor([pull.share for pull in mine], device=self.device),
-                scratch=self._scratch,
-            )
+            deltas = [pull.delta for pull in mine]
+            shares = torch.tensor([pull.share for pull in mine], device=self.device)
+            if head_rule is None:
+                features_CNH = part.chunk_major(features_RH.detach())
+                result = part.group.backward(features_CNH, deltas, shares, scratch=self._scratch)
+                heads += [part.group.weight, part.group.bias]
+            else:
+                result = head_rule(self._group_batch(part, deltas, shares), self._scratch)
             part.chunk_major(gradient_RH).copy_(result.features_CNH)
-            heads += [part.group.weight, part.group.bias]
             pulled.append(result)
         trunk = list(self.trunk.parameters())
         *gradients, rows_gradient = torch.autograd.grad(features_RH, [*trunk, rows_RE], gradient_RH)
@@ -184,6 +195,41 @@ class Hypernetwork:
         embeddings = self._spread(rows_gradient, parts)
         norm = step_norm(pulled, [*trunk, *embeddings])
         return Pullback(trunk + heads, embeddings, norm, *delta_facts(pulls, pulled))
+
+    def _group_batch(self, part: _Part, deltas: Sequence[Tensor], shares: Tensor) -> GroupBatch:
+        """Put a part beside all clients of its group, known by the group's key."""
+        key = self._group_key(part.client_ids[0])
+        members = [c for c in self._sizes if self._group_key(c) == key]
+        with torch.no_grad():
+            features_RH = self.trunk(torch.cat([self.embeddings[c].detach() for c in members]))
+        return GroupBatch(
+            key=key,
+            group=part.group,
+            features_CNH=features_RH.view(len(members), key, -1).transpose(0, 1),
+            rows=[members.index(c) for c in part.client_ids],
+            deltas=deltas,
+            shares=shares,
+            num_clients=len(self._sizes),
+        )
+
+    @torch.no_grad()
+    def sample_theta(self, client_ids: Sequence[str]) -> Tensor:
+        """Generate a few chunks of a few of these clients, one flat vector, for diagnostics.
+
+        At most `SAMPLE` clients of a head group and `SAMPLE` chunks, the same at every call.
+        """
+        self._require(*client_ids)
+        samples: list[Tensor] = []
+        known = sorted(set(client_ids))
+        for key, positions in members_by_group(known, self._group_key).items():
+            chosen = [known[i] for i in positions][:SAMPLE]
+            chunks = torch.unique(torch.linspace(0, max(0, key - 2), SAMPLE).long())
+            rows_NcE = torch.stack([self.embeddings[c].detach()[chunks] for c in chosen])
+            group = self.groups[key]
+            weight, bias = group.weight[chunks], group.bias[chunks]
+            features_cNH = self.trunk(rows_NcE).transpose(0, 1)
+            samples.append(torch.baddbmm(bias[:, None], features_cNH, weight).reshape(-1))
+        return torch.cat(samples)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return phi and all embeddings by name.

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from common.config import UpdateSection
 from common.errors import CheckpointError
 from server_app.checkpoint import required_tensor
+from server_app.heads import HeadPullback, Scratch
 from server_app.hypernet import Hypernetwork
+from server_app.least_squares import Flight, GroupBatch, LeastSquares
 from server_app.pulls import Pull, Pullback, global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,6 +58,8 @@ class StepDiagnostics:
     learning_rate, embedding_learning_rate : after warm-up and decay.
     mean_staleness : over the updates of the step.
     num_updates : how many deltas went in.
+    rms_theta_change : how far the step moved theta, root mean square over a sample of the clients
+        that took part (`Hypernetwork.sample_theta`).
     applied : False when the gradient was not finite and the step was skipped.
     """
 
@@ -67,6 +71,7 @@ class StepDiagnostics:
     coherence: float
     mean_staleness: float
     num_updates: int
+    rms_theta_change: float = 0.0
     applied: bool = True
 
 
@@ -87,6 +92,7 @@ class ServerUpdate:
         self.total_rounds = total_rounds
         self.frozen_groups: frozenset[int] = frozenset()
         self._trunk_learns = True
+        self._least_squares = LeastSquares(section)
         shared, embeddings = [*hypernet.trunk.parameters()], [nn.Parameter(torch.empty(0))]
         self._adam = torch.optim.Adam(
             [{"params": shared}, {"params": embeddings}],
@@ -95,7 +101,9 @@ class ServerUpdate:
             fused=True,
         )
 
-    def step(self, updates: Sequence[ClientUpdate], *, progress: float) -> StepDiagnostics:
+    def step(
+        self, updates: Sequence[ClientUpdate], *, progress: float, in_flight: int = 0
+    ) -> StepDiagnostics:
         """Take one step along the mean of the updates; change phi and the embeddings in place.
 
         Updates are sorted by client before anything is summed; their weights are normalised.
@@ -106,6 +114,8 @@ class ServerUpdate:
             At least one. Weight 0 leaves an update out.
         progress
             Rounds done when the step is taken, fractions included; drives warm-up and decay.
+        in_flight
+            Updates that train at the same time (F), of which these are a part; 0 means these.
 
         Raises
         ------
@@ -114,10 +124,10 @@ class ServerUpdate:
         ValueError
             No update with a positive weight, or a delta of the wrong size.
         """
-        used = _sorted(updates)
+        used = [self._aged(update) for update in _sorted(updates)]
         total = sum(update.weight for update in used)
         pulls = [Pull(u.client_id, u.delta, u.weight / total) for u in used]
-        return self._descend(pulls, used, progress)
+        return self._descend(pulls, used, progress, in_flight or len(used))
 
     def step_global(
         self, client_id: str, updates: Sequence[ClientUpdate], *, progress: float
@@ -151,7 +161,7 @@ class ServerUpdate:
                     f"{tuple(update.delta.shape)}; the global model has {expected}."
                 )
             mean.add_(update.delta.to(mean), alpha=update.weight / total)
-        return self._descend([Pull(client_id, mean)], used, progress)
+        return self._descend([Pull(client_id, mean)], used, progress, in_flight=1)
 
     def freeze(self, groups: Iterable[int]) -> None:
         """Let trunk and these head groups never move again; embeddings and new groups learn."""
@@ -164,6 +174,10 @@ class ServerUpdate:
         Linear warm-up, (progress + 1) / (warmup-rounds + 1) up to 1 so that the first step counts,
         then constant, or a cosine that reaches lr-final-fraction at total_rounds.
         """
+        factor = self._schedule_factor(progress)
+        return self.section.server_lr * factor, self.section.embedding_lr * factor
+
+    def _schedule_factor(self, progress: float) -> float:
         s = self.section
         factor = min(1.0, (progress + 1) / (s.warmup_rounds + 1))
         span = self.total_rounds - s.warmup_rounds
@@ -171,7 +185,7 @@ class ServerUpdate:
             done = min(max((progress - s.warmup_rounds) / span, 0.0), 1.0)
             cosine = (1 + math.cos(math.pi * done)) / 2
             factor *= s.lr_final_fraction + (1 - s.lr_final_fraction) * cosine
-        return s.server_lr * factor, s.embedding_lr * factor
+        return factor
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Export the Adam state as `adam.<exp_avg|exp_avg_sq|step>.<parameter>`, and meta.
@@ -184,7 +198,8 @@ class ServerUpdate:
             if state := self._adam.state.get(parameter):
                 names.append(name)
                 tensors |= {f"adam.{part}.{name}": state[part] for part in (*MOMENTS, "step")}
-        return tensors, {"adam": names}
+        memory, meta = self._least_squares.state_dict()
+        return tensors | memory, {"adam": names} | meta
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Restore an exported state; the hypernetwork must have been restored before.
@@ -207,20 +222,24 @@ class ServerUpdate:
                 shape = tuple(parameter.shape) if part in MOMENTS else ()
                 saved = required_tensor(tensors, f"adam.{part}.{name}", shape)
                 self._adam.state[parameter][part] = saved.to(parameter.device, copy=True)
+        self._least_squares.load_state_dict(tensors, meta, self.hypernet.groups)
 
     def _descend(
-        self, pulls: Sequence[Pull], used: Sequence[ClientUpdate], progress: float
+        self, pulls: Sequence[Pull], used: Sequence[ClientUpdate], progress: float, in_flight: int
     ) -> StepDiagnostics:
-        """Gradient, clip, Adam; skip the step when the gradient is not finite."""
-        pullback = self._without_frozen(self.hypernet.backward(pulls))
+        """Gradient, clip, step; skip it when the gradient is not finite."""
+        moved = [pull.client_id for pull in pulls]
+        before = self.hypernet.sample_theta(moved)
+        rates = self.learning_rates(progress)
+        pullback = self._pull_back(pulls, progress, in_flight)
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
-        rates = self.learning_rates(progress)
         applied = math.isfinite(norm)
         if applied:
             self._apply(pullback, scale, rates)
         for parameter in (*pullback.shared, *pullback.embeddings):
             parameter.grad = None
+        change = self.hypernet.sample_theta(moved) - before
         return StepDiagnostics(
             rms_delta=pullback.rms_delta,
             grad_norm=norm,
@@ -230,8 +249,26 @@ class ServerUpdate:
             coherence=pullback.coherence,
             mean_staleness=sum(update.staleness for update in used) / len(used),
             num_updates=len(used),
+            rms_theta_change=float(change.square().mean().sqrt()),
             applied=applied,
         )
+
+    def _pull_back(self, pulls: Sequence[Pull], progress: float, in_flight: int) -> Pullback:
+        """Compute the gradient; the least-squares rule moves the heads on the way."""
+        if self.section.server_rule == "adam":
+            return self._without_frozen(self.hypernet.backward(pulls))
+        flight = Flight(self._schedule_factor(progress), in_flight)
+
+        def move_heads(batch: GroupBatch, scratch: Scratch) -> HeadPullback:
+            moves = batch.key not in self.frozen_groups
+            return self._least_squares.descend(batch, flight, scratch=scratch, moves=moves)
+
+        return self._without_frozen(self.hypernet.backward(pulls, head_rule=move_heads))
+
+    def _aged(self, update: ClientUpdate) -> ClientUpdate:
+        """Weigh an update by its staleness: (1 + s)^-staleness-power."""
+        factor = (1.0 + update.staleness) ** -self.section.staleness_power
+        return replace(update, weight=update.weight * factor)
 
     def _without_frozen(self, pullback: Pullback) -> Pullback:
         """Leave the frozen parameters out of the gradient, its norm and the step."""

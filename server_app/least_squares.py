@@ -1,0 +1,215 @@
+"""The least-squares rule of the heads: generated parameters go where the deltas point.
+
+Adam decides how far a HEAD's weight moves; how far theta moves follows from the features, and is
+far too much for what all clients share and far too little for what is each one's own (docs/
+parallel.md has the measurements). This rule asks for a change of theta instead and finds the heads
+that make it. For the clients i of a group, with running mean m of their deltas,
+
+    wanted change of theta_i  =  - g (m_now + beta u)  -  r (delta_i - m),     u <- beta u + m_now
+
+g is `shared-gain`, beta `shared-momentum` (Nesterov), r `personal-gain`. A gain of 1 moves theta by
+what a client's own training moved it. What is shared goes into the bias of a head, what is
+personal into its weight, which acts on features centred over the group's clients:
+
+    theta_i = b + W^T (f_i - f_mean),    W -= r P^T (delta - m),   P = rows of (F F^T + d I)^-1 F
+
+the ridge solution over ALL clients of the group (rows F, damping d): a client that was not in the
+buffer stays where it is, but for what it shares. Centred rows sum to zero, so what the personal
+changes of a step have in common is left out: it is the bias's to learn.
+Differs from paper: there phi descends along J^T delta.
+
+One mechanism for every schedule: with F updates in flight and n of them in this step, the shared
+step is n/F of a full one, g n/F and beta^(n/F). So (m, m), (N, N) and (N, m) need no settings of
+their own.
+
+Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
+"""
+
+# ruff: noqa: N803, N806, N815 - names carry their shape as a suffix
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import UpdateSection
+from server_app.checkpoint import required_tensor
+from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback, Scratch
+
+MEMORY = ("velocity", "mean")
+
+
+@dataclass(frozen=True)
+class Flight:
+    """How one server step relates to those that are under way.
+
+    Attributes
+    ----------
+    factor : of both gains, from warm-up and decay.
+    in_flight : updates that were computed from nearly the same phi as these, over all groups.
+    """
+
+    factor: float
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """The updates of one head group in one step.
+
+    Attributes
+    ----------
+    group : the heads.
+    features_CNH : the trunk's output for ALL clients of the group.
+    rows : which of these clients sent the updates, one row each; may repeat.
+    deltas : (P_i,) each.
+    shares : (n,) float32, positive; shares of the whole step.
+    num_clients : over all groups.
+    """
+
+    key: int
+    group: HeadGroup
+    features_CNH: Tensor
+    rows: Sequence[int]
+    deltas: Sequence[Tensor]
+    shares: Tensor
+    num_clients: int
+
+
+@dataclass
+class GroupMemory:
+    """What the rule remembers of a group: velocity u and running mean m of the deltas, (C, S)."""
+
+    velocity: Tensor
+    mean: Tensor
+
+
+class LeastSquares:
+    """Moves the heads of one hypernetwork; keeps a `GroupMemory` for each group."""
+
+    def __init__(self, section: UpdateSection) -> None:
+        self._section = section
+        self._memory: dict[int, GroupMemory] = {}
+
+    @torch.no_grad()
+    def descend(
+        self, batch: GroupBatch, flight: Flight, *, scratch: Scratch, moves: bool = True
+    ) -> HeadPullback:
+        """Move the group's heads in place; return what its trunk and embeddings are to learn from.
+
+        The gradient of the features is that of the heads before the move.
+
+        Parameters
+        ----------
+        scratch
+            Memory for tiles; overwritten.
+        moves
+            False leaves the heads alone (`novel-only`).
+        """
+        group, n = batch.group, len(batch.deltas)
+        within = batch.shares / batch.shares.sum()
+        center_CH = batch.features_CNH.mean(1)
+        pulled = torch.empty(group.num_chunks, n, center_CH.shape[1], device=center_CH.device)
+        squares = torch.zeros(n, dtype=torch.float64, device=center_CH.device)
+        mean_square = torch.zeros((), dtype=torch.float64, device=center_CH.device)
+        for tile in group.tiles(0, group.num_chunks, rows=n, budget=TILE_BYTES):
+            packed_ncS = group.pack(batch.deltas, tile, scratch)
+            rows = n + group.weight.shape[1]
+            for work in group.tiles(tile.start, tile.stop, rows=rows, budget=group.work_bytes):
+                delta_ncS = packed_ncS[:, work.start - tile.start : work.stop - tile.start]
+                delta_cnS = delta_ncS.transpose(0, 1)
+                mean_cS = torch.matmul(within, delta_cnS)
+                squares += torch.linalg.vector_norm(delta_ncS, dim=2).double().square().sum(1)
+                mean_square += torch.linalg.vector_norm(mean_cS, dim=1).double().square().sum()
+                torch.bmm(delta_cnS, group.weight[work].transpose(1, 2), out=pulled[work])
+                if moves:
+                    self._move(batch, flight, work, (delta_cnS, mean_cS, center_CH[work]))
+        pulled *= batch.shares[:, None]
+        return HeadPullback(pulled, squares, mean_square, torch.zeros_like(mean_square))
+
+    def _move(
+        self, batch: GroupBatch, flight: Flight, work: slice, now: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Move some chunks: what is shared by the bias, what is personal by the weight."""
+        delta_cnS, mean_cS, center_cH = now
+        n, group, section = len(batch.deltas), batch.group, self._section
+        memory = self._remembered(batch)
+        pace = self._pace(batch, flight)
+        beta = section.shared_momentum**pace
+        memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.features_CNH.shape[1]))
+        velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS)
+        shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
+        group.bias[work].sub_(shared_cS, alpha=section.shared_gain * pace * flight.factor)
+        if section.personal_gain:
+            solved_cnH = ridge_rows(
+                batch.features_CNH[work] - center_cH[:, None], batch.rows, section.kernel_damping
+            )
+            solved_cnH *= section.personal_gain * flight.factor
+            solved_cnH *= (batch.shares * (n / batch.shares.sum()))[:, None]
+            own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
+            group.weight[work].baddbmm_(solved_cnH.transpose(1, 2), own_cnS, alpha=-1)
+            onto_c1n = torch.bmm(center_cH[:, None], solved_cnH.transpose(1, 2))
+            group.bias[work].unsqueeze(1).baddbmm_(onto_c1n, own_cnS)
+
+    def _pace(self, batch: GroupBatch, flight: Flight) -> float:
+        """Return n/F of this group, at most 1: how much of a full shared step is due."""
+        here = flight.in_flight * batch.features_CNH.shape[1] / batch.num_clients
+        return min(1.0, len(batch.deltas) / max(1.0, here))
+
+    def _remembered(self, batch: GroupBatch) -> GroupMemory:
+        known = self._memory.get(batch.key)
+        if known is None:
+            blank = torch.zeros_like(batch.group.bias)
+            known = self._memory[batch.key] = GroupMemory(blank, blank.clone())
+        return known
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export the memory as `least-squares.<velocity|mean>.<num_chunks>`, and the keys."""
+        tensors = {
+            f"least-squares.{part}.{key}": getattr(memory, part)
+            for key, memory in self._memory.items()
+            for part in MEMORY
+        }
+        return tensors, {"least-squares": sorted(self._memory)}
+
+    def load_state_dict(
+        self,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        groups: Mapping[int, HeadGroup],
+    ) -> None:
+        """Restore an exported memory; raise CheckpointError when a tensor is missing or misfits."""
+        self._memory = {}
+        for key in map(int, meta.get("least-squares", [])):
+            bias = groups[key].bias
+            parts = [
+                required_tensor(tensors, f"least-squares.{part}.{key}", tuple(bias.shape))
+                for part in MEMORY
+            ]
+            self._memory[key] = GroupMemory(*(p.to(bias.device, copy=True) for p in parts))
+
+
+def ridge_rows(centred_cNH: Tensor, rows: Sequence[int], damping: float) -> Tensor:
+    """Return the rows asked for of (F F^T + d I)^-1 F, (c, n, H), chunk by chunk.
+
+    d is `damping` times the mean squared norm of a row, so that it has no unit. Solved in float64,
+    in the smaller of the two spaces: N x N, or H x H by (F F^T + d I)^-1 F = F (F^T F + d I)^-1.
+    The result is scaled by 1 + damping, so that clients with orthogonal features get the whole of
+    what is asked.
+    """
+    wide = centred_cNH.double()
+    d_c = damping * wide.square().sum(2).mean(1) + torch.finfo(torch.float64).tiny
+    if wide.shape[1] <= wide.shape[2]:
+        system, right = wide @ wide.transpose(1, 2), wide
+    else:
+        system, right = wide.transpose(1, 2) @ wide, wide[:, list(rows)].transpose(1, 2)
+    system.diagonal(dim1=1, dim2=2).add_(d_c[:, None])
+    factor, failed = torch.linalg.cholesky_ex(system)
+    solved = torch.cholesky_solve(right, factor)
+    solved = torch.where((failed == 0)[:, None, None], solved, 0.0)  # all features equal: no rows
+    picked = solved[:, list(rows)] if right is wide else solved.transpose(1, 2)
+    return (picked * (1 + damping)).to(centred_cNH.dtype)

@@ -1,0 +1,175 @@
+"""The least-squares rule: theta moves as asked, whoever is in the buffer."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import HypernetSection, UpdateSection
+from server_app.hypernet import Hypernetwork
+from server_app.least_squares import ridge_rows
+from server_app.update import ClientUpdate, ServerUpdate
+
+TOY = HypernetSection(
+    chunk_size=10, embed_dim=16, hidden_dim=32, embedding_std=2.0, head_init="shared"
+)
+GAIN, BETA, OWN = 0.8, 0.6, 0.3
+STILL = 1e-30
+"""A rate at which trunk and embeddings do not move."""
+SECTION = UpdateSection(
+    server_rule="least-squares",
+    shared_gain=GAIN,
+    shared_momentum=BETA,
+    personal_gain=OWN,
+    kernel_damping=1e-9,
+    server_lr=STILL,
+    embedding_lr=STILL,
+)
+SIZES = {"c": 27, "a": 21, "b": 27, "d": 30, "z": 8}
+"""c, a, b, d share a head group of three chunks, the last one ragged; z has a group of its own."""
+
+
+def system(section: UpdateSection = SECTION, shape: HypernetSection = TOY) -> ServerUpdate:
+    hypernet = Hypernetwork(shape, seed=3)
+    for client_id, size in SIZES.items():
+        hypernet.add_client(client_id, size)
+    return ServerUpdate(hypernet, section, total_rounds=10)
+
+
+def deltas(seed: int, *client_ids: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {c: torch.randn(SIZES[c], generator=generator) for c in client_ids}
+
+
+def moved(update: ServerUpdate, change: dict[str, Tensor], in_flight: int = 0) -> dict[str, Tensor]:
+    """Take a step; return how far every client's theta went, padded to its group's chunks."""
+    before = update.hypernet.generate(list(SIZES))
+    update.step([ClientUpdate(c, d) for c, d in change.items()], progress=0.0, in_flight=in_flight)
+    after = update.hypernet.generate(list(SIZES))
+    return {c: after[c] - before[c] for c in SIZES}
+
+
+def padded(delta: Tensor) -> Tensor:
+    return torch.cat([delta, torch.zeros(30 - len(delta))])
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected[: len(got)], rtol=0, atol=2e-5)
+
+
+def test_theta_moves_by_the_shared_and_the_personal_gain() -> None:
+    change = deltas(1, "c", "a", "b", "d")
+    got = moved(system(), change)
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
+    for client_id, delta in change.items():
+        own = padded(delta) - mean
+        assert_close(got[client_id], -GAIN * (1 + BETA) * mean - OWN * own)
+    assert torch.equal(got["z"], torch.zeros(8))
+
+
+def test_velocity_and_running_mean_carry_over() -> None:
+    update, first, second = system(), deltas(1, "c", "a", "b", "d"), deltas(2, "c", "a", "b", "d")
+    moved(update, first)
+    got = moved(update, second)
+    means = [torch.stack([padded(d) for d in x.values()]).mean(0) for x in (first, second)]
+    velocity = BETA * means[0] + means[1]
+    for client_id, delta in second.items():
+        expected = -GAIN * (means[1] + BETA * velocity) - OWN * (padded(delta) - means[1])
+        assert_close(got[client_id], expected)
+
+
+def test_who_was_not_in_the_buffer_moves_by_what_is_shared() -> None:
+    change = deltas(1, "c", "d")
+    got = moved(system(), change)
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
+    running = mean / 2  # two of the group's four clients: half a pass
+    own = {c: padded(delta) - running for c, delta in change.items()}
+    common = torch.stack([*own.values()]).sum(0) / 4  # weights act on centred features
+    for client_id in "cabd":
+        personal = own.get(client_id, torch.zeros(30)) - common
+        assert_close(got[client_id], -GAIN * (1 + BETA) * mean - OWN * personal)
+
+
+def test_a_part_of_those_in_flight_takes_a_part_of_the_shared_step() -> None:
+    section = SECTION.model_copy(update={"personal_gain": 0.0})
+    change = deltas(1, "c", "d")
+    got = moved(
+        system(section), change, in_flight=5
+    )  # all five clients, four of them in this group
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
+    beta, pace = BETA**0.5, 0.5
+    assert_close(got["a"], -GAIN * pace * (1 + beta) * mean)
+
+
+@pytest.mark.parametrize("num_clients", [1, 5, 32, 40])
+def test_ridge_rows_equal_the_formula_in_both_spaces(num_clients: int) -> None:
+    generator = torch.Generator().manual_seed(num_clients)
+    features = torch.randn(2, num_clients, 32, generator=generator)
+    rows = [num_clients - 1, 0, 0]
+    got = ridge_rows(features, rows, 0.05)
+    for chunk, solved in zip(features.double(), got, strict=True):
+        damping = 0.05 * chunk.square().sum(1).mean()
+        kernel = chunk @ chunk.T + damping * torch.eye(num_clients, dtype=torch.float64)
+        expected = torch.linalg.inv(kernel) @ chunk * 1.05
+        torch.testing.assert_close(solved.double(), expected[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_equal_embeddings_learn_what_is_shared_and_nothing_else() -> None:
+    shape = TOY.model_copy(update={"embedding_std": 0.0})
+    change = deltas(1, "c", "a", "b", "d")
+    got = moved(system(shape=shape), change)
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
+    for client_id in change:
+        assert_close(got[client_id], -GAIN * (1 + BETA) * mean)
+
+
+def test_an_old_update_weighs_less() -> None:
+    section = SECTION.model_copy(update={"staleness_power": 1.0, "personal_gain": 0.0})
+    update, change = system(section), deltas(1, "c", "d")
+    before = update.hypernet.generate(["a"])["a"]
+    stale = [ClientUpdate("c", change["c"]), ClientUpdate("d", change["d"], staleness=3)]
+    update.step(stale, progress=0.0)
+    mean = (padded(change["c"]) + padded(change["d"]) / 4) / 1.25
+    assert_close(update.hypernet.generate(["a"])["a"] - before, -GAIN * (1 + BETA) * mean)
+
+
+def test_shared_heads_start_everybody_from_one_model() -> None:
+    thetas = system().hypernet.generate(list("cabd"))
+    assert torch.equal(thetas["c"], thetas["b"])
+    assert torch.equal(thetas["c"], thetas["d"][:27])
+
+
+def test_frozen_groups_stay_and_embeddings_learn() -> None:
+    section = SECTION.model_copy(update={"embedding_lr": 0.1})
+    update = system(section)
+    moved(update, deltas(1, "c", "a", "b", "d"))
+    update.freeze([3])
+    weight = update.hypernet.groups[3].weight.clone()
+    got = moved(update, deltas(2, "c", "z"))
+    assert torch.equal(update.hypernet.groups[3].weight, weight)
+    assert float(got["c"].abs().max()) > 0
+    assert torch.equal(got["a"], torch.zeros(21))
+    assert float(got["z"].abs().max()) > 0
+
+
+def test_resume_equals_no_interruption() -> None:
+    section = SECTION.model_copy(update={"server_lr": 1e-3, "embedding_lr": 1e-2})
+    whole, begun = system(section), system(section)
+    for update in (whole, begun):
+        moved(update, deltas(1, "c", "a"))
+    state = {k: v.clone() for k, v in begun.hypernet.state_dict()[0].items()}
+    hypernet = Hypernetwork(TOY, seed=0)
+    hypernet.load_state_dict(state, begun.hypernet.state_dict()[1])
+    resumed = ServerUpdate(hypernet, section, total_rounds=10)
+    resumed.load_state_dict(*begun.state_dict())
+    for update in (whole, resumed):
+        moved(update, deltas(2, "b", "z", "c"))
+    for name, parameter in whole.hypernet.named_parameters().items():
+        assert torch.equal(parameter, resumed.hypernet.named_parameters()[name]), name
+
+
+def test_diagnostics_say_how_far_theta_went() -> None:
+    section = SECTION.model_copy(update={"personal_gain": 0.0})
+    update = system(section)
+    change = {c: torch.full((SIZES[c],), 0.5) for c in ("c", "a", "b", "d")}
+    done = update.step([ClientUpdate(c, d) for c, d in change.items()], progress=0.0)
+    assert done.rms_theta_change == pytest.approx(GAIN * (1 + BETA) * 0.5, rel=1e-5)
