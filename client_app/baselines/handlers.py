@@ -18,8 +18,9 @@ def _trainer(participant: Participant) -> Trainer:
     return TRAINERS[participant.config.run.method](participant)
 
 
-def _open(participant: Participant, content: RecordDict, source: str) -> tuple[Trainer, Order]:
-    trains = source.startswith(wire.TRAIN_PERSONAL)
+def _open(
+    participant: Participant, content: RecordDict, source: str, *, trains: bool = False
+) -> tuple[Trainer, Order]:
     order = parcels.decode_order(content, source, trains=trains)
     participant.state.enter_federation(order.header.federation_id)
     return _trainer(participant), order
@@ -31,7 +32,7 @@ def _register(participant: Participant, content: RecordDict, source: str) -> Rec
 
 
 def _train(participant: Participant, content: RecordDict, source: str) -> RecordDict:
-    trainer, order = _open(participant, content, source)
+    trainer, order = _open(participant, content, source, trains=True)
     now = order.header.server_round
     evaluation = None
     if order.evaluate:

@@ -103,10 +103,16 @@ class Baseline(ABC, Generic[T]):
                     "the client with the run config of this federation."
                 )
         cap = self.config.hypernet.max_parameters
-        head = registration.num_classes * (registration.feature_dim + 1)
-        for size, what in ((head, "head"), (registration.num_global_parameters, "shared model")):
+        for what, size in self.sizes(registration).items():
             if size > cap:
-                raise WireError(f"{source}: its {what} has {size:,} parameters; at most {cap:,}.")
+                raise WireError(
+                    f"{source}: {what} of {size:,} numbers; at most {cap:,} (max-parameters)."
+                )
+
+    def sizes(self, registration: Registration) -> dict[str, int]:
+        """Return what the server may have to hold for such a client beside its model, by name."""
+        head = registration.num_classes * (registration.feature_dim + 1)
+        return {"a head": head, "a shared model": registration.num_global_parameters}
 
     def check(self, registration: Registration, known: Collection[Client]) -> None:
         """Check a registration against everybody else's.

@@ -5,6 +5,7 @@ Differs from paper: every client gets the mean over all clients, its own logits 
 
 from __future__ import annotations
 
+from common.wire import Registration
 from server_app.baselines.fedproto import FedProto
 from server_app.registry import Client
 
@@ -14,6 +15,10 @@ class FD(FedProto):
 
     needs = frozenset({"num_classes"})
     others = ()
+
+    def sizes(self, registration: Registration) -> dict[str, int]:
+        """Add a row of logits for every class."""
+        return super().sizes(registration) | {"mean logits": registration.num_classes**2}
 
     def dim(self, client: Client) -> int:
         """Return the number of classes: one logit for each."""

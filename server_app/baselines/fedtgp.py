@@ -19,6 +19,7 @@ from common.class_means import ClassMeans, pool
 from common.config import RunConfig
 from common.log import logger
 from common.seeding import torch_generator
+from common.wire import Registration
 from server_app.baselines.base import CheckNorm, Upload
 from server_app.baselines.fedgh import batches, stacked
 from server_app.baselines.fedproto import FedProto, renewed
@@ -33,6 +34,10 @@ class FedTGP(FedProto):
     def __init__(self, config: RunConfig, check_norm: CheckNorm) -> None:
         super().__init__(config, check_norm)
         self._learned: dict[str, Tensor] = {}
+
+    def sizes(self, registration: Registration) -> dict[str, int]:
+        """Add the layers that generate prototypes."""
+        return super().sizes(registration) | {"a layer": registration.feature_dim**2}
 
     def fold(self, uploads: Sequence[Upload[ClassMeans]], server_round: int) -> None:
         """Train the prototypes against what came; send those of classes seen so far."""

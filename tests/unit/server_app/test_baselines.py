@@ -286,12 +286,18 @@ def test_a_server_that_learned_nothing_can_be_saved(method: str) -> None:
         ("fedavg", {"group": ""}, "group is missing, which fedavg needs"),
         ("fedproto", {"feature_dim": 0}, "feature_dim is missing, which fedproto needs"),
         ("fml", {"num_global_parameters": 0}, "num_global_parameters is missing, which fml needs"),
-        ("fml", {"num_global_parameters": 10**9}, "its shared model has 1,000,000,000 parameters"),
+        (
+            "fml",
+            {"num_global_parameters": 10**9},
+            "a shared model of 1,000,000,000 numbers",
+        ),
         (
             "fedgh",
             {"feature_dim": 10**8},
-            "its head has 400,000,004 parameters; at most 12,000,000",
+            "a head of 400,000,004 numbers; at most 12,000,000 (max-parameters)",
         ),
+        ("fd", {"num_classes": 4000}, "mean logits of 16,000,000 numbers"),
+        ("fedtgp", {"feature_dim": 4000}, "a layer of 16,000,000 numbers"),
     ],
 )
 def test_registration_must_bring_what_the_method_needs(
