@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from flwr.app import Context, RecordDict
 
+from client_app.baselines.handlers import BASELINE_HANDLERS
 from client_app.participant import Participant
 from client_app.workshop import cpu_threads
 from common import wire
@@ -21,10 +22,11 @@ def answer(message_type: str, content: RecordDict, context: Context) -> RecordDi
     MHpFedHNError
         The configuration, the data, the model or the message cannot be used.
     """
-    handler = _HANDLERS.get(message_type)
-    if handler is None:
-        raise WireError(unknown_name("message type", message_type, _HANDLERS))
     participant = Participant.open(context)
+    handlers = BASELINE_HANDLERS if participant.config.is_baseline else _HANDLERS
+    handler = handlers.get(message_type)
+    if handler is None:
+        raise WireError(unknown_name("message type", message_type, handlers))
     source = f"{message_type} message to client {participant.client_id}"
     with cpu_threads(participant.section.client_threads):
         return handler(participant, content, source)

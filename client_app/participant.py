@@ -123,7 +123,10 @@ class Participant:
 
         Without a state folder it goes below the run's output folder, and nowhere without either.
         """
-        evaluation = self.evaluate(header, theta)
+        return self.store(self.evaluate(header, theta))
+
+    def store(self, evaluation: Evaluation) -> str:
+        """Store the weights that the personal model holds now; returns their path, or ""."""
         folder = self._personal_folder()
         if folder is None:
             return ""

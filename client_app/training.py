@@ -6,8 +6,9 @@ Shapes: B batch, C classes, P parameters of the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,23 @@ class Trained:
     seconds: float
 
 
+class Examples(Protocol):
+    """What is trained on: a client's data, or a part of them."""
+
+    @property
+    def num_train(self) -> int:
+        """Number of examples."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what one epoch trains on, as `ClientData.batches`."""
+
+
 def cross_entropy(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy of a batch, in nats."""
     return functional.cross_entropy(logits, labels)
@@ -61,9 +79,20 @@ def distillation(teacher: nn.Module, section: DistillSection) -> Loss:
     return loss
 
 
+def sgd(model: FlatModel, section: TrainingSection) -> torch.optim.SGD:
+    """Make the optimiser of local training; its momentum starts at zero."""
+    return torch.optim.SGD(
+        [model.theta],
+        lr=section.learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        fused=True,  # one pass over the flat vector
+    )
+
+
 def train(
     model: FlatModel,
-    data: ClientData,
+    data: Examples,
     section: TrainingSection,
     *,
     generator: torch.Generator,
@@ -79,19 +108,13 @@ def train(
     clip : whether the gradient's norm is clipped at `client-clip-norm` (w_g is trained without).
     """
     started = time.monotonic()
-    optimizer = torch.optim.SGD(
-        [model.theta],
-        lr=section.learning_rate,
-        momentum=section.momentum,
-        weight_decay=section.weight_decay,
-        fused=True,  # one pass over the flat vector
-    )
+    optimizer = sgd(model, section)
     model.module.train()
     total = torch.zeros((), device=model.theta.device)
     seen = 0
     for _ in range(section.local_epochs):
         for images, labels in data.batches(section.batch_size, generator):
-            value = loss(images, _logits(model.module, images, data.num_classes), labels)
+            value = loss(images, logits_of(model.module, images, data.num_classes), labels)
             model.backward(value)
             if clip:
                 nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
@@ -110,7 +133,7 @@ def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
     total = torch.zeros((), dtype=torch.float64, device=model.theta.device)
     batch_size = TEST_BATCH.get(model.theta.device.type, 256)
     for images, labels in data.test_batches(batch_size):
-        logits = _logits(model.module, images, data.num_classes)
+        logits = logits_of(model.module, images, data.num_classes)
         correct += (logits.argmax(dim=1) == labels).sum()
         total += functional.cross_entropy(logits, labels, reduction="sum").double()
     return Evaluation(
@@ -121,7 +144,8 @@ def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
     )
 
 
-def _logits(module: nn.Module, images: Tensor, num_classes: int) -> Tensor:
+def logits_of(module: nn.Module, images: Tensor, num_classes: int) -> Tensor:
+    """Classify images (B, ...); raise ModelError unless the logits are (B, num_classes)."""
     logits: Tensor = module(images)
     if logits.shape != (len(images), num_classes):
         raise ModelError(

@@ -17,9 +17,11 @@ from torch import Tensor
 from client_app.models.dropout import seed_dropout
 from client_app.models.registry import build_model
 from common.errors import ConfigError
-from common.params import FlatModel
+from common.params import FlatModel, flatten
 
 _own = threading.local()
+_building = threading.Lock()
+"""Building a model draws from torch's one generator of the process: one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,28 @@ def borrow(kind: ModelKind) -> Tool:
     """Return this thread's model of a kind; call `reset` and load theta before use."""
     tools: dict[ModelKind, Tool] = _own.__dict__.setdefault("tools", {})
     if kind not in tools:
-        module = build_model(
-            kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes
-        ).to(kind.device)
+        with _building:
+            module = _build(kind).to(kind.device)
         generator = torch.Generator(device=kind.device)
         seed_dropout(module, generator)
         fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
         tools[kind] = Tool(FlatModel(module), fresh, generator)
     return tools[kind]
+
+
+def draw_theta(kind: ModelKind, seed: int) -> Tensor:
+    """Draw a model's initial parameters (P,), on the CPU, as its own code initialises them.
+
+    The same seed gives the same parameters in every process, so clients of one architecture can
+    start alike without anybody sending anything. The state of torch's generator is put back.
+    """
+    with _building, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: models are built there
+        return flatten(_build(kind))
+
+
+def _build(kind: ModelKind) -> torch.nn.Module:
+    return build_model(kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes)
 
 
 def pick_device(wish: str) -> torch.device:

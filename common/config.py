@@ -12,30 +12,9 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.baseline_config import BaselineSection
 from common.errors import ConfigError, unknown_name
-
-Scalar = bool | int | float | str
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration; keys are the kebab-case field names."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True
-    )
-
-    @classmethod
-    def key_names(cls) -> set[str]:
-        """Return the kebab-case keys of this section."""
-        return {_kebab(name) for name in cls.model_fields}
-
-    def flat(self) -> dict[str, Scalar]:
-        """Return the section as flat kebab-case keys and scalar values."""
-        return self.model_dump(by_alias=True)
+from common.section import OWN_METHODS, Method, Scalar, Section, kebab
 
 
 class RunSection(Section):
@@ -46,7 +25,7 @@ class RunSection(Section):
     first used it: "auto" binds where the operator registered the SuperNode under a name.
     """
 
-    method: Literal["mh-pfedhn", "mh-pfedhn-gd"] = "mh-pfedhn"
+    method: Method = "mh-pfedhn"
     rounds: int = Field(40, ge=1)
     seed: int = Field(42, ge=0)
     evaluation: Literal["separate", "fused"] = "separate"
@@ -188,6 +167,7 @@ class RunConfig(BaseModel):
     update: UpdateSection = UpdateSection()
     training: TrainingSection = TrainingSection()
     distill: DistillSection = DistillSection()
+    baseline: BaselineSection = BaselineSection()
     client: ClientSection = ClientSection()
     wire: WireSection = WireSection()
 
@@ -198,6 +178,7 @@ class RunConfig(BaseModel):
         "update": UpdateSection,
         "training": TrainingSection,
         "distill": DistillSection,
+        "baseline": BaselineSection,
         "client": ClientSection,
         "wire": WireSection,
     }
@@ -241,6 +222,11 @@ class RunConfig(BaseModel):
     def distils(self) -> bool:
         """Whether the run has a global model (MH-pFedHNGD)."""
         return self.run.method == "mh-pfedhn-gd"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the method is not ours."""
+        return self.run.method not in OWN_METHODS
 
 
 class NodeConfig(Section):
@@ -314,7 +300,7 @@ def _validated(section: type[S], values: dict[str, Any], where: str) -> S:
         return section.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = _kebab(str(first["loc"][0])) if first["loc"] else "value"
+        key = kebab(str(first["loc"][0])) if first["loc"] else "value"
         raise ConfigError(
             f"{where}: {key} = {first.get('input')!r} cannot be used: {first['msg']}."
         ) from error

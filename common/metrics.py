@@ -31,17 +31,21 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     -------
     accuracy_micro: sum of correct over sum of examples (the paper's metric); accuracy_macro: mean
     over clients; accuracy_std: population standard deviation over clients; accuracy_worst10: mean
-    of the worst tenth of clients (at least one); test_loss: mean over examples. Empty: {}.
+    of the worst tenth of clients (at least one); test_loss: mean over examples; accuracy_micro_x
+    for a further predictor x. Empty: {}.
     """
     if not evaluations:
         return {}
     rows = [evaluations[client_id] for client_id in sorted(evaluations)]
     accuracies = sorted(accuracy(row) for row in rows)
     worst = accuracies[: max(1, math.ceil(0.1 * len(accuracies)))]
+    num_test = sum(row.num_test for row in rows)
+    others = {name: sum(row.others.get(name, 0) for row in rows) for name in rows[0].others}
     return {
-        "accuracy_micro": sum(r.num_correct for r in rows) / sum(r.num_test for r in rows),
+        "accuracy_micro": sum(row.num_correct for row in rows) / num_test,
         "accuracy_macro": fmean(accuracies),
         "accuracy_std": pstdev(accuracies),
         "accuracy_worst10": fmean(worst),
         "test_loss": weighted_mean((r.num_test, r.test_loss) for r in rows),
+        **{f"accuracy_micro_{name}": count / num_test for name, count in others.items()},
     }

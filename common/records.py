@@ -23,8 +23,8 @@ from common.codec import (
     to_bfloat16,
     to_scaled_float16,
 )
-from common.config import Section
 from common.errors import WireError, listing
+from common.section import Section
 
 CONFIG, ARRAYS, METRICS = "config", "arrays", "metrics"
 _SCALES = "-scales"
@@ -43,8 +43,23 @@ def encode_vector(name: str, x: Float32, precision: Precision) -> dict[str, Arra
     return {name: Array(np.ascontiguousarray(x, dtype=np.float32))}
 
 
-def decode_vector(arrays: ArrayRecord, name: str, *, length: int | None, source: str) -> Float32:
+MODEL_ENTRIES = (
+    "one entry for each trainable parameter of the client's model. Did the model change after "
+    "registration?"
+)
+
+
+def decode_vector(
+    arrays: ArrayRecord,
+    name: str,
+    *,
+    length: int | None,
+    source: str,
+    meaning: str = MODEL_ENTRIES,
+) -> Float32:
     """Decode the vector `name` and check it; `length` None accepts any length above 0.
+
+    `meaning` ends the message about a wrong length: what the entries stand for.
 
     Raises
     ------
@@ -60,10 +75,7 @@ def decode_vector(arrays: ArrayRecord, name: str, *, length: int | None, source:
         )
     if raw.ndim != 1 or raw.size == 0 or (length is not None and raw.size != length):
         wanted = f"({length},)" if length is not None else "a non-empty vector"
-        raise WireError(
-            f"{source}: {name} has shape {raw.shape}; expected {wanted}, one entry for each "
-            "trainable parameter of the client's model. Did the model change after registration?"
-        )
+        raise WireError(f"{source}: {name} has shape {raw.shape}; expected {wanted}, {meaning}")
     x = _to_float32(arrays, name, raw, precision, source)
     if not np.isfinite(x).all():
         bad = int(np.count_nonzero(~np.isfinite(x)))

@@ -7,8 +7,8 @@ says what was expected, what came, from whom, and what to change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -57,13 +57,18 @@ class Registration:
     """`query.register` reply: who a client is and how large. Nothing else about its model.
 
     `num_global_parameters` is the size of the shared global model of MH-pFedHNGD as this client
-    builds it (0 without GD); all clients must agree on it.
+    builds it (0 without GD); all clients must agree on it. The last three are sent for baselines
+    that cannot do without them, and are empty otherwise: `group` is an opaque tag, equal for
+    clients of one architecture; the head maps features (feature_dim,) to logits (num_classes,).
     """
 
     client_id: str
     num_parameters: int
     num_examples: int
     num_global_parameters: int = 0
+    group: str = ""
+    num_classes: int = 0
+    feature_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,17 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Test counts of one client: weights exactly as received, its own BatchNorm statistics."""
+    """Test counts of one client: weights exactly as received, its own BatchNorm statistics.
+
+    `others` are the counts of correct examples of further predictors that a baseline reports
+    beside its own, by name (FedProto: its head).
+    """
 
     num_test: int
     num_correct: int
     test_loss: float
     seconds: float = 0.0
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,8 @@ class TrainReply:
 # --- server to client ----------------------------------------------------------------------------
 
 
-def _header_config(header: Header) -> dict[str, Any]:
+def header_config(header: Header) -> dict[str, Any]:
+    """Return the config keys that stand for a header."""
     return {
         "protocol-version": PROTOCOL_VERSION,
         "federation-id": header.federation_id,
@@ -147,7 +158,7 @@ def check_version(config: Mapping[str, Any], source: str) -> None:
 
 def encode_query(header: Header) -> RecordDict:
     """Encode `query.register`."""
-    return RecordDict({CONFIG: ConfigRecord(_header_config(header))})
+    return RecordDict({CONFIG: ConfigRecord(header_config(header))})
 
 
 def encode_theta(header: Header, theta: Float32) -> RecordDict:
@@ -165,7 +176,7 @@ def decode_theta(content: RecordDict, *, length: int, source: str) -> tuple[Head
 
 def encode_train_task(task: TrainTask) -> RecordDict:
     """Encode `train.personal` or `train.global`."""
-    config = _header_config(task.header) | task.training.flat()
+    config = header_config(task.header) | task.training.flat()
     config |= {"evaluate": task.evaluate, "train-global": task.train_global}
     config["distil"] = task.distill is not None
     if task.distill is not None:
@@ -199,21 +210,21 @@ def decode_train_task(content: RecordDict, source: str) -> TrainTask:
 
 
 def encode_registration(registration: Registration) -> RecordDict:
-    """Encode the reply to `query.register`."""
-    return RecordDict(
-        {
-            CONFIG: ConfigRecord(
-                {"protocol-version": PROTOCOL_VERSION, "client-id": registration.client_id}
-            ),
-            METRICS: MetricRecord(
-                {
-                    "num-parameters": registration.num_parameters,
-                    "num-examples": registration.num_examples,
-                    "num-global-parameters": registration.num_global_parameters,
-                }
-            ),
-        }
-    )
+    """Encode the reply to `query.register`; what a method has no use for is not sent."""
+    config: dict[str, Any] = {
+        "protocol-version": PROTOCOL_VERSION,
+        "client-id": registration.client_id,
+    }
+    counts = {
+        "num-parameters": registration.num_parameters,
+        "num-examples": registration.num_examples,
+        "num-global-parameters": registration.num_global_parameters,
+    }
+    extra = {"num-classes": registration.num_classes, "feature-dim": registration.feature_dim}
+    counts |= {key: value for key, value in extra.items() if value}
+    if registration.group:
+        config["group"] = registration.group
+    return RecordDict({CONFIG: ConfigRecord(config), METRICS: MetricRecord(dict(counts))})
 
 
 def decode_registration(content: RecordDict, source: str) -> Registration:
@@ -228,7 +239,17 @@ def decode_registration(content: RecordDict, source: str) -> Registration:
         num_parameters=count_of(metrics, "num-parameters", 1, source),
         num_examples=count_of(metrics, "num-examples", 1, source),
         num_global_parameters=count_of(metrics, "num-global-parameters", 0, source),
+        group=_group(config, source),
+        num_classes=count_of(metrics, "num-classes", 1, source) if "num-classes" in metrics else 0,
+        feature_dim=count_of(metrics, "feature-dim", 1, source) if "feature-dim" in metrics else 0,
     )
+
+
+def _group(config: Mapping[str, Any], source: str) -> str:
+    group = value_of(config, "group", str, source) if "group" in config else ""
+    if len(group) > 64 or not all(c in "0123456789abcdef" for c in group):
+        raise WireError(f"{source}: group = {group[:80]!r}; expected up to 64 hex digits.")
+    return group
 
 
 def encode_train_reply(reply: TrainReply, precision: Precision) -> RecordDict:
@@ -239,7 +260,7 @@ def encode_train_reply(reply: TrainReply, precision: Precision) -> RecordDict:
         "seconds": reply.seconds,
     }
     if reply.evaluation is not None:
-        metrics |= _evaluation_metrics(reply.evaluation)
+        metrics |= evaluation_metrics(reply.evaluation)
     arrays: dict[str, Array] = {}
     if reply.delta is not None:
         arrays |= encode_vector(DELTA, reply.delta, precision)
@@ -269,8 +290,10 @@ def decode_train_reply(
     )
 
 
-def _evaluation_metrics(evaluation: Evaluation) -> dict[str, int | float]:
-    return {
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, int | float]:
+    """Return the metrics that stand for an evaluation in a reply."""
+    others = {f"num-correct-{name}": count for name, count in evaluation.others.items()}
+    return others | {
         "num-test": evaluation.num_test,
         "num-correct": evaluation.num_correct,
         "test-loss": evaluation.test_loss,
@@ -280,21 +303,24 @@ def _evaluation_metrics(evaluation: Evaluation) -> dict[str, int | float]:
 
 def encode_evaluation(evaluation: Evaluation) -> RecordDict:
     """Encode the reply to `evaluate.personal`."""
-    return RecordDict({METRICS: MetricRecord(dict(_evaluation_metrics(evaluation)))})
+    return RecordDict({METRICS: MetricRecord(dict(evaluation_metrics(evaluation)))})
 
 
-def decode_evaluation(content: RecordDict, source: str) -> Evaluation:
-    """Decode and check test counts: 0 <= num_correct <= num_test."""
+def decode_evaluation(content: RecordDict, source: str, others: Iterable[str] = ()) -> Evaluation:
+    """Decode and check test counts: 0 <= num_correct <= num_test, also of the other predictors."""
     metrics = metrics_of(content, source)
     num_test = count_of(metrics, "num-test", 1, source)
-    num_correct = count_of(metrics, "num-correct", 0, source)
-    if num_correct > num_test:
-        raise WireError(f"{source}: num-correct {num_correct} is more than num-test {num_test}.")
+    names = ["num-correct", *(f"num-correct-{name}" for name in others)]
+    correct = [count_of(metrics, name, 0, source) for name in names]
+    for name, count in zip(names, correct, strict=True):
+        if count > num_test:
+            raise WireError(f"{source}: {name} {count} is more than num-test {num_test}.")
     return Evaluation(
         num_test=num_test,
-        num_correct=num_correct,
+        num_correct=correct[0],
         test_loss=number_of(metrics, "test-loss", source),
         seconds=number_of(metrics, "seconds-evaluation", source),
+        others=dict(zip(others, correct[1:], strict=True)),
     )
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from common.config import RunConfig, Scalar, Section
+from common.config import RunConfig
 from common.errors import ConfigError, unknown_name
+from common.section import Scalar, Section
 
 CONFIGS = Path(__file__).parent / "configs"
 PATH_KEYS = ("data-dir", "cache-dir", "output-dir", "state-dir", "resume-from")

@@ -1,4 +1,4 @@
-"""Who takes part: asks new nodes who they are, admits them, gives new clients their embedding."""
+"""Who takes part: asks new nodes who they are, admits them, tells the method who is new."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from common import wire
-from common.errors import RunError, WireError, listing
+from common.errors import RunError, listing
 from common.wire import Registration
 from server_app.mailbox import Answer, Letter, Ticket
-from server_app.phases import Core
-from server_app.registry import GLOBAL_ID, Client, NodeKey, Registry, fingerprint
+from server_app.method import Method
+from server_app.registry import Client, NodeKey, Registry, fingerprint
 
 REGISTRATION_S = 300.0
 """A node that has not said who it is by then must not hold up the others."""
 
 
 class Admission:
-    """Keeps registry and hypernetwork in step with who is online.
+    """Keeps registry and method in step with who is online.
 
     Parameters
     ----------
-    core, registry : changed in place.
+    method, registry : changed in place.
     """
 
-    def __init__(self, core: Core, registry: Registry) -> None:
-        self._core = core
+    def __init__(self, method: Method, registry: Registry) -> None:
+        self._method = method
+        self._post = method.post
         self._registry = registry
         self._settled = False
 
@@ -39,7 +40,7 @@ class Admission:
         RunError
             Too few came in time; the reasons of those that could not join are named.
         """
-        section = self._core.config.schedule
+        section = self._post.config.schedule
         if not self._settled:
             self._settle(grid, section.settle_s)
         deadline = time.monotonic() + section.wait_for_clients_s
@@ -65,17 +66,17 @@ class Admission:
 
     def _register(self, grid: Grid, server_round: int) -> None:
         keys = self._keys(grid)
-        busy = self._core.mailbox.busy_nodes()
+        busy = self._post.mailbox.busy_nodes()
         nodes = [n for n in self._registry.unknown_nodes(keys, server_round) if n not in busy]
-        content = wire.encode_query(self._core.header(server_round))
+        content = wire.encode_query(self._post.header(server_round))
         letters = (Letter(self._ticket(node, server_round), content) for node in nodes)
-        answers = sorted(self._core.mailbox.exchange(letters), key=lambda a: a.ticket.node_id)
+        answers = sorted(self._post.mailbox.exchange(letters), key=lambda a: a.ticket.node_id)
         for answer in answers:
             self._admit(answer, server_round, keys[answer.ticket.node_id])
 
     def _keys(self, grid: Grid) -> dict[int, NodeKey | None]:
         """Return who is online, with the key that each node proved to hold."""
-        mode = self._core.config.run.client_keys
+        mode = self._post.config.run.client_keys
         if mode == "ignore":
             return dict.fromkeys(grid.get_node_ids())
         return {
@@ -95,7 +96,7 @@ class Admission:
 
     def _admit(self, answer: Answer, server_round: int, key: NodeKey | None) -> None:
         node_id = answer.ticket.node_id
-        registration = self._core.desk.read(answer, self._decode)
+        registration = self._post.desk.read(answer, self._decode)
         if registration is None:
             if answer.content is None and answer.failure.startswith("no answer"):
                 self._registry.note_silence(node_id, answer.failure, server_round)
@@ -104,34 +105,16 @@ class Admission:
             return
         client = self._registry.admit(node_id, registration, server_round, key=key)
         if client is not None:
-            self._embed(client)
+            self._method.welcome(client)
 
     def _decode(self, content: RecordDict, source: str) -> Registration:
         registration = wire.decode_registration(content, source)
-        cap = self._core.config.hypernet.max_parameters
-        if self._core.config.distils and not 1 <= registration.num_global_parameters <= cap:
-            raise WireError(
-                f"{source}: num-global-parameters = {registration.num_global_parameters}; with "
-                f"{self._core.config.run.method} 1 to {cap:,} are accepted. Start the client with "
-                "the run config of this federation."
-            )
+        self._method.require(registration, source)
         return registration
 
-    def _embed(self, client: Client) -> None:
-        """Give a client an embedding of its size, unless it has one; GD: v_g with the first."""
-        hypernet = self._core.hypernet
-        if hypernet.has_client(client.client_id):
-            if hypernet.num_parameters(client.client_id) == client.num_parameters:
-                return
-            hypernet.remove_client(client.client_id)
-            self._core.frozen_clients.discard(client.client_id)
-        hypernet.add_client(client.client_id, client.num_parameters)
-        if self._core.config.distils and not hypernet.has_client(GLOBAL_ID):
-            hypernet.add_client(GLOBAL_ID, client.num_global_parameters)
-
     def _too_few(self, present: list[Client]) -> str:
-        section = self._core.config.schedule
-        why = listing(self._registry.refusals() + self._core.desk.recent, 3)
+        section = self._post.config.schedule
+        why = listing(self._registry.refusals() + self._post.desk.recent, 3)
         return (
             f"{len(present)} clients registered within {section.wait_for_clients_s:g} s; "
             f"min-clients is {section.min_clients}. Start more clients, or lower min-clients."

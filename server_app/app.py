@@ -1,4 +1,4 @@
-"""The Flower ServerApp: config -> registry -> hypernetwork -> strategy -> results."""
+"""The Flower ServerApp: config -> method -> registry -> rounds -> results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.log import logger
+from server_app.baselines.method import BaselineMethod, effective_config
 from server_app.hypernet import Hypernetwork
 from server_app.mailbox import Mailbox
+from server_app.method import Method
+from server_app.mhpfedhn import MHpFedHN
 from server_app.norms import NormClip
 from server_app.outputs import RunFolder, run_folder_path
 from server_app.phases import Core
 from server_app.registry import Registry
 from server_app.replies import ReplyDesk
 from server_app.snapshot import restore_server
-from server_app.strategy import MHpFedHN
+from server_app.strategy import Rounds
+from server_app.trips import Post
 from server_app.update import ServerUpdate
 
 app = ServerApp()
@@ -36,13 +40,12 @@ def main(grid: Grid, context: Context) -> None:
     MHpFedHNError
         The config cannot be used, or too few clients are left. What was learned is on disk.
     """
-    config = RunConfig.parse(context.run_config)
-    core, registry = build_core(config, grid), Registry(config.hypernet.max_parameters)
+    config = effective_config(RunConfig.parse(context.run_config))
+    method, registry = build(config, grid)
     folder = RunFolder(run_folder_path(config), config)
     logger.info("Results go to %s", folder.path)
     try:
-        strategy = _prepare(core, registry, folder)
-        strategy.start(grid)
+        _prepare(method, registry, folder).start(grid)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         logger.log(
@@ -56,19 +59,38 @@ def main(grid: Grid, context: Context) -> None:
     folder.close("completed")
 
 
-def _prepare(core: Core, registry: Registry, folder: RunFolder) -> MHpFedHN:
-    if core.config.run.novel_only and not core.config.run.resume_from:
+def build(config: RunConfig, grid: Grid) -> tuple[Method, Registry]:
+    """Build the method that the config names, and a registry that knows its rules."""
+    cap = config.hypernet.max_parameters
+    if not config.is_baseline:
+        return MHpFedHN(build_core(config, grid)), Registry(cap)
+    method = BaselineMethod(build_post(config, grid))
+    return method, Registry(cap, method.baseline.check)
+
+
+def _prepare(method: Method, registry: Registry, folder: RunFolder) -> Rounds:
+    run = method.post.config.run
+    if run.novel_only and not run.resume_from:
         raise ConfigError(
             "novel-only = true, but there is nothing to freeze. Set resume-from to the run whose "
             "trunk and heads the new clients shall use."
         )
-    if not core.config.run.resume_from:
+    if not run.resume_from:
         folder.begin()
-        return MHpFedHN(core, registry, folder)
-    source = Path(core.config.run.resume_from).expanduser()
-    progress = restore_server(source, core, registry)
+        return Rounds(method, registry, folder)
+    progress = restore_server(Path(run.resume_from).expanduser(), method, registry)
     folder.begin(progress.rows, progress.client_rows)
-    return MHpFedHN(core, registry, folder, progress.server_round + 1)
+    return Rounds(method, registry, folder, progress.server_round + 1)
+
+
+def build_post(config: RunConfig, grid: Grid) -> Post:
+    """Build the way to the clients."""
+    return Post(
+        config=config,
+        federation_id=secrets.token_hex(8),
+        mailbox=Mailbox(grid, config.schedule.message_timeout_s),
+        desk=ReplyDesk(config.schedule.max_delta_norm),
+    )
 
 
 def build_core(config: RunConfig, grid: Grid) -> Core:
@@ -76,12 +98,9 @@ def build_core(config: RunConfig, grid: Grid) -> Core:
     device = _server_device(config.run.server_device)
     hypernet = Hypernetwork(config.hypernet, seed=config.run.seed, device=device)
     return Core(
-        config=config,
-        federation_id=secrets.token_hex(8),
+        **vars(build_post(config, grid)),
         hypernet=hypernet,
         update=ServerUpdate(hypernet, config.update, total_rounds=config.run.rounds),
-        mailbox=Mailbox(grid, config.schedule.message_timeout_s),
-        desk=ReplyDesk(config.schedule.max_delta_norm),
         norms=NormClip(config.schedule.clip_to_median),
     )
 

@@ -1,4 +1,4 @@
-"""The exchanges of one round: global phase, personal phase, evaluation, finish.
+"""The exchanges of one round of MH-pFedHN: global phase, personal phase, fresh weights for all.
 
 Each builds letters from counts and vectors and folds the answers into the hypernetwork. None of
 them knows an architecture.
@@ -6,12 +6,10 @@ them knows an architecture.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,36 +17,28 @@ from flwr.app import RecordDict
 
 from common import wire
 from common.codec import Float32
-from common.config import RunConfig
-from common.wire import Evaluation, Header, TrainReply, TrainTask
+from common.wire import TrainReply, TrainTask
 from server_app.hypernet import Hypernetwork
-from server_app.mailbox import Answer, Letter, Mailbox, Ticket
+from server_app.mailbox import Answer, Letter
 from server_app.norms import NormClip
 from server_app.registry import GLOBAL_ID
-from server_app.replies import ReplyDesk
+from server_app.trips import Post, Roster, RoundTally
 from server_app.update import ClientUpdate, ServerUpdate, StepDiagnostics
-
-T = TypeVar("T")
 
 GENERATE_BLOCK = 16
 """Clients whose theta is generated in one batched product while letters are made lazily."""
 
 
-@dataclass
-class Core:
-    """What all phases share: the learning state and the way out to the clients.
+@dataclass(kw_only=True)
+class Core(Post):
+    """The way to the clients, and the learning state of the hypernetwork.
 
     `frozen_clients` are those whose embedding must not move (`novel-only`).
     """
 
-    config: RunConfig
-    federation_id: str
     hypernet: Hypernetwork
     update: ServerUpdate
-    mailbox: Mailbox
-    desk: ReplyDesk
     norms: NormClip
-    num_steps: int = 0
     frozen_clients: set[str] = field(default_factory=set)
 
     @property
@@ -56,59 +46,10 @@ class Core:
         """Whether w_g learns in this run: not without GD, and not when only new clients learn."""
         return self.config.distils and not self.config.run.novel_only
 
-    def header(self, server_round: int) -> Header:
-        """Return the header of this round's messages."""
-        return Header(self.federation_id, server_round, self.config.wire.wire_precision)
-
     def generate(self, client_ids: Sequence[str]) -> dict[str, Float32]:
         """Generate theta (K_i,) of each client with the current phi, as numpy float32."""
         generated = self.hypernet.generate(client_ids)
         return {client_id: theta.cpu().numpy() for client_id, theta in generated.items()}
-
-
-@dataclass
-class RoundTally:
-    """What one round measured, collected while answers come in."""
-
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    train_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
-    diagnostics: list[StepDiagnostics] = field(default_factory=list)
-    global_deltas: dict[str, tuple[int, Float32]] = field(default_factory=dict)
-    seconds_clients: float = 0.0
-    seconds_server: float = 0.0
-    global_accepted: int = 0
-
-    def note(self, client_id: str, reply: TrainReply) -> None:
-        """Take the counts and losses of a training reply."""
-        self.seconds_clients += reply.seconds
-        if reply.delta is not None:
-            self.train_losses[client_id] = (reply.num_examples, reply.train_loss)
-        if reply.evaluation is not None:
-            self.evaluations[client_id] = reply.evaluation
-
-
-@dataclass(frozen=True)
-class Roster:
-    """The participants of a round: client_id -> node_id, in the order in which they train.
-
-    `patience_s` bounds every trip but the personal training, whose deadline is the schedule's.
-    """
-
-    server_round: int
-    nodes: dict[str, int]
-    patience_s: float = math.inf
-
-    def ticket(self, client_id: str, message_type: str, version: int = 0) -> Ticket:
-        """Make the ticket of a message that is sent now."""
-        return Ticket(
-            client_id=client_id,
-            node_id=self.nodes[client_id],
-            message_type=message_type,
-            server_round=self.server_round,
-            version=version,
-            sent_at=time.monotonic(),
-            patience_s=math.inf if message_type == wire.TRAIN_PERSONAL else self.patience_s,
-        )
 
 
 def _blocks(client_ids: Iterable[str]) -> Iterator[list[str]]:
@@ -261,29 +202,8 @@ class PersonalPhase:
         self._tally.seconds_server += time.monotonic() - started
 
 
-def evaluate(core: Core, roster: Roster) -> dict[str, Evaluation]:
-    """Let every participant test freshly generated weights, with no local fine-tuning."""
-    return _ask_all(core, roster, wire.EVALUATE_PERSONAL, wire.decode_evaluation)
-
-
-def finish(core: Core, roster: Roster) -> dict[str, str]:
-    """Hand every participant its final personal parameters; returns where each stored them."""
-    return _ask_all(core, roster, wire.FINISH, wire.decode_finish_reply)
-
-
-def _ask_all(
-    core: Core, roster: Roster, message_type: str, decode: Callable[[RecordDict, str], T]
-) -> dict[str, T]:
-    """Send everyone fresh weights; return the good replies by client_id."""
-    found: dict[str, T] = {}
-    for answer in core.mailbox.exchange(_theta_letters(core, roster, message_type)):
-        reply = core.desk.read(answer, decode)
-        if reply is not None:
-            found[answer.ticket.client_id] = reply
-    return found
-
-
-def _theta_letters(core: Core, roster: Roster, message_type: str) -> Iterator[Letter]:
+def theta_letters(core: Core, roster: Roster, message_type: str) -> Iterator[Letter]:
+    """Generate everyone's newest theta, block by block, and wrap it up."""
     header = core.header(roster.server_round)
     for block in _blocks(roster.nodes):
         for client_id, theta in core.generate(block).items():
@@ -296,8 +216,3 @@ def mean_diagnostics(steps: Sequence[StepDiagnostics]) -> dict[str, float]:
         return {}
     rows = [vars(step) for step in steps]
     return {key: float(np.mean([float(row[key]) for row in rows])) for key in rows[0]}
-
-
-def without_busy(roster: Roster, busy: set[int]) -> Roster:
-    """Leave out clients whose node still works on an earlier message."""
-    return replace(roster, nodes={c: n for c, n in roster.nodes.items() if n not in busy})

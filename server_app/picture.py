@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-METHODS = {"mh-pfedhn": "MH-pFedHN", "mh-pfedhn-gd": "MH-pFedHNGD"}
+METHODS = {
+    "mh-pfedhn": "MH-pFedHN", "mh-pfedhn-gd": "MH-pFedHNGD", "local": "Local", "fedavg": "FedAvg",
+    "fedavg-ft": "FedAvg + fine-tuning", "fedprox": "FedProx", "lg-fedavg": "LG-FedAvg",
+    "fedproto": "FedProto", "fedgh": "FedGH", "fd": "FD", "fml": "FML", "fedtgp": "FedTGP",
+    "pfedhn": "pFedHN",
+}  # fmt: skip
 
 INK = "#22272e"
 MUTED = "#6b7480"

@@ -11,7 +11,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ class Client:
     """One participant as the server knows it.
 
     `num_parameters` is the paper's K_i; `key` the fingerprint of the SuperNode key that the
-    client_id is bound to, "" where it is bound to none.
+    client_id is bound to, "" where it is bound to none. The last three as in `Registration`.
     """
 
     client_id: str
@@ -47,6 +47,12 @@ class Client:
     num_global_parameters: int
     last_seen_round: int
     key: str = ""
+    group: str = ""
+    num_classes: int = 0
+    feature_dim: int = 0
+
+
+Rule = Callable[[Registration, Collection[Client]], None]
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,13 @@ class Registry:
     Parameters
     ----------
     max_parameters : cap on K_i, checked before any head is built for it.
+    rule : what the method demands beyond that; raises RegistrationError. Given the registration
+        and everyone else who ever registered.
     """
 
-    def __init__(self, max_parameters: int) -> None:
+    def __init__(self, max_parameters: int, rule: Rule | None = None) -> None:
         self._max_parameters = max_parameters
+        self._rule = rule
         self._clients: dict[str, Client] = {}
         self._known_nodes: set[int] = set()
         self._refused: dict[int, Refusal] = {}
@@ -158,6 +167,9 @@ class Registry:
             num_global_parameters=registration.num_global_parameters,
             last_seen_round=server_round,
             key=self._binding(registration.client_id, key),
+            group=registration.group,
+            num_classes=registration.num_classes,
+            feature_dim=registration.feature_dim,
         )
         self._log_change(self._clients.get(client.client_id), client)
         self._vacate(node_id)
@@ -186,6 +198,10 @@ class Registry:
                 "max-parameters on the server (heads take 129 floats for each parameter)."
             )
         self._check_global(who, registration)
+        if self._rule is not None:
+            self._rule(
+                registration, [c for c in self._clients.values() if c.client_id != client_id]
+            )
         self._check_key(who, client_id, key)
         holder = self._live_holder(node_id, client_id)
         if holder is not None:

@@ -19,23 +19,33 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from common.config import ScheduleSection
 from server_app.mailbox import Answer, Letter, Mailbox
-from server_app.update import ClientUpdate
 
 
-class RoundActions(Protocol):
-    """What the schedule asks of the strategy."""
+class Update(Protocol):
+    """What a good reply brings; `staleness` counts the server steps since its weights were sent."""
+
+    @property
+    def staleness(self) -> int:
+        """Count them."""
+
+
+U = TypeVar("U", bound=Update)
+
+
+class RoundActions(Protocol[U]):
+    """What the schedule asks of a method."""
 
     def letters(self, client_ids: Sequence[str]) -> Sequence[Letter]:
         """Generate fresh theta for these clients and wrap it up."""
 
-    def accept(self, answer: Answer) -> ClientUpdate | None:
+    def accept(self, answer: Answer) -> U | None:
         """Turn a good answer into an update; None when it is rejected (and logged, counted)."""
 
-    def step(self, updates: Sequence[ClientUpdate]) -> None:
+    def step(self, updates: Sequence[U]) -> None:
         """Take one server step."""
 
 
@@ -65,7 +75,7 @@ class Schedule:
         return in_flight, min(self._section.buffer_size or in_flight, in_flight)
 
     def run_round(
-        self, server_round: int, participants: Sequence[tuple[str, int]], actions: RoundActions
+        self, server_round: int, participants: Sequence[tuple[str, int]], actions: RoundActions[U]
     ) -> RoundOutcome:
         """Train every participant once.
 
@@ -73,7 +83,7 @@ class Schedule:
         ----------
         participants : (client_id, node_id) pairs in the order in which they train.
         """
-        state = _RoundState(server_round, list(participants), self.slots(len(participants)))
+        state = _RoundState[U](server_round, list(participants), self.slots(len(participants)))
         deadline = self._deadline()
         while not self._closed(state, deadline):
             self._dispatch(state, actions)
@@ -91,20 +101,20 @@ class Schedule:
         seconds = self._section.round_deadline_s
         return time.monotonic() + seconds if seconds else math.inf
 
-    def _closed(self, state: _RoundState, deadline: float) -> bool:
+    def _closed(self, state: _RoundState[U], deadline: float) -> bool:
         if not state.pending and not any(self._ready(state)):
             return not state.queue or not len(self._mailbox) or self._late(state, deadline)
         return self._late(state, deadline)
 
-    def _late(self, state: _RoundState, deadline: float) -> bool:
+    def _late(self, state: _RoundState[U], deadline: float) -> bool:
         enough = len(state.outcome.accepted) >= self._section.min_fraction * state.num_participants
         return enough and time.monotonic() >= deadline
 
-    def _ready(self, state: _RoundState) -> list[tuple[str, int]]:
+    def _ready(self, state: _RoundState[U]) -> list[tuple[str, int]]:
         busy = self._mailbox.busy_nodes()
         return [pair for pair in state.queue if pair[1] not in busy]
 
-    def _dispatch(self, state: _RoundState, actions: RoundActions) -> None:
+    def _dispatch(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
         free = state.max_in_flight - len(state.pending) - len(state.buffer)
         chosen = self._ready(state)[: max(free, 0)]
         if not chosen:
@@ -113,7 +123,7 @@ class Schedule:
         state.pending |= {client_id for client_id, _ in chosen}
         self._mailbox.send(actions.letters([client_id for client_id, _ in chosen]))
 
-    def _receive(self, state: _RoundState, answer: Answer, actions: RoundActions) -> None:
+    def _receive(self, state: _RoundState[U], answer: Answer, actions: RoundActions[U]) -> None:
         client_id, on_time = answer.ticket.client_id, answer.ticket.server_round == state.number
         update = actions.accept(answer)
         if on_time:
@@ -127,13 +137,13 @@ class Schedule:
         if update:
             state.buffer.append(update)
 
-    def _step(self, state: _RoundState, actions: RoundActions) -> None:
+    def _step(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
         updates, state.buffer = state.buffer, []
         actions.step(updates)
         state.outcome.num_steps += 1
 
 
-class _RoundState:
+class _RoundState(Generic[U]):
     """The moving parts of one round."""
 
     def __init__(self, number: int, queue: list[tuple[str, int]], slots: tuple[int, int]) -> None:
@@ -142,5 +152,5 @@ class _RoundState:
         self.num_participants = len(queue)
         self.max_in_flight, self.buffer_size = slots
         self.pending: set[str] = set()
-        self.buffer: list[ClientUpdate] = []
+        self.buffer: list[U] = []
         self.outcome = RoundOutcome()

@@ -1,16 +1,17 @@
-"""MH-pFedHN and MH-pFedHNGD as a Flower Strategy (arXiv 2507.22330).
+"""Rounds as a Flower Strategy, whatever the method: MH-pFedHN, MH-pFedHNGD or a baseline.
 
-One round reads like the paper: who is there; (GD) train and fold w_g; train the personal models
-through the schedule; evaluate; report. The strategy knows counts and vectors, no architecture.
+One round: who is there; train through the schedule; evaluate; report; save. What a method learns
+from the replies is behind `Method`. The strategy knows counts and vectors, no architecture.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -22,44 +23,38 @@ from common.seeding import numpy_generator
 from common.wire import Evaluation
 from server_app.admission import Admission
 from server_app.mailbox import Answer, Letter
+from server_app.method import Method
 from server_app.outputs import RunFolder
-from server_app.phases import (
-    Core,
-    GlobalPhase,
-    PersonalPhase,
-    Roster,
-    RoundTally,
-    evaluate,
-    finish,
-    fold_global,
-    mean_diagnostics,
-    without_busy,
-)
-from server_app.registry import GLOBAL_ID, Client, Registry
+from server_app.phases import mean_diagnostics
+from server_app.registry import Client, Registry
 from server_app.schedule import RoundOutcome, Schedule
 from server_app.snapshot import save_server
+from server_app.trips import Roster, RoundTally, ask_all, without_busy
+
+T = TypeVar("T")
 
 
-class MHpFedHN(Strategy):
-    """Hosts the hypernetwork and runs rounds over whoever is present.
+class Rounds(Strategy):
+    """Runs rounds of a method over whoever is present.
 
     Parameters
     ----------
-    core : hypernetwork, its optimiser, the mailbox to the clients.
+    method : what goes out, what is learned from what comes back; it holds the mailbox.
     registry : who is who.
     folder : where results go.
     first_round : 1, or the round after the checkpoint that was loaded.
     """
 
     def __init__(
-        self, core: Core, registry: Registry, folder: RunFolder, first_round: int = 1
+        self, method: Method, registry: Registry, folder: RunFolder, first_round: int = 1
     ) -> None:
-        self._core = core
+        self._method = method
+        self._post = method.post
         self._registry = registry
         self._folder = folder
         self._first_round = first_round
-        self._admission = Admission(core, registry)
-        self._schedule = Schedule(core.config.schedule, core.mailbox)
+        self._admission = Admission(method, registry)
+        self._schedule = Schedule(self._post.config.schedule, self._post.mailbox)
 
     # --- the run ---------------------------------------------------------------------------------
 
@@ -67,14 +62,14 @@ class MHpFedHN(Strategy):
         self, grid: Grid, num_rounds: int | None = None, **_: object
     ) -> Result:
         """Run all rounds; every finished round is on disk before the next one starts."""
-        rounds = num_rounds or self._core.config.run.rounds
+        rounds = num_rounds or self._post.config.run.rounds
         result = Result()
         self.summary()
         for server_round in range(self._first_round, rounds + 1):
             row = self._run_or_rescue(grid, server_round)
             self._folder.add_round(row, rounds)
             result.train_metrics_clientapp[server_round] = MetricRecord(dict(row))
-            if server_round % self._core.config.run.checkpoint_every == 0 or server_round == rounds:
+            if server_round % self._post.config.run.checkpoint_every == 0 or server_round == rounds:
                 self._checkpoint()
             self._require_enough(row, server_round)
         self._finish(grid, rounds)
@@ -92,48 +87,46 @@ class MHpFedHN(Strategy):
     def run_round(self, grid: Grid, server_round: int) -> dict[str, float]:
         """Run one round: registration, global phase, personal phase, evaluation; return its row."""
         started = time.monotonic()
-        down, up = self._core.mailbox.bytes_down, self._core.mailbox.bytes_up
+        down, up = self._post.mailbox.bytes_down, self._post.mailbox.bytes_up
         clients = self._admission.refresh(grid, server_round)
         tally = RoundTally()
-        roster = self._roster(self._learners(clients), server_round)
-        phase = self._global_phase(roster, tally)
+        roster = self._roster(self._method.learners(clients), server_round)
+        phase = self._method.open_round(roster, tally)
         outcome = self._schedule.run_round(server_round, list(roster.nodes.items()), phase)
-        if self._core.trains_global and self._core.config.distill.gd_mode == "fused":
-            fold_global(self._core, tally, progress=float(server_round))
+        self._method.close_round(server_round, tally)
         self._evaluate(clients, server_round, tally)
         row: dict[str, float] = {"round": server_round}
         row |= summarise(tally.evaluations)
         row["num_evaluated"] = len(tally.evaluations)
         row |= self._train_row(tally, outcome)
-        row["bytes_up"] = self._core.mailbox.bytes_up - up
-        row["bytes_down"] = self._core.mailbox.bytes_down - down
+        row["bytes_up"] = self._post.mailbox.bytes_up - up
+        row["bytes_down"] = self._post.mailbox.bytes_down - down
         row["seconds_round"] = time.monotonic() - started
         row["seconds_waiting"] = row["seconds_round"] - row["seconds_server"]
         self._folder.note_clients(self._client_rows(tally.evaluations))
         self._ask_misfits_again()
         return row
 
-    def _global_phase(self, roster: Roster, tally: RoundTally) -> PersonalPhase:
-        """Run phase 1 of GD where it is a trip of its own; return the personal phase."""
-        if not self._core.config.distils:
-            return PersonalPhase(self._core, roster, tally)
-        theta = self._core.generate([GLOBAL_ID])[GLOBAL_ID]
-        if self._core.trains_global and self._core.config.distill.gd_mode == "separate":
-            free = without_busy(roster, self._core.mailbox.busy_nodes())
-            GlobalPhase(self._core, free, tally, theta).run()
-        holders = frozenset(tally.global_deltas)
-        return PersonalPhase(self._core, roster, tally, theta, holders)
-
     def _evaluate(self, clients: list[Client], server_round: int, tally: RoundTally) -> None:
         """Replace what was measured before training by a measurement after it, where asked."""
-        run = self._core.config.run
+        run = self._post.config.run
         last = server_round == run.rounds
         due = run.evaluation == "separate" and server_round % run.evaluate_every == 0
         if due or last:
-            roster = self._listed(clients, server_round)
-            tally.evaluations = evaluate(
-                self._core, without_busy(roster, self._core.mailbox.busy_nodes())
-            )
+            decode = self._method.decode_evaluation
+            tally.evaluations = self._ask(clients, server_round, wire.EVALUATE_PERSONAL, decode)
+
+    def _ask(
+        self,
+        clients: list[Client],
+        server_round: int,
+        message_type: str,
+        decode: Callable[[RecordDict, str], T],
+    ) -> dict[str, T]:
+        """Send everyone who is free the newest weights; return the good replies by client_id."""
+        roster = self._listed(clients, server_round)
+        free = without_busy(roster, self._post.mailbox.busy_nodes())
+        return ask_all(self._post, self._method.letters(free, message_type), decode)
 
     def _train_row(self, tally: RoundTally, outcome: RoundOutcome) -> dict[str, float]:
         return {
@@ -151,12 +144,12 @@ class MHpFedHN(Strategy):
 
     def _require_enough(self, row: dict[str, float], server_round: int) -> None:
         asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]
-        needed = self._core.config.schedule.min_fraction * asked
+        needed = self._post.config.schedule.min_fraction * asked
         if row["num_accepted"] < needed:
             self._checkpoint()
             raise RunError(
                 f"round {server_round}: {int(row['num_accepted'])} of {int(asked)} clients sent a "
-                f"usable update; min-fraction {self._core.config.schedule.min_fraction:g} needs "
+                f"usable update; min-fraction {self._post.config.schedule.min_fraction:g} needs "
                 f"{needed:g}. Everything learned so far is in the checkpoint; see the rejected "
                 "replies above, then resume with resume-from."
             )
@@ -164,7 +157,7 @@ class MHpFedHN(Strategy):
     def _checkpoint(self) -> None:
         save_server(
             self._folder.path,
-            self._core,
+            self._method,
             self._registry,
             self._folder.rows,
             self._folder.client_rows,
@@ -172,36 +165,25 @@ class MHpFedHN(Strategy):
 
     def _finish(self, grid: Grid, rounds: int) -> None:
         clients = self._registry.present(rounds)
-        roster = self._listed(clients, rounds)
-        stored = finish(self._core, without_busy(roster, self._core.mailbox.busy_nodes()))
+        stored = self._ask(clients, rounds, wire.FINISH, wire.decode_finish_reply)
         places = sorted({place for place in stored.values() if place})
         if places:
             logger.info("Personal models of %d clients stored, e.g. %s", len(stored), places[0])
 
-    def _learners(self, clients: list[Client]) -> list[Client]:
-        """Return those who train: everybody, or in a novel-only run the new clients alone."""
-        learners = [c for c in clients if c.client_id not in self._core.frozen_clients]
-        if not learners:
-            raise RunError(
-                f"novel-only, but all {len(clients)} clients that are present are part of the "
-                "checkpoint. Start the new clients before the run, or set novel-only = false."
-            )
-        return learners
-
     def _ask_misfits_again(self) -> None:
         """Have clients register anew whose replies did not fit: perhaps their model changed."""
-        for client_id in self._core.desk.misfits & self._registry.clients().keys():
+        for client_id in self._post.desk.misfits & self._registry.clients().keys():
             self._registry.ask_again(client_id)
-        self._core.desk.misfits.clear()
+        self._post.desk.misfits.clear()
 
     def _roster(self, clients: list[Client], server_round: int) -> Roster:
         """Shuffle the clients: the published algorithm trains them in random order."""
-        rng = numpy_generator(self._core.config.run.seed, "client-order", server_round=server_round)
+        rng = numpy_generator(self._post.config.run.seed, "client-order", server_round=server_round)
         order = [clients[i] for i in rng.permutation(len(clients))]
         return self._listed(order, server_round)
 
     def _listed(self, clients: list[Client], server_round: int) -> Roster:
-        patience = self._core.config.schedule.round_deadline_s or math.inf
+        patience = self._post.config.schedule.round_deadline_s or math.inf
         return Roster(server_round, {c.client_id: c.node_id for c in clients}, patience)
 
     def _client_rows(self, evaluations: dict[str, Evaluation]) -> list[dict[str, object]]:
@@ -209,13 +191,14 @@ class MHpFedHN(Strategy):
             {
                 "client_id": client_id,
                 "num_parameters": self._registry.client(client_id).num_parameters,
-                "num_chunks": self._core.hypernet.num_chunks(client_id),
+                **self._method.facts(client_id),
                 "num_train": self._registry.client(client_id).num_examples,
                 "num_test": evaluation.num_test,
                 "correct": evaluation.num_correct,
                 "accuracy": evaluation.num_correct / evaluation.num_test,
+                **{f"accuracy_{k}": n / evaluation.num_test for k, n in evaluation.others.items()},
                 "test_loss": evaluation.test_loss,
-                "rejected": self._core.desk.rejected[client_id],
+                "rejected": self._post.desk.rejected[client_id],
             }
             for client_id, evaluation in evaluations.items()
         ]
@@ -226,20 +209,18 @@ class MHpFedHN(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Build one `train.personal` message for each client present (`arrays` is not used)."""
-        clients = self._learners(self._admission.refresh(grid, server_round))
+        clients = self._method.learners(self._admission.refresh(grid, server_round))
         roster = self._roster(clients, server_round)
-        theta = self._core.generate([GLOBAL_ID])[GLOBAL_ID] if self._core.config.distils else None
-        phase = PersonalPhase(self._core, roster, RoundTally(), theta)
+        phase = self._method.phase(roster, RoundTally())
         return [_message(letter) for letter in phase.letters(list(roster.nodes))]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take one server step on the mean of all good replies (fully parallel round)."""
-        clients = self._registry.present(server_round)
-        roster = Roster(server_round, {c.client_id: c.node_id for c in clients})
+        """Take one server step on all good replies (fully parallel round)."""
+        roster = self._listed(self._registry.present(server_round), server_round)
         tally = RoundTally()
-        phase = PersonalPhase(self._core, roster, tally)
+        phase = self._method.phase(roster, tally)
         updates = [u for a in self._answers(roster, replies) if (u := phase.accept(a)) is not None]
         if not updates:
             return None, None
@@ -250,25 +231,19 @@ class MHpFedHN(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Build one `evaluate.personal` message for each client present."""
-        header = self._core.header(server_round)
-        clients = self._registry.present(server_round)
-        thetas = self._core.generate([c.client_id for c in clients])
-        return [
-            Message(wire.encode_theta(header, thetas[c.client_id]), c.node_id, "evaluate.personal")
-            for c in clients
-        ]
+        roster = self._listed(self._registry.present(server_round), server_round)
+        return [_message(x) for x in self._method.letters(roster, wire.EVALUATE_PERSONAL)]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Summarise test counts over clients."""
-        roster = Roster(
-            server_round, {c.client_id: c.node_id for c in self._registry.present(server_round)}
-        )
+        roster = self._listed(self._registry.present(server_round), server_round)
+        decode = self._method.decode_evaluation
         found = {
             answer.ticket.client_id: evaluation
             for answer in self._answers(roster, replies)
-            if (evaluation := self._core.desk.read(answer, wire.decode_evaluation)) is not None
+            if (evaluation := self._post.desk.read(answer, decode)) is not None
         }
         return MetricRecord(dict(summarise(found))) if found else None
 
@@ -286,7 +261,7 @@ class MHpFedHN(Strategy):
 
     def summary(self) -> None:
         """Log what is about to run."""
-        config = self._core.config
+        config = self._post.config
         logger.info(
             "%s: rounds %d-%d, max-in-flight %s, buffer-size %s, seed %d",
             config.run.method,

@@ -57,6 +57,8 @@ def _open(place: int, message: Message, context: Context) -> _Ready | None:
         return None
     try:
         participant = Participant.open(context)
+        if participant.config.is_baseline:
+            return None
         source = f"{wire.TRAIN_PERSONAL} message to client {participant.client_id}"
         task = wire.decode_train_task(message.content, source)
     except MHpFedHNError:

@@ -1,0 +1,333 @@
+"""The arithmetic of the baselines' servers against slow, clear references."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import nn
+
+from common.class_means import ClassMeans
+from common.config import RunConfig
+from common.errors import ConfigError, RegistrationError, WireError
+from common.parcels import Parcel
+from common.seeding import torch_generator
+from common.wire import Registration
+from server_app.baselines import BASELINES
+from server_app.baselines.base import Upload, mean_vector
+from server_app.baselines.fedgh import FedGH
+from server_app.baselines.fedproto import FedProto
+from server_app.baselines.fedtgp import FedTGP, adaptive_margin, contrast, generated
+from server_app.baselines.method import effective_config
+from server_app.baselines.pfedhn import PFedHN
+from server_app.registry import Client
+from server_app.replies import ReplyDesk
+
+CHECK = ReplyDesk(max_delta_norm=100.0).check_norm
+SOURCE = "train.personal reply of client a in round 1"
+
+
+def client(client_id: str, **facts: object) -> Client:
+    sizes = {"num_parameters": 6, "num_classes": 4, "feature_dim": 3, "group": "aa"}
+    return Client(
+        client_id=client_id,
+        node_id=1,
+        num_examples=10,
+        last_seen_round=1,
+        **{"num_global_parameters": 5, **sizes, **facts},
+    )
+
+
+def config(method: str, **settings: object) -> RunConfig:
+    flat = {k.replace("_", "-"): v for k, v in settings.items()}
+    return RunConfig.parse({"method": method, **flat})
+
+
+def make(method: str, **settings: object) -> object:
+    return BASELINES[method](config(method, **settings), CHECK)
+
+
+def parcel(**arrays: np.ndarray) -> Parcel:
+    return Parcel(ArrayRecord({k: Array(x) for k, x in arrays.items()}), SOURCE)
+
+
+def means(rng: np.random.Generator, classes: list[int], dim: int = 3) -> ClassMeans:
+    labels = np.array(classes)
+    return ClassMeans.of(rng.normal(size=(len(labels), dim)).astype(np.float32), labels, 4)
+
+
+def test_mean_vector_is_the_weighted_mean() -> None:
+    found = mean_vector([np.float32([1, 2]), np.float32([5, 10])], [3, 1])
+    assert found.tolist() == [2.0, 4.0]
+    assert found.dtype == np.float32
+
+
+# --- FedAvg --------------------------------------------------------------------------------------
+
+
+def test_fedavg_averages_inside_each_group_and_nowhere_else() -> None:
+    server = make("fedavg")
+    a, b, other = client("a"), client("b"), client("c", group="bb")
+    smaller = client("d", num_parameters=2)  # same tag, other size: never mixed
+    assert server.download(a) == {}
+    uploads = [
+        Upload(a, 30, np.full(6, 1, np.float32)),
+        Upload(b, 10, np.full(6, 5, np.float32)),
+        Upload(other, 10, np.full(6, 7, np.float32)),
+        Upload(smaller, 10, np.full(2, 9, np.float32)),
+    ]
+    server.fold(uploads, 1)
+    assert server.download(a)["theta"].tolist() == [2.0] * 6
+    assert server.download(b)["theta"].tolist() == [2.0] * 6
+    assert server.download(other)["theta"].tolist() == [7.0] * 6
+    assert server.download(smaller)["theta"].tolist() == [9.0] * 2
+    server.fold(uploads[1:2], 2)  # a did not answer
+    assert server.download(a)["theta"].tolist() == [5.0] * 6
+    assert server.download(other)["theta"].tolist() == [7.0] * 6
+
+
+def test_fedavg_limits_the_change_of_a_model_not_its_norm() -> None:
+    server = make("fedavg")
+    far = np.full(6, 1e3, np.float32)
+    with pytest.raises(WireError, match=r"theta has norm 2.45e\+03; at most 100 is accepted"):
+        server.read(client("a"), parcel(theta=far))
+    server.fold([Upload(client("a"), 1, far)], 1)
+    assert server.read(client("a"), parcel(theta=far + 1)).tolist() == [1001.0] * 6
+
+
+# --- heads and prototypes ------------------------------------------------------------------------
+
+
+def test_lg_fedavg_averages_heads_by_examples() -> None:
+    server = make("lg-fedavg")
+    first = server.download(client("a"))["head"]
+    assert first.shape == (4 * 3 + 4,)
+    assert np.abs(first).max() <= 3**-0.5
+    up = [Upload(client(c), n, first + d) for c, n, d in (("a", 1, 1.0), ("b", 3, 2.0))]
+    server.fold(up, 1)
+    np.testing.assert_allclose(server.download(client("b"))["head"], first + 1.75, atol=1e-6)
+
+
+def test_fedproto_weights_by_counts_and_keeps_classes_that_did_not_come() -> None:
+    server: FedProto = make("fedproto")
+    one = ClassMeans(np.array([3, 0, 2, 0]), np.float32([[1, 1, 1], [0, 0, 0], [5, 5, 5], [0] * 3]))
+    two = ClassMeans(np.array([1, 0, 0, 0]), np.float32([[5, 5, 5], [0] * 3, [0] * 3, [0] * 3]))
+    server.fold([Upload(client("a"), 5, one), Upload(client("b"), 1, two)], 1)
+    server.fold([Upload(client("b"), 1, two)], 2)
+    sent = server.download(client("a"))
+    assert sent["counts"].tolist() == [1, 0, 1, 0]  # who is there, not how many
+    assert sent["means"].tolist() == [5, 5, 5, 5, 5, 5]
+    assert server.prototypes.means[0].tolist() == [5, 5, 5]
+
+
+def test_fedgh_trains_the_head_as_torch_would() -> None:
+    server: FedGH = make("fedgh", fedgh_epochs=3, batch_size=2, baseline_server_lr=0.1)
+    rng = np.random.default_rng(3)
+    uploads = [
+        Upload(client("a"), 5, means(rng, [0, 2])),
+        Upload(client("b"), 5, means(rng, [1, 2, 3])),
+    ]
+    head = server.download(client("a"))["head"]
+    layer = nn.Linear(3, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(head[:12]).view(4, 3))
+        layer.bias.copy_(torch.from_numpy(head[12:]))
+    features = torch.from_numpy(
+        np.concatenate([uploads[0].content.means[[0, 2]], uploads[1].content.means[1:]])
+    )
+    labels = torch.tensor([0, 2, 1, 2, 3])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    generator = torch_generator(42, "fedgh", server_round=9)
+    for _ in range(3):
+        for rows in torch.randperm(5, generator=generator).split(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(features[rows]), labels[rows]).backward()
+            optimizer.step()
+    server.fold(uploads, 9)
+    expected = torch.cat([layer.weight.reshape(-1), layer.bias]).detach().numpy()
+    np.testing.assert_allclose(server.download(client("a"))["head"], expected, atol=1e-6)
+    assert np.abs(expected - head).max() > 0.01
+
+
+def test_fedtgp_margin_is_the_largest_distance_up_to_the_threshold() -> None:
+    pooled = ClassMeans(np.array([1, 0, 2]), np.float32([[0, 0], [99, 99], [3, 4]]))
+    assert adaptive_margin(pooled, 100.0) == pytest.approx(5.0)
+    assert adaptive_margin(pooled, 2.0) == 2.0
+
+
+def test_fedtgp_loss_is_the_papers_equation() -> None:
+    rng = np.random.default_rng(5)
+    features, prototypes = (torch.from_numpy(rng.normal(size=(n, 3))) for n in (5, 4))
+    labels, margin = torch.tensor([0, 1, 1, 3, 2]), 0.7
+    total = 0.0
+    for x, y in zip(features, labels, strict=True):
+        d = [float((x - p).square().sum()) ** 0.5 for p in prototypes]
+        top = np.exp(-(d[y] + margin))
+        total -= np.log(top / (top + sum(np.exp(-d[c]) for c in range(4) if c != y)))
+    assert float(contrast(features, labels, prototypes, margin)) == pytest.approx(total / 5)
+
+
+def test_fedtgp_learns_prototypes_nearest_to_their_own_class() -> None:
+    server: FedTGP = make("fedtgp", baseline_server_lr=0.05)
+    rng = np.random.default_rng(6)
+    centres = 2 * rng.normal(size=(4, 16))
+    uploads = []
+    for name in "abc":
+        seen = (centres + 0.1 * rng.normal(size=(4, 16))).astype(np.float32)
+        uploads.append(Upload(client(name), 9, ClassMeans.of(seen, np.arange(4), 4)))
+    server.fold(uploads, 1)
+    prototypes = server.prototypes.means
+    distances = np.linalg.norm(centres[:, None] - prototypes[None], axis=2)
+    assert distances.argmin(axis=1).tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(prototypes, generated(server._learned).numpy())
+
+
+# --- pFedHN --------------------------------------------------------------------------------------
+
+
+class PerLayerHeads(nn.Module):
+    """pFedHN as its paper has it: an MLP and one Linear for each tensor of the target model."""
+
+    def __init__(self, server: PFedHN, sizes: list[int]) -> None:
+        super().__init__()
+        layers = [m for m in server._net if isinstance(m, nn.Linear)]
+        self.mlp = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in layers[:-1])
+        self.heads = nn.ModuleList(nn.Linear(100, size) for size in sizes)
+        for mine, theirs in zip(self.mlp, layers, strict=False):
+            mine.load_state_dict(theirs.state_dict())
+        weights, biases = (x.split(sizes) for x in (layers[-1].weight, layers[-1].bias))
+        for head, weight, bias in zip(self.heads, weights, biases, strict=True):
+            head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+
+    def forward(self, embedding: torch.Tensor) -> list[torch.Tensor]:
+        x = self.mlp[0](embedding)
+        for layer in self.mlp[1:]:
+            x = layer(torch.relu(x))
+        return [head(x) for head in self.heads]
+
+
+def test_pfedhn_is_the_hypernetwork_with_a_head_for_each_layer() -> None:
+    server: PFedHN = make("pfedhn")
+    clients = [client(c) for c in "abcdefgh"]
+    server.open_round(clients)
+    assert server._embeddings["a"].shape == (1 + 8 // 4,)
+    reference = PerLayerHeads(server, [4, 2])
+    embedding = nn.Parameter(server._embeddings["b"].detach().clone())
+    parameters = [*reference.parameters(), embedding]
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-3)
+    for step, scale in enumerate((1.0, 300.0)):  # the second is clipped
+        theta = torch.cat(reference(embedding))
+        np.testing.assert_allclose(
+            server.download(clients[1])["theta"], theta.detach().numpy(), atol=1e-6
+        )
+        delta = torch.linspace(-1, 1, 6) * scale
+        optimizer.zero_grad()
+        (theta * delta).sum().backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 50.0)
+        assert (float(norm) > 50) == (step == 1)
+        optimizer.step()
+        server.fold([Upload(clients[1], 10, delta.numpy())], 1)
+    theta = torch.cat(reference(embedding)).detach().numpy()
+    np.testing.assert_allclose(server.download(clients[1])["theta"], theta, atol=1e-5)
+
+
+def test_pfedhn_says_what_to_use_for_several_architectures() -> None:
+    with pytest.raises(ConfigError, match=r"ONE architecture, but models = 'cnn,mlp'.*'mh-pfedhn'"):
+        effective_config(config("pfedhn", models="cnn,mlp"))
+    server: PFedHN = make("pfedhn")
+    with pytest.raises(RegistrationError, match=r"client z has another \(7 parameters\) than .* a"):
+        server.check(Registration("z", 7, 10, group="aa"), [client("a")])
+
+
+# --- what holds for all --------------------------------------------------------------------------
+
+
+def uploads_for(method: str, clients: list[Client]) -> list[Upload]:
+    rng = np.random.default_rng(8)
+    size = {"fml": 5, "lg-fedavg": 16}.get(method, 6)
+    made = []
+    for c in clients:
+        content: object = rng.normal(size=size).astype(np.float32)
+        if method in ("fedproto", "fedgh", "fedtgp", "fd"):
+            content = means(rng, [0, 2, 2], 4 if method == "fd" else 3)
+        made.append(Upload(c, 10, None if method == "local" else content))
+    return made
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_restored_server_goes_on_as_if_nothing_had_happened(method: str) -> None:
+    clients = [client("a"), client("b")]
+    whole, again = make(method, fedtgp_epochs=3), make(method, fedtgp_epochs=3)
+    whole.open_round(clients)
+    whole.fold(uploads_for(method, clients), 1)
+    tensors, meta = whole.export()
+    again.restore({name: x.clone() for name, x in tensors.items()}, meta)
+    for server in (whole, again):
+        server.open_round(clients)
+        server.fold(uploads_for(method, clients)[1:], 2)
+    for c in clients:
+        first, second = whole.download(c), again.download(c)
+        assert first.keys() == second.keys()
+        assert bool(first) == (method != "local")
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_server_that_learned_nothing_can_be_saved(method: str) -> None:
+    tensors, meta = make(method).export()
+    make(method).restore(tensors, meta)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("fedavg", {"group": ""}, "group is missing, which fedavg needs"),
+        ("fedproto", {"feature_dim": 0}, "feature_dim is missing, which fedproto needs"),
+        ("fml", {"num_global_parameters": 0}, "num_global_parameters is missing, which fml needs"),
+        (
+            "fml",
+            {"num_global_parameters": 10**9},
+            "a shared model of 1,000,000,000 numbers",
+        ),
+        (
+            "fedgh",
+            {"feature_dim": 10**8},
+            "a head of 400,000,004 numbers; at most 12,000,000 (max-parameters)",
+        ),
+        ("fd", {"num_classes": 4000}, "mean logits of 16,000,000 numbers"),
+        ("fedtgp", {"feature_dim": 4000}, "a layer of 16,000,000 numbers"),
+    ],
+)
+def test_registration_must_bring_what_the_method_needs(
+    method: str, change: dict, message: str
+) -> None:
+    good = Registration(
+        "a", 6, 10, num_global_parameters=5, group="aa", num_classes=4, feature_dim=3
+    )
+    make(method).require(good, SOURCE)
+    with pytest.raises(WireError) as caught:
+        make(method).require(replace(good, **change), SOURCE)
+    assert message in str(caught.value)
+
+
+def test_clients_must_agree_on_what_they_share() -> None:
+    other = Registration("z", 6, 10, num_classes=4, feature_dim=8)
+    with pytest.raises(
+        RegistrationError, match="client z has feature_dim = 8; the federation's is 3"
+    ):
+        make("fedproto").check(other, [client("a")])
+    make("fedavg").check(other, [client("a")])  # shares no features
+
+
+def test_synchronous_baselines_fold_everybody_at_once_whatever_the_preset_says() -> None:
+    section = effective_config(config("fedavg", max_in_flight=1, buffer_size=1)).schedule
+    assert (section.max_in_flight, section.buffer_size, section.max_staleness) == (0, 0, 0)
+    assert effective_config(config("pfedhn")).schedule.max_in_flight == 1
+    assert effective_config(config("mh-pfedhn")) == config("mh-pfedhn")
+
+
+def test_novel_only_is_for_hypernetworks() -> None:
+    with pytest.raises(ConfigError, match="novel-only freezes a hypernetwork, and fedavg has none"):
+        effective_config(config("fedavg", novel_only=True))
