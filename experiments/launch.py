@@ -163,7 +163,7 @@ def _extra_env(config: RunConfig) -> dict[str, str]:
 def _run(preset: Preset, folder: Path, console: Console) -> int:
     config, log = preset.config, folder / "run.log"
     try:
-        with _terminate_as_interrupt(), open_engine(preset, log) as engine:
+        with terminate_as_interrupt(), open_engine(preset, log) as engine:
             _prepare_data(config, console)
             with follow(folder, rounds=config.run.rounds, console=console):
                 engine.run(config)
@@ -242,7 +242,7 @@ def _log_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM and a closed terminal like Ctrl-C, so that a stopped run cleans up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
