@@ -15,6 +15,7 @@ from common.errors import MHpFedHNError
 from experiments.bench import add_bench_parser
 from experiments.certs import add_certs_parser
 from experiments.join import add_join_parser
+from experiments.study.command import add_study_parsers
 from experiments.sweep.command import add_sweep_parser
 
 USAGE_ERROR = 2
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
     command.set_defaults(command=show)
     add_sweep_parser(commands)
+    add_study_parsers(commands)
     add_join_parser(commands)
     add_certs_parser(commands)
     add_bench_parser(commands)
