@@ -11,12 +11,13 @@ from experiments.study.curves import Axis, Curve, mean_curve, single_curve
 from experiments.study.gain import GroupGain
 from experiments.study.groups import Group, Study
 from experiments.study.looks import Look
-from experiments.study.svg import CHAR, Drawing, Frame, Scale, cut, nice_ticks, spread
+from experiments.study.svg import BOLD, Drawing, Frame, Scale, cut, nice_ticks, spread
 
-WIDTH, HEIGHT = 440.0, 316.0
+WIDTH, HEIGHT = 440.0, 350.0
 LEFT, TOP, BOTTOM = 40.0, 28.0, 40.0
 LABEL_GAP = 14.0
-MOST_LABELS = 18
+MARK_LENGTH = 3
+MOST_LABELS, LONGEST = 18, 15
 LOG_FROM = 30.0
 """Ratio of the largest to the smallest end from which an axis is logarithmic."""
 
@@ -60,7 +61,7 @@ def accuracy_chart(lines: Sequence[Line], axis: Axis) -> str:
     across the whole chart at its last accuracy.
     """
     drawing = Drawing(WIDTH, HEIGHT, f"Test accuracy by {axis}")
-    right = 8 + CHAR * max((min(len(line.short), 17) for line in lines), default=0) + 12
+    right = BOLD * max((min(len(line.short), LONGEST) for line in lines), default=0) + 14
     free = [line for line in lines if line.end <= 0]
     paid = [line for line in lines if line.end > 0]
     unit, size = x_unit(axis, max((line.end for line in paid), default=1.0))
@@ -102,15 +103,18 @@ def gain_chart(gains: Sequence[GroupGain], looks: Mapping[str, Look]) -> str:
 
 @dataclass(frozen=True)
 class MapPoint:
-    """A client on the map: its place, its colour, and what shows under the pointer.
+    """A client on the map: its place, its colour, its mark, and what shows under the pointer.
 
-    The colour is one of the page's (its number) or a fixed one ("#rrggbb").
+    The colour is one of the page's (its number) or a fixed one ("#rrggbb"). `light` says that
+    dark writing reads better on it.
     """
 
     x: float
     y: float
     colour: int | str
+    mark: str
     name: str
+    light: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,12 @@ def map_chart(
         ends = [(x(points[i].x), y(points[i].y)) for i in (a, b)]
         drawing.rule(ends[0], ends[1], f"link l{min(3, int(4 * weight))}")
     for point in points:
-        drawing.disc(x(point.x), y(point.y), point.colour, name=point.name)
+        at = (x(point.x), y(point.y))
+        drawing.disc(*at, point.colour, name=point.name)
+        fixed = " fixed" if isinstance(point.colour, str) else ""
+        css = f"mark{fixed}{' dark' if point.light else ''}"
+        if len(point.mark) <= MARK_LENGTH:
+            drawing.text((at[0], at[1] + 3.4), point.mark, css=css, anchor="middle")
     first, second = (f"{100 * share:.0f} %" for share in axes.shares)
     words = f"component 1 ({first} of the variance)"
     drawing.text((WIDTH / 2, size + 24), words, css="axis", anchor="middle")

@@ -63,7 +63,7 @@ def _draw(
     families = [known.get(name, "unknown") for name in names]
     looks = family_looks(families)
     dots = [
-        MapPoint(x, y, looks[family].colour, f"client {name}: {family}")
+        MapPoint(x, y, looks[family].colour, name, f"client {name}: {family}")
         for (x, y), name, family in zip(places.tolist(), names, families, strict=True)
     ]
     axes = MapAxes(f"Embeddings of {title}, by architecture", shares)
@@ -92,7 +92,8 @@ def _label_map(
         near = ", ".join(f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in others)
         colour = scale_colour(float(order[i]))
         tip = f"client {name}: labels overlap most with clients {near}"
-        dots.append(MapPoint(float(places[i, 0]), float(places[i, 1]), colour, tip))
+        x, y = places[i].tolist()
+        dots.append(MapPoint(x, y, colour, name, tip, light=bool(order[i] > 0.55)))
     title = f"Embeddings of {axes.title}, by label overlap"
     return map_chart(dots, MapAxes(title, axes.shares), links=_links(overlaps))
 

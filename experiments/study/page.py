@@ -230,10 +230,10 @@ def _gains(gains: Sequence[GroupGain], looks: Mapping[str, Look], made: str) -> 
     ]
     note = f" Left out: {escape('; '.join(missing))}." if missing else ""
     return (
-        f'<figure class="one">{gain_chart(gains, looks)}<figcaption>Each client against itself '
+        f'<div class="figures wide"><figure>{gain_chart(gains, looks)}<figcaption>Each client against itself '
         "under Local with the same examples, model and seed, at the last evaluation. Bar: mean "
         f"over clients; thick line: its standard error over seeds.{note} {made}</figcaption>"
-        f"</figure>{_family_gains(gains)}"
+        f"</figure>{_family_gains(gains)}</div>"
     )
 
 
@@ -247,9 +247,9 @@ def _family_gains(gains: Sequence[GroupGain]) -> str:
         rows.append(f"<tr><th>{escape(gain.group.label)}</th>{cells}</tr>")
     header = "".join(f"<th>{escape(name.rpartition(':')[2])}</th>" for name in families)
     return (
-        '<h3 style="margin-top:22px">Mean gain by architecture, points</h3>'
+        '<div class="side"><h3>Mean gain by architecture, points</h3>'
         f'<div class="scroll" tabindex="0"><table><thead><tr><th>method / variant</th>{header}'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
     )
 
 
@@ -283,8 +283,8 @@ def _maps(maps: Sequence[EmbeddingMap], passed_over: Sequence[str], made: str) -
 
 def _map(found: EmbeddingMap, made: str) -> str:
     keys = "".join(
-        f'<li><svg viewBox="0 0 30 12" style="width:16px" aria-hidden="true"><circle class='
-        f'"client k{colour}" cx="9" cy="6" r="5.4"/></svg>{escape(name)}</li>'
+        f'<li><svg viewBox="0 0 15 12" style="width:15px" aria-hidden="true"><circle class='
+        f'"client k{colour}" cx="7" cy="6" r="5.4"/></svg>{escape(name)}</li>'
         for name, colour in found.families
     )
     said = " ".join(escape(words) for words in found.findings)
@@ -314,12 +314,14 @@ def _made_by(study: Study, source: Source) -> str:
 
 
 def _runs(study: Study) -> str:
-    presets, rows = preset_settings(), []
-    members = [member for group in study.groups for member in group.members]
-    for member, cells in zip(members, tables.run_rows(study), strict=True):
+    presets, rows, before = preset_settings(), [], ""
+    for member, cells in zip(study.members, tables.run_rows(study), strict=True):
         label, seed, state, accuracy, rounds, seconds, name = cells
         css = STATUS_CLASS.get(member.status, "off")
         command = str(member.note.get("command") or run_command(member.run, presets))
+        pattern = command.replace(f"--seed {seed}", "--seed")
+        command = f"the same, --seed {seed}" if pattern == before else command
+        before = pattern
         rows.append(
             f'<tr><th>{escape(label)}</th><td>{seed}</td><td class="left {css}">{escape(state)}'
             f"</td><td>{accuracy}</td><td>{rounds}</td><td>{seconds}</td>"

@@ -13,8 +13,9 @@ from html import escape
 
 from experiments.study.looks import Look
 
-CHAR = 6.3
-"""Mean width of a character of the labels, in user units."""
+RADIUS = 8.5
+CHAR, BOLD = 6.4, 8.0
+"""Mean width of a character, plain and bold, in user units; for wide fonts."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Drawing:
         """Draw a client on a map, in one of the page's colours or a fixed one."""
         how = f'style="fill:{colour}"' if isinstance(colour, str) else ""
         css = "" if isinstance(colour, str) else f" k{colour}"
-        self.add(f'<circle class="client{css}" {how} cx="{x:.1f}" cy="{y:.1f}" r="6">'
+        self.add(f'<circle class="client{css}" {how} cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS:g}">'
                  f"{_tip(name)}</circle>")  # fmt: skip
 
     def box(self, x: float, y: float, width: float, height: float) -> None:
@@ -209,12 +210,12 @@ def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> l
 
 
 def cut(words: str, width: float) -> str:
-    """Shorten text to about a width in user units.
+    """Shorten a bold label to about a width in user units.
 
-    >>> cut("MH-pFedHNGD", 50)
+    >>> cut("MH-pFedHNGD", 60)
     'MH-pFe…'
     """
-    fits = int(width / CHAR)
+    fits = int(width / BOLD)
     return words if len(words) <= fits else words[: max(1, fits - 1)] + "…"
 
 

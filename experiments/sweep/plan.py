@@ -72,8 +72,11 @@ class Cell:
     settings: Settings = field(hash=False)
     grid: Settings = field(hash=False)
 
-    def arguments(self, *, resume: bool = False) -> list[str]:
-        """Return the arguments of `mh-pfedhn` that run this cell, or go on with it."""
+    def arguments(self, *, place: bool = True, resume: bool = False) -> list[str]:
+        """Return the arguments of `mh-pfedhn` that run this cell, or go on with it.
+
+        Without `place` they repeat it in a new folder.
+        """
         settings = {k: v for k, v in self.settings.items() if k != "engine"}
         pairs = [f"{key}={value_text(value)}" for key, value in settings.items()]
         pairs += [f"resume-from={self.folder}"] if resume else []
@@ -82,7 +85,7 @@ class Cell:
             "run", self.preset,
             *(["--engine", str(engine)] if engine else []),
             "--seed", str(self.seed),
-            "--output-dir", str(self.folder),
+            *(["--output-dir", str(self.folder)] if place else []),
             *(["--set", *pairs] if pairs else []),
         ]  # fmt: skip
 

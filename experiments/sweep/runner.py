@@ -132,7 +132,7 @@ class Runner:
             "variant": cell.variant,
             "grid": cell.grid,
             "seed": cell.seed,
-            "command": shlex.join(["mh-pfedhn", *cell.arguments()]),
+            "command": shlex.join(["mh-pfedhn", *cell.arguments(place=False)]),
             "resumed_after": resumed if resume else [],
             "failed": "",
         }
