@@ -20,6 +20,7 @@ from rich.markup import escape
 from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError, MHpFedHNError, RunError
 from experiments.engines.ray import RayEngine
+from experiments.events import require_tensorboard, streamed
 from experiments.plots import draw_clients
 from experiments.presets import EngineSection, Preset
 from experiments.progress import follow
@@ -97,8 +98,8 @@ def complete(preset: Preset) -> Preset:
     return preset.with_config(fills)
 
 
-def launch(preset: Preset, console: Console) -> int:
-    """Run a preset, show its progress and its results.
+def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> int:
+    """Run a preset, show its progress and its results; as TensorBoard events too where asked.
 
     Returns
     -------
@@ -106,10 +107,14 @@ def launch(preset: Preset, console: Console) -> int:
     """
     preset = complete(preset)
     folder = Path(preset.config.run.output_dir)
+    events = streamed(folder) if tensorboard else contextlib.nullcontext()
+    if tensorboard:
+        require_tensorboard()  # before anything is made or started
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{preset.name}[/]: {escape(preset.description)}", highlight=False)
     _say_folder(console, folder)
-    code = _run(preset, folder, console)
+    with events:
+        code = _run(preset, folder, console)
     if (folder / "metrics.jsonl").exists():
         show(folder, console)
     _say_folder(console, folder)

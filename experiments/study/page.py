@@ -19,6 +19,7 @@ from experiments.study.maps import EmbeddingMap, embedding_maps
 
 STYLE = Path(__file__).with_name("page.css")
 HEADINGS = {"round": "By round", "bytes": "By traffic", "seconds": "By time"}
+SHORT_LABEL = 16
 STATUS_CLASS = {"completed": "ok", "running": "run"}
 
 
@@ -156,7 +157,7 @@ def _results(study: Study, looks: Mapping[str, Look]) -> str:
         state = tables.status(group)
         css = "ok" if state == "completed" else "off"
         rows.append(
-            f"<tr><th>{_swatch(looks[group.key])}{escape(group.label)}</th>{''.join(cells)}"
+            f"<tr>{_name(group.label, looks[group.key])}{''.join(cells)}"
             f"<td>{len(group.counted)}</td>"
             f'<td class="status left {css}">{escape(state)}</td></tr>'
         )
@@ -168,6 +169,12 @@ def _results(study: Study, looks: Mapping[str, Look]) -> str:
         f'<p class="small quiet">Mean ± standard error over seeds, of completed runs only. '
         f"{meanings}.</p>"
     )
+
+
+def _name(label: str, look: Look | None = None) -> str:
+    """Return the first cell of a row; only long names may take a second line."""
+    css = ' class="short"' if len(label) <= SHORT_LABEL else ""
+    return f"<th{css}>{_swatch(look) if look else ''}{escape(label)}</th>"
 
 
 def _with_error(text: str) -> str:
@@ -244,7 +251,7 @@ def _family_gains(gains: Sequence[GroupGain]) -> str:
     rows = []
     for gain in gains:
         cells = "".join(_signed_cell(gain.by_family.get(name)) for name in families)
-        rows.append(f"<tr><th>{escape(gain.group.label)}</th>{cells}</tr>")
+        rows.append(f"<tr>{_name(gain.group.label)}{cells}</tr>")
     header = "".join(f"<th>{escape(name.rpartition(':')[2])}</th>" for name in families)
     return (
         '<div class="side"><h3>Mean gain by architecture, points</h3>'
@@ -323,7 +330,7 @@ def _runs(study: Study) -> str:
         command = f"the same, --seed {seed}" if pattern == before else command
         before = pattern
         rows.append(
-            f'<tr><th>{escape(label)}</th><td>{seed}</td><td class="left {css}">{escape(state)}'
+            f'<tr>{_name(label)}<td>{seed}</td><td class="left {css}">{escape(state)}'
             f"</td><td>{accuracy}</td><td>{rounds}</td><td>{seconds}</td>"
             f'<td class="left">{escape(name)}</td><td class="left wide"><code>{escape(command)}'
             "</code></td></tr>"

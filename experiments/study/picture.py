@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.study.charts import LOG_FROM, Line, lines_of, x_unit
+from experiments.study.charts import LOG_FROM, Line, lines_of, plain, x_unit
 from experiments.study.curves import AXES, Axis
 from experiments.study.groups import Study
 from experiments.study.looks import looks_for
@@ -29,6 +29,7 @@ def draw_comparison(study: Study, target: Path) -> bool:
     seeds = sorted({member.seed for member in study.members})
     subtitle = f"micro test accuracy; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     subtitle += "; bands: one standard error over seeds" if several else ""
+    subtitle += "; †: did not complete" if any(line.open for line in panels["round"]) else ""
     layout = Layout(_title(study), subtitle, (14.0, 4.6), "abc", (1.0, 1.0, 1.0))
     with picture(layout, target) as figure:
         for axes, axis in zip(figure.axes, AXES, strict=True):
@@ -52,6 +53,7 @@ def _panel(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
     log = axis != "round" and bool(ends) and max(ends) > LOG_FROM * min(ends)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
     for line in paid:
         _draw(axes, line, size)
     for line in lines:
@@ -77,7 +79,8 @@ def _draw(axes: Axes, line: Line, size: float) -> None:
 def _style(line: Line) -> str | tuple[int, tuple[float, ...]]:
     if line.open:
         return ":"
-    return (0, line.look.pattern) if line.look.dash else "-"
+    # matplotlib counts dashes in line widths
+    return (0, tuple(0.6 * part for part in line.look.pattern)) if line.look.dash else "-"
 
 
 def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:

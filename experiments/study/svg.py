@@ -14,7 +14,7 @@ from html import escape
 from experiments.study.looks import Look
 
 RADIUS = 8.5
-CHAR, BOLD = 6.4, 8.0
+CHAR, BOLD = 6.4, 8.7
 """Mean width of a character, plain and bold, in user units; for wide fonts."""
 
 
@@ -212,7 +212,7 @@ def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> l
 def cut(words: str, width: float) -> str:
     """Shorten a bold label to about a width in user units.
 
-    >>> cut("MH-pFedHNGD", 60)
+    >>> cut("MH-pFedHNGD", 62)
     'MH-pFe…'
     """
     fits = int(width / BOLD)

@@ -52,7 +52,7 @@ def standing(cell: Cell, *, live: bool) -> Standing:
         state = "failed"
     elif note:
         state = "cut off"
-    reason = str(summary.get("reason") or note.get("failed") or "")
+    reason = str(note.get("failed") or summary.get("reason") or "")
     return Standing(state, done, accuracy, seconds, reason)
 
 
@@ -100,9 +100,9 @@ def make_ready(cell: Cell) -> bool:
     folder = cell.folder
     if not (folder / "metrics.jsonl").exists():
         return False
-    if not read_note(folder):
+    if not read_note(folder).get("file"):
         raise RunError(
-            f"{folder} holds a run that no sweep started ({NOTE} is missing). Move it away, or "
+            f"{folder} holds a run that no sweep started ({NOTE} does not say so). Move it away, or "
             "give the sweep another output-dir."
         )
     from server_app.checkpoint import latest  # imports torch: seconds
