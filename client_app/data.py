@@ -130,7 +130,7 @@ def prepare_data(section: ClientSection, *, seed: int) -> Path:
     ConfigError, DataError
         The section does not describe data that can be loaded and divided.
     """
-    dataset = _open(section)
+    dataset = open_examples(section)
     client_indices(dataset, section, partition_id=0, seed=seed)
     return dataset.folder
 
@@ -175,7 +175,8 @@ _recent: OrderedDict[tuple[Any, ...], ClientData] = OrderedDict()
 _recent_lock = threading.Lock()
 
 
-def _open(section: ClientSection) -> DecodedDataset:
+def open_examples(section: ClientSection) -> DecodedDataset:
+    """Open the decoded pictures and labels of all clients together; raises as `prepare_data`."""
     source = select_source(section.dataset, section.data_dir)
     return open_dataset(
         source,
@@ -186,7 +187,7 @@ def _open(section: ClientSection) -> DecodedDataset:
 
 
 def _load(section: ClientSection, partition_id: int, seed: int, device: torch.device) -> ClientData:
-    dataset = _open(section)
+    dataset = open_examples(section)
     rows = client_indices(dataset, section, partition_id=partition_id, seed=seed)
     client = WHOLE if section.partition == WHOLE else str(partition_id)
     rng = numpy_generator(seed, "train-test", client_id=client)

@@ -1,4 +1,4 @@
-"""The command line: `mh-pfedhn run NAME`, `list`, `show RUN`, `join`, `certs`."""
+"""The command line: `mh-pfedhn run NAME`, `sweep FILE`, `report DIR` and all the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from rich.markup import escape
 from common.errors import MHpFedHNError
 from experiments.bench import add_bench_parser
 from experiments.certs import add_certs_parser
+from experiments.events import add_tensorboard_parser
 from experiments.join import add_join_parser
+from experiments.study.command import add_study_parsers
+from experiments.sweep.command import add_sweep_parser
 
 USAGE_ERROR = 2
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "output-dir": _absolute(args.output_dir),
     }
     preset = preset.with_engine(_given(engine)).with_settings(args.set)
-    return launch(preset.with_config(_given(config)), _console())
+    return launch(preset.with_config(_given(config)), _console(), tensorboard=args.tensorboard)
 
 
 def list_presets(args: argparse.Namespace) -> int:
@@ -94,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
     command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
     command.set_defaults(command=show)
+    add_sweep_parser(commands)
+    add_study_parsers(commands)
+    add_tensorboard_parser(commands)
     add_join_parser(commands)
     add_certs_parser(commands)
     add_bench_parser(commands)
@@ -117,6 +123,7 @@ def _add_run(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="any key of the run config or of [engine]",
     )
+    command.add_argument("--tensorboard", action="store_true", help="write event files as well")
     command.set_defaults(command=run)
 
 

@@ -20,6 +20,7 @@ from rich.markup import escape
 from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError, MHpFedHNError, RunError
 from experiments.engines.ray import RayEngine
+from experiments.events import require_tensorboard, streamed
 from experiments.plots import draw_clients
 from experiments.presets import EngineSection, Preset
 from experiments.progress import follow
@@ -97,8 +98,8 @@ def complete(preset: Preset) -> Preset:
     return preset.with_config(fills)
 
 
-def launch(preset: Preset, console: Console) -> int:
-    """Run a preset, show its progress and its results.
+def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> int:
+    """Run a preset, show its progress and its results; as TensorBoard events too where asked.
 
     Returns
     -------
@@ -106,10 +107,14 @@ def launch(preset: Preset, console: Console) -> int:
     """
     preset = complete(preset)
     folder = Path(preset.config.run.output_dir)
+    events = streamed(folder) if tensorboard else contextlib.nullcontext()
+    if tensorboard:
+        require_tensorboard()  # before anything is made or started
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{preset.name}[/]: {escape(preset.description)}", highlight=False)
     _say_folder(console, folder)
-    code = _run(preset, folder, console)
+    with events:
+        code = _run(preset, folder, console)
     if (folder / "metrics.jsonl").exists():
         show(folder, console)
     _say_folder(console, folder)
@@ -163,7 +168,7 @@ def _extra_env(config: RunConfig) -> dict[str, str]:
 def _run(preset: Preset, folder: Path, console: Console) -> int:
     config, log = preset.config, folder / "run.log"
     try:
-        with _terminate_as_interrupt(), open_engine(preset, log) as engine:
+        with terminate_as_interrupt(), open_engine(preset, log) as engine:
             _prepare_data(config, console)
             with follow(folder, rounds=config.run.rounds, console=console):
                 engine.run(config)
@@ -242,7 +247,7 @@ def _log_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM and a closed terminal like Ctrl-C, so that a stopped run cleans up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

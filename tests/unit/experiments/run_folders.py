@@ -74,3 +74,41 @@ def write_clients(folder: Path, names: list[str], clients: int) -> None:
             accuracy = 0.5 + 0.1 * i
             size = SIZES[names[i * len(names) // clients]]
             writer.writerow([i, size, 1, 30, 10, round(10 * accuracy), accuracy, 1.0])
+
+
+def write_seed(
+    folder: Path,
+    *,
+    method: str = "mh-pfedhn",
+    seed: int = 1,
+    accuracies: tuple[float, ...] = (0.1, 0.4),
+    clients: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8),
+    status: str = "completed",
+    row: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Path:
+    """A run with the given micro accuracies by round and last accuracies by client."""
+    write_run(folder, rounds=max(1, len(accuracies)), clients=len(clients))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {key.replace("_", "-"): value for key, value in settings.items()}
+    config |= {"method": method, "seed": seed, "rounds": settings.get("rounds", len(accuracies))}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [metric_row(k, a, **(row or {})) for k, a in enumerate(accuracies, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"method": method, "seed": seed, "status": status, "rounds": len(rows)}
+    summary |= {
+        "best": max(rows, key=lambda r: r["accuracy_micro"], default=None),
+        "last": rows[-1] if rows else None,
+        "reason": "" if status == "completed" else "RunError: <no> client came",
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_clients(folder, config["models"].split(","), len(clients))
+    lines = (folder / "clients.csv").read_text().splitlines()
+    kept = [lines[0]]
+    for line in lines[1:]:
+        cells = line.split(",")
+        cells[6] = str(clients[int(cells[0])])
+        kept.append(",".join(cells))
+    (folder / "clients.csv").write_text("\n".join(kept) + "\n")
+    return folder

@@ -1,0 +1,60 @@
+"""Which settings make two runs the same experiment, and which only say where and how it ran."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from common.config import RunConfig
+
+INCIDENTAL = frozenset({
+    "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",
+    "keep-checkpoints", "message-timeout-s", "min-clients", "output-dir", "resume-from",
+    "run-name", "settle-s", "state-dir", "wait-for-clients-s", "warm-worker", "worker-idle-s",
+})  # fmt: skip
+"""Keys that change no result of a run that completed."""
+
+DATA_KEYS = (
+    "dataset", "data-dir", "partition", "num-partitions", "classes-per-client", "dirichlet-alpha",
+    "min-client-examples", "partition-options", "test-fraction", "image-size",
+)  # fmt: skip
+"""Keys that, with the seed, decide which examples a client has."""
+
+
+def complete_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of keys that a config.json, written by older code, does not have."""
+    return {**RunConfig().flat(), **flat}
+
+
+def essential(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, seed among them, that decide a run's result and are not the default.
+
+    Keys that the code gains later do not change it, as long as their default keeps the behaviour.
+    """
+    default = RunConfig().flat()
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if key not in INCIDENTAL and value != default.get(key)
+    }
+    own_data = flat.get("dataset") == "folder" or ":" in str(flat.get("dataset", ""))
+    if own_data and flat.get("data-dir"):
+        kept["data-dir"] = flat["data-dir"]  # here the folder is the data, not a copy of it
+    return kept
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return a short name, six hexadecimal digits, of some settings; their order is immaterial."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def data_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides, with the seed, which examples each client has."""
+    full = complete_settings(flat)
+    kept = {key: full[key] for key in DATA_KEYS}
+    if "data-dir" not in essential(full):
+        kept.pop("data-dir")
+    return kept

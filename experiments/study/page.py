@@ -1,0 +1,359 @@
+"""One HTML page about a study: it loads nothing, reads well in light and dark, on desk and phone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+from experiments.study import tables
+from experiments.study.charts import accuracy_chart, gain_chart, lines_of, signed
+from experiments.study.commands import preset_settings, run_command, short_path, sweep_command
+from experiments.study.curves import AXES
+from experiments.study.gain import GroupGain, gains_over_local
+from experiments.study.groups import Group, Stat, Study
+from experiments.study.looks import SCALE, Look, looks_for
+from experiments.study.maps import EmbeddingMap, embedding_maps
+
+STYLE = Path(__file__).with_name("page.css")
+HEADINGS = {"round": "By round", "bytes": "By traffic", "seconds": "By time"}
+SHORT_LABEL = 16
+STATUS_CLASS = {"completed": "ok", "running": "run"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a page comes from: the folder of the runs, and the command that made the page."""
+
+    folder: Path
+    command: str
+
+
+def render(study: Study, source: Source, *, num_maps: int) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    study
+        What to show.
+    source
+        Stated in the page.
+    num_maps
+        Draw at most so many runs' embeddings.
+    """
+    looks = looks_for([(group.key, group.method) for group in study.groups])
+    made = _made_by(study, source)
+    maps, passed_over = embedding_maps(study, limit=num_maps)
+    body = [
+        _head(study, source),
+        _notice(study),
+        "<h2>Results</h2>",
+        _results(study, looks),
+        "<h2>Test accuracy</h2>",
+        _curves(study, looks, made),
+        "<h2>What each client gains over training alone</h2>",
+        _gains(gains_over_local(study), looks, made),
+        "<h2>What the embeddings have learned</h2>",
+        _maps(maps, passed_over, made),
+        "<h2>Runs</h2>",
+        _runs(study),
+    ]
+    return _document(f"{source.folder.name}: {len(study.members)} runs", body)
+
+
+def _document(title: str, body: Sequence[str]) -> str:
+    style = STYLE.read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _head(study: Study, source: Source) -> str:
+    members, done = study.members, [m for m in study.members if m.status == "completed"]
+    data = sorted({str(m.run.config.get("dataset", "?")) for m in members})
+    clients = sorted({int(m.run.summary.get("num_clients", 0)) for m in members} - {0})
+    seeds = sorted({member.seed for member in members})
+    facts = [
+        f"{len(members)} runs, {len(done)} completed",
+        f"{len(study.groups)} settings",
+        f"seeds {', '.join(map(str, seeds))}",
+        f"data {', '.join(data)}",
+        f"{' or '.join(map(str, clients)) or '?'} clients",
+        f"{datetime.now():%Y-%m-%d %H:%M}",
+    ]
+    return (
+        f"<header><h1>{escape(source.folder.name)}</h1>"
+        f'<p class="quiet">{escape(" · ".join(facts))}</p>'
+        f'<p class="lead">{_finding(study)}</p></header>'
+    )
+
+
+def _finding(study: Study) -> str:
+    """Say in one sentence what came out, with the errors, and how Local did."""
+    scored = [(g, stat) for g in study.groups if (stat := _micro(g)) is not None]
+    if not scored:
+        return "No run has completed yet; what is drawn below comes from unfinished runs."
+    group, best = max(scored, key=lambda pair: pair[1].mean)
+    said = f"Highest micro accuracy in the last round: <b>{escape(group.label)}</b>, {_seeded(best)}."
+    for other, stat in scored:
+        if other.method == "local" and other is not group:
+            said += f" Every client alone (Local): {_seeded(stat)}."
+    rivals = [pair for pair in scored if pair[0] is not group]
+    if rivals and best.error is not None:
+        second, stat = max(rivals, key=lambda pair: pair[1].mean)
+        if stat.error is not None and best.mean - stat.mean < best.error + stat.error:
+            said += f" {escape(second.label)} is within the standard errors of it."
+    return said
+
+
+def _micro(group: Group) -> Stat | None:
+    return group.stat(lambda member: member.last("accuracy_micro"))
+
+
+def _seeded(stat: Stat) -> str:
+    plural = "s" if stat.count > 1 else ", no standard error"
+    return f"{tables.percent(stat)} % ({stat.count} seed{plural})"
+
+
+def _notice(study: Study) -> str:
+    rows = [
+        f"<li>{escape(group.label)}, seed {member.seed}: {escape(member.left_out)}"
+        f"{_reason(str(member.run.summary.get('reason') or ''))}</li>"
+        for group in study.groups
+        for member in group.left_out
+    ]
+    rows += [f"<li>{escape(fault)}</li>" for fault in study.unreadable]
+    if not rows:
+        return ""
+    return (
+        '<div class="notice"><b>Not in any mean below:</b><ul>' + "".join(rows) + "</ul>"
+        '<span class="small quiet">Runs that have not completed are drawn as dotted lines, marked '
+        "†. “Interrupted” is also what a run says that is still going on outside a sweep."
+        "</span></div>"
+    )
+
+
+def _reason(text: str) -> str:
+    short = text if len(text) <= 240 else text[:239] + "…"
+    return f' <span class="quiet">({escape(short)})</span>' if text else ""
+
+
+def _results(study: Study, looks: Mapping[str, Look]) -> str:
+    header = "".join(f'<th title="{escape(c.meaning)}">{c.header}</th>' for c in tables.COLUMNS)
+    best = max((s.mean for g in study.groups if (s := _micro(g))), default=None)
+    rows = []
+    for group in study.groups:
+        cells = []
+        for place, column in enumerate(tables.COLUMNS):
+            stat = _micro(group)
+            top = place == 0 and stat is not None and stat.mean == best
+            cells.append(f'<td{" class=top" if top else ""}>{_with_error(column.cell(group))}</td>')
+        state = tables.status(group)
+        css = "ok" if state == "completed" else "off"
+        rows.append(
+            f"<tr>{_name(group.label, looks[group.key])}{''.join(cells)}"
+            f"<td>{len(group.counted)}</td>"
+            f'<td class="status left {css}">{escape(state)}</td></tr>'
+        )
+    meanings = "; ".join(f"<b>{c.header}</b>: {escape(c.meaning)}" for c in tables.COLUMNS)
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr><th>method / variant</th>{header}'
+        f'<th>seeds</th><th class="left">status</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="small quiet">Mean ± standard error over seeds, of completed runs only. '
+        f"{meanings}.</p>"
+    )
+
+
+def _name(label: str, look: Look | None = None) -> str:
+    """Return the first cell of a row; only long names may take a second line."""
+    css = ' class="short"' if len(label) <= SHORT_LABEL else ""
+    return f"<th{css}>{_swatch(look) if look else ''}{escape(label)}</th>"
+
+
+def _with_error(text: str) -> str:
+    mean, sign, error = text.partition(" ± ")
+    return f'{mean} <span class="se">± {error}</span>' if sign else text
+
+
+def _swatch(look: Look) -> str:
+    dash = f' stroke-dasharray="{" ".join(map(str, look.pattern))}"' if look.dash else ""
+    return (
+        '<svg class="swatch" style="display:inline-block;width:26px;height:10px;margin-right:7px" '
+        f'viewBox="0 0 26 10" aria-hidden="true"><polyline class="line k{look.colour}"{dash} '
+        'points="0,5 26,5"/></svg>'
+    )
+
+
+def _curves(study: Study, looks: Mapping[str, Look], made: str) -> str:
+    figures, several = [], any(len(group.counted) > 1 for group in study.groups)
+    for axis in AXES:
+        lines = lines_of(study, looks, axis)
+        if lines:
+            figures.append(
+                f"<figure><h3>{HEADINGS[axis]}</h3>{accuracy_chart(lines, axis)}"
+                f"<figcaption>{_caption(axis)} {made}</figcaption></figure>"
+            )
+    if not figures:
+        return '<p class="quiet">No run has been evaluated yet.</p>'
+    band = "Bands: one standard error over seeds. " if several else "One seed each: no error bands. "
+    legend = "".join(
+        f"<li>{_swatch(looks[g.key])}{escape(g.label)}</li>" for g in study.groups if g.members
+    )
+    return (
+        f'<p class="quiet">Micro accuracy (all test examples alike), evaluated on what the server '
+        f"sends, before local training. {band}The accuracy axis starts at 0.</p>"
+        f'<ul class="legend">{legend}</ul><div class="figures">{"".join(figures)}</div>'
+    )
+
+
+def _caption(axis: str) -> str:
+    return {
+        "round": "A round is one pass over the clients.",
+        "bytes": "Everything sent so far, to and from all clients; a line across the chart: no traffic.",
+        "seconds": "Wall clock of the rounds so far, mean over seeds, on the machine of the runs.",
+    }[axis]
+
+
+def _gains(gains: Sequence[GroupGain], looks: Mapping[str, Look], made: str) -> str:
+    if not gains:
+        return (
+            '<p class="notice">No run of <code>method = "local"</code> with the same data, models '
+            "and seed is here, so nobody can say what federation gains. Add one: <code>mh-pfedhn "
+            "run PRESET --seed SEED --set method=local</code>, or a variant in the sweep file."
+            "</p>"
+        )
+    missing = [
+        f"{gain.group.label}: no Local run for seed{'s' if len(gain.missing_seeds) > 1 else ''} "
+        f"{', '.join(map(str, gain.missing_seeds))}"
+        for gain in gains
+        if gain.missing_seeds
+    ]
+    note = f" Left out: {escape('; '.join(missing))}." if missing else ""
+    return (
+        f'<div class="figures wide"><figure>{gain_chart(gains, looks)}<figcaption>Each client against itself '
+        "under Local with the same examples, model and seed, at the last evaluation. Bar: mean "
+        f"over clients; thick line: its standard error over seeds.{note} {made}</figcaption>"
+        f"</figure>{_family_gains(gains)}</div>"
+    )
+
+
+def _family_gains(gains: Sequence[GroupGain]) -> str:
+    families = list(dict.fromkeys(name for gain in gains for name in gain.by_family))
+    if len(families) < 2:
+        return ""
+    rows = []
+    for gain in gains:
+        cells = "".join(_signed_cell(gain.by_family.get(name)) for name in families)
+        rows.append(f"<tr>{_name(gain.group.label)}{cells}</tr>")
+    header = "".join(f"<th>{escape(name.rpartition(':')[2])}</th>" for name in families)
+    return (
+        '<div class="side"><h3>Mean gain by architecture, points</h3>'
+        f'<div class="scroll" tabindex="0"><table><thead><tr><th>method / variant</th>{header}'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
+    )
+
+
+def _signed_cell(stat: Stat | None) -> str:
+    if stat is None:
+        return f"<td>{tables.NONE}</td>"
+    css = "up" if stat.mean > 0 else "down"
+    error = f' <span class="se">± {100 * stat.error:.1f}</span>' if stat.error is not None else ""
+    return f'<td class="{css}">{signed(round(100 * stat.mean, 1))}{error}</td>'
+
+
+def _maps(maps: Sequence[EmbeddingMap], passed_over: Sequence[str], made: str) -> str:
+    if not maps:
+        return (
+            '<p class="quiet">No completed run here has both a hypernetwork and a checkpoint (or '
+            "the embeddings that a sweep keeps of it) with three clients or more.</p>"
+        )
+    rest = (
+        f"<p class=quiet>Not drawn, for lack of room: {escape('; '.join(passed_over))}. "
+        "<code>--maps N</code> draws more.</p>"
+        if passed_over
+        else ""
+    )
+    intro = (
+        '<p class="quiet">A client is a point: the mean of its chunks’ embeddings, projected on '
+        "the first two principal components of all clients. Both axes have the same scale, so "
+        "distances may be compared.</p>"
+    )
+    return intro + "".join(_map(found, made) for found in maps) + rest
+
+
+def _map(found: EmbeddingMap, made: str) -> str:
+    keys = "".join(
+        f'<li><svg viewBox="0 0 15 12" style="width:15px" aria-hidden="true"><circle class='
+        f'"client k{colour}" cx="7" cy="6" r="5.4"/></svg>{escape(name)}</li>'
+        for name, colour in found.families
+    )
+    said = " ".join(escape(words) for words in found.findings)
+    ramp = f"linear-gradient(90deg,{','.join(SCALE)})"
+    labels = (
+        f"<figure><h4 class=quiet>By label overlap</h4>{found.by_labels}<figcaption>Alike "
+        f'<span class="ramp" style="background:{ramp}"></span> colours: alike label distributions '
+        "(first axis of a scaling of 1 − overlap). Lines join each client with the two whose "
+        f"labels overlap most with its own; darker: more. {made}</figcaption></figure>"
+        if found.by_labels
+        else f'<figure><p class="notice small">By label overlap: not drawn. {escape(found.why)}</p>'
+        "</figure>"
+    )
+    return (
+        f'<div class="map"><h3>{escape(found.title)}</h3><p class="small">{said}</p>'
+        f'<div class="figures"><figure><h4 class=quiet>By architecture</h4>{found.by_family}'
+        f'<ul class="legend">{keys}</ul><figcaption>{made}</figcaption></figure>{labels}</div></div>'
+    )
+
+
+def _made_by(study: Study, source: Source) -> str:
+    """Return the commands behind every figure: the one that draws, and those that ran."""
+    sweeps = {sweep_command(member.run) for member in study.members}
+    ran = "".join(f"<code>{escape(c)}</code>, then " for c in sorted(s for s in sweeps if s))
+    alone = "the runs’ own commands at the end of this page, then " if None in sweeps else ""
+    return f"Made by {ran}{alone}<code>{escape(source.command)}</code>."
+
+
+def _runs(study: Study) -> str:
+    presets, rows, before = preset_settings(), [], ""
+    for member, cells in zip(study.members, tables.run_rows(study), strict=True):
+        label, seed, state, accuracy, rounds, seconds, name = cells
+        css = STATUS_CLASS.get(member.status, "off")
+        command = str(member.note.get("command") or run_command(member.run, presets))
+        pattern = command.replace(f"--seed {seed}", "--seed")
+        command = f"the same, --seed {seed}" if pattern == before else command
+        before = pattern
+        rows.append(
+            f'<tr>{_name(label)}<td>{seed}</td><td class="left {css}">{escape(state)}'
+            f"</td><td>{accuracy}</td><td>{rounds}</td><td>{seconds}</td>"
+            f'<td class="left">{escape(name)}</td><td class="left wide"><code>{escape(command)}'
+            "</code></td></tr>"
+        )
+    return (
+        '<p class="quiet">Each run by itself. A run outside a sweep is written as the preset that '
+        "is nearest to its settings, and what differs.</p>"
+        '<div class="scroll" tabindex="0"><table><thead><tr><th>method / variant</th><th>seed</th>'
+        '<th class="left">status</th><th>micro, last</th><th>rounds</th><th>time</th>'
+        '<th class="left">folder</th><th class="left">command</th></tr></thead><tbody>'
+        + "".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+def write_report(study: Study, source: Source, *, num_maps: int) -> tuple[Path, Path]:
+    """Write report.html and report.md into the folder; return their paths."""
+    page, table = source.folder / "report.html", source.folder / "report.md"
+    page.write_text(render(study, source, num_maps=num_maps), encoding="utf-8")
+    table.write_text(tables.markdown(study, source=source.command), encoding="utf-8")
+    return page, table
+
+
+def default_source(folder: Path) -> Source:
+    """Return the source of `mh-pfedhn report FOLDER`."""
+    return Source(folder, f"mh-pfedhn report {short_path(folder)}")

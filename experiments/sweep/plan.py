@@ -1,0 +1,251 @@
+"""From a sweep file to its cells: every combination of variant, grid values and seed is one run.
+
+    preset = "quickstart"            # what all cells start from; a name or a file beside this one
+    seeds = [1, 2, 3]
+    [fixed]                          # settings of all cells, as behind `mh-pfedhn run --set`
+    rounds = 10
+    [grid]                           # lists: every combination
+    distill-alpha = [0.02, 0.2]
+    [variants.local]                 # a method with settings, a preset or a grid of its own
+    method = "local"
+
+A later table wins: preset, fixed, variant, grid, seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.config import RunConfig, Scalar
+from common.errors import ConfigError, unknown_name
+from experiments.presets import PATH_KEYS, EngineSection, Preset
+from experiments.runs import output_root
+from experiments.settings import digest, essential
+
+RESERVED = {
+    "seed": "give seeds = [...] at the top",
+    "output-dir": "give output-dir at the top; each cell has a folder of its own below it",
+    "resume-from": "a cell that was cut off is resumed by the sweep itself",
+    "num-partitions": "set num-clients instead",
+}
+Settings = dict[str, Scalar]
+
+
+class SweepFile(BaseModel):
+    """What a sweep file may say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=lambda n: n.replace("_", "-"))
+
+    description: str = ""
+    preset: str
+    seeds: list[int] = Field([42], min_length=1)
+    output_dir: str = ""
+    checkpoints: str = Field("embeddings", pattern="^(embeddings|keep)$")
+    fixed: Settings = {}
+    grid: dict[str, list[Scalar]] = {}
+    variants: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    `settings` are the overrides of the preset without the seed; `grid` is the part of them that
+    the grid chose.
+    """
+
+    name: str
+    folder: Path
+    preset: str
+    variant: str
+    seed: int
+    rounds: int
+    settings: Settings = field(hash=False)
+    grid: Settings = field(hash=False)
+
+    def arguments(self, *, place: bool = True, resume: bool = False) -> list[str]:
+        """Return the arguments of `mh-pfedhn` that run this cell, or go on with it.
+
+        Without `place` they repeat it in a new folder.
+        """
+        settings = {k: v for k, v in self.settings.items() if k != "engine"}
+        pairs = [f"{key}={value_text(value)}" for key, value in settings.items()]
+        pairs += [f"resume-from={self.folder}"] if resume else []
+        engine = self.settings.get("engine")
+        return [
+            "run", self.preset,
+            *(["--engine", str(engine)] if engine else []),
+            "--seed", str(self.seed),
+            *(["--output-dir", str(self.folder)] if place else []),
+            *(["--set", *pairs] if pairs else []),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep: where its runs go, and all its cells in the order in which they run."""
+
+    file: Path
+    folder: Path
+    description: str
+    keep_checkpoints: bool
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a sweep file and check every cell of it, so that no typo shows up hours later.
+
+        Raises
+        ------
+        ConfigError
+            Not a sweep file, an unknown key (the nearest is named), a value out of range, or two
+            cells that are the same run.
+        """
+        path = path.expanduser().resolve()
+        content = _read(path)
+        folder = output_root() / path.stem
+        if content.output_dir:
+            folder = (path.parent / Path(content.output_dir).expanduser()).resolve()
+        cells = tuple(_cells(content, path, folder))
+        _require_different(cells, path)
+        return cls(path, folder, content.description, content.checkpoints == "keep", cells)
+
+
+def value_text(value: Scalar) -> str:
+    """Write a value as it stands behind `--set key=`.
+
+    >>> value_text(True), value_text(0.02), value_text("cnn,mlp")
+    ('true', '0.02', 'cnn,mlp')
+    """
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _read(path: Path) -> SweepFile:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read sweep file {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    known = {name.replace("_", "-") for name in SweepFile.model_fields}
+    for key in tables:
+        if key not in known:
+            raise ConfigError(f"{path.name}: " + unknown_name("key", key, known))
+    try:
+        return SweepFile.model_validate(tables)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+        raise ConfigError(
+            f"{path.name}: {where}: {first['msg']} (got {first['input']!r}). A sweep file has "
+            'preset = "NAME", seeds = [1, 2], [fixed], [grid] with a list for each key, and '
+            "[variants.NAME]."
+        ) from error
+
+
+def _cells(content: SweepFile, path: Path, folder: Path) -> Iterator[Cell]:
+    variants = content.variants or {"": {}}
+    for variant, own in variants.items():
+        settings = {key: value for key, value in own.items() if key not in ("grid", "preset")}
+        grid = {**content.grid, **_own_grid(own, variant, path)}
+        _check_keys([*content.fixed, *settings, *grid], path)
+        for key in grid:
+            if not grid[key]:
+                raise ConfigError(f"{path.name}: grid: {key} has no values. Give it at least one.")
+            if key in settings:
+                raise ConfigError(
+                    f"{path.name}: {key} is set in variant {variant!r} and in its grid. Keep one."
+                )
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            for seed in content.seeds:
+                base = own.get("preset", content.preset)
+                merged = {**content.fixed, **settings, **chosen}
+                yield _cell(_Draft(path, folder, base, variant, seed), merged, chosen)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    path: Path
+    folder: Path
+    preset: str
+    variant: str
+    seed: int
+
+
+def _cell(draft: _Draft, settings: Settings, grid: Settings) -> Cell:
+    path = draft.path
+    settings = {key: _absolute(key, value, path.parent) for key, value in settings.items()}
+    preset = draft.preset
+    if preset.endswith(".toml"):
+        preset = str((path.parent / Path(preset).expanduser()).resolve())
+    try:
+        config = _resolve(preset, settings, draft.seed)
+    except ConfigError as error:
+        where = f" variant {draft.variant!r}," if draft.variant else ""
+        raise ConfigError(f"{path.name}:{where} {error}") from error
+    parts = [draft.variant or path.stem, *(f"{key}={value_text(v)}" for key, v in grid.items())]
+    stem = "_".join(_slug(part) for part in parts)[:90]
+    name = f"{stem}_seed{draft.seed}_{digest(essential(config.flat()))}"
+    return Cell(
+        name, draft.folder / name, preset, draft.variant, draft.seed, config.run.rounds,
+        settings, grid,
+    )  # fmt: skip
+
+
+def _resolve(preset: str, settings: Settings, seed: int) -> RunConfig:
+    """Build the cell's run config exactly as `mh-pfedhn run` will."""
+    engine = {"name": settings["engine"]} if "engine" in settings else {}
+    pairs = [f"{k}={value_text(v)}" for k, v in settings.items() if k != "engine"]
+    loaded = Preset.load(preset).with_engine(engine).with_settings(pairs)
+    return loaded.with_config({"seed": seed}).config
+
+
+def _own_grid(own: Mapping[str, Any], variant: str, path: Path) -> dict[str, list[Scalar]]:
+    grid = own.get("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(v, list) for v in grid.values()):
+        raise ConfigError(
+            f"{path.name}: the grid of variant {variant!r} must be a table with a list for each "
+            f"key, got {grid!r}. Write [variants.{variant}.grid] and, below it, key = [1, 2]."
+        )
+    return grid
+
+
+def _check_keys(keys: list[str], path: Path) -> None:
+    known = RunConfig.key_names() | (EngineSection.key_names() - {"name"}) | {"engine"}
+    for key in keys:
+        if key in RESERVED:
+            raise ConfigError(f"{path.name}: {key} cannot be set in a sweep: {RESERVED[key]}.")
+        if key not in known:
+            raise ConfigError(f"{path.name}: " + unknown_name("key", key, known))
+
+
+def _require_different(cells: tuple[Cell, ...], path: Path) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        mark = cell.name.rpartition("_")[2]
+        if mark in seen:
+            raise ConfigError(
+                f"{path.name}: {seen[mark].name} and {cell.name} are the same run. Remove one, or "
+                "the repeated value."
+            )
+        seen[mark] = cell
+
+
+def _absolute(key: str, value: Scalar, base: Path) -> Scalar:
+    if key in PATH_KEYS and isinstance(value, str) and value:
+        return str((base / Path(value).expanduser()).resolve())
+    return value
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=,+-]+", "-", text).strip("-") or "cell"

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from experiments.presets import Preset
+from experiments.sweep.plan import Cell, Plan
+
+GRID = """
+preset = "quickstart"
+seeds = [1, 2, 3]
+output-dir = "runs"
+[fixed]
+rounds = 5
+engine = "inprocess"
+num-clients = 4
+distill-alpha = 0.5
+[variants.hyper]
+method = "mh-pfedhn"
+[variants.gd]
+rounds = 7
+[variants.gd.grid]
+distill-alpha = [0.1, 0.9]
+distill-temperature = [1, 10]
+"""
+
+
+def plan_of(tmp_path: Path, text: str) -> Plan:
+    (tmp_path / "s.toml").write_text(text)
+    return Plan.load(tmp_path / "s.toml")
+
+
+def cells_of(plan: Plan, variant: str) -> list[Cell]:
+    return [cell for cell in plan.cells if cell.variant == variant]
+
+
+def test_every_combination_of_variant_grid_and_seed_is_a_cell(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, GRID)
+    assert plan.folder == tmp_path / "runs"
+    assert len(plan.cells) == 3 + 2 * 2 * 3
+    assert [cell.seed for cell in cells_of(plan, "hyper")] == [1, 2, 3]
+    chosen = [(c.grid["distill-alpha"], c.grid["distill-temperature"], c.seed)
+              for c in cells_of(plan, "gd")]  # fmt: skip
+    assert chosen[:4] == [(0.1, 1, 1), (0.1, 1, 2), (0.1, 1, 3), (0.1, 10, 1)]
+
+
+def test_a_later_table_wins(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, GRID)
+    assert {cell.rounds for cell in cells_of(plan, "hyper")} == {5}
+    assert {cell.rounds for cell in cells_of(plan, "gd")} == {7}
+    assert cells_of(plan, "hyper")[0].settings["distill-alpha"] == 0.5
+
+
+def test_a_cell_runs_exactly_its_settings(tmp_path: Path) -> None:
+    cell = cells_of(plan_of(tmp_path, GRID), "gd")[3]
+    arguments = cell.arguments()
+    assert arguments[:6] == ["run", "quickstart", "--engine", "inprocess", "--seed", "1"]
+    assert arguments[6:8] == ["--output-dir", str(cell.folder)]
+    pairs = arguments[arguments.index("--set") + 1 :]
+    preset = Preset.load("quickstart").with_settings(pairs)
+    assert preset.config.distill.distill_alpha == 0.1
+    assert preset.config.distill.distill_temperature == 10
+    assert (preset.config.run.rounds, preset.engine.num_clients) == (7, 4)
+    assert "resume-from" not in " ".join(arguments)
+    assert f"resume-from={cell.folder}" in cell.arguments(resume=True)
+
+
+def test_folder_names_tell_the_settings_and_are_stable(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, GRID)
+    names = [cell.name for cell in plan.cells]
+    assert len(set(names)) == len(names)
+    assert names[3].startswith("gd_distill-alpha=0.1_distill-temperature=1_seed1_")
+    more = plan_of(tmp_path, GRID.replace("[0.1, 0.9]", "[0.9, 0.1, 0.3]"))
+    assert set(names) < {cell.name for cell in more.cells}
+
+
+def test_what_changes_no_result_changes_no_name(tmp_path: Path) -> None:
+    names = [cell.name for cell in plan_of(tmp_path, GRID).cells]
+    same = GRID.replace("rounds = 5", 'rounds = 5\ncheckpoint-every = 1\ncache-dir = "c"')
+    assert [cell.name for cell in plan_of(tmp_path, same).cells] == names
+    other = GRID.replace("rounds = 5", "rounds = 5\nserver-lr = 0.5")
+    assert not {cell.name for cell in plan_of(tmp_path, other).cells} & set(names)
+
+
+def test_paths_are_relative_to_the_sweep_file(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('[config]\ndataset = "digits"\n')
+    plan = plan_of(tmp_path, 'preset = "own.toml"\n[fixed]\ndata-dir = "pictures"\n')
+    (cell,) = plan.cells
+    assert cell.preset == str(tmp_path / "own.toml")
+    assert cell.settings["data-dir"] == str(tmp_path / "pictures")
+    assert cell.seed == 42
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('preset = "quikstart"', "Did you mean 'quickstart'"),
+        ('presett = "quickstart"', "unknown key 'presett'. Did you mean 'preset'"),
+        ("seeds = [1]", "preset: Field required"),
+        ('preset = "quickstart"\n[grid]\nserver-lrr = [1]', "Did you mean 'server-lr'"),
+        ('preset = "quickstart"\n[grid]\nrounds = 3', "grid.rounds: Input should be a valid list"),
+        ('preset = "quickstart"\n[grid]\nrounds = []', "grid: rounds has no values"),
+        ('preset = "quickstart"\n[grid]\nrounds = [0]', "rounds = '0' cannot be used"),
+        ('preset = "quickstart"\n[grid]\nrounds = [3, 3]', "are the same run"),
+        ('preset = "quickstart"\n[fixed]\nseed = 1', "seed cannot be set in a sweep: give seeds"),
+        ('preset = "quickstart"\n[variants.a]\nrounds = 1\n[variants.b]\nrounds = 1',
+         "are the same run"),
+        ('preset = "quickstart"\n[variants.a]\nrounds = 1\ngrid = {rounds = [1]}',
+         "rounds is set in variant 'a' and in its grid"),
+        ('preset = "quickstart"\n[variants.a]\ngrid = [1]', "the grid of variant 'a' must be"),
+        ('preset = "quickstart"\ncheckpoints = "all"', "checkpoints: String should match"),
+        ("preset = ", "is not a TOML file"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(tmp_path, text)
+    assert message in str(caught.value)
+    assert "s.toml" in str(caught.value)
