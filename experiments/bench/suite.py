@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments.bench import PARTS, rounds
 from experiments.bench.client import client_step, forward_flops, step_flops
 from experiments.bench.growth import grow
 from experiments.bench.machine import Machine, inspect_machine
+from experiments.bench.memory import memory
 from experiments.bench.rounds import SCHEDULES, Workload, attempt
 from experiments.bench.server import server_table
 from experiments.bench.synthetic import IDLE_PARAMETERS
@@ -23,6 +25,7 @@ from experiments.bench.wire import wire_table
 
 SIZES = [(n, k) for k in (IDLE_PARAMETERS, 2_000_000, 11_000_000) for n in (10, 50, 200, 1000)]
 QUICK_SIZES = [(4, 6_000)]
+MANY_CLIENTS = 1000
 
 
 def run_suite(args: argparse.Namespace) -> int:
@@ -63,6 +66,8 @@ def _measure(part: str, work: Workload, machine: Machine, repeats: int) -> dict[
         return full_round(work, machine)
     if part == "runtime":
         return runtime(work)
+    if part == "memory":
+        return memory(work if quick else replace(work, num_clients=MANY_CLIENTS))
     return grow(work, rounds=3 if quick else 300, clients=(2,) if quick else (10, 20, 40, 80))
 
 

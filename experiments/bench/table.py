@@ -123,6 +123,14 @@ def _runtime(part: dict[str, Any]) -> Table:
     return table
 
 
+def _memory(part: dict[str, Any]) -> Table:
+    table = _table("memory, all clients and the server in one process", "clients", "peak", "limit")
+    peak = part.get("peak_bytes")
+    shown = part["skipped"][:60] if peak is None else f"{peak / 1e9:.2f} GB"
+    table.add_row(str(part["num_clients"]), shown, f"{part['limit_bytes'] / 1e9:.0f} GB")
+    return table
+
+
 def _growth(part: dict[str, Any]) -> Table:
     table = _table("growth, idle clients", "clients", "rounds", "round", "resident", "last/first")
     for row in [part["rounds"], *part["clients"]]:
@@ -146,5 +154,6 @@ DRAW = {
     "wire": _wire,
     "round": _round,
     "runtime": _runtime,
+    "memory": _memory,
     "growth": _growth,
 }
