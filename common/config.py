@@ -8,6 +8,7 @@ defaults of the sections are the published settings (`method.md`; arXiv 2507.223
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,9 +30,10 @@ class Section(BaseModel):
     )
 
     @classmethod
-    def key_names(cls) -> set[str]:
+    @cache
+    def key_names(cls) -> frozenset[str]:
         """Return the kebab-case keys of this section."""
-        return {_kebab(name) for name in cls.model_fields}
+        return frozenset(_kebab(name) for name in cls.model_fields)
 
     def flat(self) -> dict[str, Scalar]:
         """Return the section as flat kebab-case keys and scalar values."""
