@@ -106,6 +106,9 @@ def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
         "reference_seconds": rows["reference"].get("total"),
         "ray_seconds": rows.get("ray-parallel", {}).get("seconds_round"),
         "inprocess_seconds": rows["inprocess-parallel"].get("seconds_round"),
+        "reference_cpu_seconds": rows["reference"].get("cpu_seconds"),
+        "ray_cpu_seconds": rows.get("ray-parallel", {}).get("cpu_seconds"),
+        "inprocess_cpu_seconds": rows["inprocess-parallel"].get("cpu_seconds"),
         "num_clients": work.num_clients,
         "data": "cifar100" if work.data_dir else "synthetic",
         "runs": rows,
@@ -125,14 +128,19 @@ def runtime(work: Workload) -> dict[str, Any]:
     for row in found.values():
         if "seconds_round" in row:
             row["idle_seconds"] = row["seconds_round"] - row["seconds_server"]
+        if "cpu_seconds" in row:
+            row["idle_cpu_seconds"] = row["cpu_seconds"] - row["seconds_server"]
     return {"engines": found, "bounded_by": "process start, message store, polling"}
 
 
 def overhead(idle: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """Return the share of a full parallel round that an idle round's runtime makes up."""
+    found: dict[str, Any] = {}
     for engine in ("ray", "inprocess"):
-        cost = idle["engines"].get(engine, {}).get("idle_seconds")
-        total = full.get(f"{engine}_seconds")
-        if cost is not None and total:
-            return {"overhead_fraction": cost / total, "overhead_engine": engine}
-    return {}
+        row = idle["engines"].get(engine, {})
+        for kind in ("", "cpu_"):
+            cost, total = row.get(f"idle_{kind}seconds"), full.get(f"{engine}_{kind}seconds")
+            if cost is not None and total:
+                found.setdefault(f"overhead_{kind}fraction", cost / total)
+                found.setdefault("overhead_engine", engine)
+    return found
