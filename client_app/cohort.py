@@ -4,7 +4,8 @@ Every client has weights, running statistics, examples and an order of its own; 
 the architecture, so one kernel does a step of all of them (torch.func.vmap: convolutions become
 grouped, linear layers batched products). The result is that of training them one by one up to
 float rounding: a short last batch is padded with examples of weight zero, or, where BatchNorm
-would see the padding, taken together only with batches of the same size.
+would see the padding, taken together only with batches of the same size. Each client's dropout
+masks come from its own generator, in the order in which training it alone draws them.
 
 Shapes: G clients, B batch, P parameters, C classes.
 """
@@ -22,20 +23,35 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from client_app.data import ClientData
-from client_app.models.dropout import GeneratorDropout
+from client_app.models.dropout import MaskFeed, draw_mask, feeding
 from client_app.training import Trained
-from common.config import TrainingSection
+from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Member:
-    """One client of a cohort: theta (P,), its own buffers, its examples, and who shuffles them."""
+    """One client of a cohort: theta (P,), its own buffers, its examples, and who shuffles them.
+
+    `dropout` draws its masks, on theta's device; it is not needed where nothing is dropped.
+    """
 
     theta: Tensor
     buffers: Mapping[str, Tensor]
     data: ClientData
     generator: torch.Generator
+    dropout: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who teaches the whole cohort (`client_app.training.distillation`): frozen, the same for all.
+
+    `module` holds w_g as it was sent.
+    """
+
+    module: nn.Module
+    section: DistillSection
 
 
 @dataclass(frozen=True)
@@ -51,11 +67,8 @@ class Outcome:
 
 
 def can_train_together(module: nn.Module) -> bool:
-    """Whether clients with this architecture can be batched: nothing in it draws at random."""
-    layers = list(module.modules())
-    draws = any(isinstance(layer, GeneratorDropout) and layer.p > 0 for layer in layers)
-    own = any(type(layer).__module__.split(".")[0] not in KNOWN for layer in layers)
-    return not draws and not own
+    """Whether clients with this architecture can be batched: every layer is a known one."""
+    return all(type(layer).__module__.split(".")[0] in KNOWN for layer in module.modules())
 
 
 KNOWN = ("torch", "client_app", "tests")
@@ -63,7 +76,12 @@ KNOWN = ("torch", "client_app", "tests")
 
 
 def train_cohort(
-    module: nn.Module, members: Sequence[Member], section: TrainingSection, *, clip: bool = True
+    module: nn.Module,
+    members: Sequence[Member],
+    section: TrainingSection,
+    *,
+    clip: bool = True,
+    teacher: Teacher | None = None,
 ) -> list[Outcome]:
     """Train every member as `client_app.training.train` would, all of them at once.
 
@@ -71,6 +89,7 @@ def train_cohort(
     ----------
     module : the architecture; its own parameters and buffers are not used and do not change.
     members : their `data` must be on one device and be normalised alike.
+    teacher : whom all of them learn from, beside the labels.
 
     Returns
     -------
@@ -79,16 +98,16 @@ def train_cohort(
     Raises
     ------
     ModelError
-        The architecture draws random numbers; train its clients one by one.
+        The architecture has layers of the participant's own; train its clients one by one.
     """
     if not can_train_together(module):
         raise ModelError(
             f"{type(module).__name__} cannot be trained for several clients at once: it has "
-            "dropout, or layers of your own. Set batched-clients = 0."
+            "layers of your own. Set batched-clients = 0."
         )
     started = time.monotonic()
     order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)
-    cohort = _Cohort(module, [members[i] for i in order], section, clip)
+    cohort = _Cohort(module, [members[i] for i in order], section, clip, teacher)
     for _ in range(section.local_epochs):
         cohort.epoch()
     seconds = (time.monotonic() - started) / len(members)
@@ -103,9 +122,15 @@ class _Cohort:
     """
 
     def __init__(
-        self, module: nn.Module, members: Sequence[Member], section: TrainingSection, clip: bool
+        self,
+        module: nn.Module,
+        members: Sequence[Member],
+        section: TrainingSection,
+        clip: bool,
+        teacher: Teacher | None,
     ) -> None:
         self._module, self._members, self._section, self._clip = module, members, section, clip
+        self._teacher = teacher
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
         self._theta = torch.stack([member.theta for member in members])
         self._momentum = torch.zeros_like(self._theta)
@@ -116,6 +141,33 @@ class _Cohort:
         self._labels = torch.cat([member.data.train_labels for member in members])
         self._counts = [member.data.num_train for member in members]
         self._loss = torch.zeros(len(members), device=self._theta.device)
+        self._wanted = self._wanted_masks()
+
+    @torch.no_grad()
+    def _wanted_masks(self) -> list[tuple[tuple[int, ...], float]]:
+        """Return what the dropout layers draw in a step, in the order of their calls."""
+        feed = MaskFeed()
+        buffers = {name: stacked[0].clone() for name, stacked in self._buffers.items()}
+        weights = {k: v[0] for k, v in self._weights(self._theta[:1]).items()}
+        with feeding(self._module, feed):
+            self._module.train()
+            images = self._members[0].data.normalise(self._images[:2])
+            functional_call(self._module, (weights, buffers), (images,))
+        return feed.wanted
+
+    def _masks(self, group: slice, width: int, sizes: Sequence[int]) -> list[Tensor]:
+        """Draw the masks (G, B, ...) of a step; padded examples are dropped altogether."""
+        members = self._members[group]
+        masks = [
+            torch.zeros(len(members), width, *shape, device=self._theta.device)
+            for shape, _ in self._wanted
+        ]
+        for i, (member, size) in enumerate(zip(members, sizes, strict=True)):
+            for mask, (_, kept) in zip(masks, self._wanted, strict=True):
+                if member.dropout is None:
+                    raise ValueError("a member of a cohort with dropout needs a generator for it.")
+                draw_mask(mask[i, :size], kept, member.dropout)
+        return masks
 
     def epoch(self) -> None:
         """Take every step of one pass over the examples."""
@@ -158,31 +210,46 @@ class _Cohort:
         place = torch.arange(rows_GB.shape[1], device=rows_GB.device)
         share = (place < count[:, None]) / count[:, None]
         theta = self._theta[group].detach().requires_grad_()
-        loss = (self._losses(theta, group, rows_GB) * share).sum(dim=1)
+        masks = self._masks(group, rows_GB.shape[1], sizes)
+        loss = (self._losses(theta, group, rows_GB, masks) * share).sum(dim=1)
         (gradient,) = torch.autograd.grad(loss.sum(), theta)
         self._loss[group] += loss.detach() * count
         self._descend(group, gradient)
 
-    def _losses(self, theta: Tensor, group: slice, rows_GB: Tensor) -> Tensor:  # noqa: N803
-        """Return the cross-entropy of every example (G, B)."""
-        data = self._members[0].data
-        images = data.normalise(self._images[rows_GB.flatten()])
-        images = images.view(*rows_GB.shape, *images.shape[1:])
-        labels = self._labels[rows_GB]
+    def _weights(self, theta: Tensor) -> dict[str, Tensor]:
+        """Cut theta (G, P) into the model's parameters, each with a leading G."""
         pieces = torch.split(theta, [s.numel() for s in self._shapes.values()], dim=1)
-        parameters = {
+        return {
             name: piece.view(-1, *shape)
             for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
         }
+
+    def _losses(
+        self,
+        theta: Tensor,
+        group: slice,
+        rows_GB: Tensor,  # noqa: N803
+        masks: list[Tensor],
+    ) -> Tensor:
+        """Return the loss of every example (G, B)."""
+        data = self._members[0].data
+        images = data.normalise(self._images[rows_GB.flatten()])
+        labels = self._labels[rows_GB].flatten()
         buffers = {name: stacked[group] for name, stacked in self._buffers.items()}
 
-        def logits(weights: dict[str, Tensor], own: dict[str, Tensor], batch: Tensor) -> Tensor:
-            found: Tensor = functional_call(self._module, (weights, own), (batch,))
+        def logits(
+            weights: dict[str, Tensor], own: dict[str, Tensor], drops: list[Tensor], batch: Tensor
+        ) -> Tensor:
+            with feeding(self._module, MaskFeed(drops)):
+                found: Tensor = functional_call(self._module, (weights, own), (batch,))
             return found
 
-        out = vmap(logits)(parameters, buffers, images)
-        losses = functional.cross_entropy(out.flatten(0, 1), labels.flatten(), reduction="none")
-        return losses.view(labels.shape)
+        stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
+        out = vmap(logits)(self._weights(theta), buffers, masks, stacked_images).flatten(0, 1)
+        losses = functional.cross_entropy(out, labels, reduction="none")
+        if self._teacher is not None:
+            losses = _distilled(losses, out, images, self._teacher)
+        return losses.view(rows_GB.shape)
 
     @torch.no_grad()
     def _descend(self, group: slice, gradient: Tensor) -> None:
@@ -204,6 +271,17 @@ class _Cohort:
                 buffers={name: stacked[i].clone() for name, stacked in self._buffers.items()},
                 trained=Trained(count, losses[i] / (count * self._section.local_epochs), seconds),
             )
+
+
+def _distilled(hard: Tensor, logits: Tensor, images: Tensor, teacher: Teacher) -> Tensor:
+    """Mix the cross-entropy of examples with the divergence from the teacher's answer, (G B,)."""
+    alpha, temperature = teacher.section.distill_alpha, teacher.section.distill_temperature
+    teacher.module.eval()
+    with torch.no_grad():
+        target = functional.log_softmax(teacher.module(images) / temperature, dim=1)
+    student = functional.log_softmax(logits / temperature, dim=1)
+    divergence = functional.kl_div(student, target, reduction="none", log_target=True).sum(dim=1)
+    return alpha * temperature**2 * divergence + (1 - alpha) * hard
 
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm

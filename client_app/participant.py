@@ -148,6 +148,23 @@ class Participant:
         """Return this thread's model of that kind, whoever's weights it holds now."""
         return self._personal().model.module
 
+    def teacher_theta(self, task: TrainTask, source: str) -> Float32 | None:
+        """Return whom a personal training learns from: w_g as sent; None without distillation.
+
+        Raises
+        ------
+        WireError
+            There should be one, and it is not known.
+        """
+        self.state.enter_federation(task.header.federation_id)
+        if task.distill is None:
+            return None
+        return self._required(self._teacher_theta(task, source), task, source)
+
+    def teacher(self, task: TrainTask, theta: Float32) -> nn.Module:
+        """Return this thread's teacher with the weights theta."""
+        return self._ready(self._teacher(), theta, "", task.header).model.module
+
     def join_cohort(self, task: TrainTask) -> tuple[Member, Evaluation | None]:
         """Test theta when asked, as `train` does, and hand over what a batched call needs."""
         self.state.enter_federation(task.header.federation_id)
@@ -161,6 +178,7 @@ class Participant:
             buffers=tool.buffers(),
             data=self.data,
             generator=self._shuffler("shuffle", task.header),
+            dropout=torch.Generator(self.device).manual_seed(tool.generator.initial_seed()),
         )
         return member, evaluation
 
@@ -193,14 +211,8 @@ class Participant:
         tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, task.header)
         loss: Loss = cross_entropy
         if task.distill is not None:
-            if teacher_theta is None:
-                raise WireError(
-                    f"{source}: there is no teacher for round {task.header.server_round}. The "
-                    "server sends w_g to clients that did not train it; give this client a "
-                    "state-dir if it restarts within a round."
-                )
-            teacher = self._ready(self._teacher(), teacher_theta, "", task.header)
-            loss = distillation(teacher.model.module, task.distill)
+            sent = self._required(teacher_theta, task, source)
+            loss = distillation(self.teacher(task, sent), task.distill)
         trained = train(
             tool.model,
             self.data,
@@ -228,6 +240,16 @@ class Participant:
             }
             self.state.save(TEACHER, stamped)
         return trained
+
+    @staticmethod
+    def _required(teacher_theta: Float32 | None, task: TrainTask, source: str) -> Float32:
+        if teacher_theta is None:
+            raise WireError(
+                f"{source}: there is no teacher for round {task.header.server_round}. The "
+                "server sends w_g to clients that did not train it; give this client a "
+                "state-dir if it restarts within a round."
+            )
+        return teacher_theta
 
     def _teacher_theta(self, task: TrainTask, source: str) -> Float32 | None:
         """Return w_g as sent: in this message, or earlier in this round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -35,9 +36,10 @@ class Section(BaseModel):
     )
 
     @classmethod
-    def key_names(cls) -> set[str]:
+    @cache
+    def key_names(cls) -> frozenset[str]:
         """Return the kebab-case keys of this section."""
-        return {kebab(name) for name in cls.model_fields}
+        return frozenset(kebab(name) for name in cls.model_fields)
 
     def flat(self) -> dict[str, Scalar]:
         """Return the section as flat kebab-case keys and scalar values."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,6 +21,9 @@ from common.records import payload_bytes
 
 PUSH_BATCH = 8
 """Messages pushed at once: the grid holds a second, encoded copy of all of them meanwhile."""
+
+WINDOW_PER_WORKER = 2
+"""Messages that lie ready for each worker of a grid that says how many it has."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.2
 
@@ -70,13 +74,17 @@ class Mailbox:
 
     Parameters
     ----------
-    grid : Flower's grid, or anything with its push and pull.
+    grid : Flower's grid, or anything with its push and pull. A grid with an attribute `workers`
+        answers so many messages at a time, and gets letters as it has use for them; others get
+        all letters at once.
     timeout_s : time to live of a message; a node that did not answer by then is given up on.
     """
 
     def __init__(self, grid: Grid, timeout_s: float) -> None:
         self._grid = grid
         self._timeout_s = timeout_s
+        self._window = WINDOW_PER_WORKER * int(getattr(grid, "workers", 0)) or math.inf
+        self._unsent: deque[Iterator[Letter]] = deque()
         self._in_flight: dict[str, Ticket] = {}
         self._refused: list[Ticket] = []
         self._kept: list[Answer] = []
@@ -91,10 +99,27 @@ class Mailbox:
         """Return the nodes that have a message in flight."""
         return {ticket.node_id for ticket in self._in_flight.values()}
 
-    def send(self, letters: Sequence[Letter]) -> None:
-        """Push letters; those that the grid refuses are answered as failures at the next poll."""
-        for start in range(0, len(letters), PUSH_BATCH):
-            part = letters[start : start + PUSH_BATCH]
+    def send(self, letters: Iterable[Letter]) -> None:
+        """Push letters; those that the grid refuses are answered as failures at the next poll.
+
+        A lazy iterable is asked for no more than the grid has use for; `poll` goes on with it.
+        """
+        self._unsent.append(iter(letters))
+        self._push()
+        self._wait_s = _FIRST_WAIT_S
+
+    def drop_unsent(self) -> None:
+        """Forget the letters that were not pushed yet."""
+        self._unsent.clear()
+
+    def _push(self) -> None:
+        """Push letters, a batch at a time, until the window is full."""
+        while self._unsent and len(self._in_flight) < self._window:
+            part = list(islice(self._unsent[0], PUSH_BATCH))
+            if len(part) < PUSH_BATCH:
+                self._unsent.popleft()
+            if not part:
+                continue
             messages = [self._message(letter) for letter in part]
             accepted = set(self._grid.push_messages(messages))
             for letter, message in zip(part, messages, strict=True):
@@ -103,7 +128,6 @@ class Mailbox:
                     self.bytes_down += payload_bytes(letter.content)
                 else:
                     self._refused.append(letter.ticket)
-        self._wait_s = _FIRST_WAIT_S
 
     def _message(self, letter: Letter) -> Message:
         return Message(
@@ -120,6 +144,7 @@ class Mailbox:
             Answer(ticket, None, "the node is unknown or offline") for ticket in self._refused
         ]
         self._kept, self._refused = [], []
+        self._push()
         if self._in_flight:
             for reply in self._grid.pull_messages(list(self._in_flight)):
                 ticket = self._in_flight.pop(reply.metadata.reply_to_message_id, None)

@@ -7,9 +7,8 @@ them knows an architecture.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -18,15 +17,13 @@ from flwr.app import RecordDict
 from common import wire
 from common.codec import Float32
 from common.wire import TrainReply, TrainTask
+from server_app.blocks import blocks
 from server_app.hypernet import Hypernetwork
 from server_app.mailbox import Answer, Letter
 from server_app.norms import NormClip
 from server_app.registry import GLOBAL_ID
 from server_app.trips import Post, Roster, RoundTally
 from server_app.update import ClientUpdate, ServerUpdate, StepDiagnostics
-
-GENERATE_BLOCK = 16
-"""Clients whose theta is generated in one batched product while letters are made lazily."""
 
 
 @dataclass(kw_only=True)
@@ -51,11 +48,10 @@ class Core(Post):
         generated = self.hypernet.generate(client_ids)
         return {client_id: theta.cpu().numpy() for client_id, theta in generated.items()}
 
-
-def _blocks(client_ids: Iterable[str]) -> Iterator[list[str]]:
-    rest = iter(client_ids)
-    while block := list(islice(rest, GENERATE_BLOCK)):
-        yield block
+    def thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:
+        """Generate as `generate`, a block of clients at a time, each when it is asked for."""
+        for block in blocks(client_ids, self.hypernet.num_parameters):
+            yield from self.generate(block).items()
 
 
 class GlobalPhase:
@@ -143,13 +139,14 @@ class PersonalPhase:
         self._fused = core.trains_global and core.config.distill.gd_mode == "fused"
         self._num_accepted = 0
 
-    def letters(self, client_ids: Sequence[str]) -> Sequence[Letter]:
-        """Generate fresh theta for these clients, in one batched product per head group."""
-        started = time.monotonic()
-        thetas = self._core.generate(client_ids)
-        made = [self._letter(client_id, thetas[client_id]) for client_id in client_ids]
-        self._tally.seconds_server += time.monotonic() - started
-        return made
+    def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
+        """Generate fresh theta for these clients with the phi of the moment it is asked for."""
+        thetas = self._core.thetas(client_ids)
+        for _ in client_ids:
+            started = time.monotonic()
+            letter = self._letter(*next(thetas))
+            self._tally.seconds_server += time.monotonic() - started
+            yield letter
 
     def _letter(self, client_id: str, theta: Float32) -> Letter:
         config = self._core.config
@@ -205,9 +202,8 @@ class PersonalPhase:
 def theta_letters(core: Core, roster: Roster, message_type: str) -> Iterator[Letter]:
     """Generate everyone's newest theta, block by block, and wrap it up."""
     header = core.header(roster.server_round)
-    for block in _blocks(roster.nodes):
-        for client_id, theta in core.generate(block).items():
-            yield Letter(roster.ticket(client_id, message_type), wire.encode_theta(header, theta))
+    for client_id, theta in core.thetas(list(roster.nodes)):
+        yield Letter(roster.ticket(client_id, message_type), wire.encode_theta(header, theta))
 
 
 def mean_diagnostics(steps: Sequence[StepDiagnostics]) -> dict[str, float]:

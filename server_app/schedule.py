@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -39,8 +39,8 @@ U = TypeVar("U", bound=Update)
 class RoundActions(Protocol[U]):
     """What the schedule asks of a method."""
 
-    def letters(self, client_ids: Sequence[str]) -> Sequence[Letter]:
-        """Generate fresh theta for these clients and wrap it up."""
+    def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
+        """Generate fresh theta for these clients and wrap it up, each when it is asked for."""
 
     def accept(self, answer: Answer) -> U | None:
         """Turn a good answer into an update; None when it is rejected (and logged, counted)."""
@@ -91,6 +91,7 @@ class Schedule:
                 self._receive(state, answer, actions)
                 if len(state.buffer) >= state.buffer_size:
                     self._step(state, actions)
+        self._mailbox.drop_unsent()
         if state.buffer:
             self._step(state, actions)
         state.outcome.skipped_busy = [client_id for client_id, _ in state.queue]
@@ -119,9 +120,13 @@ class Schedule:
         chosen = self._ready(state)[: max(free, 0)]
         if not chosen:
             return
-        state.queue = [pair for pair in state.queue if pair not in chosen]
-        state.pending |= {client_id for client_id, _ in chosen}
-        self._mailbox.send(actions.letters([client_id for client_id, _ in chosen]))
+        leaving = {client_id for client_id, _ in chosen}
+        state.queue = [pair for pair in state.queue if pair[0] not in leaving]
+        state.pending |= leaving
+        letters = actions.letters([client_id for client_id, _ in chosen])
+        # Without a step in between, a letter may as well be made when the grid has use for it.
+        # An asynchronous buffer steps while others train: there theta is that of the dispatch.
+        self._mailbox.send(letters if state.synchronous else list(letters))
 
     def _receive(self, state: _RoundState[U], answer: Answer, actions: RoundActions[U]) -> None:
         client_id, on_time = answer.ticket.client_id, answer.ticket.server_round == state.number
@@ -151,6 +156,7 @@ class _RoundState(Generic[U]):
         self.queue = queue
         self.num_participants = len(queue)
         self.max_in_flight, self.buffer_size = slots
+        self.synchronous = self.buffer_size == self.max_in_flight
         self.pending: set[str] = set()
         self.buffer: list[U] = []
         self.outcome = RoundOutcome()

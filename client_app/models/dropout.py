@@ -7,6 +7,9 @@ would depend on who ran before, and on threads. Here a model gets a generator of
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,27 @@ _MASK_AXES: dict[type[nn.Module], int] = {
     nn.Dropout2d: 2,
     nn.Dropout3d: 2,
 }
+
+
+@dataclass
+class MaskFeed:
+    """Stands in for the generators while several clients are trained at once (`cohort.py`).
+
+    With `masks` the layers use them in the order in which they are called; without, they note in
+    `wanted` what they would draw: (shape, rate of those kept), the shape without the batch.
+    """
+
+    masks: Sequence[Tensor] | None = None
+    wanted: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
+    used: int = 0
+
+    def apply(self, x: Tensor, shape: Sequence[int], kept: float) -> Tensor:
+        """Multiply x (B, ...) by the next mask, which is scaled already."""
+        if self.masks is None:
+            self.wanted.append((tuple(shape[1:]), kept))
+            return x
+        self.used += 1
+        return x * self.masks[self.used - 1]
 
 
 class GeneratorDropout(nn.Module):
@@ -40,6 +64,7 @@ class GeneratorDropout(nn.Module):
         self.p = p
         self.generator = generator
         self.mask_axes = mask_axes
+        self.feed: MaskFeed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with entries dropped in training mode, x itself in evaluation mode."""
@@ -49,13 +74,32 @@ class GeneratorDropout(nn.Module):
             return x * 0.0
         axes = self.mask_axes or x.dim()
         shape = [size if axis < axes else 1 for axis, size in enumerate(x.shape)]
+        if self.feed is not None:
+            return self.feed.apply(x, shape, 1.0 - self.p)
         mask = torch.empty(shape, dtype=x.dtype, device=x.device)
-        mask.bernoulli_(1.0 - self.p, generator=self.generator)
-        return x * mask.div_(1.0 - self.p)
+        return x * draw_mask(mask, 1.0 - self.p, self.generator)
 
     def extra_repr(self) -> str:
         """Show the rate when the model is printed."""
         return f"p={self.p}"
+
+
+def draw_mask(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
+    """Fill a mask in place: 1 / kept with probability `kept`, else 0."""
+    return mask.bernoulli_(kept, generator=generator).div_(kept)
+
+
+@contextmanager
+def feeding(model: nn.Module, feed: MaskFeed) -> Iterator[None]:
+    """Let the model's dropout layers ask `feed` instead of their generator."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GeneratorDropout)]
+    for layer in layers:
+        layer.feed = feed
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.feed = None
 
 
 def seed_dropout(model: nn.Module, generator: torch.Generator) -> None:

@@ -1,6 +1,7 @@
 """Parts (c) and (e): whole rounds of the real apps, by engine and schedule, and their overhead.
 
-The first round of a run pays for start-up (processes, imports, decoding); the second is reported.
+The first round of a run pays for start-up (processes, imports, decoding); the second is reported,
+in wall seconds and in CPU seconds of all processes: those hold on a machine that others use too.
 Overhead is measured with clients that exchange a CNN's parameters but have nothing to compute.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,7 @@ from client_app.data import load_client_data
 from client_app.models.registry import build_model
 from common.config import RunConfig
 from experiments.bench.clear import reference_hypernet, reference_round
+from experiments.engines import processes
 from experiments.engines.inprocess import run_inprocess
 from server_app.hypernet import Hypernetwork
 
@@ -71,9 +74,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 def inprocess(work: Workload, config: RunConfig, **options: Any) -> dict[str, float]:
     """Run on the in-process engine; return the last round's row."""
-    with _quiet():
+    folder = Path(config.run.output_dir)
+    with _quiet(), _cpu_by_round(folder, time.process_time) as cpu:
         run_inprocess(config, num_clients=work.num_clients, **options)
-    return last_row(Path(config.run.output_dir))
+    return last_row(folder) | cpu
 
 
 def ray(work: Workload, config: RunConfig) -> dict[str, float]:
@@ -86,8 +90,10 @@ def ray(work: Workload, config: RunConfig) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     environment = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     with engines.RayEngine(section, log=folder / "run.log", extra_env=environment) as engine:
-        engine.run(config)
-    return last_row(folder)
+        used = partial(processes.cpu_seconds, engine.environment[processes.MARK])
+        with _cpu_by_round(folder, used) as cpu:
+            engine.run(config)
+    return last_row(folder) | cpu
 
 
 def last_row(folder: Path) -> dict[str, float]:
@@ -131,6 +137,30 @@ def attempt(measure: Any, *arguments: Any) -> dict[str, Any]:
     except Exception as error:  # the bench's edge: an engine may be absent or not start here
         row = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
     return row | {"seconds_measuring": time.monotonic() - started}
+
+
+@contextmanager
+def _cpu_by_round(folder: Path, used: Callable[[], float]) -> Iterator[dict[str, float]]:
+    """Fill in `cpu_seconds` of the last round: what was used between two lines of metrics.jsonl."""
+    found: dict[str, float] = {}
+    seen, stop = [0.0], threading.Event()
+    metrics = folder / "metrics.jsonl"
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            if lines > len(seen) - 1:
+                seen.append(used())
+                if len(seen) > 2:
+                    found["cpu_seconds"] = seen[-1] - seen[-2]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        watcher.join()
 
 
 @contextmanager

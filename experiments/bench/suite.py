@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments.bench import PARTS, rounds
 from experiments.bench.client import client_step, forward_flops, step_flops
 from experiments.bench.growth import grow
 from experiments.bench.machine import Machine, inspect_machine
+from experiments.bench.memory import memory
 from experiments.bench.rounds import SCHEDULES, Workload, attempt
 from experiments.bench.server import server_table
 from experiments.bench.synthetic import IDLE_PARAMETERS
@@ -23,6 +25,7 @@ from experiments.bench.wire import wire_table
 
 SIZES = [(n, k) for k in (IDLE_PARAMETERS, 2_000_000, 11_000_000) for n in (10, 50, 200, 1000)]
 QUICK_SIZES = [(4, 6_000)]
+MANY_CLIENTS = 1000
 
 
 def run_suite(args: argparse.Namespace) -> int:
@@ -63,6 +66,8 @@ def _measure(part: str, work: Workload, machine: Machine, repeats: int) -> dict[
         return full_round(work, machine)
     if part == "runtime":
         return runtime(work)
+    if part == "memory":
+        return memory(work if quick else replace(work, num_clients=MANY_CLIENTS))
     return grow(work, rounds=3 if quick else 300, clients=(2,) if quick else (10, 20, 40, 80))
 
 
@@ -101,6 +106,9 @@ def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
         "reference_seconds": rows["reference"].get("total"),
         "ray_seconds": rows.get("ray-parallel", {}).get("seconds_round"),
         "inprocess_seconds": rows["inprocess-parallel"].get("seconds_round"),
+        "reference_cpu_seconds": rows["reference"].get("cpu_seconds"),
+        "ray_cpu_seconds": rows.get("ray-parallel", {}).get("cpu_seconds"),
+        "inprocess_cpu_seconds": rows["inprocess-parallel"].get("cpu_seconds"),
         "num_clients": work.num_clients,
         "data": "cifar100" if work.data_dir else "synthetic",
         "runs": rows,
@@ -120,14 +128,19 @@ def runtime(work: Workload) -> dict[str, Any]:
     for row in found.values():
         if "seconds_round" in row:
             row["idle_seconds"] = row["seconds_round"] - row["seconds_server"]
+        if "cpu_seconds" in row:
+            row["idle_cpu_seconds"] = row["cpu_seconds"] - row["seconds_server"]
     return {"engines": found, "bounded_by": "process start, message store, polling"}
 
 
 def overhead(idle: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """Return the share of a full parallel round that an idle round's runtime makes up."""
+    found: dict[str, Any] = {}
     for engine in ("ray", "inprocess"):
-        cost = idle["engines"].get(engine, {}).get("idle_seconds")
-        total = full.get(f"{engine}_seconds")
-        if cost is not None and total:
-            return {"overhead_fraction": cost / total, "overhead_engine": engine}
-    return {}
+        row = idle["engines"].get(engine, {})
+        for kind in ("", "cpu_"):
+            cost, total = row.get(f"idle_{kind}seconds"), full.get(f"{engine}_{kind}seconds")
+            if cost is not None and total:
+                found.setdefault(f"overhead_{kind}fraction", cost / total)
+                found.setdefault("overhead_engine", engine)
+    return found

@@ -96,11 +96,12 @@ def _wire(part: dict[str, Any]) -> Table:
 
 def _round(part: dict[str, Any]) -> Table:
     title = f"full round, {part['num_clients']} CNN clients, {part['data']}"
-    table = _table(title, "run", "round", "server", "clients (summed)", "note")
+    table = _table(title, "run", "round", "CPU", "server", "clients (summed)", "note")
     for name, row in part["runs"].items():
         table.add_row(
             name,
             _seconds(row.get("seconds_round", row.get("total"))),
+            _seconds(row.get("cpu_seconds")),
             _seconds(row.get("seconds_server", row.get("server"))),
             _seconds(row.get("seconds_clients", row.get("train"))),
             row.get("skipped", "")[:60],
@@ -109,17 +110,27 @@ def _round(part: dict[str, Any]) -> Table:
 
 
 def _runtime(part: dict[str, Any]) -> Table:
-    table = _table("runtime, idle clients", "engine", "round", "without the server's work", "note")
+    title = "runtime, idle clients (less the server's work)"
+    table = _table(title, "engine", "round", "less", "CPU less", "note")
     for name, row in part["engines"].items():
         table.add_row(
             name,
             _seconds(row.get("seconds_round")),
             _seconds(row.get("idle_seconds")),
+            _seconds(row.get("idle_cpu_seconds")),
             row.get("skipped", "")[:60],
         )
     if "overhead_fraction" in part:
         share = f"{100 * part['overhead_fraction']:.1f} % of a full round"
-        table.add_row("overhead", share, "", part["overhead_engine"])
+        table.add_row("overhead", share, "", "", part["overhead_engine"])
+    return table
+
+
+def _memory(part: dict[str, Any]) -> Table:
+    table = _table("memory, all clients and the server in one process", "clients", "peak", "limit")
+    peak = part.get("peak_bytes")
+    shown = part["skipped"][:60] if peak is None else f"{peak / 1e9:.2f} GB"
+    table.add_row(str(part["num_clients"]), shown, f"{part['limit_bytes'] / 1e9:.0f} GB")
     return table
 
 
@@ -146,5 +157,6 @@ DRAW = {
     "wire": _wire,
     "round": _round,
     "runtime": _runtime,
+    "memory": _memory,
     "growth": _growth,
 }

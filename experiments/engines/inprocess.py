@@ -41,6 +41,10 @@ class InProcessGrid(Grid):
     workers : threads that run clients. 1 runs them in the calling thread, one after the other.
     batched_clients : with one worker, so many waiting clients of one architecture at most are
         trained in one batched call (`client_app.cohort`); 0 or 1 trains them one by one.
+
+    Attributes
+    ----------
+    workers : how many messages are worked on at a time; the server sends no more than it helps.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class InProcessGrid(Grid):
         self._app = client_app
         self._contexts = dict(contexts)
         self._batched_clients = batched_clients
+        self.workers = max(workers, batched_clients)
         self._pool = ThreadPoolExecutor(workers, "client") if workers > 1 else None
         self._queue: dict[str, Message] = {}
         self._futures: dict[str, Future[Message]] = {}

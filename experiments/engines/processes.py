@@ -116,6 +116,16 @@ def stop_marked(mark: str, *, patience_s: float = 5.0) -> int:
     return len(stopped)
 
 
+def cpu_seconds(mark: str) -> float:
+    """Return the CPU seconds that all living processes that carry `mark` have used together."""
+    total = 0.0
+    for process in _family(mark):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def _family(mark: str) -> list[psutil.Process]:
     found: dict[int, psutil.Process] = {}
     own = os.getpid()

@@ -165,7 +165,9 @@ def x_unit(axis: Axis, largest: float) -> tuple[str, float]:
     (('GB, up and down, all clients', 1000000000.0), ('seconds', 1.0))
     """
     if axis == "bytes":
-        name, size = ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6) if largest >= 2e6 else ("kB", 1e3)
+        name, size = (
+            ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6) if largest >= 2e6 else ("kB", 1e3)
+        )
         return f"{name}, up and down, all clients", size
     if axis == "seconds":
         units = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))

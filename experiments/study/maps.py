@@ -54,9 +54,7 @@ def embedding_maps(study: Study, *, limit: int) -> tuple[list[EmbeddingMap], lis
     return maps, passed_over
 
 
-def _draw(
-    member: Member, title: str, embeddings: dict[str, NDArray[np.float64]]
-) -> EmbeddingMap:
+def _draw(member: Member, title: str, embeddings: dict[str, NDArray[np.float64]]) -> EmbeddingMap:
     names, points = client_points(embeddings)
     places, shares = principal_axes(points)
     known = member.run.families()
@@ -133,9 +131,12 @@ def _apart_by_labels(points: NDArray[np.float64], overlaps: NDArray[np.float64])
     found = rank_correlation(_distances(points)[upper], overlaps[upper])
     if found is None:
         return ["All pairs of clients overlap equally in their labels."]
-    meaning = "the more labels in common, the nearer" if found < 0 else "sharing labels does not bring them nearer"
+    meaning = (
+        "the more labels in common, the nearer"
+        if found < 0
+        else "sharing labels does not bring them nearer"
+    )
     return [
         f"Rank correlation of distance and label overlap over all pairs: {found:+.2f} "
         f"({meaning if abs(found) >= 0.1 else 'next to none'})."
     ]
-

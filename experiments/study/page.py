@@ -100,7 +100,9 @@ def _finding(study: Study) -> str:
     if not scored:
         return "No run has completed yet; what is drawn below comes from unfinished runs."
     group, best = max(scored, key=lambda pair: pair[1].mean)
-    said = f"Highest micro accuracy in the last round: <b>{escape(group.label)}</b>, {_seeded(best)}."
+    said = (
+        f"Highest micro accuracy in the last round: <b>{escape(group.label)}</b>, {_seeded(best)}."
+    )
     for other, stat in scored:
         if other.method == "local" and other is not group:
             said += f" Every client alone (Local): {_seeded(stat)}."
@@ -153,7 +155,7 @@ def _results(study: Study, looks: Mapping[str, Look]) -> str:
         for place, column in enumerate(tables.COLUMNS):
             stat = _micro(group)
             top = place == 0 and stat is not None and stat.mean == best
-            cells.append(f'<td{" class=top" if top else ""}>{_with_error(column.cell(group))}</td>')
+            cells.append(f"<td{' class=top' if top else ''}>{_with_error(column.cell(group))}</td>")
         state = tables.status(group)
         css = "ok" if state == "completed" else "off"
         rows.append(
@@ -202,7 +204,9 @@ def _curves(study: Study, looks: Mapping[str, Look], made: str) -> str:
             )
     if not figures:
         return '<p class="quiet">No run has been evaluated yet.</p>'
-    band = "Bands: one standard error over seeds. " if several else "One seed each: no error bands. "
+    band = (
+        "Bands: one standard error over seeds. " if several else "One seed each: no error bands. "
+    )
     legend = "".join(
         f"<li>{_swatch(looks[g.key])}{escape(g.label)}</li>" for g in study.groups if g.members
     )

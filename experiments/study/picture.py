@@ -27,7 +27,9 @@ def draw_comparison(study: Study, target: Path) -> bool:
         return False
     several = any(len(group.counted) > 1 for group in study.groups)
     seeds = sorted({member.seed for member in study.members})
-    subtitle = f"micro test accuracy; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    subtitle = (
+        f"micro test accuracy; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    )
     subtitle += "; bands: one standard error over seeds" if several else ""
     subtitle += "; †: did not complete" if any(line.open for line in panels["round"]) else ""
     layout = Layout(_title(study), subtitle, (14.0, 4.6), "abc", (1.0, 1.0, 1.0))

@@ -43,7 +43,9 @@ Settings = dict[str, Scalar]
 class SweepFile(BaseModel):
     """What a sweep file may say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=lambda n: n.replace("_", "-"))
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=lambda n: n.replace("_", "-")
+    )
 
     description: str = ""
     preset: str

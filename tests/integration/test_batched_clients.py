@@ -32,9 +32,9 @@ def test_batched_clients_give_the_same_rounds(
     sizes: list[int] = []
     train_cohort = together.train_cohort
 
-    def counted(module, members, section):  # noqa: ANN001, ANN202
+    def counted(module, members, section, **options):  # noqa: ANN001, ANN003, ANN202
         sizes.append(len(members))
-        return train_cohort(module, members, section)
+        return train_cohort(module, members, section, **options)
 
     monkeypatch.setattr(together, "train_cohort", counted)
     settings = {
@@ -55,16 +55,32 @@ def test_batched_clients_give_the_same_rounds(
             assert other[key] == pytest.approx(one[key], rel=1e-4), key
 
 
-def test_dropout_and_distillation_fall_back_to_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "gd_mode", "calls"),
+    [("mh-pfedhn", "separate", 4), ("mh-pfedhn-gd", "separate", 4), ("mh-pfedhn-gd", "fused", 0)],
+)
+def test_dropout_and_distillation(
+    tmp_path: Path, method: str, gd_mode: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    train_cohort = together.train_cohort
+
+    def counted(module, members, section, **options):  # noqa: ANN001, ANN003, ANN202
+        sizes.append(len(members))
+        return train_cohort(module, members, section, **options)
+
+    monkeypatch.setattr(together, "train_cohort", counted)
     settings = {
         "models": f"{HERE}:normed,{HERE}:small",
         "max_in_flight": 0,
         "buffer_size": 0,
         "message_timeout_s": 600.0,
+        "method": method,
+        "gd_mode": gd_mode,
     }
-    for method in ("mh-pfedhn", "mh-pfedhn-gd"):
-        alone = run(tiny_config(tmp_path / f"{method}-a", method=method, **settings), 0)
-        batched = run(tiny_config(tmp_path / f"{method}-b", method=method, **settings), 6)
-        for one, other in zip(alone, batched, strict=True):
-            assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-            assert other["num_accepted"] == 6
+    alone = run(tiny_config(tmp_path / "a", **settings), 0)
+    batched = run(tiny_config(tmp_path / "b", **settings), 6)
+    assert sizes == [3] * calls
+    for one, other in zip(alone, batched, strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert other["num_accepted"] == 6

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from client_app.cohort import Member, can_train_together, train_cohort
+from client_app.cohort import Member, Teacher, can_train_together, train_cohort
 from client_app.data import ClientData
 from client_app.models.dropout import seed_dropout
 from client_app.models.registry import build_model
-from client_app.training import train
-from common.config import TrainingSection
+from client_app.training import cross_entropy, distillation, train
+from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 from common.params import FlatModel
 from tests.unit.client_app.test_training_speed import draw_theta, pictures
@@ -37,22 +37,33 @@ def clients(device: str = "cpu") -> list[ClientData]:
 
 
 def compare(
-    module: nn.Module, section: TrainingSection, *, clip: bool = True, device: str = "cpu"
+    module: nn.Module,
+    section: TrainingSection,
+    *,
+    clip: bool = True,
+    device: str = "cpu",
+    teacher: Teacher | None = None,
 ) -> None:
+    own = torch.Generator(device)
+    seed_dropout(module, own)
     model = FlatModel(module.to(device))
+    loss = distillation(teacher.module, teacher.section) if teacher else cross_entropy
     start = draw_theta(module).to(device)
     fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
     members, expected = [], []
     for i, data in enumerate(clients(device)):
         theta = start * (1 + 0.1 * i)
-        members.append(Member(theta, fresh, data, torch.Generator().manual_seed(i)))
+        drops = torch.Generator(device).manual_seed(100 + i)
+        members.append(Member(theta, fresh, data, torch.Generator().manual_seed(i), drops))
         model.load(theta)
+        own.manual_seed(100 + i)
         for name, buffer in module.named_buffers():
             buffer.copy_(fresh[name])
-        trained = train(model, data, section, generator=torch.Generator().manual_seed(i), clip=clip)
+        order = torch.Generator().manual_seed(i)
+        trained = train(model, data, section, generator=order, loss=loss, clip=clip)
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         expected.append((model.theta.detach().clone(), buffers, trained))
-    outcomes = train_cohort(module, members, section, clip=clip)
+    outcomes = train_cohort(module, members, section, clip=clip, teacher=teacher)
     for outcome, (theta, buffers, trained) in zip(outcomes, expected, strict=True):
         torch.testing.assert_close(outcome.theta, theta, rtol=1e-4, atol=1e-5)
         assert outcome.buffers.keys() == buffers.keys()
@@ -73,25 +84,35 @@ def test_without_clip() -> None:
     compare(build_model("mlp", in_channels=3, num_classes=10), SECTION, clip=False)
 
 
-def small_resnet() -> nn.Module:
-    generator = torch.Generator()
-    model = nn.Sequential(
+def test_dropout_draws_what_each_client_alone_would_draw() -> None:
+    compare(build_model("vgg8", in_channels=3, num_classes=10), SECTION)
+
+
+def test_distillation() -> None:
+    module = build_model("mlp", in_channels=3, num_classes=10)
+    teacher = build_model("cnn", in_channels=3, num_classes=10)
+    section = DistillSection(distill_alpha=0.3, distill_temperature=4.0)
+    compare(module, SECTION, teacher=Teacher(teacher, section))
+
+
+def small_resnet(dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4),
         nn.BatchNorm2d(4),
         nn.ReLU(inplace=True),
+        nn.Dropout2d(dropout),
         nn.Flatten(),
         nn.Linear(4 * 8 * 8, 10),
     )
-    seed_dropout(model, generator)
-    return model
 
 
-def test_batchnorm_never_sees_padding() -> None:
-    compare(small_resnet(), SECTION)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_batchnorm_never_sees_padding(dropout: float) -> None:
+    compare(small_resnet(dropout), SECTION)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["cnn", "mlp"])
+@pytest.mark.parametrize("name", ["cnn", "mlp", "vgg8"])
 def test_cohort_equals_one_by_one_on_a_gpu(name: str) -> None:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -101,9 +122,24 @@ def test_cohort_equals_one_by_one_on_a_gpu(name: str) -> None:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def test_dropout_is_refused() -> None:
-    model = build_model("vgg8", in_channels=3, num_classes=10)
-    seed_dropout(model, torch.Generator())
+class Own(nn.Module):
+    """A layer that the project does not know."""
+
+
+Own.__module__ = "participants_own"
+
+
+def test_a_layer_of_ones_own_is_refused() -> None:
+    model = nn.Sequential(Own(), nn.Linear(2, 2))
     assert not can_train_together(model)
     with pytest.raises(ModelError, match="cannot be trained for several clients at once"):
         train_cohort(model, [], SECTION)
+
+
+def test_dropout_without_a_generator_is_refused() -> None:
+    model = build_model("vgg8", in_channels=3, num_classes=10)
+    seed_dropout(model, torch.Generator())
+    theta = draw_theta(model)
+    member = Member(theta, {}, clients()[0], torch.Generator())
+    with pytest.raises(ValueError, match="needs a generator"):
+        train_cohort(model, [member], SECTION)

@@ -24,7 +24,7 @@ def bench(*arguments: str) -> int:
 def test_quick_bench_writes_the_promised_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = "server,client,wire,round,runtime"
+    parts = "server,client,wire,round,runtime,memory"
     arguments = ["--quick", "--repeats", "1", "--parts", parts, "--output-dir", str(tmp_path)]
     assert bench(*arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -37,6 +37,8 @@ def test_quick_bench_writes_the_promised_keys(
     for name in ("float32", "float16", "bfloat16"):
         assert {"bytes", "encode_seconds", "decode_seconds"} <= found["wire"][name].keys()
     assert found["wire"]["bfloat16"]["bytes"] < 0.55 * found["wire"]["float32"]["bytes"]
+    assert found["memory"]["num_accepted"] == 4
+    assert 1e8 < found["memory"]["peak_bytes"] < found["memory"]["limit_bytes"] == 4e9
     printed = capsys.readouterr().out
     assert found["machine"]["cpu"] in printed
     assert "GFLOP/s" in printed
