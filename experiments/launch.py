@@ -21,6 +21,7 @@ from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError, MHpFedHNError, RunError
 from experiments.engines.ray import RayEngine
 from experiments.plots import draw_clients
+from experiments.preflight import check_clients
 from experiments.presets import EngineSection, Preset
 from experiments.progress import follow
 from experiments.report import family_table, run_table
@@ -165,6 +166,7 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
     try:
         with _terminate_as_interrupt(), open_engine(preset, log) as engine:
             _prepare_data(config, console)
+            check_clients(config, preset.engine)
             with follow(folder, rounds=config.run.rounds, console=console):
                 engine.run(config)
             _require_completed(folder)
