@@ -53,6 +53,15 @@ def drop(record: str) -> Callable[[Message], None]:
     return damage
 
 
+def set_round(offset: int) -> Callable[[Message], None]:
+    """The round of an answer that is repeated, or made up."""
+
+    def damage(reply: Message) -> None:
+        reply.content["metrics"]["server-round"] += offset
+
+    return damage
+
+
 def poison(x: np.ndarray) -> np.ndarray:
     x[3] = np.nan
     return x
@@ -68,6 +77,7 @@ SOURCE = f"Rejected: train.personal reply of client {BAD} in round 1: "
         (set_delta(poison), "delta has 1 of 116 entries that are NaN or infinite. Training dive"),
         (set_delta(lambda x: x + np.float32(1e30)), "delta has norm 1.08e+31; at most 1e+04 is"),
         (set_delta(lambda x: x.astype(np.float64)), "delta has dtype float64; expected float32"),
+        (set_round(-1), "the delta is of round 0; expected round 1, which the message asked for."),
         (drop("arrays"), "record 'arrays' is missing; got none of its kind."),
         (drop("metrics"), "record 'metrics' is missing; got none of its kind."),
     ],
