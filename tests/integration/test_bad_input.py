@@ -97,6 +97,15 @@ def test_a_bad_reply_is_rejected_and_the_others_go_on(
     assert [(r["num_accepted"], r["num_failed"]) for r in rows] == [(5, 1), (5, 1)]
 
 
+GARBAGE = {
+    "1e30": set_delta(lambda x: x * np.float32(1e30)),
+    "NaN": set_delta(poison),
+    "length": set_delta(lambda x: x[:-1]),
+    "dtype": set_delta(lambda x: x.astype(np.float64)),
+    "stale": set_round(-1),
+}
+
+
 def test_nothing_of_a_bad_reply_enters_the_hypernetwork(tmp_path: Path) -> None:
     """A client whose every reply is rejected leaves phi exactly as if it had said nothing."""
 
@@ -106,19 +115,19 @@ def test_nothing_of_a_bad_reply_enters_the_hypernetwork(tmp_path: Path) -> None:
             raise RuntimeError("out of memory")
         return handler(message, context)
 
-    runs = {
-        "garbage": spoiling("train.personal", set_delta(lambda x: x * np.float32(1e30))),
-        "silent": Wrapped(refuse),
-    }
+    runs = {name: spoiling("train.personal", damage) for name, damage in GARBAGE.items()}
     found = {}
-    for name, app in runs.items():
+    for name, app in {"silent": Wrapped(refuse), **runs}.items():
         config = tiny_config(tmp_path / name, max_in_flight=0, buffer_size=0)
+        config = config.with_overrides({"cache-dir": str(tmp_path / "cache")})
         run_tiny(config, app=app)
+        assert [row["num_accepted"] for row in read_run(config)[1]] == [5, 5], name
         path = next(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors"))
         found[name] = load_file(path)
-    for name, tensor in found["garbage"].items():
-        assert torch.equal(tensor, found["silent"][name]), name
-        assert torch.isfinite(tensor).all(), name
+    for kind in GARBAGE:
+        for name, tensor in found[kind].items():
+            assert torch.equal(tensor, found["silent"][name]), (kind, name)
+            assert torch.isfinite(tensor).all(), (kind, name)
 
 
 def test_a_wrong_protocol_version_is_not_admitted(tmp_path: Path, logged: Lines) -> None:

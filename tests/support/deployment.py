@@ -155,7 +155,7 @@ class Deployment:
 
     def flwr(self, *words: str) -> str:
         done = subprocess.run(
-            [BIN / "flwr", *words], env=self._env("cli"), capture_output=True, check=False
+            [BIN / "flwr", *words], env=self.environment("cli"), capture_output=True, check=False
         )
         assert done.returncode == 0, (done.stdout + done.stderr).decode()
         return done.stdout.decode()
@@ -167,7 +167,7 @@ class Deployment:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [BIN / words[0], *words[1:]],
-                env=self._env(name),
+                env=self.environment(name),
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -179,7 +179,7 @@ class Deployment:
         home.mkdir(parents=True, exist_ok=True)
         return home
 
-    def _env(self, name: str) -> dict[str, str]:
+    def environment(self, name: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
         return kept | {
             "FLWR_HOME": str(self._home(name)),
