@@ -17,6 +17,7 @@ from typing import Any
 
 from common.config import RunConfig
 from experiments.certs import make_certs
+from experiments.engines.home import bytecode_cache
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -192,6 +193,7 @@ class Deployment:
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONUNBUFFERED": "1",
+            **bytecode_cache(os.environ),  # Flower starts again what has not come after 30 s
         }
 
 
