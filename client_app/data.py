@@ -135,6 +135,12 @@ def prepare_data(section: ClientSection, *, seed: int) -> Path:
     return dataset.folder
 
 
+def describe_data(section: ClientSection) -> tuple[int, int]:
+    """Return (in_channels, num_classes) of the data set: what a model is built for."""
+    dataset = _open(section)
+    return len(dataset.mean), dataset.num_classes
+
+
 def load_client_data(
     section: ClientSection, *, partition_id: int, seed: int, device: torch.device
 ) -> ClientData:

@@ -108,6 +108,7 @@ class Participant:
             num_examples=trained.num_examples,
             train_loss=trained.loss,
             seconds=seconds,
+            server_round=task.header.server_round,
             delta=personal_delta,
             global_delta=global_delta,
             evaluation=evaluation,
@@ -195,6 +196,7 @@ class Participant:
             num_examples=trained.num_examples,
             train_loss=trained.loss,
             seconds=trained.seconds,
+            server_round=task.header.server_round,
             delta=None if task.theta is None else self._delta(task.theta, tool.model),
             evaluation=evaluation,
         )

@@ -104,6 +104,9 @@ def pick_device(wish: str) -> torch.device:
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device = {wish!r}, but torch sees no GPU here. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device = {wish!r}, but torch sees {count} GPU(s) here, from cuda:0 on.")
     return device
 
 

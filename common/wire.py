@@ -106,11 +106,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """Reply to a `TrainTask`: delta (K_i,) and/or global_delta (K_g,), with counts and losses."""
+    """Reply to a `TrainTask`: delta (K_i,) and/or global_delta (K_g,), with counts and losses.
+
+    `server_round` is the round of the task that was trained: the server refuses a delta that
+    belongs to another.
+    """
 
     num_examples: int
     train_loss: float
     seconds: float
+    server_round: int = 0
     delta: Float32 | None = None
     global_delta: Float32 | None = None
     evaluation: Evaluation | None = None
@@ -258,6 +263,7 @@ def encode_train_reply(reply: TrainReply, precision: Precision) -> RecordDict:
         "num-examples": reply.num_examples,
         "train-loss": reply.train_loss,
         "seconds": reply.seconds,
+        "server-round": reply.server_round,
     }
     if reply.evaluation is not None:
         metrics |= evaluation_metrics(reply.evaluation)
@@ -278,6 +284,7 @@ def decode_train_reply(
         num_examples=count_of(metrics, "num-examples", 1, source),
         train_loss=number_of(metrics, "train-loss", source),
         seconds=number_of(metrics, "seconds", source),
+        server_round=count_of(metrics, "server-round", 0, source),
         delta=decode_vector(arrays, DELTA, length=num_parameters, source=source)
         if num_parameters
         else None,

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from client_app.folders import state_folder
-from common.config import NodeConfig
+from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, RunError, unknown_name
-from experiments.lean_clientapp import install_lean_clientapp
 from experiments.presets import to_toml
+from experiments.starter.program import install_program
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
-OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities")
+OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities", "port")
 PROGRAM = "flower-supernode"
 CHECKS_FAILED = 1
 
@@ -39,6 +39,8 @@ class JoinSettings:
         Node config as Flower gets it: kebab-case keys, absolute paths.
     base
         Folder that holds the participant's own Python files.
+    port
+        Where the SuperNode's own API listens on loopback; 0 means any that is free.
     """
 
     server: str
@@ -48,6 +50,7 @@ class JoinSettings:
     trusted_entities: Path | None
     node: Mapping[str, Any]
     base: Path
+    port: int = 0
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], base: Path) -> Self:
@@ -84,12 +87,19 @@ class JoinSettings:
             trusted_entities=_path(settled.get("trusted-entities")),
             node=node,
             base=base,
+            port=_port(settled.get("port", 0)),
         )
 
     @property
     def client_id(self) -> str:
         """The stable name of this participant."""
         return str(self.node["client-id"])
+
+    @property
+    def warm(self) -> bool:
+        """Whether processes may stay alive between messages."""
+        section = NodeConfig.parse(self.node).client_section(RunConfig())
+        return section.warm_worker != "off"
 
     @property
     def folder(self) -> Path:
@@ -114,7 +124,7 @@ class JoinSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment: its own FLWR_HOME, quick polls, no telemetry."""
-        programs = [str(install_lean_clientapp(self.folder)), str(Path(sys.executable).parent)]
+        programs = [str(install_program(self.folder)), str(Path(sys.executable).parent)]
         env = dict(os.environ) | {
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -243,6 +253,12 @@ def _absolute(value: Any, base: Path) -> Any:
 
 def _path(value: Any) -> Path | None:
     return Path(value) if value else None
+
+
+def _port(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 65536:
+        raise ConfigError(f"join: port = {value!r} must be a whole number from 0 to 65535.")
+    return value
 
 
 def _scalar(text: str) -> Any:

@@ -22,6 +22,7 @@ from common.errors import ConfigError, MHpFedHNError, RunError
 from experiments.engines.ray import RayEngine
 from experiments.events import require_tensorboard, streamed
 from experiments.plots import draw_clients
+from experiments.preflight import check_clients
 from experiments.presets import EngineSection, Preset
 from experiments.progress import follow
 from experiments.report import family_table, run_table
@@ -170,6 +171,7 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
     try:
         with terminate_as_interrupt(), open_engine(preset, log) as engine:
             _prepare_data(config, console)
+            check_clients(config, preset.engine)
             with follow(folder, rounds=config.run.rounds, console=console):
                 engine.run(config)
             _require_completed(folder)

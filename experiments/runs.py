@@ -119,6 +119,11 @@ def find_run(name_or_path: str) -> Run:
         if folder.is_dir():
             return Run.load(folder.resolve())
     known = sorted(path.parent.name for path in output_root().glob("*/summary.json"))
+    if not known:
+        raise ConfigError(
+            f"no run {name_or_path!r}: {output_root()} holds none at all. Give the path of a run "
+            "folder, or make one: mh-pfedhn run quickstart."
+        )
     raise ConfigError(
         unknown_name("run", name_or_path, known)
         + f" Give the path of a run folder, or its name under {output_root()}."

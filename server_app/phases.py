@@ -65,7 +65,7 @@ class GlobalPhase:
         """Send w_g to everyone, collect the deltas, take one server step on their mean."""
         answers = self._core.mailbox.exchange(self._letter(c) for c in self._roster.nodes)
         for answer in answers:
-            reply = self._core.desk.read(answer, self._decode)
+            reply = self._core.desk.read_training(answer, self._decode)
             if reply is not None and reply.global_delta is not None:
                 client_id = answer.ticket.client_id
                 self._tally.note(client_id, reply)
@@ -166,7 +166,7 @@ class PersonalPhase:
     def accept(self, answer: Answer) -> ClientUpdate | None:
         """Turn a good answer into an update for the server's optimiser."""
         client_id = answer.ticket.client_id
-        reply = self._core.desk.read(answer, lambda c, s: self._decode(client_id, c, s))
+        reply = self._core.desk.read_training(answer, lambda c, s: self._decode(client_id, c, s))
         if reply is None or reply.delta is None:
             return None
         self._tally.note(client_id, reply)

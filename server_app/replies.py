@@ -12,6 +12,7 @@ from flwr.app import RecordDict
 from common.codec import Float32
 from common.errors import MHpFedHNError, WireError
 from common.log import logger
+from common.wire import TrainReply
 from server_app.mailbox import Answer
 
 T = TypeVar("T")
@@ -45,6 +46,22 @@ class ReplyDesk:
             self.misfits.add(answer.ticket.client_id)
             self.reject(answer, str(error))
             return None
+
+    def read_training(
+        self, answer: Answer, decode: Callable[[RecordDict, str], TrainReply]
+    ) -> TrainReply | None:
+        """Decode a training answer as `read` does; one about another round is no good either."""
+
+        def decode_and_compare(content: RecordDict, source: str) -> TrainReply:
+            reply, asked = decode(content, source), answer.ticket.server_round
+            if reply.server_round != asked:
+                raise WireError(
+                    f"{source}: the delta is of round {reply.server_round}; expected round "
+                    f"{asked}, which the message asked for. The client repeats an old answer."
+                )
+            return reply
+
+        return self.read(answer, decode_and_compare)
 
     def check_norm(self, x: Float32, name: str, source: str) -> None:
         """Raise WireError when the Euclidean norm of a delta is beyond `max-delta-norm`."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from common.config import RunConfig
 from common.errors import RunError
@@ -19,10 +20,12 @@ from experiments.engines import processes
 from experiments.engines.home import PROJECT_ROOT, child_environment, stage_app
 from experiments.engines.ray import parse_status
 from experiments.join import find_program
-from experiments.lean_clientapp import install_lean_clientapp
 from experiments.presets import to_toml
+from experiments.starter.program import Starter, install_program
 
 CONNECTION = "loopback"
+MessageStart = Literal["plain", "lean", "forked"]
+"""Flower's own program; the same with fewer imports; forked from a process that has them."""
 START_TIMEOUT_S = 120.0
 
 
@@ -42,6 +45,7 @@ class Loopback:
         self.port = processes.free_port()
         self._extra_env = dict(extra_env or {})
         self._started: list[processes.Process] = []
+        self._starters = ExitStack()
 
     def __enter__(self) -> Self:
         home = self.folder / "home"
@@ -71,14 +75,16 @@ class Loopback:
         self._clean_up()
 
     def start_node(
-        self, name: str, node_config: Mapping[str, Any], *, lean: bool = False
+        self, name: str, node_config: Mapping[str, Any], *, start: MessageStart = "plain"
     ) -> processes.Process:
-        """Start a SuperNode with its own FLWR_HOME; `lean` starts messages as `join` does."""
+        """Start a SuperNode with its own FLWR_HOME; its messages start as `start` says."""
         settings = self.folder / f"{name}.toml"
         settings.write_text(to_toml(node_config))
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--host", "127.0.0.1", "--port", str(processes.free_port())]
-        programs = install_lean_clientapp(self.folder / name) if lean else None
+        programs = None if start == "plain" else install_program(self.folder / name)
+        if start == "forked":
+            self._starters.enter_context(Starter(self.folder / name, self.environment(name)))
         return self.start(name, [*command, "--node-config", str(settings)], programs=programs)
 
     def run(self, config: RunConfig, *, timeout_s: float = 600.0) -> None:
@@ -144,5 +150,6 @@ class Loopback:
 
     def _clean_up(self) -> None:
         processes.stop_marked(str(self.folder))
+        self._starters.close()
         for process in self._started:
             process.wait(timeout=10.0)

@@ -17,6 +17,7 @@ from typing import Any
 
 from common.config import RunConfig
 from experiments.certs import make_certs
+from experiments.engines.home import bytecode_cache
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -155,7 +156,7 @@ class Deployment:
 
     def flwr(self, *words: str) -> str:
         done = subprocess.run(
-            [BIN / "flwr", *words], env=self._env("cli"), capture_output=True, check=False
+            [BIN / "flwr", *words], env=self.environment("cli"), capture_output=True, check=False
         )
         assert done.returncode == 0, (done.stdout + done.stderr).decode()
         return done.stdout.decode()
@@ -167,7 +168,7 @@ class Deployment:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [BIN / words[0], *words[1:]],
-                env=self._env(name),
+                env=self.environment(name),
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -179,7 +180,7 @@ class Deployment:
         home.mkdir(parents=True, exist_ok=True)
         return home
 
-    def _env(self, name: str) -> dict[str, str]:
+    def environment(self, name: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
         return kept | {
             "FLWR_HOME": str(self._home(name)),
@@ -192,6 +193,7 @@ class Deployment:
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONUNBUFFERED": "1",
+            **bytecode_cache(os.environ),  # Flower starts again what has not come after 30 s
         }
 
 

@@ -1,23 +1,14 @@
 """`mh-pfedhn join`: settings, and every check with what is wrong and what to change."""
 
 import argparse
-import datetime
-import ipaddress
 import os
-import socket
-import ssl
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.x509.oid import NameOID
 from flwr.common.config import parse_config_args
 from rich.console import Console
 
@@ -26,10 +17,9 @@ from common.errors import ConfigError, RunError
 from experiments import join, join_checks
 from experiments.examples import my_site
 from experiments.join import JoinSettings, add_join_parser, read_settings
-from experiments.lean_clientapp import install_lean_clientapp
-from experiments.reach import ServerError, UnreachableError, check_server, split_address
 from experiments.supervise import explain
 from tests.support import tiny
+from tests.support.one_line_server import OneLineServer
 
 BASIC = {"client-id": "site-a", "server": "127.0.0.1:9", "insecure": True, "dataset": "digits"}
 
@@ -77,6 +67,7 @@ def test_paths_in_the_file_are_relative_to_it_and_a_flag_wins(
         ({"key": "k"}, r"insecure means no TLS: remove it, or both certificate and key"),
         ({"image-size": 2}, r"node config: image-size = 2 cannot be used"),
         ({"client-id": "../x"}, r"cannot name a folder"),
+        ({"port": "9094"}, r"port = '9094' must be a whole number from 0 to 65535"),
     ],
 )
 def test_bad_settings_say_what_to_change(tmp_path: Path, changes: dict, text: str) -> None:
@@ -113,27 +104,17 @@ def test_the_environment_is_the_participants_own(tmp_path: Path) -> None:
     assert settings(tmp_path).environment().get("PYTHONPATH") == os.environ.get("PYTHONPATH")
 
 
+def test_nothing_stays_between_messages_without_the_warm_worker(tmp_path: Path) -> None:
+    assert settings(tmp_path).warm
+    assert not settings(tmp_path, **{"warm-worker": "off"}).warm
+
+
 def test_two_joins_in_one_folder_are_refused(tmp_path: Path) -> None:
     text = rf"another `mh-pfedhn join` \(process {os.getpid()}\) already runs"
     with join._only_one(tmp_path), pytest.raises(RunError, match=text), join._only_one(tmp_path):
         pass
     with join._only_one(tmp_path):
         pass
-
-
-def test_the_lean_program_is_flowers_own(tmp_path: Path) -> None:
-    program = install_lean_clientapp(tmp_path / "a b") / "flwr-clientapp"
-    code = (
-        "import sys; sys.argv = ['flwr-clientapp', '--help']\n"
-        "import experiments.lean_clientapp as lean\n"
-        "try: lean.main()\n"
-        "except SystemExit: print('sqlalchemy' in sys.modules, 'alembic' in sys.modules)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--runtime-api-address" in found.stdout
-    assert found.stdout.strip().endswith("False False")
-    assert program.stat().st_mode & 0o111
-    assert str(Path(sys.executable)) in program.read_text()
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -168,141 +149,6 @@ def test_keys(tmp_path: Path) -> None:
         join_checks.check_key(tmp_path / "none")
 
 
-# --- the server ----------------------------------------------------------------------------------
-
-
-def make_certificate(folder: Path, *, days: int = 30, name: str = "127.0.0.1") -> Path:
-    """Write a self-signed certificate for an address, and its key; returns the certificate."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    san = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(name))])
-    built = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=60))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(san, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "server.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return folder / "server.pem"
-
-
-class Server:
-    """Answers every connection with one HTTP line; with TLS when it has a certificate."""
-
-    def __init__(self, certificate: Path | None = None, answer: str = "200 OK") -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._context = None
-        if certificate is not None:
-            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-        self._answer = f"HTTP/1.1 {answer}\r\n\r\n".encode()
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    self._talk(connection)
-                except OSError:
-                    continue
-
-    def _talk(self, connection: socket.socket) -> None:
-        connection.settimeout(5.0)
-        if self._context is not None:
-            with self._context.wrap_socket(connection, server_side=True) as encrypted:
-                encrypted.recv(1000)
-                encrypted.sendall(self._answer)
-        else:
-            connection.recv(1000)
-            connection.sendall(self._answer)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(10.0)
-
-
-@pytest.fixture
-def serve() -> Iterator[Any]:
-    servers: list[Server] = []
-
-    def start(*args: Any, **kwargs: Any) -> str:
-        servers.append(Server(*args, **kwargs))
-        return servers[-1].address
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-def test_a_server_with_the_right_certificate(serve: Any, tmp_path: Path) -> None:
-    certificate = make_certificate(tmp_path)
-    address = serve(certificate)
-    assert check_server(address, certificate, insecure=False) == (
-        f"{address} answers, certificate verified, valid for 30 days"
-    )
-
-
-def test_certificates_that_do_not_verify(serve: Any, tmp_path: Path) -> None:
-    good = make_certificate(tmp_path / "good")
-    with pytest.raises(ServerError, match="was not issued by your CA file"):
-        check_server(serve(make_certificate(tmp_path / "other")), good, insecure=False)
-    old = make_certificate(tmp_path / "old", days=-1)
-    with pytest.raises(ServerError, match="certificate has expired"):
-        check_server(serve(old), old, insecure=False)
-    elsewhere = make_certificate(tmp_path / "elsewhere", name="10.1.2.3")
-    with pytest.raises(ServerError, match="is for another name"):
-        check_server(serve(elsewhere), elsewhere, insecure=False)
-    with pytest.raises(ConfigError, match="It must be the federation's CA certificate"):
-        check_server(serve(good), tmp_path / "none", insecure=False)
-
-
-def test_tls_and_plain_are_not_mixed_up(serve: Any, tmp_path: Path) -> None:
-    certificate = make_certificate(tmp_path)
-    with pytest.raises(ServerError, match="no TLS there"):
-        check_server(serve(), certificate, insecure=False)
-    with pytest.raises(ServerError, match="TLS"):
-        check_server(serve(certificate), None, insecure=True)
-    assert "WITHOUT TLS" in check_server(serve(), None, insecure=True)
-
-
-def test_something_else_answers(serve: Any) -> None:
-    with pytest.raises(ServerError, match=r"answered with 'HTTP/1\.1 404 Not Found'"):
-        check_server(serve(answer="404 Not Found"), None, insecure=True)
-
-
-def test_nobody_answers() -> None:
-    with pytest.raises(UnreachableError, match=r"nobody answers at 127\.0\.0\.1:9"):
-        check_server("127.0.0.1:9", None, insecure=True)
-
-
-@pytest.mark.parametrize("server", ["host", "host:", ":8000", "https://host:8000", "host:99999"])
-def test_addresses_that_are_none(server: str) -> None:
-    with pytest.raises(ConfigError, match="must be HOST:PORT"):
-        split_address(server)
-
-
-def test_ipv6_stands_in_brackets() -> None:
-    assert split_address("[::1]:8000") == ("::1", 8000)
-
-
 # --- the whole list ------------------------------------------------------------------------------
 
 
@@ -319,8 +165,9 @@ def own(folder: Path, **changes: Any) -> JoinSettings:
     return settings(folder, **(values | {"cache-dir": str(folder / "cache")} | changes))
 
 
-def test_a_good_participant_passes(tmp_path: Path, serve: Any) -> None:
-    good, text = checked(own(tmp_path, server=serve()), must_answer=True)
+def test_a_good_participant_passes(tmp_path: Path) -> None:
+    with closing(OneLineServer()) as server:
+        good, text = checked(own(tmp_path, server=server.address), must_answer=True)
     assert good, text
     assert "360 to train and 120 to test, 4 classes (" in text, text
     assert ":normed, 116 parameters" in text

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from common.config import RunConfig
 from common.errors import ConfigError
-from experiments.launch import complete, error_lines, open_engine
-from experiments.presets import Preset
+from experiments.launch import complete, error_lines, launch, open_engine
+from experiments.presets import EngineSection, Preset
+from tests.support.tiny import HERE, tiny_config
 
 FLOWER_LOG = """\
 \x1b[92mINFO \x1b[0m:      round 1/5  accuracy 0.192
@@ -85,3 +90,30 @@ def test_nobody_elses_modules_are_offered_to_a_run_that_needs_none(
         env = engine.environment  # type: ignore[attr-defined]
     assert "HF_HUB_OFFLINE" not in env
     assert str(Path.cwd()) not in env.get("PYTHONPATH", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("global-model=cn", "unknown model 'cn'. Did you mean 'cnn'?"),
+        ("models=tests.support.tiny:smal", "tiny.py has nothing under 'smal'"),
+        ("models=nowhere:net", "cannot import 'nowhere'"),
+        ("max-parameters=100", "model 'tests.support.tiny:small' has 172 parameters here; the ser"),
+        ("device=cuda:9", "device = 'cuda:9', but "),
+        ("device=gpu", "device = 'gpu' is no torch device"),
+    ],
+)
+def test_a_client_that_could_not_start_fails_the_launch_at_once(
+    tmp_path: Path, setting: str, message: str
+) -> None:
+    """Without this the server would wait for clients until wait-for-clients-s, 300 s, is over."""
+    config = tiny_config(tmp_path, models=f"{HERE}:small", method="mh-pfedhn-gd").flat()
+    del config["num-partitions"], config["output-dir"]
+    preset = Preset("tiny", "", EngineSection(name="inprocess"), RunConfig()).with_config(config)
+    console = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    preset = preset.with_settings([setting, f"output-dir={tmp_path}/run", "wait-for-clients-s=300"])
+    assert launch(preset, console) == 1
+    console.file.close()
+    assert not (tmp_path / "run" / "config.json").exists()  # no server was started
+    assert message in console.export_text()
+    assert message in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]

@@ -66,6 +66,18 @@ def test_runs_are_found_by_name_and_by_path(
         find_run("quik-1")
 
 
+def test_where_there_are_no_runs_none_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        find_run("nothing")
+    assert str(caught.value) == (
+        f"no run 'nothing': {tmp_path} holds none at all. Give the path of a run folder, or make "
+        "one: mh-pfedhn run quickstart."
+    )
+
+
 def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
     first = new_folder("quick")

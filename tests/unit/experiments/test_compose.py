@@ -1,0 +1,61 @@
+"""What docker-compose.yml promises: who shares a network with whom, and what each site declares."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from client_app.models.registry import MODEL_NAMES
+from common.config import NodeConfig
+from experiments.join import add_join_parser, read_settings
+
+ROOT = Path(__file__).parents[3]
+SITES = ("site-a", "site-b", "site-c")
+
+
+def services(name: str = "docker-compose.yml") -> dict[str, Any]:
+    return yaml.safe_load((ROOT / name).read_text())["services"]
+
+
+def test_participants_share_a_network_with_the_gateway_alone() -> None:
+    networks = {name: set(service.get("networks", [])) for name, service in services().items()}
+    assert networks["superlink"] == networks["server"] == networks["run"] == {"server"}
+    for site in SITES:
+        assert networks[site] == {site}
+        assert {name for name, its in networks.items() if site in its} == {site, "gateway"}
+    assert [name for name, service in services().items() if "ports" in service] == ["gateway"]
+
+
+def test_nobody_sees_the_secrets_of_another() -> None:
+    for site in SITES:
+        mounted = [volume.split(":")[0] for volume in services()[site]["volumes"]]
+        assert mounted == [f"certs-{site}", f"state-{site}"]
+    holders = [n for n, s in services().items() if "certs-ca:/certs/ca" in s.get("volumes", [])]
+    assert holders == ["certs"]
+
+
+def test_what_lives_on_is_started_again_without_end() -> None:
+    for name in ("superlink", "server", "gateway", *SITES):
+        assert services()[name]["restart"] == "unless-stopped"
+        assert "healthcheck" in services()[name]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_each_site_declares_itself(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parser = argparse.ArgumentParser()
+    add_join_parser(parser.add_subparsers(required=True))
+    for name in ("docker-compose.yml", "docker-compose.insecure.yml"):
+        command = services(name)[site]["command"]
+        assert command[:2] == ["mh-pfedhn", "join"]
+        words = [word.replace("/opt/docker", str(ROOT / "docker")) for word in command[1:]]
+        found = read_settings(parser.parse_args(words))
+        assert found.client_id == site
+        assert found.port == 9094
+        assert found.insecure == ("insecure" in name)
+        assert (found.key is None) == found.insecure
+        node = NodeConfig.parse(found.node)
+        assert node.model in MODEL_NAMES
+        assert node.partition_id == SITES.index(site)

@@ -1,0 +1,85 @@
+"""Messages start by a fork of a process that has Flower imported, or alone: the same effect."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiments.starter import message
+from experiments.starter.program import Starter, install_program
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and SO_PEERCRED")
+
+
+def run_program(folder: Path, *words: str) -> tuple[int, str]:
+    """Run the installed program as Flower does: its output is a file, its end is not waited for."""
+    output = folder / "output"
+    with output.open("wb") as file:
+        program = install_program(folder) / message.NAME
+        code = subprocess.run([program, *words], stdout=file, stderr=file, check=False).returncode
+    deadline = time.monotonic() + 60
+    while "usage" not in output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    return code, output.read_text()
+
+
+def test_one_message_imports_no_web_server_and_no_database() -> None:
+    code = (
+        "import sys; sys.argv = ['flwr-clientapp', '--help']\n"
+        "import experiments.starter.message as message\n"
+        "try: message.main()\n"
+        "except SystemExit: print('sqlalchemy' in sys.modules, 'alembic' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--runtime-api-address" in found.stdout
+    assert found.stdout.strip().endswith("False False")
+
+
+def test_forked_messages_run_flowers_command_and_a_lost_starter_costs_only_time(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / ("a b" * 60)  # longer than a Unix socket's address may be
+    folder.mkdir()
+    with Starter(folder, os.environ) as starter:
+        place = folder / "bin"
+        for words in (["--help"], ["--no-such-flag"]):
+            code, output = run_program(folder, *words)
+            assert code == 0  # the message's process is the starter's child, not the program
+            assert ("--runtime-api-address" if words == ["--help"] else "is required") in output
+        descriptor = os.open(place, os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as rude:
+            rude.connect(f"/proc/self/fd/{descriptor}/{message.SOCKET}")
+            rude.sendall(b"\xff" * 100)
+        os.close(descriptor)
+        assert "--runtime-api-address" in run_program(folder, "--help")[1]
+        process = psutil.Process(starter.pid)
+        assert process.num_threads() == 1 or os.environ.get("OMP_NUM_THREADS") != "1"
+        process.kill()
+        process.wait(10)
+        assert "--runtime-api-address" in run_program(folder, "--help")[1]
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert "a request of" in (folder / "starter.log").read_text()
+
+
+def test_the_starter_ends_with_its_owner(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from experiments.starter.program import Starter\n"
+        "starter = Starter(Path(sys.argv[1]), os.environ).__enter__()\n"
+        "print(starter.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    owner = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert owner.returncode == -9, owner.stderr
+    pid = int(owner.stdout)
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(pid)
