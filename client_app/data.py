@@ -137,7 +137,7 @@ def prepare_data(section: ClientSection, *, seed: int) -> Path:
 
 def describe_data(section: ClientSection) -> tuple[int, int]:
     """Return (in_channels, num_classes) of the data set: what a model is built for."""
-    dataset = _open(section)
+    dataset = open_examples(section)
     return len(dataset.mean), dataset.num_classes
 
 

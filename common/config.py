@@ -100,6 +100,7 @@ class UpdateSection(Section):
     server_clip_norm: float = Field(50.0, gt=0)
     warmup_rounds: float = Field(0.0, ge=0)
     lr_decay: Literal["none", "cosine"] = "none"
+    lr_decay_from: float = Field(0.0, ge=0, lt=1)
     lr_final_fraction: float = Field(0.05, ge=0, le=1)
 
 

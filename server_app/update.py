@@ -172,7 +172,8 @@ class ServerUpdate:
         """Return the rates of (heads and trunk, embeddings) after `progress` rounds.
 
         Linear warm-up, (progress + 1) / (warmup-rounds + 1) up to 1 so that the first step counts,
-        then constant, or a cosine that reaches lr-final-fraction at total_rounds.
+        then constant, or a cosine from 1 at lr-decay-from (a fraction of all rounds, or the end of
+        the warm-up) to lr-final-fraction at total_rounds.
         """
         factor = self._schedule_factor(progress)
         return self.section.server_lr * factor, self.section.embedding_lr * factor
@@ -180,9 +181,10 @@ class ServerUpdate:
     def _schedule_factor(self, progress: float) -> float:
         s = self.section
         factor = min(1.0, (progress + 1) / (s.warmup_rounds + 1))
-        span = self.total_rounds - s.warmup_rounds
+        begin = max(s.warmup_rounds, s.lr_decay_from * self.total_rounds)
+        span = self.total_rounds - begin
         if s.lr_decay == "cosine" and span > 0:
-            done = min(max((progress - s.warmup_rounds) / span, 0.0), 1.0)
+            done = min(max((progress - begin) / span, 0.0), 1.0)
             cosine = (1 + math.cos(math.pi * done)) / 2
             factor *= s.lr_final_fraction + (1 - s.lr_final_fraction) * cosine
         return factor

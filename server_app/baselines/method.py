@@ -133,12 +133,13 @@ class BaselinePhase:
         self._method, self._roster, self._tally = method, roster, tally
         self._post, self._baseline = method.post, method.baseline
 
-    def letters(self, client_ids: Sequence[str]) -> Sequence[Letter]:
-        """Wrap up what goes down to these clients."""
-        started = time.monotonic()
-        made = [self._letter(client_id) for client_id in client_ids]
-        self._tally.seconds_server += time.monotonic() - started
-        return made
+    def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
+        """Wrap up what goes down to these clients, each when it is asked for."""
+        for client_id in client_ids:
+            started = time.monotonic()
+            letter = self._letter(client_id)
+            self._tally.seconds_server += time.monotonic() - started
+            yield letter
 
     def _letter(self, client_id: str) -> Letter:
         config = self._post.config

@@ -256,6 +256,10 @@ def test_learning_rates_warm_up_and_decay() -> None:
     rates = [update.learning_rates(progress)[0] for progress in (0, 1, 4, 14, 24, 30)]
     assert rates == pytest.approx([0.2, 0.4, 1.0, 0.55, 0.1, 0.1])
     assert update.learning_rates(14)[1] == pytest.approx(1.1)
+    late = section.model_copy(update={"lr_decay_from": 0.5})
+    update = ServerUpdate(Hypernetwork(TOY, seed=0), late, total_rounds=24)
+    rates = [update.learning_rates(progress)[0] for progress in (0, 4, 12, 18, 24)]
+    assert rates == pytest.approx([0.2, 1.0, 1.0, 0.55, 0.1])
     constant = ServerUpdate(Hypernetwork(TOY, seed=0), UpdateSection(), total_rounds=24)
     assert {constant.learning_rates(p) for p in (0, 5.5, 24)} == {(2e-4, 2e-4)}
 
