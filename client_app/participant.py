@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from flwr.app import Context
-from torch import nn
+from torch import Tensor, nn
 
 from client_app.cohort import Member, Outcome
 from client_app.data import ClientData, load_client_data
@@ -19,11 +19,11 @@ from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.state import ClientState, FolderState, Stamp, open_state
 from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
-from client_app.workshop import ModelKind, Tool, borrow, pick_device
+from client_app.workshop import ModelKind, Tool, borrow, offset_theta, pick_device
 from common.codec import Float32
 from common.config import ClientSection, NodeConfig, RunConfig
 from common.errors import WireError
-from common.params import FlatModel, delta
+from common.params import delta
 from common.seeding import stream_seed, torch_generator
 from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
 
@@ -96,13 +96,13 @@ class Participant:
         evaluation = None
         if task.train_global and teacher_theta is not None:
             trained = self._train_global(task, teacher_theta)
-            global_delta = self._delta(teacher_theta, self._global().model)
+            global_delta = self._delta(teacher_theta, self._global())
             seconds += trained.seconds
         if task.theta is not None:
             if task.evaluate:
                 evaluation = self._evaluate(task.header, task.theta, task.header.server_round)
             trained = self._train_personal(task, task.theta, teacher_theta, source)
-            personal_delta = self._delta(task.theta, self._personal().model)
+            personal_delta = self._delta(task.theta, self._personal())
             seconds += trained.seconds
         return TrainReply(
             num_examples=trained.num_examples,
@@ -197,7 +197,7 @@ class Participant:
             train_loss=trained.loss,
             seconds=trained.seconds,
             server_round=task.header.server_round,
-            delta=None if task.theta is None else self._delta(task.theta, tool.model),
+            delta=None if task.theta is None else self._delta(task.theta, tool),
             evaluation=evaluation,
         )
 
@@ -276,8 +276,23 @@ class Participant:
         if buffers and tool.fresh_buffers:
             kept = self.state.load(buffers, before=before or now)
         tool.reset(kept, seed)
-        tool.model.load(torch.from_numpy(theta).to(self.device))
+        tool.model.load(self._placed(tool, theta))
         return tool
+
+    def _placed(self, tool: Tool, theta: Float32) -> Tensor:
+        """Return the weights that a generated theta (K_i,) stands for, on the device.
+
+        With a `theta-offset` they are the model's own initialisation plus theta. The server learns
+        nothing new from it: who has the same architecture has the same offset.
+        """
+        received = torch.from_numpy(theta).to(self.device)
+        if self.section.theta_offset == "none":
+            return received
+        seed = stream_seed(self.config.run.seed, "theta-offset")
+        kind = tool.kind
+        return received + offset_theta(
+            kind.name, kind.in_channels, kind.num_classes, kind.device, seed
+        )
 
     def _keep_buffers(self, tool: Tool, name: str, header: Header) -> None:
         if tool.fresh_buffers:
@@ -285,9 +300,9 @@ class Participant:
             stamp = Stamp(header.server_round, 2 * self.config.run.checkpoint_every)
             self.state.save(name, tool.buffers(), stamp=stamp)
 
-    def _delta(self, theta_sent: Float32, trained: FlatModel) -> Float32:
-        sent = torch.from_numpy(theta_sent).to(self.device)
-        change: Float32 = delta(sent, trained.theta.detach()).cpu().numpy()
+    def _delta(self, theta_sent: Float32, trained: Tool) -> Float32:
+        sent = self._placed(trained, theta_sent)
+        change: Float32 = delta(sent, trained.model.theta.detach()).cpu().numpy()
         return change
 
     def _shuffler(self, purpose: str, header: Header) -> torch.Generator:

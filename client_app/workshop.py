@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class ModelKind:
 class Tool:
     """A model with the buffers it was born with and the generator of its dropout."""
 
+    kind: ModelKind
     model: FlatModel
     fresh_buffers: dict[str, Tensor]
     generator: torch.Generator
@@ -67,8 +69,14 @@ def borrow(kind: ModelKind) -> Tool:
         generator = torch.Generator(device=kind.device)
         seed_dropout(module, generator)
         fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
-        tools[kind] = Tool(FlatModel(module), fresh, generator)
+        tools[kind] = Tool(kind, FlatModel(module), fresh, generator)
     return tools[kind]
+
+
+@lru_cache(maxsize=16)
+def offset_theta(name: str, channels: int, classes: int, device: torch.device, seed: int) -> Tensor:
+    """Return `draw_theta` of these sizes on a device; kept, for every message needs it."""
+    return draw_theta(ModelKind(name, channels, classes, device), seed).to(device)
 
 
 def draw_theta(kind: ModelKind, seed: int) -> Tensor:

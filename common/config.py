@@ -65,7 +65,8 @@ class HypernetSection(Section):
     """Shape of the hypernetwork (method.md, "Hypernetwork").
 
     `head_init` "torch" draws weights and biases of the heads as the authors do; "shared" sets the
-    weights to zero, so that all clients of a group start from one and the same model, the bias.
+    weights to zero, so that all clients of a group start from one and the same model, the bias;
+    "zero" sets both to zero, for clients with a `theta-offset`.
     """
 
     chunk_size: int = Field(3072, ge=1)
@@ -73,7 +74,7 @@ class HypernetSection(Section):
     hidden_dim: int = Field(128, ge=1)
     trunk_layers: int = Field(3, ge=1)
     embedding_std: float = Field(0.002, ge=0)
-    head_init: Literal["torch", "shared"] = "torch"
+    head_init: Literal["torch", "shared", "zero"] = "torch"
     max_parameters: int = Field(12_000_000, ge=1)
 
 
@@ -128,8 +129,10 @@ class ClientSection(Section):
     """What a client that declared nothing itself uses: model, data, device.
 
     `models` is one name, or several separated by commas that are given to contiguous blocks of
-    clients. 0 for `classes_per_client` and `dirichlet_alpha` means the published value of the
-    data set. `num_partitions` is used where Flower's node config has none.
+    clients. `theta_offset` "init" adds what is generated to the parameters that the model's own
+    code initialises, drawn from the run's seed (all clients of one architecture alike): BatchNorm's
+    gammas then start at 1. 0 for `classes_per_client` and `dirichlet_alpha` means the published
+    value of the data set. `num_partitions` is used where Flower's node config has none.
     """
 
     models: str = "cnn"
@@ -145,6 +148,7 @@ class ClientSection(Section):
     test_fraction: float = Field(0.25, gt=0, lt=1)
     image_size: int = Field(32, ge=8)
     device: str = "auto"
+    theta_offset: Literal["none", "init"] = "none"
     client_threads: int = Field(1, ge=0)
     state_dir: str = ""
     warm_worker: Literal["auto", "on", "off"] = "auto"

@@ -101,8 +101,14 @@ class Hypernetwork:
                 hidden_dim=self.section.hidden_dim,
                 generator=torch_generator(self.seed, f"head/{key}"),
             ).to(self.device)
-            if self.section.head_init == "shared":
-                self.groups[key].weight.data.zero_()
+            self._blank(self.groups[key])
+
+    def _blank(self, group: HeadGroup) -> None:
+        """Clear what `head-init` does not want drawn."""
+        if self.section.head_init != "torch":
+            group.weight.data.zero_()
+        if self.section.head_init == "zero":
+            group.bias.data.zero_()
 
     def remove_client(self, client_id: str) -> None:
         """Forget a client's embedding; its head group stays, for it holds what others learned."""

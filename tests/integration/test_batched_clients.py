@@ -25,9 +25,11 @@ def run(config: RunConfig, batched_clients: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("evaluation", ["separate", "fused"])
+@pytest.mark.parametrize(
+    ("evaluation", "offset"), [("separate", "none"), ("fused", "none"), ("fused", "init")]
+)
 def test_batched_clients_give_the_same_rounds(
-    tmp_path: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, evaluation: str, offset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     train_cohort = together.train_cohort
@@ -43,6 +45,7 @@ def test_batched_clients_give_the_same_rounds(
         "max_in_flight": 0,
         "buffer_size": 0,
         "evaluation": evaluation,
+        "theta_offset": offset,
         "message_timeout_s": 600.0,
     }
     alone = run(tiny_config(tmp_path / "a", **settings), 0)
