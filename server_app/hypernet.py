@@ -215,7 +215,6 @@ class Hypernetwork:
             rows=[members.index(c) for c in part.client_ids],
             deltas=deltas,
             shares=shares,
-            num_clients=len(self._sizes),
         )
 
     @torch.no_grad()

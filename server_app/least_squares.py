@@ -18,9 +18,11 @@ buffer stays where it is, but for what it shares. Centred rows sum to zero, so w
 changes of a step have in common is left out: it is the bias's to learn.
 Differs from paper: there phi descends along J^T delta.
 
-One mechanism for every schedule: with F updates in flight and n of them in this step, the shared
-step is n/F of a full one, g n/F and beta^(n/F). So (m, m), (N, N) and (N, m) need no settings of
-their own.
+One mechanism for every schedule: a pass over the group's N clients makes one full shared step,
+whether in one piece or in N/n of them: n updates are n/N = p of a pass, and g p, p m_now, beta^p
+stand for g, m_now (in u) and beta.
+So (1, 1), (m, m), (N, N) and (N, m) need no settings of their own. (Full steps for every cohort
+were tried: each client's own delta then stays in the bias for good, and the clients overfit.)
 
 Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
 """
@@ -44,20 +46,6 @@ MEMORY = ("velocity", "mean")
 
 
 @dataclass(frozen=True)
-class Flight:
-    """How one server step relates to those that are under way.
-
-    Attributes
-    ----------
-    factor : of both gains, from warm-up and decay.
-    in_flight : updates that were computed from nearly the same phi as these, over all groups.
-    """
-
-    factor: float
-    in_flight: int
-
-
-@dataclass(frozen=True)
 class GroupBatch:
     """The updates of one head group in one step.
 
@@ -68,7 +56,6 @@ class GroupBatch:
     rows : which of these clients sent the updates, one row each; may repeat.
     deltas : (P_i,) each.
     shares : (n,) float32, positive; shares of the whole step.
-    num_clients : over all groups.
     """
 
     key: int
@@ -77,7 +64,32 @@ class GroupBatch:
     rows: Sequence[int]
     deltas: Sequence[Tensor]
     shares: Tensor
-    num_clients: int
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    @property
+    def num_clients(self) -> int:
+        """N, those of the group whether they sent something or not."""
+        return self.features_CNH.shape[1]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a step goes.
+
+    Attributes
+    ----------
+    factor : of both gains, from warm-up and decay.
+    whole_pass : the updates stand for all clients of the group (the global model's mean delta).
+    """
+
+    factor: float
+    whole_pass: bool = False
+
+    def of_pass(self, batch: GroupBatch) -> float:
+        """Return the part of a pass over the group's clients that these updates are, at most 1."""
+        return 1.0 if self.whole_pass else min(1.0, len(batch) / batch.num_clients)
 
 
 @dataclass
@@ -97,7 +109,7 @@ class LeastSquares:
 
     @torch.no_grad()
     def descend(
-        self, batch: GroupBatch, flight: Flight, *, scratch: Scratch, moves: bool = True
+        self, batch: GroupBatch, pace: Pace, *, scratch: Scratch, moves: bool = True
     ) -> HeadPullback:
         """Move the group's heads in place; return what its trunk and embeddings are to learn from.
 
@@ -110,7 +122,7 @@ class LeastSquares:
         moves
             False leaves the heads alone (`novel-only`).
         """
-        group, n = batch.group, len(batch.deltas)
+        group, n = batch.group, len(batch)
         within = batch.shares / batch.shares.sum()
         center_CH = batch.features_CNH.mean(1)
         pulled = torch.empty(group.num_chunks, n, center_CH.shape[1], device=center_CH.device)
@@ -127,38 +139,33 @@ class LeastSquares:
                 mean_square += torch.linalg.vector_norm(mean_cS, dim=1).double().square().sum()
                 torch.bmm(delta_cnS, group.weight[work].transpose(1, 2), out=pulled[work])
                 if moves:
-                    self._move(batch, flight, work, (delta_cnS, mean_cS, center_CH[work]))
+                    self._move(batch, pace, work, (delta_cnS, mean_cS, center_CH[work]))
         pulled *= batch.shares[:, None]
         return HeadPullback(pulled, squares, mean_square, torch.zeros_like(mean_square))
 
     def _move(
-        self, batch: GroupBatch, flight: Flight, work: slice, now: tuple[Tensor, Tensor, Tensor]
+        self, batch: GroupBatch, pace: Pace, work: slice, now: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         """Move some chunks: what is shared by the bias, what is personal by the weight."""
         delta_cnS, mean_cS, center_cH = now
-        n, group, section = len(batch.deltas), batch.group, self._section
+        n, group, section = len(batch), batch.group, self._section
         memory = self._remembered(batch)
-        pace = self._pace(batch, flight)
-        beta = section.shared_momentum**pace
-        memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.features_CNH.shape[1]))
-        velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS)
+        part = pace.of_pass(batch)
+        beta = section.shared_momentum**part
+        memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.num_clients))
+        velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS, alpha=part)
         shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
-        group.bias[work].sub_(shared_cS, alpha=section.shared_gain * pace * flight.factor)
+        group.bias[work].sub_(shared_cS, alpha=section.shared_gain * part * pace.factor)
         if section.personal_gain:
             solved_cnH = ridge_rows(
                 batch.features_CNH[work] - center_cH[:, None], batch.rows, section.kernel_damping
             )
-            solved_cnH *= section.personal_gain * flight.factor
+            solved_cnH *= section.personal_gain * pace.factor
             solved_cnH *= (batch.shares * (n / batch.shares.sum()))[:, None]
             own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
             group.weight[work].baddbmm_(solved_cnH.transpose(1, 2), own_cnS, alpha=-1)
             onto_c1n = torch.bmm(center_cH[:, None], solved_cnH.transpose(1, 2))
             group.bias[work].unsqueeze(1).baddbmm_(onto_c1n, own_cnS)
-
-    def _pace(self, batch: GroupBatch, flight: Flight) -> float:
-        """Return n/F of this group, at most 1: how much of a full shared step is due."""
-        here = flight.in_flight * batch.features_CNH.shape[1] / batch.num_clients
-        return min(1.0, len(batch.deltas) / max(1.0, here))
 
     def _remembered(self, batch: GroupBatch) -> GroupMemory:
         known = self._memory.get(batch.key)

@@ -191,10 +191,7 @@ class PersonalPhase:
         done = min(1.0, self._num_accepted / max(1, len(self._roster.nodes)))
         progress = self._roster.server_round - 1 + done
         usual = self._core.norms.clip("personal", updates)
-        everyone = len(self._roster.nodes)
-        in_flight = min(self._core.config.schedule.max_in_flight or everyone, everyone)
-        done_step = self._core.update.step(usual, progress=progress, in_flight=in_flight)
-        self._tally.diagnostics.append(done_step)
+        self._tally.diagnostics.append(self._core.update.step(usual, progress=progress))
         self._core.num_steps += 1
         self._tally.seconds_server += time.monotonic() - started
 

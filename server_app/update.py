@@ -27,7 +27,7 @@ from common.errors import CheckpointError
 from server_app.checkpoint import required_tensor
 from server_app.heads import HeadPullback, Scratch
 from server_app.hypernet import Hypernetwork
-from server_app.least_squares import Flight, GroupBatch, LeastSquares
+from server_app.least_squares import GroupBatch, LeastSquares, Pace
 from server_app.pulls import Pull, Pullback, global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,9 +101,7 @@ class ServerUpdate:
             fused=True,
         )
 
-    def step(
-        self, updates: Sequence[ClientUpdate], *, progress: float, in_flight: int = 0
-    ) -> StepDiagnostics:
+    def step(self, updates: Sequence[ClientUpdate], *, progress: float) -> StepDiagnostics:
         """Take one step along the mean of the updates; change phi and the embeddings in place.
 
         Updates are sorted by client before anything is summed; their weights are normalised.
@@ -114,8 +112,6 @@ class ServerUpdate:
             At least one. Weight 0 leaves an update out.
         progress
             Rounds done when the step is taken, fractions included; drives warm-up and decay.
-        in_flight
-            Updates that train at the same time (F), of which these are a part; 0 means these.
 
         Raises
         ------
@@ -127,7 +123,7 @@ class ServerUpdate:
         used = [self._aged(update) for update in _sorted(updates)]
         total = sum(update.weight for update in used)
         pulls = [Pull(u.client_id, u.delta, u.weight / total) for u in used]
-        return self._descend(pulls, used, progress, in_flight or len(used))
+        return self._descend(pulls, used, progress)
 
     def step_global(
         self, client_id: str, updates: Sequence[ClientUpdate], *, progress: float
@@ -161,7 +157,7 @@ class ServerUpdate:
                     f"{tuple(update.delta.shape)}; the global model has {expected}."
                 )
             mean.add_(update.delta.to(mean), alpha=update.weight / total)
-        return self._descend([Pull(client_id, mean)], used, progress, in_flight=1)
+        return self._descend([Pull(client_id, mean)], used, progress, whole_pass=True)
 
     def freeze(self, groups: Iterable[int]) -> None:
         """Let trunk and these head groups never move again; embeddings and new groups learn."""
@@ -227,13 +223,18 @@ class ServerUpdate:
         self._least_squares.load_state_dict(tensors, meta, self.hypernet.groups)
 
     def _descend(
-        self, pulls: Sequence[Pull], used: Sequence[ClientUpdate], progress: float, in_flight: int
+        self,
+        pulls: Sequence[Pull],
+        used: Sequence[ClientUpdate],
+        progress: float,
+        *,
+        whole_pass: bool = False,
     ) -> StepDiagnostics:
         """Gradient, clip, step; skip it when the gradient is not finite."""
         moved = [pull.client_id for pull in pulls]
         before = self.hypernet.sample_theta(moved)
         rates = self.learning_rates(progress)
-        pullback = self._pull_back(pulls, progress, in_flight)
+        pullback = self._pull_back(pulls, Pace(self._schedule_factor(progress), whole_pass))
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
         applied = math.isfinite(norm)
@@ -255,15 +256,14 @@ class ServerUpdate:
             applied=applied,
         )
 
-    def _pull_back(self, pulls: Sequence[Pull], progress: float, in_flight: int) -> Pullback:
+    def _pull_back(self, pulls: Sequence[Pull], pace: Pace) -> Pullback:
         """Compute the gradient; the least-squares rule moves the heads on the way."""
         if self.section.server_rule == "adam":
             return self._without_frozen(self.hypernet.backward(pulls))
-        flight = Flight(self._schedule_factor(progress), in_flight)
 
         def move_heads(batch: GroupBatch, scratch: Scratch) -> HeadPullback:
             moves = batch.key not in self.frozen_groups
-            return self._least_squares.descend(batch, flight, scratch=scratch, moves=moves)
+            return self._least_squares.descend(batch, pace, scratch=scratch, moves=moves)
 
         return self._without_frozen(self.hypernet.backward(pulls, head_rule=move_heads))
 

@@ -40,10 +40,10 @@ def deltas(seed: int, *client_ids: str) -> dict[str, Tensor]:
     return {c: torch.randn(SIZES[c], generator=generator) for c in client_ids}
 
 
-def moved(update: ServerUpdate, change: dict[str, Tensor], in_flight: int = 0) -> dict[str, Tensor]:
+def moved(update: ServerUpdate, change: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take a step; return how far every client's theta went, padded to its group's chunks."""
     before = update.hypernet.generate(list(SIZES))
-    update.step([ClientUpdate(c, d) for c, d in change.items()], progress=0.0, in_flight=in_flight)
+    update.step([ClientUpdate(c, d) for c, d in change.items()], progress=0.0)
     after = update.hypernet.generate(list(SIZES))
     return {c: after[c] - before[c] for c in SIZES}
 
@@ -84,20 +84,25 @@ def test_who_was_not_in_the_buffer_moves_by_what_is_shared() -> None:
     running = mean / 2  # two of the group's four clients: half a pass
     own = {c: padded(delta) - running for c, delta in change.items()}
     common = torch.stack([*own.values()]).sum(0) / 4  # weights act on centred features
+    half, beta = GAIN / 2, BETA**0.5
     for client_id in "cabd":
         personal = own.get(client_id, torch.zeros(30)) - common
-        assert_close(got[client_id], -GAIN * (1 + BETA) * mean - OWN * personal)
+        assert_close(got[client_id], -half * (1 + beta / 2) * mean - OWN * personal)
 
 
-def test_a_part_of_those_in_flight_takes_a_part_of_the_shared_step() -> None:
+def test_a_pass_in_pieces_goes_as_far_as_a_pass_at_once() -> None:
     section = SECTION.model_copy(update={"personal_gain": 0.0})
-    change = deltas(1, "c", "d")
-    got = moved(
-        system(section), change, in_flight=5
-    )  # all five clients, four of them in this group
-    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
-    beta, pace = BETA**0.5, 0.5
-    assert_close(got["a"], -GAIN * pace * (1 + beta) * mean)
+    steady = {c: torch.ones(SIZES[c]) for c in ("c", "a", "b", "d")}
+    at_once, in_pieces = system(section), system(section)
+    start = at_once.hypernet.generate(["b"])["b"]
+    for _ in range(40):  # the velocity settles: 1 / (1 - beta) steps
+        moved(at_once, steady)
+        for pair in (("c", "b"), ("a", "d")):
+            moved(in_pieces, {c: steady[c] for c in pair})
+    far = [float((u.hypernet.generate(["b"])["b"] - start).mean()) for u in (at_once, in_pieces)]
+    assert far[0] == pytest.approx(-40 * GAIN / (1 - BETA), rel=0.1)
+    half = BETA**0.5
+    assert far[1] / far[0] == pytest.approx((1 + half / 2 / (1 - half)) * (1 - BETA), rel=0.05)
 
 
 @pytest.mark.parametrize("num_clients", [1, 5, 32, 40])
@@ -129,7 +134,8 @@ def test_an_old_update_weighs_less() -> None:
     stale = [ClientUpdate("c", change["c"]), ClientUpdate("d", change["d"], staleness=3)]
     update.step(stale, progress=0.0)
     mean = (padded(change["c"]) + padded(change["d"]) / 4) / 1.25
-    assert_close(update.hypernet.generate(["a"])["a"] - before, -GAIN * (1 + BETA) * mean)
+    expected = -GAIN / 2 * (1 + BETA**0.5 / 2) * mean
+    assert_close(update.hypernet.generate(["a"])["a"] - before, expected)
 
 
 def test_shared_heads_start_everybody_from_one_model() -> None:
