@@ -44,7 +44,8 @@ class ScheduleSection(Section):
     """Who trains when: the two numbers of `docs/parallel-updates.md`, and patience with stragglers.
 
     `max_in_flight` 0 means everybody at once; `buffer_size` 0 means as many as are in flight.
-    A deadline of 0 s means none. `clip_to_median` is the multiple of the median norm of its head
+    A round closes when `close_fraction` of its clients have answered, or at the deadline (0 s:
+    none) when `min_fraction` have. `clip_to_median` is the multiple of the median norm of its head
     group's earlier deltas that a delta is scaled down to; 0 leaves deltas as they are.
     """
 
@@ -53,6 +54,7 @@ class ScheduleSection(Section):
     min_clients: int = Field(1, ge=1)
     wait_for_clients_s: float = Field(300.0, ge=0)
     settle_s: float = Field(2.0, ge=0)
+    close_fraction: float = Field(1.0, gt=0, le=1)
     min_fraction: float = Field(0.5, ge=0, le=1)
     round_deadline_s: float = Field(0.0, ge=0)
     message_timeout_s: float = Field(3600.0, gt=0)

@@ -8,9 +8,10 @@ server step that used it. `buffer_size` (M) accepted updates make one server ste
 - (N, N) is fully parallel: one step a round;
 - (N, m) is buffered asynchronous: a step for every m arrivals, nobody waits for the slowest.
 
-A round is one pass over the participants. It closes when all of them answered, or when the
-deadline passed and the minimum fraction answered. What arrives after that is late: it is used in a
-later round when its staleness (server steps since its theta was generated) is within bounds.
+A round is one pass over the participants. It closes when all of them answered (or the fraction
+that is enough, `close-fraction`), or when the deadline passed and the minimum fraction answered.
+What arrives after that is late: it is used in a later round when its staleness (server steps since
+its theta was generated) is within bounds.
 """
 
 from __future__ import annotations
@@ -75,15 +76,23 @@ class Schedule:
         return in_flight, min(self._section.buffer_size or in_flight, in_flight)
 
     def run_round(
-        self, server_round: int, participants: Sequence[tuple[str, int]], actions: RoundActions[U]
+        self,
+        server_round: int,
+        participants: Sequence[tuple[str, int]],
+        actions: RoundActions[U],
+        *,
+        last: bool = False,
     ) -> RoundOutcome:
         """Train every participant once.
 
         Parameters
         ----------
         participants : (client_id, node_id) pairs in the order in which they train.
+        last : whether no round follows: then `close-fraction` does not apply, for whoever is left
+            behind now would miss the final model.
         """
         state = _RoundState[U](server_round, list(participants), self.slots(len(participants)))
+        state.enough = 1.0 if last else self._section.close_fraction
         deadline = self._deadline()
         while not self._closed(state, deadline):
             self._dispatch(state, actions)
@@ -108,8 +117,10 @@ class Schedule:
         return self._late(state, deadline)
 
     def _late(self, state: _RoundState[U], deadline: float) -> bool:
-        enough = len(state.outcome.accepted) >= self._section.min_fraction * state.num_participants
-        return enough and time.monotonic() >= deadline
+        answered = len(state.outcome.accepted) / max(1, state.num_participants)
+        if state.enough < 1 and answered >= state.enough:
+            return True
+        return answered >= self._section.min_fraction and time.monotonic() >= deadline
 
     def _ready(self, state: _RoundState[U]) -> list[tuple[str, int]]:
         busy = self._mailbox.busy_nodes()
@@ -155,6 +166,7 @@ class _RoundState(Generic[U]):
         self.number = number
         self.queue = queue
         self.num_participants = len(queue)
+        self.enough = 1.0
         self.max_in_flight, self.buffer_size = slots
         self.synchronous = self.buffer_size == self.max_in_flight
         self.pending: set[str] = set()

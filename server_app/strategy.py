@@ -92,7 +92,9 @@ class Rounds(Strategy):
         tally = RoundTally()
         roster = self._roster(self._method.learners(clients), server_round)
         phase = self._method.open_round(roster, tally)
-        outcome = self._schedule.run_round(server_round, list(roster.nodes.items()), phase)
+        last = server_round == self._method.post.config.run.rounds
+        queue = list(roster.nodes.items())
+        outcome = self._schedule.run_round(server_round, queue, phase, last=last)
         self._method.close_round(server_round, tally)
         self._evaluate(clients, server_round, tally)
         row: dict[str, float] = {"round": server_round}

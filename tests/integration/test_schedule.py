@@ -101,3 +101,17 @@ def test_a_reply_that_is_too_stale_is_dropped(tmp_path: Path) -> None:
     found = rows(config)
     assert sum(row["num_late_used"] for row in found) == 0
     assert sum(row["num_late_dropped"] for row in found) >= 1
+
+
+def test_a_round_closes_when_enough_have_answered(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, rounds=3, max_in_flight=0, buffer_size=2, close_fraction=0.8, evaluation="fused"
+    )
+    watch = Watch(slow_s=1.5)
+    run_tiny(config, app=Wrapped(watch), workers=6)
+    first, second, third = rows(config)
+    assert (first["num_accepted"], first["num_unanswered"]) == (5, 1)
+    assert first["seconds_round"] < 1.5
+    assert second["num_accepted"] == 5
+    assert third["num_accepted"] == 6  # the last round waits, for everyone's final model
+    assert (third["num_late_used"], third["num_evaluated"]) == (1, 6)
