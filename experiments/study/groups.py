@@ -87,7 +87,7 @@ class Member:
         return _number((self.run.summary.get("best") or {}).get(key))
 
     def total(self, key: str) -> float:
-        """Add a column of all rounds up. (A resumed run's summary times its last part alone.)"""
+        """Add a column of all rounds up; a resumed run's summary times its last part alone."""
         return sum(_number(row.get(key)) or 0.0 for row in self.run.rows)
 
 

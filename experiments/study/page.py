@@ -1,4 +1,4 @@
-"""One HTML page about a study: it loads nothing, reads well in light and dark, on desk and phone."""
+"""One HTML page about a study: it loads nothing, and reads well in the dark and on a phone."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _curves(study: Study, looks: Mapping[str, Look], made: str) -> str:
 def _caption(axis: str) -> str:
     return {
         "round": "A round is one pass over the clients.",
-        "bytes": "Everything sent so far, to and from all clients; a line across the chart: no traffic.",
+        "bytes": "Sent so far, to and from all clients; a line across the chart: no traffic.",
         "seconds": "Wall clock of the rounds so far, mean over seeds, on the machine of the runs.",
     }[axis]
 
@@ -241,8 +241,8 @@ def _gains(gains: Sequence[GroupGain], looks: Mapping[str, Look], made: str) -> 
     ]
     note = f" Left out: {escape('; '.join(missing))}." if missing else ""
     return (
-        f'<div class="figures wide"><figure>{gain_chart(gains, looks)}<figcaption>Each client against itself '
-        "under Local with the same examples, model and seed, at the last evaluation. Bar: mean "
+        f'<div class="figures wide"><figure>{gain_chart(gains, looks)}'
+        "<figcaption>Each client against itself under Local with the same examples, model and seed, at the last evaluation. Bar: mean "
         f"over clients; thick line: its standard error over seeds.{note} {made}</figcaption>"
         f"</figure>{_family_gains(gains)}</div>"
     )
@@ -285,9 +285,11 @@ def _maps(maps: Sequence[EmbeddingMap], passed_over: Sequence[str], made: str) -
         else ""
     )
     intro = (
-        '<p class="quiet">A client is a point: the mean of its chunks’ embeddings, projected on '
-        "the first two principal components of all clients. Both axes have the same scale, so "
-        "distances may be compared.</p>"
+        '<p class="quiet">A client is a point. What counts is the direction in which training '
+        "has moved its embedding away from its random start, chunk by chunk; the map shows the "
+        "first two principal components of these directions, at one scale. The components often "
+        "explain little: trust the numbers above a map, computed in all dimensions, more than "
+        "the map. Clients that are near one another have moved alike.</p>"
     )
     return intro + "".join(_map(found, made) for found in maps) + rest
 
@@ -303,7 +305,7 @@ def _map(found: EmbeddingMap, made: str) -> str:
     labels = (
         f"<figure><h4 class=quiet>By label overlap</h4>{found.by_labels}<figcaption>Alike "
         f'<span class="ramp" style="background:{ramp}"></span> colours: alike label distributions '
-        "(first axis of a scaling of 1 − overlap). Lines join each client with the two whose "
+        "(first axis of a scaling of 1 &minus; overlap). Lines join each client with the two whose "
         f"labels overlap most with its own; darker: more. {made}</figcaption></figure>"
         if found.by_labels
         else f'<figure><p class="notice small">By label overlap: not drawn. {escape(found.why)}</p>'
@@ -312,7 +314,8 @@ def _map(found: EmbeddingMap, made: str) -> str:
     return (
         f'<div class="map"><h3>{escape(found.title)}</h3><p class="small">{said}</p>'
         f'<div class="figures"><figure><h4 class=quiet>By architecture</h4>{found.by_family}'
-        f'<ul class="legend">{keys}</ul><figcaption>{made}</figcaption></figure>{labels}</div></div>'
+        f'<ul class="legend">{keys}</ul><figcaption>{made}</figcaption></figure>{labels}</div>'
+        "</div>"
     )
 
 
@@ -320,7 +323,7 @@ def _made_by(study: Study, source: Source) -> str:
     """Return the commands behind every figure: the one that draws, and those that ran."""
     sweeps = {sweep_command(member.run) for member in study.members}
     ran = "".join(f"<code>{escape(c)}</code>, then " for c in sorted(s for s in sweeps if s))
-    alone = "the runs’ own commands at the end of this page, then " if None in sweeps else ""
+    alone = "the runs' own commands at the end of this page, then " if None in sweeps else ""
     return f"Made by {ran}{alone}<code>{escape(source.command)}</code>."
 
 

@@ -12,7 +12,7 @@ from experiments.progress import clock
 from experiments.study.groups import Group, Stat, Study
 
 Cell = Callable[[Group], str]
-NONE = "–"
+NONE = "-"
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ def percent(stat: Stat | None) -> str:
     """Write fractions as per cent with the standard error.
 
     >>> percent(Stat(0.6123, 0.0045, 3)), percent(Stat(0.5, None, 1)), percent(None)
-    ('61.2 ± 0.5', '50.0', '–')
+    ('61.2 ± 0.5', '50.0', '-')
     """
-    return NONE if stat is None else number(
-        Stat(100 * stat.mean, None if stat.error is None else 100 * stat.error, stat.count), digits=1
-    )  # fmt: skip
+    if stat is None:
+        return NONE
+    error = None if stat.error is None else 100 * stat.error
+    return number(Stat(100 * stat.mean, error, stat.count), digits=1)
 
 
 def number(stat: Stat | None, *, digits: int) -> str:
