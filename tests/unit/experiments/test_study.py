@@ -280,4 +280,4 @@ def test_groups_are_named_after_their_variant(tmp_path: Path) -> None:
     runs = [Run.load(tmp_path / str(i)) for i in range(2)]
     groups = group_runs(runs)
     assert [g.label for g in groups] == ["teacher, distill-alpha 0.1", "teacher, distill-alpha 0.9"]
-    assert [g.short for g in groups] == ["teacher 0.1", "teacher 0.9"]
+    assert [g.short for g in groups] == ["0.1", "0.9"]
