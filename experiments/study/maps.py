@@ -121,7 +121,8 @@ def _links(overlaps: Array) -> list[tuple[int, int, float]]:
 
 def _by_family(cosines: Array, families: Sequence[str]) -> list[str]:
     upper = np.triu_indices(len(cosines), 1)
-    same = np.array([families[i] == families[j] for i, j in zip(*upper, strict=True)])
+    kinds = np.array(families)
+    same = kinds[upper[0]] == kinds[upper[1]]
     if same.all() or not same.any():
         return []
     alike, other = cosines[upper][same].mean(), cosines[upper][~same].mean()
@@ -134,7 +135,8 @@ def _by_family(cosines: Array, families: Sequence[str]) -> list[str]:
 def _by_labels(cosines: Array, overlaps: Array, sizes: Sequence[int]) -> list[str]:
     """Correlate directions with labels, apart for pairs that share heads and pairs that do not."""
     upper = np.triu_indices(len(cosines), 1)
-    equal = np.array([sizes[i] == sizes[j] for i, j in zip(*upper, strict=True)])
+    counts = np.array(sizes)
+    equal = counts[upper[0]] == counts[upper[1]]
     parts = []
     for mask, which in ((equal, "of equal size, which share heads"), (~equal, "of different size")):
         count = int(mask.sum())

@@ -132,7 +132,7 @@ def markdown(study: Study, *, source: str) -> str:
 
 def run_rows(study: Study) -> list[tuple[str, ...]]:
     """Return a row for each run: name, seed, status, accuracy, rounds, time, command."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for group in study.groups:
         for member in group.members:
             last, resumed = member.last("accuracy_micro"), member.note.get("resumed_after")
