@@ -103,7 +103,7 @@ def tag(key: str) -> str:
 
 
 def require_tensorboard() -> Any:
-    """Return torch's SummaryWriter; raise ConfigError, saying what to install, where it is missing."""
+    """Return torch's SummaryWriter; raise ConfigError that says what to install if missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from experiments.settings import complete_settings
 
 Array = NDArray[np.float64]
 
@@ -45,33 +49,75 @@ def keep_embeddings(folder: Path) -> bool:
     return True
 
 
-def client_points(embeddings: dict[str, Array]) -> tuple[list[str], Array]:
-    """Return one point for each client: the mean of its chunks' embeddings, (clients, embed_dim).
+def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
+    """Return what training added to each client's embedding: its value minus its random start.
 
-    Clients of different sizes have different numbers of chunks; the mean makes them comparable.
+    The start is drawn again from the run's seed. It can be ten times as large as what is learned,
+    so that a map of the raw values shows the dice. The global model's embedding is left out.
     """
-    names = sorted(embeddings, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
-    return names, np.stack([embeddings[name].mean(axis=0) for name in names])
+    from common.seeding import torch_generator  # imports torch: seconds
+    from server_app.registry import GLOBAL_ID
+
+    full = complete_settings(config)
+    moved = {}
+    for client_id, value in embeddings.items():
+        if client_id == GLOBAL_ID:
+            continue
+        generator = torch_generator(int(full["seed"]), "embedding", client_id=client_id)
+        rows = _normal_rows(value.shape, generator)
+        moved[client_id] = value - float(full["embedding-std"]) * rows
+    return moved
 
 
-def principal_axes(points: Array) -> tuple[Array, tuple[float, float]]:
-    """Project points (n, d) on their first two principal components.
+def in_order(client_ids: Iterable[str]) -> list[str]:
+    """Sort client ids, numbers by their value."""
+    return sorted(client_ids, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+
+
+def alignment(moved: Mapping[str, Array], names: Sequence[str]) -> Array:
+    """Return how much every two clients moved in the same direction: cosines (clients, clients).
+
+    Chunk by chunk, over the chunks that both have: a larger model has more.
+    """
+    count = len(names)
+    cosines = np.eye(count)
+    for i in range(count):
+        for j in range(i):
+            shared = min(len(moved[names[i]]), len(moved[names[j]]))
+            a, b = (moved[names[k]][:shared].ravel() for k in (i, j))
+            size = float(np.linalg.norm(a) * np.linalg.norm(b))
+            cosines[i, j] = cosines[j, i] = float(a @ b) / size if size > 0 else 0.0
+    return cosines
+
+
+def principal_axes(similarity: Array) -> tuple[Array, tuple[float, float]]:
+    """Place clients on the first two principal components of their directions.
+
+    Principal component analysis of vectors of which the inner products (n, n) are given.
 
     Returns
     -------
     Coordinates (n, 2), each component's sign chosen so that its largest entry is positive, and the
     fraction of the variance that each explains.
     """
-    centred = points - points.mean(axis=0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    coordinates = np.zeros((len(points), 2))
-    count = min(2, len(s))
-    coordinates[:, :count] = u[:, :count] * s[:count]
-    largest = np.abs(coordinates).argmax(axis=0)
-    signs = np.sign(coordinates[largest, [0, 1]])
-    total = float((s**2).sum())
-    shares = [float(s[i] ** 2) / total if i < count and total > 0 else 0.0 for i in range(2)]
-    return coordinates * np.where(signs == 0, 1.0, signs), (shares[0], shares[1])
+    count = len(similarity)
+    centre = np.eye(count) - 1.0 / count
+    values, vectors = np.linalg.eigh(centre @ similarity @ centre)
+    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    total = float(values.sum())
+    places = np.zeros((count, 2))
+    for axis in range(min(2, count)):
+        column = vectors[:, axis] * np.sqrt(values[axis])
+        places[:, axis] = column if column[np.abs(column).argmax()] >= 0 else -column
+    shares = [float(value) / total if total > 0 else 0.0 for value in (*values, 0.0)[:2]]
+    return places, (shares[0], shares[1])
+
+
+def _normal_rows(shape: tuple[int, ...], generator: Any) -> Array:
+    """Draw the standard normal rows from which the hypernetwork starts."""
+    import torch
+
+    return np.asarray(torch.randn(*shape, generator=generator).numpy(), np.float64)
 
 
 def _read(path: Path) -> dict[str, Array]:

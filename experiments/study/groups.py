@@ -16,12 +16,6 @@ from experiments.settings import complete_settings, digest, essential
 from experiments.sweep.cells import process_of, read_note
 from server_app.picture import METHODS
 
-NAMES = {
-    "local": "Local", "fedavg": "FedAvg", "fedprox": "FedProx", "lg-fedavg": "LG-FedAvg",
-    "fedproto": "FedProto", "fedgh": "FedGH", "fedtgp": "FedTGP", "fd": "FD", "fml": "FML",
-    "fedkd": "FedKD", "pfedhn": "pFedHN",
-}  # fmt: skip
-"""Methods in the order of tables, after our own."""
 DEEPEST = 4
 NAMED_KEYS = 3
 RUN_FILES = ("summary.json", "metrics.jsonl")
@@ -87,7 +81,7 @@ class Member:
         return _number((self.run.summary.get("best") or {}).get(key))
 
     def total(self, key: str) -> float:
-        """Add a column of all rounds up. (A resumed run's summary times its last part alone.)"""
+        """Add a column of all rounds up; a resumed run's summary times its last part alone."""
         return sum(_number(row.get(key)) or 0.0 for row in self.run.rows)
 
 
@@ -222,7 +216,9 @@ def _names(drafts: Sequence[tuple[Mapping[str, Any], Sequence[Member]]]) -> list
         full = complete_settings(settings)
         shown = [f"{key} {_brief(full.get(key))}" for key in keys[:NAMED_KEYS]]
         values = [_brief(full.get(key)) for key in keys[:NAMED_KEYS]]
-        names.append((", ".join([base, *shown]), " ".join([base, "/".join(values)]).strip()))
+        brief = ["/".join(values)] if values else []
+        many = len(set(bases)) > 1 or not brief  # with one method alone its name says nothing
+        names.append((", ".join([base, *shown]), " ".join([base, *brief] if many else brief)))
     for place, (label, short) in enumerate(names):
         if sum(label == other for other, _ in names) > 1:
             mark = digest(dict(drafts[place][0]))
@@ -233,12 +229,7 @@ def _names(drafts: Sequence[tuple[Mapping[str, Any], Sequence[Member]]]) -> list
 def _base(settings: Mapping[str, Any], members: Sequence[Member]) -> str:
     method = str(settings["method"])
     variants = {str(member.note.get("variant", "")) for member in members} - {""}
-    return variants.pop() if len(variants) == 1 else method_name(method)
-
-
-def method_name(method: str) -> str:
-    """Write a method as its authors do."""
-    return METHODS.get(method) or NAMES.get(method, method)
+    return variants.pop() if len(variants) == 1 else METHODS.get(method, method)
 
 
 def _differing(many: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -249,7 +240,7 @@ def _differing(many: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _order(settings: Mapping[str, Any], members: Sequence[Member]) -> tuple[Any, ...]:
     method = str(settings["method"])
-    known = [*METHODS, *(name for name in NAMES if name not in METHODS)]
+    known = list(METHODS)
     place = known.index(method) if method in known else len(known)
     variant = max((str(m.note.get("variant", "")) for m in members), default="")
     values = [(k, (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)))

@@ -35,7 +35,8 @@ def label_shares(run: Run, clients: Sequence[str]) -> Array:
     for place, client in enumerate(clients):
         rows = client_indices(dataset, section, partition_id=int(client), seed=seed)
         counts[place] = np.bincount(dataset.labels[rows], minlength=dataset.num_classes)
-    return counts / counts.sum(axis=1, keepdims=True)
+    shares: Array = counts / counts.sum(axis=1, keepdims=True)
+    return shares
 
 
 def overlap(shares: Array) -> Array:
@@ -43,7 +44,8 @@ def overlap(shares: Array) -> Array:
 
     The sum over labels of the smaller share: 1 minus the total variation distance.
     """
-    return np.minimum(shares[:, None, :], shares[None, :, :]).sum(axis=2)
+    smaller: Array = np.minimum(shares[:, None, :], shares[None, :, :]).sum(axis=2)
+    return smaller
 
 
 def ordering(overlaps: Array) -> Array:

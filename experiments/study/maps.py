@@ -10,12 +10,21 @@ from numpy.typing import NDArray
 
 from common.errors import MHpFedHNError
 from experiments.study.charts import MapAxes, MapPoint, map_chart
-from experiments.study.embeddings import client_points, load_embeddings, principal_axes
+from experiments.study.embeddings import (
+    alignment,
+    in_order,
+    learned,
+    load_embeddings,
+    principal_axes,
+)
 from experiments.study.groups import Member, Study
 from experiments.study.labels import label_shares, ordering, overlap, rank_correlation
 from experiments.study.looks import family_looks, scale_colour
 
+Array = NDArray[np.float64]
+
 LINKS_PER_CLIENT = 2
+FEWEST_PAIRS = 6
 SMALLEST = 3
 """Fewer clients make no map."""
 
@@ -43,20 +52,22 @@ def embedding_maps(study: Study, *, limit: int) -> tuple[list[EmbeddingMap], lis
     passed_over: list[str] = []
     for group in study.groups:
         for member in group.counted:
-            embeddings = load_embeddings(member.run.folder)
-            if len(embeddings) < SMALLEST:
+            moved = learned(load_embeddings(member.run.folder), member.run.config)
+            if len(moved) < SMALLEST:
                 continue
             if len(maps) < limit:
-                maps.append(_draw(member, f"{group.label}, seed {member.seed}", embeddings))
+                maps.append(_draw(member, f"{group.label}, seed {member.seed}", moved))
             else:
                 passed_over.append(group.label)
             break
     return maps, passed_over
 
 
-def _draw(member: Member, title: str, embeddings: dict[str, NDArray[np.float64]]) -> EmbeddingMap:
-    names, points = client_points(embeddings)
-    places, shares = principal_axes(points)
+def _draw(member: Member, title: str, moved: dict[str, Array]) -> EmbeddingMap:
+    names = in_order(moved)
+    sizes = [len(moved[name]) for name in names]
+    cosines = alignment(moved, names)
+    places, shares = principal_axes(cosines)
     known = member.run.families()
     families = [known.get(name, "unknown") for name in names]
     looks = family_looks(families)
@@ -66,21 +77,21 @@ def _draw(member: Member, title: str, embeddings: dict[str, NDArray[np.float64]]
     ]
     axes = MapAxes(f"Embeddings of {title}, by architecture", shares)
     by_family = map_chart(dots, axes)
-    findings = _apart_by_family(points, families)
+    findings = _by_family(cosines, families)
     legend = tuple((family, look.colour) for family, look in looks.items())
     try:
         overlaps = overlap(label_shares(member.run, names))
     except MHpFedHNError as error:
         return EmbeddingMap(title, by_family, legend, "", str(error), tuple(findings))
-    findings += _apart_by_labels(points, overlaps)
+    findings += _by_labels(cosines, overlaps, sizes)
     by_labels = _label_map(places, names, overlaps, MapAxes(title, shares))
     return EmbeddingMap(title, by_family, legend, by_labels, "", tuple(findings))
 
 
 def _label_map(
-    places: NDArray[np.float64],
+    places: Array,
     names: Sequence[str],
-    overlaps: NDArray[np.float64],
+    overlaps: Array,
     axes: MapAxes,
 ) -> str:
     order = ordering(overlaps)
@@ -96,7 +107,7 @@ def _label_map(
     return map_chart(dots, MapAxes(title, axes.shares), links=_links(overlaps))
 
 
-def _links(overlaps: NDArray[np.float64]) -> list[tuple[int, int, float]]:
+def _links(overlaps: Array) -> list[tuple[int, int, float]]:
     """Return the pairs that are among each other's closest in labels, with their overlap."""
     count = len(overlaps)
     found = {}
@@ -108,35 +119,32 @@ def _links(overlaps: NDArray[np.float64]) -> list[tuple[int, int, float]]:
     return [(i, j, weight) for (i, j), weight in sorted(found.items())]
 
 
-def _distances(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the distance of every two clients in the full space (clients, clients)."""
-    apart: NDArray[np.float64] = np.linalg.norm(points[:, None] - points[None, :], axis=2)
-    return apart
-
-
-def _apart_by_family(points: NDArray[np.float64], families: Sequence[str]) -> list[str]:
-    distances, upper = _distances(points), np.triu_indices(len(points), 1)
-    same = np.array([families[i] == families[j] for i, j in zip(*upper, strict=True)])
+def _by_family(cosines: Array, families: Sequence[str]) -> list[str]:
+    upper = np.triu_indices(len(cosines), 1)
+    kinds = np.array(families)
+    same = kinds[upper[0]] == kinds[upper[1]]
     if same.all() or not same.any():
         return []
-    ratio = distances[upper][same].mean() / distances[upper][~same].mean()
+    alike, other = cosines[upper][same].mean(), cosines[upper][~same].mean()
     return [
-        f"Two clients of one architecture are {ratio:.2f} times as far apart as two of different "
-        "ones (mean distance of embeddings, all dimensions)."
+        f"Mean cosine of two clients' directions: {alike:+.2f} with the same architecture, "
+        f"{other:+.2f} with different ones."
     ]
 
 
-def _apart_by_labels(points: NDArray[np.float64], overlaps: NDArray[np.float64]) -> list[str]:
-    upper = np.triu_indices(len(points), 1)
-    found = rank_correlation(_distances(points)[upper], overlaps[upper])
-    if found is None:
-        return ["All pairs of clients overlap equally in their labels."]
-    meaning = (
-        "the more labels in common, the nearer"
-        if found < 0
-        else "sharing labels does not bring them nearer"
-    )
-    return [
-        f"Rank correlation of distance and label overlap over all pairs: {found:+.2f} "
-        f"({meaning if abs(found) >= 0.1 else 'next to none'})."
-    ]
+def _by_labels(cosines: Array, overlaps: Array, sizes: Sequence[int]) -> list[str]:
+    """Correlate directions with labels, apart for pairs that share heads and pairs that do not."""
+    upper = np.triu_indices(len(cosines), 1)
+    counts = np.array(sizes)
+    equal = counts[upper[0]] == counts[upper[1]]
+    parts = []
+    for mask, which in ((equal, "of equal size, which share heads"), (~equal, "of different size")):
+        count = int(mask.sum())
+        if count < FEWEST_PAIRS:
+            continue
+        found = rank_correlation(cosines[upper][mask], overlaps[upper][mask])
+        if found is not None:
+            parts.append(f"{found:+.2f} over the {count} pairs {which}")
+    if not parts:
+        return []
+    return [f"Rank correlation of direction and label overlap: {'; '.join(parts)}."]

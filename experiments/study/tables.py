@@ -12,7 +12,7 @@ from experiments.progress import clock
 from experiments.study.groups import Group, Stat, Study
 
 Cell = Callable[[Group], str]
-NONE = "–"
+NONE = "-"
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ def percent(stat: Stat | None) -> str:
     """Write fractions as per cent with the standard error.
 
     >>> percent(Stat(0.6123, 0.0045, 3)), percent(Stat(0.5, None, 1)), percent(None)
-    ('61.2 ± 0.5', '50.0', '–')
+    ('61.2 ± 0.5', '50.0', '-')
     """
-    return NONE if stat is None else number(
-        Stat(100 * stat.mean, None if stat.error is None else 100 * stat.error, stat.count), digits=1
-    )  # fmt: skip
+    if stat is None:
+        return NONE
+    error = None if stat.error is None else 100 * stat.error
+    return number(Stat(100 * stat.mean, error, stat.count), digits=1)
 
 
 def number(stat: Stat | None, *, digits: int) -> str:
@@ -131,7 +132,7 @@ def markdown(study: Study, *, source: str) -> str:
 
 def run_rows(study: Study) -> list[tuple[str, ...]]:
     """Return a row for each run: name, seed, status, accuracy, rounds, time, command."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for group in study.groups:
         for member in group.members:
             last, resumed = member.last("accuracy_micro"), member.note.get("resumed_after")

@@ -102,8 +102,8 @@ def make_ready(cell: Cell) -> bool:
         return False
     if not read_note(folder).get("file"):
         raise RunError(
-            f"{folder} holds a run that no sweep started ({NOTE} does not say so). Move it away, or "
-            "give the sweep another output-dir."
+            f"{folder} holds a run that no sweep started ({NOTE} does not say so). Move it "
+            "away, or give the sweep another output-dir."
         )
     from server_app.checkpoint import latest  # imports torch: seconds
 

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from common.config import HypernetSection
 from common.errors import ConfigError, DataError, RunError
 from experiments.runs import Run
 from experiments.settings import essential
 from experiments.study.commands import run_command
 from experiments.study.curves import mean_curve
 from experiments.study.embeddings import (
-    client_points,
+    alignment,
+    in_order,
     keep_embeddings,
+    learned,
     load_embeddings,
     principal_axes,
 )
@@ -26,6 +29,7 @@ from experiments.study.labels import label_shares, ordering, overlap, rank_corre
 from experiments.study.looks import METHOD_LOOKS, looks_for
 from experiments.study.svg import log_ticks, nice_ticks, spread
 from experiments.study.tables import markdown, number, percent
+from server_app.hypernet import Hypernetwork
 from tests.unit.experiments.run_folders import write_seed
 
 
@@ -221,15 +225,36 @@ def test_embeddings_survive_their_checkpoint(tmp_path: Path) -> None:
     assert keep_embeddings(tmp_path)
     (tmp_path / "checkpoint" / "checkpoint-00000002" / "tensors.safetensors").unlink()
     after = load_embeddings(tmp_path)
-    names, points = client_points(after)
-    assert names == ["0", "1", "2"]
-    np.testing.assert_array_equal(points, [[0, 0], [1, 1], [2, 2]])
+    assert in_order(["10", "b", "2", *after]) == ["0", "1", "2", "2", "10", "b"]
+    np.testing.assert_array_equal(after["2"], before["2"])
+
+
+def test_what_is_learned_starts_from_what_the_server_drew() -> None:
+    section = HypernetSection(embed_dim=3, chunk_size=10, hidden_dim=4, embedding_std=0.5)
+    hypernet = Hypernetwork(section, seed=7)
+    hypernet.add_client("a", 25)
+    drawn = {"a": hypernet.embeddings["a"].detach().numpy().astype(np.float64)}
+    moved = learned({**drawn, "__global__": drawn["a"]}, {"seed": 7, "embedding-std": 0.5})
+    assert list(moved) == ["a"]
+    np.testing.assert_allclose(moved["a"], np.zeros((3, 3)), atol=1e-7)
+
+
+def test_alignment_uses_the_chunks_that_both_clients_have() -> None:
+    moved = {
+        "a": np.array([[1.0, 0.0]]),
+        "b": np.array([[2.0, 2.0], [9.0, 9.0]]),
+        "c": np.array([[0.0, 1.0], [0.0, 0.0]]),
+    }
+    root = math.sqrt(0.5)
+    expected = [[1, root, 0], [root, 1, 2 / math.sqrt(170)], [0, 2 / math.sqrt(170), 1]]
+    np.testing.assert_allclose(alignment(moved, ["a", "b", "c"]), expected)
 
 
 def test_principal_axes_of_points_on_a_line() -> None:
-    places, shares = principal_axes(np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]))
+    points = np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
+    places, shares = principal_axes(points @ points.T)
     np.testing.assert_allclose(np.abs(places[:, 0]), [5.0, 0.0, 5.0], atol=1e-12)
-    np.testing.assert_allclose(places[:, 1], 0.0, atol=1e-12)
+    np.testing.assert_allclose(places[:, 1], 0.0, atol=1e-6)
     assert shares == (pytest.approx(1.0), pytest.approx(0.0))
 
 
@@ -255,4 +280,4 @@ def test_groups_are_named_after_their_variant(tmp_path: Path) -> None:
     runs = [Run.load(tmp_path / str(i)) for i in range(2)]
     groups = group_runs(runs)
     assert [g.label for g in groups] == ["teacher, distill-alpha 0.1", "teacher, distill-alpha 0.9"]
-    assert [g.short for g in groups] == ["teacher 0.1", "teacher 0.9"]
+    assert [g.short for g in groups] == ["0.1", "0.9"]
