@@ -69,6 +69,8 @@ class HypernetSection(Section):
     `head_init` "torch" draws weights and biases of the heads as the authors do; "shared" sets the
     weights to zero, so that all clients of a group start from one and the same model, the bias;
     "zero" sets both to zero, for clients with a `theta-offset`.
+    `head_layout` "one" shares one head among all chunks of a group (`server_app.shared_heads`).
+    `generation_precision` is that of the products which emit theta; everything else is float32.
     """
 
     chunk_size: int = Field(3072, ge=1)
@@ -77,6 +79,8 @@ class HypernetSection(Section):
     trunk_layers: int = Field(3, ge=1)
     embedding_std: float = Field(0.002, ge=0)
     head_init: Literal["torch", "shared", "zero"] = "torch"
+    head_layout: Literal["separate", "one"] = "separate"
+    generation_precision: Literal["float32", "bfloat16"] = "float32"
     max_parameters: int = Field(12_000_000, ge=1)
 
 

@@ -20,23 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from server_app.memory import Scratch, fresh
+
 TILE_BYTES = 16 * 2**20  # half of a common L3 cache; at least one chunk is always taken
 WORK_BYTES = 8 * 2**20  # what the products of one step of the loop read and write together
 ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would all fall into the same cache sets
-
-
-class Scratch:
-    """One buffer that is reused for tiles; fresh memory costs more in page faults than the copy."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.empty(0, device=device)
-
-    def take(self, *shape: int) -> Tensor:
-        """Return an uninitialised float32 tensor; it is valid until the next call."""
-        size = math.prod(shape)
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, device=self._buffer.device)
-        return self._buffer[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -106,18 +94,25 @@ class HeadGroup:
         return self.weight.shape[2]
 
     @torch.no_grad()
-    def forward(self, features_CNH: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    def forward(
+        self, features_CNH: Tensor, sizes: Sequence[int], *, bfloat16: bool = False
+    ) -> list[Tensor]:
         """Emit theta_i (P_i,) of every client, truncated to its size; no graph is recorded.
 
-        They are rows of one block of memory, which is freed with the last of them.
+        They are rows of one block of memory, which is freed with the last of them. With `bfloat16`
+        the operands of the products are rounded to it, and the products too, before the bias.
         """
         length = self.num_chunks * self.chunk_size
-        block = torch.empty(len(sizes), length + ROW_PADDING, device=self.weight.device)
+        block = fresh(len(sizes), length + ROW_PADDING, device=self.weight.device)
         out_CNS = block[:, :length].view(len(sizes), *self.bias.shape).transpose(0, 1)
         rows = len(sizes) + self.weight.shape[1]
         for work in self.tiles(0, self.num_chunks, rows=rows, budget=self.work_bytes):
-            bias_c1S = self.bias[work].unsqueeze(1)
-            torch.baddbmm(bias_c1S, features_CNH[work], self.weight[work], out=out_CNS[work])
+            bias_c1S, weight_cHS = self.bias[work].unsqueeze(1), self.weight[work]
+            if bfloat16:
+                short = torch.bmm(features_CNH[work].bfloat16(), weight_cHS.bfloat16())
+                torch.add(short, bias_c1S, out=out_CNS[work])
+            else:
+                torch.baddbmm(bias_c1S, features_CNH[work], weight_cHS, out=out_CNS[work])
         return [block[i, :size] for i, size in enumerate(sizes)]
 
     @torch.no_grad()

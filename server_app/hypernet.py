@@ -13,7 +13,6 @@ of a client (the paper's K_i), R rows of several embeddings put one after the ot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +23,12 @@ from common.errors import CheckpointError, RegistrationError, listing
 from common.seeding import torch_generator
 from server_app.checkpoint import require_same, required_tensor
 from server_app.grouping import by_num_chunks, members_by_group, num_chunks
-from server_app.heads import HeadGroup, HeadPullback, Scratch
+from server_app.heads import HeadGroup, HeadPullback
 from server_app.least_squares import GroupBatch
+from server_app.memory import Scratch
+from server_app.parts import Part
 from server_app.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
+from server_app.shared_heads import SharedHead, place_rows
 from server_app.trunk import draw_trunk
 
 HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
@@ -35,7 +37,7 @@ HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
 SAMPLE = 8
 """Clients and chunks that diagnostics look at."""
 
-SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers")
+SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers", "head-layout")
 
 
 class Hypernetwork:
@@ -66,6 +68,8 @@ class Hypernetwork:
         self.embeddings: dict[str, nn.Parameter] = {}
         self._sizes: dict[str, int] = {}
         self._scratch = Scratch(self.device)
+        self._short = section.generation_precision == "bfloat16"
+        self._one_head = section.head_layout == "one"
 
     def add_client(self, client_id: str, num_parameters: int) -> None:
         """Give a client an embedding, and its size a head group where none exists yet.
@@ -89,26 +93,29 @@ class Hypernetwork:
         chunks = num_chunks(num_parameters, self.section.chunk_size)
         generator = torch_generator(self.seed, "embedding", client_id=client_id)
         rows = torch.randn(chunks, self.section.embed_dim, generator=generator)
+        rows *= self.section.embedding_std
+        if self._one_head:
+            rows += place_rows(chunks, rows.shape[1], torch_generator(self.seed, "places"))
         self._sizes[client_id] = num_parameters
-        self.embeddings[client_id] = nn.Parameter(
-            (rows * self.section.embedding_std).to(self.device)
-        )
+        self.embeddings[client_id] = nn.Parameter(rows.to(self.device))
         key = self._group_key(client_id)
         if key not in self.groups:
-            self.groups[key] = HeadGroup.draw(
-                num_chunks=key,
-                chunk_size=self.section.chunk_size,
-                hidden_dim=self.section.hidden_dim,
-                generator=torch_generator(self.seed, f"head/{key}"),
-            ).to(self.device)
-            self._blank(self.groups[key])
+            self.groups[key] = self._draw_group(key)
 
-    def _blank(self, group: HeadGroup) -> None:
-        """Clear what `head-init` does not want drawn."""
+    def _draw_group(self, key: int) -> HeadGroup:
+        """Make a head group; what it starts from depends on the seed and its key alone."""
+        draw = SharedHead.draw_one if self._one_head else HeadGroup.draw
+        group = draw(
+            num_chunks=key,
+            chunk_size=self.section.chunk_size,
+            hidden_dim=self.section.hidden_dim,
+            generator=torch_generator(self.seed, f"head/{key}"),
+        ).to(self.device)
         if self.section.head_init != "torch":
             group.weight.data.zero_()
         if self.section.head_init == "zero":
             group.bias.data.zero_()
+        return group
 
     def remove_client(self, client_id: str) -> None:
         """Forget a client's embedding; its head group stays, for it holds what others learned."""
@@ -153,7 +160,9 @@ class Hypernetwork:
             features_RH = self.trunk(self._rows(parts))
             for part in parts:
                 sizes = [self._sizes[client_id] for client_id in part.client_ids]
-                emitted = part.group.forward(part.chunk_major(features_RH), sizes)
+                emitted = part.group.forward(
+                    part.chunk_major(features_RH), sizes, bfloat16=self._short
+                )
                 thetas |= zip(part.client_ids, emitted, strict=True)
         return {client_id: thetas[client_id] for client_id in client_ids}
 
@@ -202,7 +211,7 @@ class Hypernetwork:
         norm = step_norm(pulled, [*trunk, *embeddings])
         return Pullback(trunk + heads, embeddings, norm, *delta_facts(pulls, pulled))
 
-    def _group_batch(self, part: _Part, deltas: Sequence[Tensor], shares: Tensor) -> GroupBatch:
+    def _group_batch(self, part: Part, deltas: Sequence[Tensor], shares: Tensor) -> GroupBatch:
         """Put a part beside all clients of its group, known by the group's key."""
         key = self._group_key(part.client_ids[0])
         members = [c for c in self._sizes if self._group_key(c) == key]
@@ -231,7 +240,8 @@ class Hypernetwork:
             chunks = torch.unique(torch.linspace(0, max(0, key - 2), SAMPLE).long())
             rows_NcE = torch.stack([self.embeddings[c].detach()[chunks] for c in chosen])
             group = self.groups[key]
-            weight, bias = group.weight[chunks], group.bias[chunks]
+            heads = torch.zeros_like(chunks) if self._one_head else chunks
+            weight, bias = group.weight[heads], group.bias[heads]
             features_cNH = self.trunk(rows_NcE).transpose(0, 1)
             samples.append(torch.baddbmm(bias[:, None], features_cNH, weight).reshape(-1))
         return torch.cat(samples)
@@ -277,18 +287,20 @@ class Hypernetwork:
                 "a state is loaded into an empty hypernetwork; this one has clients "
                 f"{listing(self._sizes)}. Make a new one."
             )
-        require_same(meta["section"], self.section.flat(), SHAPE_KEYS)
+        saved = {"head-layout": "separate", **meta["section"]}  # older ones do not say
+        require_same(saved, self.section.flat(), SHAPE_KEYS)
         self.seed = int(meta["seed"])
         s = self.section
         for name, parameter in self.trunk.named_parameters():
             shape = tuple(parameter.shape)
             parameter.data.copy_(required_tensor(tensors, f"trunk.{name}", shape))
         for key in map(int, meta["groups"]):
-            weight = required_tensor(
-                tensors, f"heads.{key}.weight", (key, s.hidden_dim, s.chunk_size)
-            )
-            bias = required_tensor(tensors, f"heads.{key}.bias", (key, s.chunk_size))
-            self.groups[key] = HeadGroup(self._own(weight), self._own(bias))
+            heads, name = 1 if self._one_head else key, f"heads.{key}"
+            shape = (heads, s.hidden_dim, s.chunk_size)
+            weight = self._own(required_tensor(tensors, f"{name}.weight", shape))
+            bias = self._own(required_tensor(tensors, f"{name}.bias", (heads, s.chunk_size)))
+            one = self._one_head
+            self.groups[key] = SharedHead(weight, bias, key) if one else HeadGroup(weight, bias)
         for client_id, size in meta["clients"]:
             shape = (num_chunks(size, s.chunk_size), s.embed_dim)
             rows = required_tensor(tensors, f"embeddings.{client_id}", shape)
@@ -309,22 +321,22 @@ class Hypernetwork:
                 f"Known: {listing(self._sizes) or 'nobody'}."
             )
 
-    def _parts(self, client_ids: Sequence[str]) -> list[_Part]:
+    def _parts(self, client_ids: Sequence[str]) -> list[Part]:
         """Split clients by head group; their rows are stacked in the order of the parts."""
-        parts: list[_Part] = []
+        parts: list[Part] = []
         first = 0
         for key, positions in members_by_group(client_ids, self._group_key).items():
             stop = first + key * len(positions)
             ids = [client_ids[i] for i in positions]
-            parts.append(_Part(self.groups[key], positions, ids, slice(first, stop)))
+            parts.append(Part(self.groups[key], positions, ids, slice(first, stop)))
             first = stop
         return parts
 
-    def _rows(self, parts: Sequence[_Part]) -> Tensor:
+    def _rows(self, parts: Sequence[Part]) -> Tensor:
         """Stack the embeddings of all parts: (R, E), a copy."""
         return torch.cat([self.embeddings[c].detach() for part in parts for c in part.client_ids])
 
-    def _spread(self, rows_gradient_RE: Tensor, parts: Sequence[_Part]) -> list[nn.Parameter]:
+    def _spread(self, rows_gradient_RE: Tensor, parts: Sequence[Part]) -> list[nn.Parameter]:
         """Give each embedding its rows of the gradient; rows of one client asked twice add up."""
         owners = [c for part in parts for c in part.client_ids]
         gradients: dict[str, Tensor] = {}
@@ -335,18 +347,3 @@ class Hypernetwork:
         for client_id, gradient in gradients.items():
             self.embeddings[client_id].grad = gradient
         return [self.embeddings[client_id] for client_id in gradients]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The clients of one call that share a head group, and where their rows are stacked."""
-
-    group: HeadGroup
-    positions: Sequence[int]
-    client_ids: Sequence[str]
-    rows: slice
-
-    def chunk_major(self, stacked_RH: Tensor) -> Tensor:
-        """View this part's rows of (R, H) as (C, N, H)."""
-        rows = stacked_RH[self.rows]
-        return rows.view(len(self.client_ids), -1, rows.shape[1]).transpose(0, 1)

@@ -40,7 +40,8 @@ from torch import Tensor
 
 from common.config import UpdateSection
 from server_app.checkpoint import required_tensor
-from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback, Scratch
+from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback
+from server_app.memory import Scratch
 
 MEMORY = ("velocity", "mean")
 

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from common.config import UpdateSection
-from common.errors import CheckpointError
+from common.errors import CheckpointError, ConfigError
 from server_app.checkpoint import required_tensor
-from server_app.heads import HeadPullback, Scratch
+from server_app.heads import HeadPullback
 from server_app.hypernet import Hypernetwork
 from server_app.least_squares import GroupBatch, LeastSquares, Pace
+from server_app.memory import Scratch
 from server_app.pulls import Pull, Pullback, global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,6 +88,11 @@ class ServerUpdate:
     def __init__(
         self, hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float
     ) -> None:
+        if section.server_rule == "least-squares" and hypernet.section.head_layout == "one":
+            raise ConfigError(
+                'server-rule = "least-squares" solves for the head of every chunk and needs '
+                'head-layout = "separate"; with "one" use server-rule = "adam".'
+            )
         self.hypernet = hypernet
         self.section = section
         self.total_rounds = total_rounds

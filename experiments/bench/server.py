@@ -1,9 +1,11 @@
 """Part (a): generation and update of one round, batched against one client after the other.
 
 Sequential: N times (generate one theta, vector-Jacobian product of one delta, clip, Adam).
-Parallel: generate N, one product of N deltas, clip, Adam once. Both by this project's server; the
-clear reference (tests/reference: nn.Linear heads, autograd, torch's Adam over everything) goes
-through the sequential rule as well. Each size runs in a process of its own, for its peak memory.
+Parallel: generate N, one product of N deltas, clip, Adam once; beside it the same with the
+least-squares rule, which keeps no gradient and no moments of the heads. All by this project's
+server; the clear reference (tests/reference: nn.Linear heads, autograd, torch's Adam over
+everything) goes through the sequential rule as well. Each size runs in a process of its own, for
+its peak memory.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -21,24 +23,30 @@ from torch import Tensor, nn
 
 from common.config import HypernetSection, UpdateSection
 from experiments.bench.machine import Machine
-from experiments.bench.timing import peak_bytes, take_turns
+from experiments.bench.timing import Timing, peak_bytes, take_turns
+from server_app.blocks import BLOCK_CLIENTS, blocks
 from server_app.grouping import num_chunks
 from server_app.hypernet import Hypernetwork
 from server_app.update import ClientUpdate, ServerUpdate
 
-GENERATE_BLOCK = 64
+Rule = Literal["adam", "least-squares"]
 SEQUENTIAL_SAMPLE = 5
 """Clients of the sequential rule that are timed; a step costs the same for every client."""
 
 
-def measure(num_clients: int, num_parameters: int, repeats: int) -> dict[str, Any]:
-    """Time both rules and the reference in this process; seconds are for a round of N clients."""
+def measure(
+    num_clients: int, num_parameters: int, repeats: int, *, rule: Rule = "adam"
+) -> dict[str, Any]:
+    """Time a rule in this process; seconds are for a round of N clients.
+
+    Under "adam" the sequential rule and the reference too.
+    """
     section = HypernetSection(max_parameters=max(12_000_000, num_parameters))
     hypernet = Hypernetwork(section, seed=0)
     ids = [str(i) for i in range(num_clients)]
     for client_id in ids:
         hypernet.add_client(client_id, num_parameters)
-    update = ServerUpdate(hypernet, UpdateSection(), total_rounds=10)
+    update = ServerUpdate(hypernet, UpdateSection(server_rule=rule), total_rounds=10)
     generator = torch.Generator().manual_seed(0)
     deltas = {c: torch.empty(num_parameters).normal_(0, 0.01, generator=generator) for c in ids}
     sample = ids[:SEQUENTIAL_SAMPLE]
@@ -49,31 +57,49 @@ def measure(num_clients: int, num_parameters: int, repeats: int) -> dict[str, An
             update.step([ClientUpdate(client_id, deltas[client_id])], progress=0.0)
 
     def generate() -> None:
-        for first in range(0, num_clients, GENERATE_BLOCK):
-            hypernet.generate(ids[first : first + GENERATE_BLOCK])
+        for block in blocks(ids, hypernet.num_parameters):
+            hypernet.generate(block)
 
     def step() -> None:
         update.step([ClientUpdate(c, deltas[c]) for c in ids], progress=0.0)
 
-    found = take_turns({"sequential": sequential, "generate": generate, "step": step}, repeats)
+    variants = {"generate": generate, "step": step}
+    variants |= {"sequential": sequential} if rule == "adam" else {}
+    found = take_turns(variants, repeats)
     result = {
         "num_clients": num_clients,
         "num_parameters": num_parameters,
-        "sequential_seconds": found["sequential"].best * num_clients / len(sample),
-        "sequential_cpu_seconds": found["sequential"].cpu * num_clients / len(sample),
         "generate_seconds": found["generate"].best,
         "update_seconds": found["step"].best,
         "parallel_seconds": found["generate"].best + found["step"].best,
         "parallel_cpu_seconds": found["generate"].cpu + found["step"].cpu,
         "peak_bytes": peak_bytes(),
     }
-    result["ratio"] = result["sequential_seconds"] / result["parallel_seconds"]
-    if num_parameters < 1_000_000:
-        step_one = reference_step(hypernet, sample[0], deltas[sample[0]])
-        seconds = take_turns({"reference": step_one}, 2)["reference"].best * num_clients
-        result["reference_seconds"] = seconds
-        result["reference_ratio"] = seconds / result["parallel_seconds"]
+    if rule == "adam":
+        result |= _sequential(result, found["sequential"], num_clients / len(sample))
+        if num_parameters < 1_000_000:
+            turn = reference_step(hypernet, sample[0], deltas[sample[0]])
+            result |= _reference(result, take_turns({"reference": turn}, 2)["reference"])
     return result
+
+
+def _sequential(row: dict[str, Any], timing: Timing, rounds: float) -> dict[str, Any]:
+    """Return the figures of the sequential rule, `rounds` of which make a round of all clients."""
+    return {
+        "sequential_seconds": timing.best * rounds,
+        "sequential_cpu_seconds": timing.cpu * rounds,
+        "ratio": timing.best * rounds / row["parallel_seconds"],
+        "cpu_ratio": timing.cpu * rounds / row["parallel_cpu_seconds"],
+    }
+
+
+def _reference(row: dict[str, Any], turn: Timing) -> dict[str, Any]:
+    """Return the figures of the clear reference, of which one client's turn was timed."""
+    return {
+        "reference_seconds": turn.best * row["num_clients"],
+        "reference_cpu_seconds": turn.cpu * row["num_clients"],
+        "reference_ratio": turn.best * row["num_clients"] / row["parallel_seconds"],
+    }
 
 
 def reference_step(hypernet: Hypernetwork, client_id: str, delta: Tensor) -> Callable[[], None]:
@@ -93,11 +119,12 @@ def reference_step(hypernet: Hypernetwork, client_id: str, delta: Tensor) -> Cal
     return turn
 
 
-def least_bytes(num_clients: int, num_parameters: int) -> int:
-    """Estimate the memory of one size: phi with gradient and moments, and the deltas."""
+def least_bytes(num_clients: int, num_parameters: int, rule: Rule = "adam") -> int:
+    """Estimate the memory of one size: phi, with gradient and moments under Adam, and deltas."""
     s = HypernetSection()
     heads = num_chunks(num_parameters, s.chunk_size) * s.chunk_size * (s.hidden_dim + 1)
-    return 16 * heads + 4 * num_parameters * (num_clients + min(num_clients, GENERATE_BLOCK))
+    vectors = num_clients + min(num_clients, BLOCK_CLIENTS)
+    return (16 if rule == "adam" else 4) * heads + 4 * num_parameters * vectors
 
 
 def bounds(row: dict[str, Any], machine: Machine) -> dict[str, Any]:
@@ -124,36 +151,39 @@ def bounds(row: dict[str, Any], machine: Machine) -> dict[str, Any]:
 def server_table(
     sizes: Sequence[tuple[int, int]], machine: Machine, repeats: int
 ) -> list[dict[str, Any]]:
-    """Measure every (N, K) in a fresh process; a size that cannot fit is said to be so."""
+    """Measure every (N, K) by both rules; what cannot fit into the free memory is said to be so."""
     rows = []
     for num_clients, num_parameters in sizes:
-        need, free = least_bytes(num_clients, num_parameters), psutil.virtual_memory().available
-        row: dict[str, Any] = {"num_clients": num_clients, "num_parameters": num_parameters}
-        if need > 0.8 * free:
-            row["skipped"] = f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        else:
-            row = _in_own_process(num_clients, num_parameters, repeats)
-            if "skipped" not in row:
-                row["bounds"] = bounds(row, machine)
+        row = _in_own_process(num_clients, num_parameters, repeats, rule="adam")
+        if "skipped" not in row:
+            row["bounds"] = bounds(row, machine)
+        other = _in_own_process(num_clients, num_parameters, repeats, rule="least-squares")
+        if "parallel_seconds" in row and "parallel_seconds" in other:
+            other["ratio"] = row["sequential_seconds"] / other["parallel_seconds"]
+            other["cpu_ratio"] = row["sequential_cpu_seconds"] / other["parallel_cpu_seconds"]
+        row["least_squares"] = other
         rows.append(row)
     return rows
 
 
-def _in_own_process(num_clients: int, num_parameters: int, repeats: int) -> dict[str, Any]:
+def _in_own_process(
+    num_clients: int, num_parameters: int, repeats: int, *, rule: Rule
+) -> dict[str, Any]:
+    skipped: dict[str, Any] = {"num_clients": num_clients, "num_parameters": num_parameters}
+    need = least_bytes(num_clients, num_parameters, rule)
+    free = psutil.virtual_memory().available
+    if need > 0.8 * free:
+        return skipped | {"skipped": f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}
     arguments = [str(num_clients), str(num_parameters), str(repeats), str(torch.get_num_threads())]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.server", *arguments],
+        [sys.executable, "-m", "experiments.bench.server", *arguments, rule],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
         reason = f"the process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
-        return {
-            "num_clients": num_clients,
-            "num_parameters": num_parameters,
-            "skipped": reason,
-        }
+        return skipped | {"skipped": reason}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -163,9 +193,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("num_clients", "num_parameters", "repeats", "threads"):
         parser.add_argument(name, type=int)
+    parser.add_argument("rule", choices=get_args(Rule))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(json.dumps(measure(args.num_clients, args.num_parameters, args.repeats)))
+    size = (args.num_clients, args.num_parameters, args.repeats)
+    print(json.dumps(measure(*size, rule=args.rule)))
 
 
 if __name__ == "__main__":

@@ -44,22 +44,24 @@ def _bound(row: dict[str, Any]) -> tuple[str, str]:
 def _server(part: dict[str, Any]) -> Table:
     table = _table(
         "server, one round", "clients x parameters", "sequential", "parallel", "ratio",
-        "reference", "peak", "bounded by", "from bound",
+        "reference", "peak", "bounded by", "from bound", "least squares", "peak",
     )  # fmt: skip
     for row in part["sizes"]:
-        name = f"{row['num_clients']} x {row['num_parameters']:,}"
+        other = row.get("least_squares", {})
+        cells = [f"{row['num_clients']} x {row['num_parameters']:,}"]
         if "skipped" in row:
-            table.add_row(name, row["skipped"][:40])
-            continue
-        table.add_row(
-            name,
-            _seconds(row["sequential_seconds"]),
-            _seconds(row["parallel_seconds"]),
-            f"{row['ratio']:.1f}",
-            _seconds(row.get("reference_seconds")),
-            f"{row['peak_bytes'] / 2**20:.0f} MiB",
-            *_bound(row["bounds"]["parallel"]),
-        )
+            cells += [row["skipped"][:40], *("" for _ in range(6))]
+        else:
+            cells += [
+                _seconds(row["sequential_seconds"]),
+                _seconds(row["parallel_seconds"]),
+                f"{row['ratio']:.1f}",
+                _seconds(row.get("reference_seconds")),
+                f"{row['peak_bytes'] / 2**20:.0f} MiB",
+                *_bound(row["bounds"]["parallel"]),
+            ]
+        peak = f"{other['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in other else "-"
+        table.add_row(*cells, _seconds(other.get("parallel_seconds")), peak)
     return table
 
 

@@ -29,6 +29,7 @@ def test_quick_bench_writes_the_promised_keys(
     assert bench(*arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {"sequential_seconds", "parallel_seconds", "ratio"} <= found["server"].keys()
+    assert found["server"]["sizes"][0]["least_squares"]["parallel_seconds"] > 0
     assert {"reference_seconds", "ray_seconds", "inprocess_seconds"} <= found["round"].keys()
     assert found["round"]["reference_seconds"] > 0
     assert found["round"]["inprocess_seconds"] > 0
@@ -60,6 +61,7 @@ def test_a_bound_is_the_time_of_the_scarcer_resource() -> None:
 def test_memory_is_estimated_before_a_size_is_tried() -> None:
     assert least_bytes(1000, 11_000_000) > 60e9
     assert least_bytes(1000, 239_856) < 2e9
+    assert least_bytes(10, 11_000_000, "least-squares") < 7e9 < 20e9 < least_bytes(10, 11_000_000)
 
 
 def test_the_target_row_comes_first_and_overhead_is_a_share() -> None:
