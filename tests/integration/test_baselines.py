@@ -28,7 +28,11 @@ ONE_FAMILY = {"lg-fedavg", "fedproto", "fedgh", "fedtgp", "pfedhn"}  # features 
 
 
 def config_for(folder: Path, method: str, **overrides: Any) -> RunConfig:
-    settings: dict[str, Any] = {"global_model": SMALL, "pfedhn_batches": 4}
+    settings: dict[str, Any] = {
+        "global_model": SMALL,
+        "pfedhn_batches": 4,
+        "message_timeout_s": 300.0,
+    }
     if method in ONE_FAMILY:
         settings["models"] = SMALL
     return tiny_config(folder, method=method, **(settings | overrides))
