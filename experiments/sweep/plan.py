@@ -25,8 +25,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.errors import ConfigError, unknown_name
+from common.section import Scalar
 from experiments.presets import PATH_KEYS, EngineSection, Preset
 from experiments.runs import output_root
 from experiments.settings import digest, essential
