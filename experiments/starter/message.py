@@ -5,8 +5,8 @@
 
 The console script imports the package `flwr.supernode.cli`, whose `__init__` also imports the whole
 SuperNode (`flwr.superlink.cli` the SuperLink): SQLAlchemy, alembic and the web server, about 0.8 s
-of CPU (Flower 1.41) that no message uses. Here that one `__init__` is skipped; the command run
-is Flower's, unchanged. If Flower is laid out differently, its plain command runs.
+of CPU (Flower 1.41) that no message uses. Here that one `__init__` is skipped and Flower's command
+runs unchanged. If Flower is laid out differently, its plain command runs.
 
 Imports nothing of this project: a message loads the ClientApp that its server sent.
 """
