@@ -7,6 +7,11 @@
 # Wheels that lie in the folder wheels/ win over the index: for builds without internet, or to pin
 # a torch build (--build-arg TORCH="torch==2.13.0+cpu").
 
+# What pyproject.toml asks for, alone: its other tables change often, and must not install anew.
+FROM python:3.11-slim-bookworm AS wanted
+COPY docker/requirements.py pyproject.toml /tmp/
+RUN python3 /tmp/requirements.py /tmp/pyproject.toml > /requirements.txt
+
 FROM python:3.11-slim-bookworm AS build
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -15,9 +20,8 @@ COPY docker/requirements.py wheel[s]/*.whl /tmp/wheels/
 ARG TORCH_INDEX=""
 ARG TORCH="torch>=2.6"
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --find-links /tmp/wheels "$TORCH"
-COPY pyproject.toml /tmp/wheels/
-RUN python3 /tmp/wheels/requirements.py /tmp/wheels/pyproject.toml > /tmp/requirements.txt \
- && pip install -r /tmp/requirements.txt hatchling editables
+COPY --from=wanted /requirements.txt /tmp/
+RUN pip install -r /tmp/requirements.txt hatchling editables
 
 FROM python:3.11-slim-bookworm
 RUN apt-get update \

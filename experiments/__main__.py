@@ -16,6 +16,7 @@ from experiments.bench import add_bench_parser
 from experiments.certs import add_certs_parser
 from experiments.events import add_tensorboard_parser
 from experiments.join import add_join_parser
+from experiments.serve import add_serve_parser
 from experiments.study.command import add_study_parsers
 from experiments.sweep.command import add_sweep_parser
 
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add_study_parsers(commands)
     add_tensorboard_parser(commands)
     add_join_parser(commands)
+    add_serve_parser(commands)
     add_certs_parser(commands)
     add_bench_parser(commands)
     return parser

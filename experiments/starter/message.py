@@ -1,12 +1,12 @@
-"""Flower's own `flwr-clientapp`: run for one message, or kept imported and forked for each.
+"""Flower's own `flwr-clientapp` or `flwr-serverapp`: run once, or kept imported and forked.
 
-    python -P message.py WORDS                       one message, with Flower's arguments
-    python -P message.py --serve FOLDER OWNER-PID    until the owner ends, fork for whoever asks
+    python -P message.py PROGRAM WORDS                       once, with Flower's arguments
+    python -P message.py PROGRAM --serve FOLDER OWNER-PID    until the owner ends, for whoever asks
 
 The console script imports the package `flwr.supernode.cli`, whose `__init__` also imports the whole
-SuperNode: SQLAlchemy, alembic and the web server, about 0.8 s of CPU (Flower 1.41) that no message
-uses. Here that one `__init__` is skipped; the command that runs is Flower's, unchanged. If Flower
-is laid out differently, its plain command runs.
+SuperNode (`flwr.superlink.cli` the SuperLink): SQLAlchemy, alembic and the web server, about 0.8 s
+of CPU (Flower 1.41) that no message uses. Here that one `__init__` is skipped and Flower's command
+runs unchanged. If Flower is laid out differently, its plain command runs.
 
 Imports nothing of this project: a message loads the ClientApp that its server sent.
 """
@@ -14,6 +14,7 @@ Imports nothing of this project: a message loads the ClientApp that its server s
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -27,39 +28,39 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-NAME, SOCKET = "flwr-clientapp", "start.sock"
+CLIENT, SERVER = "flwr-clientapp", "flwr-serverapp"
+PACKAGES = {CLIENT: "flwr.supernode", SERVER: "flwr.superlink"}
 MAX_REQUEST_BYTES = 1 << 22
 POLL_S, READ_TIMEOUT_S = 1.0, 10.0
 LENGTH, CREDENTIALS = struct.Struct("!I"), struct.Struct("3i")
-_PACKAGE = "flwr.supernode.cli"
-
 Command = Callable[[], None]
 
 
-def load() -> Command:
-    """Import Flower's command, without what only a SuperNode needs."""
-    import flwr.supernode
-
-    package = types.ModuleType(_PACKAGE)
-    package.__path__ = [str(Path(path) / "cli") for path in flwr.supernode.__path__]
-    sys.modules[_PACKAGE] = package
+def load(program: str) -> Command:
+    """Import Flower's command, without what only a SuperNode or a SuperLink needs."""
+    above, name = importlib.import_module(PACKAGES[program]), f"{PACKAGES[program]}.cli"
+    function = program.replace("-", "_")
+    package = types.ModuleType(name)
+    package.__path__ = [str(Path(path) / "cli") for path in above.__path__]
+    sys.modules[name] = package
     try:
-        from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+        module = importlib.import_module(f"{name}.{function}")
     except ImportError:
-        del sys.modules[_PACKAGE]
-        from flwr.supernode.cli import flwr_clientapp
-    return flwr_clientapp
+        del sys.modules[name]
+        module = importlib.import_module(name)
+    command: Command = getattr(module, function)
+    return command
 
 
-def serve(folder: Path, owner: int) -> None:
+def serve(program: str, folder: Path, owner: int) -> None:
     """Fork for each request until process `owner`, the parent of this one, has ended.
 
     This process stays single-threaded and runs nothing of a message itself.
     """
-    listener = _listen(folder)
+    listener = _listen(folder, f"{program}.sock")
     if os.getppid() != owner:
         return
-    command = load()
+    command = load(program)
     gc.freeze()  # what is imported stays shared memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are collected by the kernel
     while os.getppid() == owner:
@@ -68,15 +69,15 @@ def serve(folder: Path, owner: int) -> None:
             with connection:
                 if _is_me(connection) and os.fork() == 0:
                     listener.close()
-                    _run_child(connection, command)
+                    _run_child(connection, program, command)
 
 
-def _listen(folder: Path) -> socket.socket:
+def _listen(folder: Path, name: str) -> socket.socket:
     """Bind before anything slow is done: who asks meanwhile waits for it."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    (folder / SOCKET).unlink(missing_ok=True)
+    (folder / name).unlink(missing_ok=True)
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a Unix address has 108 bytes at most
-    listener.bind(f"/proc/self/fd/{place}/{SOCKET}")
+    listener.bind(f"/proc/self/fd/{place}/{name}")
     os.close(place)
     listener.listen(16)
     listener.settimeout(POLL_S)
@@ -88,12 +89,12 @@ def _is_me(connection: socket.socket) -> bool:
     return bool(CREDENTIALS.unpack(raw)[1] == os.getuid())
 
 
-def _run_child(connection: socket.socket, command: Command) -> None:
-    """Become the process of one message; never returns."""
+def _run_child(connection: socket.socket, program: str, command: Command) -> None:
+    """Become the process of one message or run; never returns."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _become(connection)
+        _become(connection, program)
         random.seed()
         command()
         code = 0
@@ -108,7 +109,7 @@ def _run_child(connection: socket.socket, command: Command) -> None:
         os._exit(code)
 
 
-def _become(connection: socket.socket) -> None:
+def _become(connection: socket.socket, program: str) -> None:
     """Take over arguments, environment, folder and output of the program that asked."""
     connection.settimeout(READ_TIMEOUT_S)
     head, files, _, _ = socket.recv_fds(connection, LENGTH.size, 3)
@@ -123,17 +124,19 @@ def _become(connection: socket.socket) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv = [NAME, *request["words"]]
+    sys.argv = [program, *request["words"]]
     connection.sendall(b"1")
     connection.close()
 
 
 def main() -> None:
-    """Serve, or run Flower's command line for one message."""
-    if sys.argv[1:2] == ["--serve"]:
-        serve(Path(sys.argv[2]), int(sys.argv[3]))
+    """Serve, or run Flower's command line once."""
+    program, *words = sys.argv[1:]
+    if words[:1] == ["--serve"]:
+        serve(program, Path(words[1]), int(words[2]))
     else:
-        load()()
+        sys.argv[:2] = [program]
+        load(program)()
 
 
 if __name__ == "__main__":

@@ -13,21 +13,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from experiments.starter.message import NAME
+from experiments.starter.message import CLIENT
 
 HERE = Path(__file__).resolve().parent
 
 
-def install_program(folder: Path) -> Path:
-    """Write the program `flwr-clientapp` into folder/bin, a private folder, and return that."""
+def install_program(folder: Path, name: str = CLIENT) -> Path:
+    """Write Flower's program `name` into folder/bin, a private folder, and return that."""
     programs = folder / "bin"
     programs.mkdir(parents=True, exist_ok=True)
     programs.chmod(0o700)
-    command = shlex.join([sys.executable, "-I", "-S", str(HERE / "ask.py"), str(programs)])
-    draft = programs / f".{NAME}"
+    command = shlex.join([sys.executable, "-I", "-S", str(HERE / "ask.py"), str(programs), name])
+    draft = programs / f".{name}"
     draft.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     draft.chmod(0o755)
-    os.replace(draft, programs / NAME)
+    os.replace(draft, programs / name)
     return programs
 
 
@@ -40,15 +40,18 @@ class Starter:
         The participant's folder, in which the program is installed.
     environment
         That of its SuperNode. The starter imports Flower in it; a message brings its own.
+    name
+        The program: `flwr-clientapp`, or `flwr-serverapp` on the server's side.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], name: str = CLIENT) -> None:
         self._folder = folder
+        self._name = name
         self._environment = dict(environment)
 
     def __enter__(self) -> Self:
-        programs = install_program(self._folder)
-        command = [sys.executable, "-P", str(HERE / "message.py")]
+        programs = install_program(self._folder, self._name)
+        command = [sys.executable, "-P", str(HERE / "message.py"), self._name]
         with (self._folder / "starter.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--serve", str(programs), str(os.getpid())],

@@ -81,9 +81,8 @@ class Deployment:
         server = self.certs / "server"
         self._start(
             "server",
-            f"flower-superexec --runtime-api-address 127.0.0.1:{self.port}",
-            f"--root-certificates {server}/ca.crt",
-            f"--superexec-auth-secret-file {server}/superexec.secret",
+            f"mh-pfedhn serve --superlink 127.0.0.1:{self.port}",
+            f"--certificate {server}/ca.crt --secret {server}/superexec.secret",
         )
 
     def register(self, site: str) -> None:

@@ -16,11 +16,11 @@ from experiments.starter.program import Starter, install_program
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and SO_PEERCRED")
 
 
-def run_program(folder: Path, *words: str) -> tuple[int, str]:
+def run_program(folder: Path, *words: str, name: str = message.CLIENT) -> tuple[int, str]:
     """Run the installed program as Flower does: its output is a file, its end is not waited for."""
     output = folder / "output"
     with output.open("wb") as file:
-        program = install_program(folder) / message.NAME
+        program = install_program(folder, name) / name
         code = subprocess.run([program, *words], stdout=file, stderr=file, check=False).returncode
     deadline = time.monotonic() + 60
     while "usage" not in output.read_text() and time.monotonic() < deadline:
@@ -29,16 +29,19 @@ def run_program(folder: Path, *words: str) -> tuple[int, str]:
     return code, output.read_text()
 
 
-def test_one_message_imports_no_web_server_and_no_database() -> None:
+@pytest.mark.parametrize("name", [message.CLIENT, message.SERVER])
+def test_one_start_imports_no_node_and_no_link(name: str) -> None:
     code = (
-        "import sys; sys.argv = ['flwr-clientapp', '--help']\n"
+        f"import sys; sys.argv = ['message.py', '{name}', '--help']\n"
         "import experiments.starter.message as message\n"
         "try: message.main()\n"
-        "except SystemExit: print('sqlalchemy' in sys.modules, 'alembic' in sys.modules)"
+        "except SystemExit: print([m for m in sys.modules if m.endswith(('.cli.flower_supernode',"
+        " '.cli.flower_superlink'))])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"usage: {name}" in found.stdout
     assert "--runtime-api-address" in found.stdout
-    assert found.stdout.strip().endswith("False False")
+    assert found.stdout.strip().endswith("[]")
 
 
 def test_forked_messages_run_flowers_command_and_a_lost_starter_costs_only_time(
@@ -54,7 +57,7 @@ def test_forked_messages_run_flowers_command_and_a_lost_starter_costs_only_time(
             assert ("--runtime-api-address" if words == ["--help"] else "is required") in output
         descriptor = os.open(place, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as rude:
-            rude.connect(f"/proc/self/fd/{descriptor}/{message.SOCKET}")
+            rude.connect(f"/proc/self/fd/{descriptor}/{message.CLIENT}.sock")
             rude.sendall(b"\xff" * 100)
         os.close(descriptor)
         assert "--runtime-api-address" in run_program(folder, "--help")[1]
