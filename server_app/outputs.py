@@ -193,11 +193,13 @@ class RunFolder:
         if not any("accuracy_micro" in row for row in self._rows):
             return
         from server_app.picture import draw_curves  # matplotlib takes a second to import
+        from server_app.step_picture import draw_steps
 
         try:
             draw_curves(self.path)
+            draw_steps(self.path)
         except (OSError, ValueError) as error:
-            logger.warning("curves.png could not be drawn: %s", error)
+            logger.warning("The pictures could not be drawn: %s", error)
 
     def _write_summary(self, status: str, reason: str = "") -> None:
         config = self._config

@@ -226,7 +226,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Row], reference: Reference | None)
         axes.plot(x, low, color=GREEN, alpha=0.35, linewidth=1.0)
     if reference:
         _dashed(axes, rows, reference, [100 * v for v in reference.accuracy])
-    _finish(axes, rows)
+    finish_axes(axes, rows)
     axes.set_ylim(bottom=0)
 
 
@@ -236,7 +236,7 @@ def _draw_loss(axes: Axes, rows: Sequence[Row], reference: Reference | None) -> 
     _line(axes, rows, "train_loss", color=MUTED, label="local training")
     if reference:
         _dashed(axes, rows, reference, reference.loss)
-    _finish(axes, rows)
+    finish_axes(axes, rows)
 
 
 def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
@@ -249,7 +249,7 @@ def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
     ):
         if x := column(rows, key)[0]:
             axes.plot(x, [t / size for t in totals], color=color, label=label, **_mark(x))
-    _finish(axes, rows)
+    finish_axes(axes, rows)
     axes.set_ylim(bottom=0)
 
 
@@ -272,12 +272,15 @@ def _mark(x: Sequence[int]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.5} if len(x) <= 15 else {}
 
 
-def _finish(axes: Axes, rows: Sequence[Row]) -> None:
+def finish_axes(axes: Axes, rows: Sequence[Row], *, legend: bool = True) -> None:
+    """Set the axis of rounds, and the legend, or say that there is nothing to see."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     last = max((int(row["round"]) for row in rows), default=1)
     axes.set_xlim(0, max(2.0, last * 1.02))
+    if not legend:
+        return
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     else:

@@ -61,6 +61,7 @@ class StepDiagnostics:
     num_updates : how many deltas went in.
     rms_theta_change : how far the step moved theta, root mean square over a sample of the clients
         that took part (`Hypernetwork.sample_theta`).
+    effective_rate : rms_theta_change / rms_delta: 1 where theta goes as far as a client's training.
     applied : False when the gradient was not finite and the step was skipped.
     """
 
@@ -73,6 +74,7 @@ class StepDiagnostics:
     mean_staleness: float
     num_updates: int
     rms_theta_change: float = 0.0
+    effective_rate: float = 0.0
     applied: bool = True
 
 
@@ -248,7 +250,7 @@ class ServerUpdate:
             self._apply(pullback, scale, rates)
         for parameter in (*pullback.shared, *pullback.embeddings):
             parameter.grad = None
-        change = self.hypernet.sample_theta(moved) - before
+        change = float((self.hypernet.sample_theta(moved) - before).square().mean().sqrt())
         return StepDiagnostics(
             rms_delta=pullback.rms_delta,
             grad_norm=norm,
@@ -258,7 +260,8 @@ class ServerUpdate:
             coherence=pullback.coherence,
             mean_staleness=sum(update.staleness for update in used) / len(used),
             num_updates=len(used),
-            rms_theta_change=float(change.square().mean().sqrt()),
+            rms_theta_change=change,
+            effective_rate=change / pullback.rms_delta if pullback.rms_delta else 0.0,
             applied=applied,
         )
 
