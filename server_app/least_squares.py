@@ -21,7 +21,8 @@ Differs from paper: there phi descends along J^T delta.
 One mechanism for every schedule: a pass over the group's N clients makes one full shared step,
 whether in one piece or in N/n of them: n updates are n/N = p of a pass, and g p, p m_now, beta^p
 stand for g, m_now (in u) and beta.
-So (1, 1), (m, m), (N, N) and (N, m) need no settings of their own. (Full steps for every cohort
+So (1, 1), (m, m), (N, N) and (N, m) need no settings of their own. No step has a gain above 1: the
+velocity adds to it, and beyond that the first rounds diverge. (Full steps for every cohort
 were tried: each client's own delta then stays in the bias for good, and the clients overfit.)
 
 Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
@@ -156,7 +157,7 @@ class LeastSquares:
         memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.num_clients))
         velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS, alpha=part)
         shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
-        group.bias[work].sub_(shared_cS, alpha=section.shared_gain * part * pace.factor)
+        group.bias[work].sub_(shared_cS, alpha=min(1.0, section.shared_gain * part) * pace.factor)
         if section.personal_gain:
             solved_cnH = ridge_rows(
                 batch.features_CNH[work] - center_cH[:, None], batch.rows, section.kernel_damping

@@ -54,7 +54,7 @@ def draw_steps(folder: Path, *, target: Path | None = None) -> Path | None:
         _draw_agreement(agreement, rows)
         _draw_one(age, rows, "mean_staleness", "Staleness", "server steps since dispatch", MUTED)
         age.set_xlabel("round")
-        age.set_ylim(bottom=0)
+        age.set_ylim(0, 1.1 * max([1.0, *column(rows, "mean_staleness")[1]]))
     return target
 
 

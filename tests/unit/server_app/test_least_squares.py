@@ -179,3 +179,11 @@ def test_diagnostics_say_how_far_theta_went() -> None:
     change = {c: torch.full((SIZES[c],), 0.5) for c in ("c", "a", "b", "d")}
     done = update.step([ClientUpdate(c, d) for c, d in change.items()], progress=0.0)
     assert done.rms_theta_change == pytest.approx(GAIN * (1 + BETA) * 0.5, rel=1e-5)
+
+
+def test_no_step_has_a_gain_above_one() -> None:
+    section = SECTION.model_copy(update={"personal_gain": 0.0, "shared_gain": 3.0})
+    change = deltas(1, "c", "a", "b", "d")
+    got = moved(system(section), change)
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
+    assert_close(got["a"], -(1 + BETA) * mean)
