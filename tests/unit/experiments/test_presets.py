@@ -96,7 +96,7 @@ def test_later_setting_wins() -> None:
         ("server-lrr=1", r"--set: unknown key 'server-lrr'. Did you mean 'server-lr'\?"),
         ("rounds", r"--set expects key=value, got 'rounds'"),
         ("rounds=many", r"run config: rounds = 'many' cannot be used"),
-        ("method=fedavg", r"run config: method = 'fedavg' cannot be used"),
+        ("method=fedsgd", r"run config: method = 'fedsgd' cannot be used"),
         ("workers=-1", r"engine: workers = '-1' cannot be used"),
         ("num-partitions=3", r"num-partitions cannot be set here: .*--clients N"),
     ],
