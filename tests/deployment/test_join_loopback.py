@@ -106,11 +106,13 @@ def joined_config(folder: Path) -> RunConfig:
 
 def check_models(deployment: Deployment) -> None:
     """Load every personal model in a fresh interpreter, without this project."""
+    prefix = deployment.environment("fresh").get("PYTHONPYCACHEPREFIX")  # -I ignores the variable
+    cache = ["-X", f"pycache_prefix={prefix}"] if prefix else []
     for site in SITES:
         own = deployment.folder / "participants" / site
         state = own / "state" / site
         done = subprocess.run(
-            [sys.executable, "-I", "-c", FRESH, str(own / "my_site.py"), str(state)],
+            [sys.executable, "-I", *cache, "-c", FRESH, str(own / "my_site.py"), str(state)],
             capture_output=True,
             text=True,
             check=False,
