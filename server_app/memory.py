@@ -30,7 +30,8 @@ def fresh(*shape: int, device: torch.device) -> Tensor:
     """Return an uninitialised float32 tensor that lives as long as somebody needs it.
 
     A large one lies on huge pages: its first use then costs a fault for 2 MiB instead of 4 KiB
-    (thetas of 50 CNNs: 66 ms instead of 86, measured with torch's own switch for them). Linux gives them where it may ("madvise").
+    (thetas of 50 CNNs: 66 ms instead of 86, measured with torch's own switch for them). Linux gives
+    them where it may ("madvise").
     """
     num_bytes = 4 * math.prod(shape)
     if device.type != "cpu" or num_bytes < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
