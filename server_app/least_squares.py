@@ -83,15 +83,21 @@ class Pace:
     Attributes
     ----------
     factor : of both gains, from warm-up and decay.
-    whole_pass : the updates stand for all clients of the group (the global model's mean delta).
+    follows : the updates are followed whole, at a personal gain of 1: the global model's mean delta
+        is FedAvg's step. (A full SHARED step for it too, next to the clients' own, diverges.)
     """
 
     factor: float
-    whole_pass: bool = False
+    follows: bool = False
 
-    def of_pass(self, batch: GroupBatch) -> float:
+    @staticmethod
+    def of_pass(batch: GroupBatch) -> float:
         """Return the part of a pass over the group's clients that these updates are, at most 1."""
-        return 1.0 if self.whole_pass else min(1.0, len(batch) / batch.num_clients)
+        return min(1.0, len(batch) / batch.num_clients)
+
+    def personal_gain(self, section: UpdateSection) -> float:
+        """Return how much of what is an update's own is followed."""
+        return (1.0 if self.follows else section.personal_gain) * self.factor
 
 
 @dataclass
@@ -158,11 +164,12 @@ class LeastSquares:
         velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS, alpha=part)
         shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
         group.bias[work].sub_(shared_cS, alpha=min(1.0, section.shared_gain * part) * pace.factor)
-        if section.personal_gain:
+        own_gain = pace.personal_gain(section)
+        if own_gain:
             solved_cnH = ridge_rows(
                 batch.features_CNH[work] - center_cH[:, None], batch.rows, section.kernel_damping
             )
-            solved_cnH *= section.personal_gain * pace.factor
+            solved_cnH *= own_gain
             solved_cnH *= (batch.shares * (n / batch.shares.sum()))[:, None]
             own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
             group.weight[work].baddbmm_(solved_cnH.transpose(1, 2), own_cnS, alpha=-1)

@@ -165,7 +165,7 @@ class ServerUpdate:
                     f"{tuple(update.delta.shape)}; the global model has {expected}."
                 )
             mean.add_(update.delta.to(mean), alpha=update.weight / total)
-        return self._descend([Pull(client_id, mean)], used, progress, whole_pass=True)
+        return self._descend([Pull(client_id, mean)], used, progress, is_global=True)
 
     def freeze(self, groups: Iterable[int]) -> None:
         """Let trunk and these head groups never move again; embeddings and new groups learn."""
@@ -236,13 +236,13 @@ class ServerUpdate:
         used: Sequence[ClientUpdate],
         progress: float,
         *,
-        whole_pass: bool = False,
+        is_global: bool = False,
     ) -> StepDiagnostics:
         """Gradient, clip, step; skip it when the gradient is not finite."""
         moved = [pull.client_id for pull in pulls]
         before = self.hypernet.sample_theta(moved)
         rates = self.learning_rates(progress)
-        pullback = self._pull_back(pulls, Pace(self._schedule_factor(progress), whole_pass))
+        pullback = self._pull_back(pulls, Pace(self._schedule_factor(progress), is_global))
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
         applied = math.isfinite(norm)

@@ -187,3 +187,16 @@ def test_no_step_has_a_gain_above_one() -> None:
     got = moved(system(section), change)
     mean = torch.stack([padded(d) for d in change.values()]).mean(0)
     assert_close(got["a"], -(1 + BETA) * mean)
+
+
+def test_the_global_model_follows_its_mean_delta() -> None:
+    update, change = system(), deltas(1, "c")["c"] / 4
+    before = update.hypernet.generate(["c", "a"])
+    replies = [ClientUpdate("a", change * 2, weight=1.0), ClientUpdate("b", change, weight=3.0)]
+    update.step_global("c", replies, progress=0.0)
+    after = update.hypernet.generate(["c", "a"])
+    mean = padded(change * 1.25)  # one of four clients: a quarter of a pass
+    shared = -GAIN / 4 * (1 + BETA**0.25 / 4) * mean
+    own = mean - mean / 4
+    assert_close(after["c"] - before["c"], shared - own * 3 / 4)
+    assert_close(after["a"] - before["a"], shared + own / 4)
