@@ -208,6 +208,11 @@ def _judge(members: Sequence[Member]) -> tuple[Member, ...]:
 
 def _names(drafts: Sequence[tuple[Mapping[str, Any], Sequence[Member]]]) -> list[tuple[str, str]]:
     """Return (label, short label) of each group: the variant or method, and what differs."""
+    folders = [members[0].run.folder.name for _, members in drafts if len(members) == 1]
+    crowded = len(_differing([settings for settings, _ in drafts])) > NAMED_KEYS
+    from_sweep = any(member.note.get("variant") for _, members in drafts for member in members)
+    if crowded and not from_sweep and len(set(folders)) == len(drafts):
+        return [(name, name) for name in folders]  # more differs than a label can hold
     bases = [_base(settings, members) for settings, members in drafts]
     names = []
     for (settings, _), base in zip(drafts, bases, strict=True):
