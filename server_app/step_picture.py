@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NEEDED = "rms_theta_change"
+LEAST_ROUNDS = 4
+"""A curve of fewer points says nothing."""
 
 
 def draw_steps(folder: Path, *, target: Path | None = None) -> Path | None:
@@ -39,10 +41,11 @@ def draw_steps(folder: Path, *, target: Path | None = None) -> Path | None:
 
     Returns
     -------
-    The path of the picture; None when the method takes no such steps (baselines).
+    The path of the picture; None when the method takes no such steps (baselines), or in fewer than
+    `LEAST_ROUNDS` rounds.
     """
     rows = read_rows(folder / "metrics.jsonl")
-    if not column(rows, NEEDED)[0]:
+    if len(column(rows, NEEDED)[0]) < LEAST_ROUNDS:
         return None
     target = target or folder / "steps.png"
     subtitle = "the server's steps, means over the steps of a round"

@@ -109,7 +109,6 @@ def test_a_round_closes_when_enough_have_answered(tmp_path: Path) -> None:
     )
     watch = Watch(slow_s=1.5)
     run_tiny(config, app=Wrapped(watch), workers=6)
-    assert (tmp_path / "run" / "steps.png").stat().st_size > 10_000
     first, second, third = rows(config)
     assert (first["num_accepted"], first["num_unanswered"]) == (5, 1)
     assert first["seconds_round"] < 1.5

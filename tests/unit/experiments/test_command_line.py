@@ -109,7 +109,7 @@ def test_data_that_cannot_be_prepared_fails_before_anything_starts(
         (["run", "quickstart", "--set", "server-lrr=1"], "Did you mean 'server-lr'?"),
         (["run", "quickstart", "--engine", "rai"], "engine: name = 'rai' cannot be used"),
         (["run", "quickstart", "--clients", "0"], "engine: num-clients = 0 cannot be used"),
-        (["show", "nowhere"], "unknown run 'nowhere'"),
+        (["show", "nowhere"], "run 'nowhere'"),  # unknown, or there are no runs at all
     ],
 )
 def test_mistakes_are_explained_and_exit_with_2(

@@ -9,6 +9,7 @@ from common.errors import RunError
 from experiments.plots import draw_clients, family_colors
 from experiments.runs import Run
 from server_app.picture import Reference, column, draw_curves, folder_title
+from server_app.step_picture import draw_steps
 from tests.unit.experiments.run_folders import metric_row, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -83,3 +84,19 @@ def test_families_keep_their_colour_however_many_clients_they_have() -> None:
     colors = family_colors(["cnn", "cnn", "vgg8", "cnn"])
     assert list(colors) == ["cnn", "vgg8"]
     assert colors["cnn"] != colors["vgg8"]
+
+
+def test_steps_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+    facts = {"rms_theta_change": 1e-3, "rms_delta": 2e-3, "effective_rate": 0.5}
+    facts |= {"coherence": 0.1, "num_updates": 10.0, "mean_staleness": 0.0}
+    rows = [metric_row(i, 0.1, **facts) for i in range(1, 6)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = draw_steps(tmp_path)
+    assert path == tmp_path / "steps.png"
+    assert path.read_bytes().startswith(PNG)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))  # too few
+    assert draw_steps(tmp_path, target=tmp_path / "b.png") is None
+    file.write_text("".join(json.dumps(metric_row(i, 0.1)) + "\n" for i in range(1, 6)))
+    assert draw_steps(tmp_path, target=tmp_path / "b.png") is None  # a baseline's rows
+    assert not (tmp_path / "b.png").exists()

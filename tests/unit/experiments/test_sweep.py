@@ -161,6 +161,7 @@ def test_time_left_comes_from_each_variants_own_rounds(plan: Plan) -> None:
     assert forecast.seconds(jobs=2) == (2 * 4.0 + (2 + 3) * 10.0) / 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_from_its_checkpoint(tmp_path: Path) -> None:
     """A real child, killed after its first checkpoint; the next sweep goes on, and slims it."""
     (tmp_path / "tiny.toml").write_text(TINY.replace("num-clients = 3", "num-clients = 2"))
