@@ -216,7 +216,24 @@ class RunConfig(BaseModel):
             name: _validated(section, _pick(flat, section), "run config")
             for name, section in cls.sections.items()
         }
-        return cls.model_validate(parts)
+        config = cls.model_validate(parts)
+        config.check_together()
+        return config
+
+    def check_together(self) -> None:
+        """Raise ConfigError when keys of different sections do not go together."""
+        spread = self.hypernet.embedding_std
+        if self.update.server_rule == "least-squares" and spread < 0.1:
+            raise ConfigError(
+                "run config: server-rule = 'least-squares' tells clients by their embeddings: "
+                f"embedding-std = {spread} makes them all but equal, and the heads grow without "
+                "bound. Set embedding-std = 1.0."
+            )
+        if self.hypernet.head_init == "zero" and self.client.theta_offset == "none":
+            raise ConfigError(
+                "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "
+                "theta-offset = 'init' as well, or head-init = 'shared'."
+            )
 
     def flat(self) -> dict[str, Scalar]:
         """Return all keys and values, as Flower's run config wants them."""

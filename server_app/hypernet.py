@@ -214,7 +214,7 @@ class Hypernetwork:
     def _group_batch(self, part: Part, deltas: Sequence[Tensor], shares: Tensor) -> GroupBatch:
         """Put a part beside all clients of its group, known by the group's key."""
         key = self._group_key(part.client_ids[0])
-        members = [c for c in self._sizes if self._group_key(c) == key]
+        members = sorted(c for c in self._sizes if self._group_key(c) == key)
         with torch.no_grad():
             features_RH = self.trunk(torch.cat([self.embeddings[c].detach() for c in members]))
         return GroupBatch(

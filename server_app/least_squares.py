@@ -13,17 +13,17 @@ personal into its weight, which acts on features centred over the group's client
 
     theta_i = b + W^T (f_i - f_mean),    W -= r P^T (delta - m),   P = rows of (F F^T + d I)^-1 F
 
-the ridge solution over ALL clients of the group (rows F, damping d): a client that was not in the
-buffer stays where it is, but for what it shares. Centred rows sum to zero, so what the personal
-changes of a step have in common is left out: it is the bias's to learn.
+the ridge solution over ALL clients of the group (rows F, damping d). Centred rows sum to zero, so
+what the personal changes of a step have in common is left out, and who was not in the buffer moves
+by that and by what is shared. Beyond hidden-dim clients in a group the rows depend on one another,
+and a client's personal change is felt a little by the others.
 Differs from paper: there phi descends along J^T delta.
 
-One mechanism for every schedule: a pass over the group's N clients makes one full shared step,
-whether in one piece or in N/n of them: n updates are n/N = p of a pass, and g p, p m_now, beta^p
-stand for g, m_now (in u) and beta.
-So (1, 1), (m, m), (N, N) and (N, m) need no settings of their own. No step has a gain above 1: the
-velocity adds to it, and beyond that the first rounds diverge. (Full steps for every cohort
-were tried: each client's own delta then stays in the bias for good, and the clients overfit.)
+One mechanism for every schedule: a pass over the group's N clients (all that are known, present or
+not, w_g among them) makes shared steps of g in all, in one piece or in N/n of them: n updates are
+n/N = p of a pass, and g p, p m_now and beta^p stand for g, m_now (in u) and beta. No step goes
+further than gain 1: velocity adds to it, and beyond that the first rounds diverge. (Full steps for every
+cohort were tried: each client's own delta then stays in the bias for good, and clients overfit.)
 
 Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
 """
@@ -45,6 +45,8 @@ from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback
 from server_app.memory import Scratch
 
 MEMORY = ("velocity", "mean")
+ROUNDING = 1e-9
+"""Squared, relative: float32 features that differ by less than 3e-5 of their size are equal."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,10 @@ class LeastSquares:
         scratch
             Memory for tiles; overwritten.
         moves
-            False leaves the heads alone (`novel-only`).
+            False leaves the heads alone (`novel-only`); so does a delta that is not finite.
         """
         group, n = batch.group, len(batch)
+        moves = moves and all(bool(torch.isfinite(delta).all()) for delta in batch.deltas)
         within = batch.shares / batch.shares.sum()
         center_CH = batch.features_CNH.mean(1)
         pulled = torch.empty(group.num_chunks, n, center_CH.shape[1], device=center_CH.device)
@@ -166,9 +169,7 @@ class LeastSquares:
         group.bias[work].sub_(shared_cS, alpha=min(1.0, section.shared_gain * part) * pace.factor)
         own_gain = pace.personal_gain(section)
         if own_gain:
-            solved_cnH = ridge_rows(
-                batch.features_CNH[work] - center_cH[:, None], batch.rows, section.kernel_damping
-            )
+            solved_cnH = ridge_rows(batch.features_CNH[work], batch.rows, section.kernel_damping)
             solved_cnH *= own_gain
             solved_cnH *= (batch.shares * (n / batch.shares.sum()))[:, None]
             own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
@@ -209,23 +210,24 @@ class LeastSquares:
             self._memory[key] = GroupMemory(*(p.to(bias.device, copy=True) for p in parts))
 
 
-def ridge_rows(centred_cNH: Tensor, rows: Sequence[int], damping: float) -> Tensor:
-    """Return the rows asked for of (F F^T + d I)^-1 F, (c, n, H), chunk by chunk.
+def ridge_rows(features_cNH: Tensor, rows: Sequence[int], damping: float) -> Tensor:
+    """Return the rows asked for of (F F^T + d I)^-1 F, (c, n, H), chunk by chunk; F is centred.
 
-    d is `damping` times the mean squared norm of a row, so that it has no unit. Solved in float64,
-    in the smaller of the two spaces: N x N, or H x H by (F F^T + d I)^-1 F = F (F^T F + d I)^-1.
-    The result is scaled by 1 + damping, so that clients with orthogonal features get the whole of
-    what is asked.
+    d is `damping` times the mean squared norm of a centred row, so that it has no unit, and at
+    least ROUNDING times that of a row as it came: features that differ by rounding alone are equal,
+    and nothing personal can be told apart by them. Solved in float64, in the smaller of the two
+    spaces: N x N, or H x H by (F F^T + d I)^-1 F = F (F^T F + d I)^-1. The result is scaled by
+    1 + damping, so that clients with orthogonal features get the whole of what is asked.
     """
-    wide = centred_cNH.double()
-    d_c = damping * wide.square().sum(2).mean(1) + torch.finfo(torch.float64).tiny
+    wide = features_cNH.double()
+    floor_c = ROUNDING * wide.square().sum(2).mean(1) + torch.finfo(torch.float64).tiny
+    wide = wide - wide.mean(1, keepdim=True)
+    d_c = torch.maximum(damping * wide.square().sum(2).mean(1), floor_c)
     if wide.shape[1] <= wide.shape[2]:
         system, right = wide @ wide.transpose(1, 2), wide
     else:
         system, right = wide.transpose(1, 2) @ wide, wide[:, list(rows)].transpose(1, 2)
     system.diagonal(dim1=1, dim2=2).add_(d_c[:, None])
-    factor, failed = torch.linalg.cholesky_ex(system)
-    solved = torch.cholesky_solve(right, factor)
-    solved = torch.where((failed == 0)[:, None, None], solved, 0.0)  # all features equal: no rows
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(system))
     picked = solved[:, list(rows)] if right is wide else solved.transpose(1, 2)
-    return (picked * (1 + damping)).to(centred_cNH.dtype)
+    return (picked * (1 + damping)).to(features_cNH.dtype)

@@ -118,7 +118,8 @@ class Schedule:
 
     def _late(self, state: _RoundState[U], deadline: float) -> bool:
         answered = len(state.outcome.accepted) / max(1, state.num_participants)
-        if state.enough < 1 and answered >= state.enough:
+        done = answered + len(state.outcome.failed) / max(1, state.num_participants)
+        if state.enough < 1 and done >= state.enough and not self._ready(state):
             return True
         return answered >= self._section.min_fraction and time.monotonic() >= deadline
 

@@ -6,6 +6,9 @@ the mean of the buffer, still one clip and one Adam step. Parameters that no upd
 touches (other groups' heads, other clients' embeddings) are not in the optimiser's list during
 that step: neither moments nor step counters move.
 
+With `server-rule = "least-squares"` the heads are moved by `server_app.least_squares` instead, and
+Adam has trunk and embeddings alone.
+
 Which mean: a head group's gradient is the mean over that group's updates in the buffer; trunk and
 embeddings get the mean over the whole buffer, so an embedding's gradient carries its client's share
 1/M (Adam is insensitive to that constant; the norm clip sees the gradient of ONE mean loss).

@@ -63,3 +63,11 @@ def test_simulated_node_is_its_partition() -> None:
     node = NodeConfig.parse({"partition-id": 3, "num-partitions": 7})
     assert node.identity == "3"
     assert node.client_section(RunConfig()).num_partitions == 7
+
+
+def test_keys_of_different_sections_go_together() -> None:
+    with pytest.raises(ConfigError, match=r"embedding-std = 0\.002 .* Set embedding-std = 1\.0"):
+        RunConfig.parse({"server-rule": "least-squares"})
+    with pytest.raises(ConfigError, match=r"models of zeros.*theta-offset = 'init'"):
+        RunConfig.parse({"head-init": "zero"})
+    RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0})

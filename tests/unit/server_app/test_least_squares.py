@@ -111,8 +111,9 @@ def test_ridge_rows_equal_the_formula_in_both_spaces(num_clients: int) -> None:
     features = torch.randn(2, num_clients, 32, generator=generator)
     rows = [num_clients - 1, 0, 0]
     got = ridge_rows(features, rows, 0.05)
-    for chunk, solved in zip(features.double(), got, strict=True):
-        damping = 0.05 * chunk.square().sum(1).mean()
+    centred = features.double() - features.double().mean(1, keepdim=True)
+    for chunk, solved in zip(centred, got, strict=True):
+        damping = 1e-30 + 0.05 * chunk.square().sum(1).mean()
         kernel = chunk @ chunk.T + damping * torch.eye(num_clients, dtype=torch.float64)
         expected = torch.linalg.inv(kernel) @ chunk * 1.05
         torch.testing.assert_close(solved.double(), expected[rows], rtol=1e-4, atol=1e-5)
@@ -200,3 +201,35 @@ def test_the_global_model_follows_its_mean_delta() -> None:
     own = mean - mean / 4
     assert_close(after["c"] - before["c"], shared - own * 3 / 4)
     assert_close(after["a"] - before["a"], shared + own / 4)
+
+
+def test_the_order_of_arrival_does_not_matter() -> None:
+    def run(order: str) -> ServerUpdate:
+        hypernet = Hypernetwork(TOY, seed=3)
+        for client_id in order:
+            hypernet.add_client(client_id, SIZES[client_id])
+        update = ServerUpdate(hypernet, SECTION, total_rounds=10)
+        moved_by = deltas(1, *sorted(SIZES))
+        for _ in range(2):
+            updates = [ClientUpdate(c, moved_by[c]) for c in order]
+            update.step(updates, progress=0.0)
+        return update
+
+    one, other = (run(order).hypernet.named_parameters() for order in ("cabdz", "zdbac"))
+    assert all(torch.equal(parameter, other[name]) for name, parameter in one.items())
+
+
+def test_a_delta_that_is_not_finite_moves_nothing() -> None:
+    update, change = system(), deltas(1, "c", "a")
+    change["a"][3] = float("nan")
+    before = {n: p.detach().clone() for n, p in update.hypernet.named_parameters().items()}
+    updates = [ClientUpdate(c, d) for c, d in change.items()]
+    assert not update.step(updates, progress=0.0).applied
+    for name, parameter in update.hypernet.named_parameters().items():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("num_clients", [4, 5, 7, 50])
+def test_features_that_differ_by_rounding_alone_are_equal(num_clients: int) -> None:
+    row = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1)).abs()
+    assert float(ridge_rows(row.repeat(1, num_clients, 1), [0], 1e-3).abs().max()) < 1e-6
