@@ -21,8 +21,8 @@ Differs from paper: there phi descends along J^T delta.
 
 One mechanism for every schedule: a pass over the group's N clients (all that are known, present or
 not, w_g among them) makes shared steps of g in all, in one piece or in N/n of them: n updates are
-n/N = p of a pass, and g p, p m_now and beta^p stand for g, m_now (in u) and beta. No step goes
-further than gain 1: velocity adds to it, and beyond that the first rounds diverge. (Full steps for every
+n/N = p of a pass, and g p, p m_now and beta^p stand for g, m_now (in u) and beta. No step has a
+gain above 1: velocity adds to it, and beyond that the first rounds diverge. (Full steps for every
 cohort were tried: each client's own delta then stays in the bias for good, and clients overfit.)
 
 Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
