@@ -21,6 +21,7 @@ def bench(*arguments: str) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_quick_bench_writes_the_promised_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
