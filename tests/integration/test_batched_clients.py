@@ -25,20 +25,26 @@ def run(config: RunConfig, batched_clients: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the sizes of the cohorts that are trained from now on."""
+    found: list[int] = []
+    train_cohort = together.train_cohort
+
+    def counted(module, members, section, **options):  # noqa: ANN001, ANN003, ANN202
+        found.append(len(members))
+        return train_cohort(module, members, section, **options)
+
+    monkeypatch.setattr(together, "train_cohort", counted)
+    return found
+
+
 @pytest.mark.parametrize(
     ("evaluation", "offset"), [("separate", "none"), ("fused", "none"), ("fused", "init")]
 )
 def test_batched_clients_give_the_same_rounds(
-    tmp_path: Path, evaluation: str, offset: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, evaluation: str, offset: str, sizes: list[int]
 ) -> None:
-    sizes: list[int] = []
-    train_cohort = together.train_cohort
-
-    def counted(module, members, section, **options):  # noqa: ANN001, ANN003, ANN202
-        sizes.append(len(members))
-        return train_cohort(module, members, section, **options)
-
-    monkeypatch.setattr(together, "train_cohort", counted)
     settings = {
         "models": f"{HERE}:small,{HERE}:wide",
         "rounds": 3,
@@ -63,16 +69,8 @@ def test_batched_clients_give_the_same_rounds(
     [("mh-pfedhn", "separate", 4), ("mh-pfedhn-gd", "separate", 4), ("mh-pfedhn-gd", "fused", 0)],
 )
 def test_dropout_and_distillation(
-    tmp_path: Path, method: str, gd_mode: str, calls: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, method: str, gd_mode: str, calls: int, sizes: list[int]
 ) -> None:
-    sizes: list[int] = []
-    train_cohort = together.train_cohort
-
-    def counted(module, members, section, **options):  # noqa: ANN001, ANN003, ANN202
-        sizes.append(len(members))
-        return train_cohort(module, members, section, **options)
-
-    monkeypatch.setattr(together, "train_cohort", counted)
     settings = {
         "models": f"{HERE}:normed,{HERE}:small",
         "max_in_flight": 0,
