@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from client_app.data import ClientData
 from client_app.models.dropout import MaskFeed, draw_mask, feeding
-from client_app.training import Trained
+from client_app.training import Trained, mixed_precision
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 
@@ -245,10 +245,12 @@ class _Cohort:
             return found
 
         stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
-        out = vmap(logits)(self._weights(theta), buffers, masks, stacked_images).flatten(0, 1)
-        losses = functional.cross_entropy(out, labels, reduction="none")
-        if self._teacher is not None:
-            losses = _distilled(losses, out, images, self._teacher)
+        with mixed_precision(self._section, images.device):
+            out = vmap(logits)(self._weights(theta), buffers, masks, stacked_images)
+            out = out.flatten(0, 1).float()
+            losses = functional.cross_entropy(out, labels, reduction="none")
+            if self._teacher is not None:
+                losses = _distilled(losses, out, images, self._teacher)
         return losses.view(rows_GB.shape)
 
     @torch.no_grad()
@@ -278,7 +280,7 @@ def _distilled(hard: Tensor, logits: Tensor, images: Tensor, teacher: Teacher) -
     alpha, temperature = teacher.section.distill_alpha, teacher.section.distill_temperature
     teacher.module.eval()
     with torch.no_grad():
-        target = functional.log_softmax(teacher.module(images) / temperature, dim=1)
+        target = functional.log_softmax(teacher.module(images).float() / temperature, dim=1)
     student = functional.log_softmax(logits / temperature, dim=1)
     divergence = functional.kl_div(student, target, reduction="none", log_target=True).sum(dim=1)
     return alpha * temperature**2 * divergence + (1 - alpha) * hard

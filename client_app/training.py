@@ -70,13 +70,19 @@ def distillation(teacher: nn.Module, section: DistillSection) -> Loss:
 
     def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            target = functional.log_softmax(teacher(images) / temperature, dim=1)
+            target = functional.log_softmax(teacher(images).float() / temperature, dim=1)
         student = functional.log_softmax(logits / temperature, dim=1)
         divergence = functional.kl_div(student, target, reduction="batchmean", log_target=True)
         hard = functional.cross_entropy(logits, labels)
         return alpha * temperature**2 * divergence + (1 - alpha) * hard
 
     return loss
+
+
+def mixed_precision(section: TrainingSection, device: torch.device) -> torch.autocast:
+    """Compute forward passes in `training-precision`; backward passes follow them."""
+    enabled = section.training_precision == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def sgd(model: FlatModel, section: TrainingSection) -> torch.optim.SGD:
@@ -114,7 +120,9 @@ def train(
     seen = 0
     for _ in range(section.local_epochs):
         for images, labels in data.batches(section.batch_size, generator):
-            value = loss(images, logits_of(model.module, images, data.num_classes), labels)
+            with mixed_precision(section, images.device):
+                logits = logits_of(model.module, images, data.num_classes).float()
+                value = loss(images, logits, labels)
             model.backward(value)
             if clip:
                 nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)

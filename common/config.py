@@ -112,7 +112,11 @@ class UpdateSection(Section):
 
 
 class TrainingSection(Section):
-    """Local training of one client in one round (method.md, "Local training")."""
+    """Local training of one client in one round (method.md, "Local training").
+
+    `training_precision` "bfloat16" computes the products of forward and backward in it; weights,
+    losses, optimiser and tests stay float32.
+    """
 
     local_epochs: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
@@ -120,6 +124,7 @@ class TrainingSection(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     client_clip_norm: float = Field(50.0, gt=0)
+    training_precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class DistillSection(Section):

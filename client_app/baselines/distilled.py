@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from client_app.baselines.base import OWN, THETA, Trainer, as_array
 from client_app.baselines.features import class_means
-from client_app.training import Loss, Trained, cross_entropy, logits_of, sgd
+from client_app.training import Loss, Trained, cross_entropy, logits_of, mixed_precision, sgd
 from client_app.workshop import ModelKind, Tool, borrow, draw_theta
 from common.class_means import ClassMeans
 from common.parcels import COUNTS, Arrays, Order
@@ -117,7 +117,10 @@ class FML(Trainer):
         total, seen = torch.zeros((), device=tool.model.theta.device), 0
         for _ in range(section.local_epochs):
             for images, labels in self.data.batches(section.batch_size, generator):
-                both = [logits_of(m.module, images, self.data.num_classes) for m in models]
+                with mixed_precision(section, images.device):
+                    both = [
+                        logits_of(m.module, images, self.data.num_classes).float() for m in models
+                    ]
                 for i, model in enumerate(models):
                     value = mutual_loss(both[i], both[1 - i], labels, weights[i])
                     model.backward(value)

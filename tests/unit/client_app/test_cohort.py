@@ -95,6 +95,25 @@ def test_distillation() -> None:
     compare(module, SECTION, teacher=Teacher(teacher, section))
 
 
+def test_mixed_precision_agrees_to_its_rounding() -> None:
+    module, theta = build_model("cnn", in_channels=3, num_classes=10), []
+    data, section = clients()[1], SECTION.model_copy(update={"training_precision": "bfloat16"})
+    start = draw_theta(module)
+    outcome, _ = train_cohort(
+        module,
+        [Member(start, {}, data, torch.Generator().manual_seed(i)) for i in range(2)],
+        section,
+    )
+    for kept in (SECTION, section):
+        model = FlatModel(module)
+        model.load(start)
+        train(model, data, kept, generator=torch.Generator().manual_seed(0))
+        theta.append(model.theta.detach().clone())
+    exact, alone = theta
+    assert 0 < (outcome.theta - exact).norm() < 0.2 * (exact - start).norm()
+    assert (outcome.theta - alone).norm() < 0.2 * (exact - start).norm()
+
+
 def small_resnet(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4),

@@ -124,3 +124,21 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(
         found.append(evaluate(model, data))
     assert found[0].num_correct == found[1].num_correct
     assert found[0].test_loss == pytest.approx(found[1].test_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet10", "vit"])
+def test_mixed_precision_goes_where_float32_goes(name: str) -> None:
+    """Products of bfloat16 have 8 bits; the change of an epoch agrees to a fifth of its length."""
+    changes = []
+    for precision in ("float32", "bfloat16"):
+        model = FlatModel(build_model(name, in_channels=3, num_classes=10))
+        start = draw_theta(model.module)
+        model.load(start)
+        section = TrainingSection(batch_size=16, training_precision=precision)
+        trained = train(model, pictures(), section, generator=torch.Generator().manual_seed(1))
+        assert model.theta.dtype == torch.float32
+        changes.append((start - model.theta.detach(), trained.loss))
+    (exact, exact_loss), (mixed, mixed_loss) = changes
+    assert not torch.equal(exact, mixed)
+    assert (exact - mixed).norm() < 0.2 * exact.norm()
+    assert mixed_loss == pytest.approx(exact_loss, rel=0.01)
