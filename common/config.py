@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.baseline_config import BaselineSection
+from common.config_checks import check_together
 from common.errors import ConfigError, unknown_name
 from common.section import OWN_METHODS, Method, Scalar, Section, kebab
 
@@ -90,7 +91,9 @@ class UpdateSection(Section):
     `server_rule` "adam" is the published one for everything. "least-squares" moves the heads so
     that the generated parameters go where the deltas point, at gains of their own for what a
     group's clients share and for what is each one's own (`server_app.least_squares`); trunk and
-    embeddings keep Adam. An update that is s server steps old weighs (1 + s)^-staleness-power.
+    embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
+    cheap (`server_app.ledger`). An update that is s server steps old weighs
+    (1 + s)^-staleness-power.
     """
 
     server_rule: Literal["adam", "least-squares"] = "adam"
@@ -99,8 +102,8 @@ class UpdateSection(Section):
     personal_gain: float = Field(0.1, ge=0)
     kernel_damping: float = Field(1e-3, gt=0)
     staleness_power: float = Field(0.0, ge=0)
-    server_lr: float = Field(2e-4, gt=0)
-    embedding_lr: float = Field(2e-4, gt=0)
+    server_lr: float = Field(2e-4, ge=0)
+    embedding_lr: float = Field(2e-4, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -222,23 +225,8 @@ class RunConfig(BaseModel):
             for name, section in cls.sections.items()
         }
         config = cls.model_validate(parts)
-        config.check_together()
+        check_together(config)
         return config
-
-    def check_together(self) -> None:
-        """Raise ConfigError when keys of different sections do not go together."""
-        spread = self.hypernet.embedding_std
-        if self.update.server_rule == "least-squares" and spread < 0.1:
-            raise ConfigError(
-                "run config: server-rule = 'least-squares' tells clients by their embeddings: "
-                f"embedding-std = {spread} makes them all but equal, and the heads grow without "
-                "bound. Set embedding-std = 1.0."
-            )
-        if self.hypernet.head_init == "zero" and self.client.theta_offset == "none":
-            raise ConfigError(
-                "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "
-                "theta-offset = 'init' as well, or head-init = 'shared'."
-            )
 
     def flat(self) -> dict[str, Scalar]:
         """Return all keys and values, as Flower's run config wants them."""

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from server_app.memory import Scratch, fresh
+from server_app.ledger import Ledger
+from server_app.memory import Scratch, empty_rows
 
 TILE_BYTES = 16 * 2**20  # half of a common L3 cache; at least one chunk is always taken
 WORK_BYTES = 8 * 2**20  # what the products of one step of the loop read and write together
-ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would all fall into the same cache sets
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ class HeadGroup:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
+        self._weight = nn.Parameter(weight)
+        self._bias = nn.Parameter(bias)
         self._gradients: tuple[Tensor, Tensor] | None = None
+        self._ledger: Ledger | None = None
 
     @classmethod
     def draw(
@@ -84,14 +85,54 @@ class HeadGroup:
         return HeadGroup(self.weight.detach().to(device), self.bias.detach().to(device))
 
     @property
+    def weight(self) -> nn.Parameter:
+        """(C, H, S); whoever reads it ends a `Ledger`."""
+        self._close_ledger()
+        return self._weight
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """(C, S); whoever reads it ends a `Ledger`."""
+        self._close_ledger()
+        return self._bias
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What the clients hold, where it is kept beside the heads."""
+        return self._ledger
+
+    @torch.no_grad()
+    def open_ledger(self, members: Sequence[str], features_CNH: Tensor, damping: float) -> Ledger:
+        """Return the ledger of these clients; the one that is open, if it is theirs.
+
+        Valid while their features and the damping are what they were.
+        """
+        if self._ledger is None or self._ledger.members != list(members):
+            theta_NL = self._emit(features_CNH)
+            heads = (self._weight.detach(), self._bias.detach())
+            self._ledger = Ledger(heads, members, features_CNH, theta_NL, damping)
+        return self._ledger
+
+    @torch.no_grad()
+    def _close_ledger(self) -> None:
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.settle()
+
+    @property
     def num_chunks(self) -> int:
         """C, the number of heads."""
-        return self.weight.shape[0]
+        return self._weight.shape[0]
 
     @property
     def chunk_size(self) -> int:
         """S, the entries that one head emits."""
-        return self.weight.shape[2]
+        return self._weight.shape[2]
+
+    @property
+    def hidden_dim(self) -> int:
+        """H, the entries of a feature."""
+        return self._weight.shape[1]
 
     @torch.no_grad()
     def forward(
@@ -102,10 +143,15 @@ class HeadGroup:
         They are rows of one block of memory, which is freed with the last of them. With `bfloat16`
         the operands of the products are rounded to it, and the products too, before the bias.
         """
-        length = self.num_chunks * self.chunk_size
-        block = fresh(len(sizes), length + ROW_PADDING, device=self.weight.device)
-        out_CNS = block[:, :length].view(len(sizes), *self.bias.shape).transpose(0, 1)
-        rows = len(sizes) + self.weight.shape[1]
+        block = self._emit(features_CNH, bfloat16=bfloat16)
+        return [block[i, :size] for i, size in enumerate(sizes)]
+
+    def _emit(self, features_CNH: Tensor, *, bfloat16: bool = False) -> Tensor:
+        """Emit all chunks of every client, (N, C S)."""
+        count, length = features_CNH.shape[1], self.num_chunks * self.chunk_size
+        block = empty_rows(count, length, device=self.weight.device)
+        out_CNS = block.view(count, *self.bias.shape).transpose(0, 1)
+        rows = count + self.hidden_dim
         for work in self.tiles(0, self.num_chunks, rows=rows, budget=self.work_bytes):
             bias_c1S, weight_cHS = self.bias[work].unsqueeze(1), self.weight[work]
             if bfloat16:
@@ -113,7 +159,7 @@ class HeadGroup:
                 torch.add(short, bias_c1S, out=out_CNS[work])
             else:
                 torch.baddbmm(bias_c1S, features_CNH[work], weight_cHS, out=out_CNS[work])
-        return [block[i, :size] for i, size in enumerate(sizes)]
+        return block
 
     @torch.no_grad()
     def backward(
@@ -147,18 +193,14 @@ class HeadGroup:
         pulled = torch.empty_like(features_CNH, memory_format=torch.contiguous_format)
         squares = torch.zeros(len(deltas), dtype=torch.float64, device=shares.device)
         weight_square = torch.zeros((), dtype=torch.float64, device=shares.device)
-        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
-            packed_NcS = self.pack(deltas, tile, scratch)
-            rows = len(deltas) + self.weight.shape[1]
-            for work in self.tiles(tile.start, tile.stop, rows=rows, budget=self.work_bytes):
-                delta_NcS = packed_NcS[:, work.start - tile.start : work.stop - tile.start]
-                delta_cNS = delta_NcS.transpose(0, 1)
-                grad_cHS = grad_weight[work]
-                torch.bmm(weighted_CNH[work].transpose(1, 2), delta_cNS, out=grad_cHS)
-                torch.bmm(delta_cNS, self.weight[work].transpose(1, 2), out=pulled[work])
-                torch.matmul(within, delta_cNS, out=grad_bias[work])
-                squares += torch.linalg.vector_norm(delta_NcS, dim=2).double().square().sum(1)
-                weight_square += torch.linalg.vector_norm(grad_cHS, dim=2).double().square().sum()
+        for delta_NcS, work in self.packed(deltas, scratch):
+            delta_cNS = delta_NcS.transpose(0, 1)
+            grad_cHS = grad_weight[work]
+            torch.bmm(weighted_CNH[work].transpose(1, 2), delta_cNS, out=grad_cHS)
+            torch.bmm(delta_cNS, self.weight[work].transpose(1, 2), out=pulled[work])
+            torch.matmul(within, delta_cNS, out=grad_bias[work])
+            squares += torch.linalg.vector_norm(delta_NcS, dim=2).double().square().sum(1)
+            weight_square += torch.linalg.vector_norm(grad_cHS, dim=2).double().square().sum()
         pulled *= shares[:, None]
         self.weight.grad, self.bias.grad = grad_weight, grad_bias
         mean_square = torch.linalg.vector_norm(grad_bias, dim=1).double().square().sum()
@@ -172,13 +214,24 @@ class HeadGroup:
     @property
     def work_bytes(self) -> int:
         """Bytes one product may touch; a GPU wants few launches more than a small footprint."""
-        return WORK_BYTES if self.weight.device.type == "cpu" else 64 * WORK_BYTES
+        return WORK_BYTES if self._weight.device.type == "cpu" else 64 * WORK_BYTES
 
     def tiles(self, first: int, stop: int, *, rows: int, budget: int) -> Iterator[slice]:
         """Cut chunks into runs that touch at most `budget` bytes, at `rows` rows (S,) a chunk."""
         chunks = max(1, budget // (4 * rows * self.chunk_size))
         for start in range(first, stop, chunks):
             yield slice(start, min(start + chunks, stop))
+
+    def packed(self, deltas: Sequence[Tensor], scratch: Scratch) -> Iterator[tuple[Tensor, slice]]:
+        """Yield deltas (P_i,) as (N, c, S), zero beyond a client's last entry, and which chunks.
+
+        They are gathered a tile at a time and yielded in pieces that one product may touch.
+        """
+        rows = len(deltas) + self.hidden_dim
+        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
+            packed_NcS = self.pack(deltas, tile, scratch)
+            for work in self.tiles(tile.start, tile.stop, rows=rows, budget=self.work_bytes):
+                yield packed_NcS[:, work.start - tile.start : work.stop - tile.start], work
 
     def pack(self, deltas: Sequence[Tensor], tile: slice, scratch: Scratch) -> Tensor:
         """Gather a tile of all deltas into (N, c, S), zero beyond a client's last entry."""

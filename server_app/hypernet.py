@@ -8,10 +8,11 @@ Shapes: N clients, C chunks of a client, S chunk size, E embedding size, H hidde
 of a client (the paper's K_i), R rows of several embeddings put one after the other.
 """
 
-# ruff: noqa: N803, N806 - names carry their shape as a suffix
+# ruff: noqa: N806 - names carry their shape as a suffix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,16 +27,13 @@ from server_app.grouping import by_num_chunks, members_by_group, num_chunks
 from server_app.heads import HeadGroup, HeadPullback
 from server_app.least_squares import GroupBatch
 from server_app.memory import Scratch
-from server_app.parts import Part
+from server_app.parts import Part, spread_gradient, stacked_rows
 from server_app.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
 from server_app.shared_heads import SharedHead, place_rows
 from server_app.trunk import draw_trunk
 
 HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
 """Moves the heads of one group and returns what the trunk is to learn from."""
-
-SAMPLE = 8
-"""Clients and chunks that diagnostics look at."""
 
 SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers", "head-layout")
 
@@ -98,7 +96,7 @@ class Hypernetwork:
             rows += place_rows(chunks, rows.shape[1], torch_generator(self.seed, "places"))
         self._sizes[client_id] = num_parameters
         self.embeddings[client_id] = nn.Parameter(rows.to(self.device))
-        key = self._group_key(client_id)
+        key = self.group_key(client_id)
         if key not in self.groups:
             self.groups[key] = self._draw_group(key)
 
@@ -154,10 +152,10 @@ class Hypernetwork:
             A client is not known.
         """
         self._require(*client_ids)
-        thetas: dict[str, Tensor] = {}
-        parts = self._parts(client_ids)
+        thetas = self._held(client_ids)
+        parts = self._parts([client_id for client_id in client_ids if client_id not in thetas])
         if parts:
-            features_RH = self.trunk(self._rows(parts))
+            features_RH = self.trunk(stacked_rows(parts, self.embeddings))
             for part in parts:
                 sizes = [self._sizes[client_id] for client_id in part.client_ids]
                 emitted = part.group.forward(
@@ -165,6 +163,35 @@ class Hypernetwork:
                 )
                 thetas |= zip(part.client_ids, emitted, strict=True)
         return {client_id: thetas[client_id] for client_id in client_ids}
+
+    def _held(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
+        """Copy theta of those whose head group keeps a ledger of it."""
+        thetas: dict[str, Tensor] = {}
+        for part in self._parts(client_ids):
+            ledger = part.group.ledger
+            if ledger is not None:
+                known = [c for c in part.client_ids if ledger.holds(c)]
+                emitted = ledger.emit(known, [self._sizes[c] for c in known])
+                thetas |= zip(known, emitted, strict=True)
+        return thetas
+
+    def lead(self, pulls: Sequence[Pull], head_rule: HeadRule) -> Pullback:
+        """Let a rule move the heads along deltas; trunk and embeddings stand still for good.
+
+        Raises as `backward`.
+        """
+        self._require(*(pull.client_id for pull in pulls))
+        check_pulls(pulls, self._sizes)
+        moved: list[HeadPullback] = []
+        for part in self._parts([pull.client_id for pull in pulls]):
+            mine = [pulls[i] for i in part.positions]
+            shares = torch.tensor([pull.share for pull in mine], device=self.device)
+            batch = self._group_batch(part, [pull.delta for pull in mine], shares, fixed=True)
+            moved.append(head_rule(batch, self._scratch))
+        rms_delta, coherence = delta_facts(pulls, moved)
+        return Pullback(
+            [], [], 0.0 if math.isfinite(rms_delta) else rms_delta, rms_delta, coherence
+        )
 
     def backward(self, pulls: Sequence[Pull], *, head_rule: HeadRule | None = None) -> Pullback:
         """Compute sum_i share_i J_i^T delta_i at the current phi, as `grad` of what took part.
@@ -185,7 +212,7 @@ class Hypernetwork:
         self._require(*(pull.client_id for pull in pulls))
         check_pulls(pulls, self._sizes)
         parts = self._parts([pull.client_id for pull in pulls])
-        rows_RE = self._rows(parts).requires_grad_()
+        rows_RE = stacked_rows(parts, self.embeddings).requires_grad_()
         with torch.enable_grad():
             features_RH = self.trunk(rows_RE)
         gradient_RH = torch.empty_like(features_RH)
@@ -207,44 +234,28 @@ class Hypernetwork:
         *gradients, rows_gradient = torch.autograd.grad(features_RH, [*trunk, rows_RE], gradient_RH)
         for parameter, gradient in zip(trunk, gradients, strict=True):
             parameter.grad = gradient
-        embeddings = self._spread(rows_gradient, parts)
+        embeddings = spread_gradient(rows_gradient, parts, self.embeddings)
         norm = step_norm(pulled, [*trunk, *embeddings])
         return Pullback(trunk + heads, embeddings, norm, *delta_facts(pulls, pulled))
 
-    def _group_batch(self, part: Part, deltas: Sequence[Tensor], shares: Tensor) -> GroupBatch:
+    def _group_batch(
+        self, part: Part, deltas: Sequence[Tensor], shares: Tensor, *, fixed: bool = False
+    ) -> GroupBatch:
         """Put a part beside all clients of its group, known by the group's key."""
-        key = self._group_key(part.client_ids[0])
-        members = sorted(c for c in self._sizes if self._group_key(c) == key)
+        key = self.group_key(part.client_ids[0])
+        members = sorted(c for c in self._sizes if self.group_key(c) == key)
         with torch.no_grad():
             features_RH = self.trunk(torch.cat([self.embeddings[c].detach() for c in members]))
         return GroupBatch(
             key=key,
             group=part.group,
+            members=members,
             features_CNH=features_RH.view(len(members), key, -1).transpose(0, 1),
             rows=[members.index(c) for c in part.client_ids],
             deltas=deltas,
             shares=shares,
+            fixed=fixed,
         )
-
-    @torch.no_grad()
-    def sample_theta(self, client_ids: Sequence[str]) -> Tensor:
-        """Generate a few chunks of a few of these clients, one flat vector, for diagnostics.
-
-        At most `SAMPLE` clients of a head group and `SAMPLE` chunks, the same at every call.
-        """
-        self._require(*client_ids)
-        samples: list[Tensor] = []
-        known = sorted(set(client_ids))
-        for key, positions in members_by_group(known, self._group_key).items():
-            chosen = [known[i] for i in positions][:SAMPLE]
-            chunks = torch.unique(torch.linspace(0, max(0, key - 2), SAMPLE).long())
-            rows_NcE = torch.stack([self.embeddings[c].detach()[chunks] for c in chosen])
-            group = self.groups[key]
-            heads = torch.zeros_like(chunks) if self._one_head else chunks
-            weight, bias = group.weight[heads], group.bias[heads]
-            features_cNH = self.trunk(rows_NcE).transpose(0, 1)
-            samples.append(torch.baddbmm(bias[:, None], features_cNH, weight).reshape(-1))
-        return torch.cat(samples)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return phi and all embeddings by name.
@@ -310,8 +321,9 @@ class Hypernetwork:
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(device=self.device, copy=True)
 
-    def _group_key(self, client_id: str) -> int:
-        return by_num_chunks(self._sizes[client_id], self.section.chunk_size)
+    def group_key(self, client_id: str) -> int:
+        """Return the key of a client's head group in `groups`."""
+        return by_num_chunks(self.num_parameters(client_id), self.section.chunk_size)
 
     def _require(self, *client_ids: str) -> None:
         unknown = [client_id for client_id in client_ids if client_id not in self._sizes]
@@ -325,25 +337,9 @@ class Hypernetwork:
         """Split clients by head group; their rows are stacked in the order of the parts."""
         parts: list[Part] = []
         first = 0
-        for key, positions in members_by_group(client_ids, self._group_key).items():
+        for key, positions in members_by_group(client_ids, self.group_key).items():
             stop = first + key * len(positions)
             ids = [client_ids[i] for i in positions]
             parts.append(Part(self.groups[key], positions, ids, slice(first, stop)))
             first = stop
         return parts
-
-    def _rows(self, parts: Sequence[Part]) -> Tensor:
-        """Stack the embeddings of all parts: (R, E), a copy."""
-        return torch.cat([self.embeddings[c].detach() for part in parts for c in part.client_ids])
-
-    def _spread(self, rows_gradient_RE: Tensor, parts: Sequence[Part]) -> list[nn.Parameter]:
-        """Give each embedding its rows of the gradient; rows of one client asked twice add up."""
-        owners = [c for part in parts for c in part.client_ids]
-        gradients: dict[str, Tensor] = {}
-        pieces = torch.split(rows_gradient_RE, [len(self.embeddings[c]) for c in owners])
-        for client_id, piece in zip(owners, pieces, strict=True):
-            known = gradients.get(client_id)
-            gradients[client_id] = piece.clone() if known is None else known + piece
-        for client_id, gradient in gradients.items():
-            self.embeddings[client_id].grad = gradient
-        return [self.embeddings[client_id] for client_id in gradients]

@@ -28,11 +28,12 @@ cohort were tried: each client's own delta then stays in the bias for good, and 
 Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
 """
 
-# ruff: noqa: N803, N806, N815 - names carry their shape as a suffix
+# ruff: noqa: N806, N815 - names carry their shape as a suffix
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,12 @@ from torch import Tensor
 
 from common.config import UpdateSection
 from server_app.checkpoint import required_tensor
-from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback
+from server_app.heads import HeadGroup, HeadPullback
+from server_app.ledger import Heads, Ledger
 from server_app.memory import Scratch
 
 MEMORY = ("velocity", "mean")
-ROUNDING = 1e-9
-"""Squared, relative: float32 features that differ by less than 3e-5 of their size are equal."""
+Mover = Heads | Ledger
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,22 @@ class GroupBatch:
     Attributes
     ----------
     group : the heads.
-    features_CNH : the trunk's output for ALL clients of the group.
+    members : ALL clients of the group.
+    features_CNH : the trunk's output for them.
     rows : which of these clients sent the updates, one row each; may repeat.
     deltas : (P_i,) each.
     shares : (n,) float32, positive; shares of the whole step.
+    fixed : the features never change: nobody wants their gradient, and a `Ledger` may be kept.
     """
 
     key: int
     group: HeadGroup
+    members: Sequence[str]
     features_CNH: Tensor
     rows: Sequence[int]
     deltas: Sequence[Tensor]
     shares: Tensor
+    fixed: bool = False
 
     def __len__(self) -> int:
         return len(self.deltas)
@@ -133,54 +138,61 @@ class LeastSquares:
             False leaves the heads alone (`novel-only`); so does a delta that is not finite.
         """
         group, n = batch.group, len(batch)
-        moves = moves and all(bool(torch.isfinite(delta).all()) for delta in batch.deltas)
+        moves = moves and all(_is_finite(delta) for delta in batch.deltas)
         within = batch.shares / batch.shares.sum()
-        center_CH = batch.features_CNH.mean(1)
-        pulled = torch.empty(group.num_chunks, n, center_CH.shape[1], device=center_CH.device)
-        squares = torch.zeros(n, dtype=torch.float64, device=center_CH.device)
-        mean_square = torch.zeros((), dtype=torch.float64, device=center_CH.device)
-        for tile in group.tiles(0, group.num_chunks, rows=n, budget=TILE_BYTES):
-            packed_ncS = group.pack(batch.deltas, tile, scratch)
-            rows = n + group.weight.shape[1]
-            for work in group.tiles(tile.start, tile.stop, rows=rows, budget=group.work_bytes):
-                delta_ncS = packed_ncS[:, work.start - tile.start : work.stop - tile.start]
-                delta_cnS = delta_ncS.transpose(0, 1)
+        pulled = torch.zeros(group.num_chunks, n, group.hidden_dim, device=within.device)
+        squares = torch.zeros(n, dtype=torch.float64, device=within.device)
+        mean_square = torch.zeros((), dtype=torch.float64, device=within.device)
+        with self._mover(batch).step() if moves else nullcontext() as mover:
+            for packed_ncS, work in group.packed(batch.deltas, scratch):
+                delta_cnS = packed_ncS.transpose(0, 1)
                 mean_cS = torch.matmul(within, delta_cnS)
-                squares += torch.linalg.vector_norm(delta_ncS, dim=2).double().square().sum(1)
+                squares += torch.linalg.vector_norm(packed_ncS, dim=2).double().square().sum(1)
                 mean_square += torch.linalg.vector_norm(mean_cS, dim=1).double().square().sum()
-                torch.bmm(delta_cnS, group.weight[work].transpose(1, 2), out=pulled[work])
-                if moves:
-                    self._move(batch, pace, work, (delta_cnS, mean_cS, center_CH[work]))
+                if not batch.fixed:
+                    torch.bmm(delta_cnS, group.weight[work].transpose(1, 2), out=pulled[work])
+                if mover is not None:
+                    self._move(batch, pace, work, mover, (delta_cnS, mean_cS))
         pulled *= batch.shares[:, None]
         return HeadPullback(pulled, squares, mean_square, torch.zeros_like(mean_square))
 
+    def _mover(self, batch: GroupBatch) -> Mover:
+        """Choose how the heads are moved: at once, or where it is cheaper by and by."""
+        group, damping = batch.group, self._section.kernel_damping
+        if batch.fixed and batch.num_clients <= group.hidden_dim:
+            return group.open_ledger(batch.members, batch.features_CNH, damping)
+        return Heads((group.weight, group.bias), batch.features_CNH, damping)
+
     def _move(
-        self, batch: GroupBatch, pace: Pace, work: slice, now: tuple[Tensor, Tensor, Tensor]
+        self,
+        batch: GroupBatch,
+        pace: Pace,
+        work: slice,
+        mover: Mover,
+        now: tuple[Tensor, Tensor],
     ) -> None:
         """Move some chunks: what is shared by the bias, what is personal by the weight."""
-        delta_cnS, mean_cS, center_cH = now
-        n, group, section = len(batch), batch.group, self._section
+        delta_cnS, mean_cS = now
+        n, section = len(batch), self._section
         memory = self._remembered(batch)
         part = pace.of_pass(batch)
         beta = section.shared_momentum**part
         memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.num_clients))
         velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS, alpha=part)
         shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
-        group.bias[work].sub_(shared_cS, alpha=min(1.0, section.shared_gain * part) * pace.factor)
+        mover.share(work, shared_cS, min(1.0, section.shared_gain * part) * pace.factor)
         own_gain = pace.personal_gain(section)
         if own_gain:
-            solved_cnH = ridge_rows(batch.features_CNH[work], batch.rows, section.kernel_damping)
-            solved_cnH *= own_gain
-            solved_cnH *= (batch.shares * (n / batch.shares.sum()))[:, None]
             own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
-            group.weight[work].baddbmm_(solved_cnH.transpose(1, 2), own_cnS, alpha=-1)
-            onto_c1n = torch.bmm(center_cH[:, None], solved_cnH.transpose(1, 2))
-            group.bias[work].unsqueeze(1).baddbmm_(onto_c1n, own_cnS)
+            gains_n = own_gain * (batch.shares * (n / batch.shares.sum()))
+            mover.own(work, batch.rows, own_cnS, gains_n)
 
     def _remembered(self, batch: GroupBatch) -> GroupMemory:
         known = self._memory.get(batch.key)
         if known is None:
-            blank = torch.zeros_like(batch.group.bias)
+            blank = torch.zeros(
+                batch.group.num_chunks, batch.group.chunk_size, device=batch.shares.device
+            )
             known = self._memory[batch.key] = GroupMemory(blank, blank.clone())
         return known
 
@@ -210,24 +222,6 @@ class LeastSquares:
             self._memory[key] = GroupMemory(*(p.to(bias.device, copy=True) for p in parts))
 
 
-def ridge_rows(features_cNH: Tensor, rows: Sequence[int], damping: float) -> Tensor:
-    """Return the rows asked for of (F F^T + d I)^-1 F, (c, n, H), chunk by chunk; F is centred.
-
-    d is `damping` times the mean squared norm of a centred row, so that it has no unit, and at
-    least ROUNDING times that of a row as it came: features that differ by rounding alone are equal,
-    and nothing personal can be told apart by them. Solved in float64, in the smaller of the two
-    spaces: N x N, or H x H by (F F^T + d I)^-1 F = F (F^T F + d I)^-1. The result is scaled by
-    1 + damping, so that clients with orthogonal features get the whole of what is asked.
-    """
-    wide = features_cNH.double()
-    floor_c = ROUNDING * wide.square().sum(2).mean(1) + torch.finfo(torch.float64).tiny
-    wide = wide - wide.mean(1, keepdim=True)
-    d_c = torch.maximum(damping * wide.square().sum(2).mean(1), floor_c)
-    if wide.shape[1] <= wide.shape[2]:
-        system, right = wide @ wide.transpose(1, 2), wide
-    else:
-        system, right = wide.transpose(1, 2) @ wide, wide[:, list(rows)].transpose(1, 2)
-    system.diagonal(dim1=1, dim2=2).add_(d_c[:, None])
-    solved = torch.cholesky_solve(right, torch.linalg.cholesky(system))
-    picked = solved[:, list(rows)] if right is wide else solved.transpose(1, 2)
-    return (picked * (1 + damping)).to(features_cNH.dtype)
+def _is_finite(delta: Tensor) -> bool:
+    """Say whether every entry is finite, in one pass; a norm beyond float32 counts as not."""
+    return bool(torch.isfinite(torch.linalg.vector_norm(delta)))

@@ -11,6 +11,8 @@ from torch import Tensor
 HUGE_BYTES = 4 * 2**20
 """Blocks from here on are put on huge pages where the system has them."""
 
+ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would all fall into the same cache sets
+
 
 class Scratch:
     """One buffer that is reused for tiles; fresh memory costs more in page faults than the copy."""
@@ -42,3 +44,8 @@ def fresh(*shape: int, device: torch.device) -> Tensor:
     except OSError:  # a kernel without them
         return torch.empty(*shape, device=device)
     return torch.frombuffer(pages, dtype=torch.float32).view(*shape)
+
+
+def empty_rows(count: int, length: int, *, device: torch.device) -> Tensor:
+    """Return uninitialised rows (count, length), float32, of one `fresh` block."""
+    return fresh(count, length + ROW_PADDING, device=device)[:, :length]

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from server_app.heads import HeadGroup
 
@@ -25,3 +26,23 @@ class Part:
         """View this part's rows of (R, H) as (C, N, H)."""
         rows = stacked_RH[self.rows]
         return rows.view(len(self.client_ids), -1, rows.shape[1]).transpose(0, 1)
+
+
+def stacked_rows(parts: Sequence[Part], embeddings: Mapping[str, nn.Parameter]) -> Tensor:
+    """Stack the embeddings of all parts: (R, E), a copy."""
+    return torch.cat([embeddings[c].detach() for part in parts for c in part.client_ids])
+
+
+def spread_gradient(
+    rows_gradient_RE: Tensor, parts: Sequence[Part], embeddings: Mapping[str, nn.Parameter]
+) -> list[nn.Parameter]:
+    """Give each embedding its rows of the gradient; rows of one client asked twice add up."""
+    owners = [c for part in parts for c in part.client_ids]
+    gradients: dict[str, Tensor] = {}
+    pieces = torch.split(rows_gradient_RE, [len(embeddings[c]) for c in owners])
+    for client_id, piece in zip(owners, pieces, strict=True):
+        known = gradients.get(client_id)
+        gradients[client_id] = piece.clone() if known is None else known + piece
+    for client_id, gradient in gradients.items():
+        embeddings[client_id].grad = gradient
+    return [embeddings[client_id] for client_id in gradients]

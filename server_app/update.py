@@ -32,6 +32,7 @@ from server_app.heads import HeadPullback
 from server_app.hypernet import Hypernetwork
 from server_app.least_squares import GroupBatch, LeastSquares, Pace
 from server_app.memory import Scratch
+from server_app.probe import sample_theta
 from server_app.pulls import Pull, Pullback, global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,7 +64,7 @@ class StepDiagnostics:
     mean_staleness : over the updates of the step.
     num_updates : how many deltas went in.
     rms_theta_change : how far the step moved theta, root mean square over a sample of the clients
-        that took part (`Hypernetwork.sample_theta`).
+        that took part (`sample_theta`).
     effective_rate : rms_theta_change / rms_delta: 1 where theta goes as far as a client's training.
     applied : False when the gradient was not finite and the step was skipped.
     """
@@ -243,7 +244,7 @@ class ServerUpdate:
     ) -> StepDiagnostics:
         """Gradient, clip, step; skip it when the gradient is not finite."""
         moved = [pull.client_id for pull in pulls]
-        before = self.hypernet.sample_theta(moved)
+        before = sample_theta(self.hypernet, moved)
         rates = self.learning_rates(progress)
         pullback = self._pull_back(pulls, Pace(self._schedule_factor(progress), is_global))
         norm = pullback.norm
@@ -253,7 +254,7 @@ class ServerUpdate:
             self._apply(pullback, scale, rates)
         for parameter in (*pullback.shared, *pullback.embeddings):
             parameter.grad = None
-        change = float((self.hypernet.sample_theta(moved) - before).square().mean().sqrt())
+        change = float((sample_theta(self.hypernet, moved) - before).square().mean().sqrt())
         return StepDiagnostics(
             rms_delta=pullback.rms_delta,
             grad_norm=norm,
@@ -277,6 +278,8 @@ class ServerUpdate:
             moves = batch.key not in self.frozen_groups
             return self._least_squares.descend(batch, pace, scratch=scratch, moves=moves)
 
+        if self.section.server_lr == self.section.embedding_lr == 0:
+            return self.hypernet.lead(pulls, move_heads)
         return self._without_frozen(self.hypernet.backward(pulls, head_rule=move_heads))
 
     def _aged(self, update: ClientUpdate) -> ClientUpdate:
@@ -306,8 +309,9 @@ class ServerUpdate:
         lists = (pullback.shared, pullback.embeddings)
         for group, parameters, rate in zip(self._adam.param_groups, lists, rates, strict=True):
             group["params"], group["lr"] = parameters, rate
-        self._adam.step()
-        self._forget_removed()
+        if lists[0] or lists[1]:
+            self._adam.step()
+            self._forget_removed()
 
     def _forget_removed(self) -> None:
         """Drop the moments of embeddings whose client was removed."""

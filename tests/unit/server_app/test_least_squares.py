@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common.config import HypernetSection, UpdateSection
 from server_app.hypernet import Hypernetwork
-from server_app.least_squares import ridge_rows
+from server_app.solve import ridge_rows
 from server_app.update import ClientUpdate, ServerUpdate
 
 TOY = HypernetSection(
@@ -28,11 +28,18 @@ SIZES = {"c": 27, "a": 21, "b": 27, "d": 30, "z": 8}
 """c, a, b, d share a head group of three chunks, the last one ragged; z has a group of its own."""
 
 
-def system(section: UpdateSection = SECTION, shape: HypernetSection = TOY) -> ServerUpdate:
+@pytest.fixture(params=[STILL, 0.0], ids=["heads", "ledger"], autouse=True)
+def still(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with heads that move at once, and with a ledger, which 0 as a rate allows."""
+    rates = {"server_lr": request.param, "embedding_lr": request.param}
+    monkeypatch.setitem(globals(), "SECTION", SECTION.model_copy(update=rates))
+
+
+def system(section: UpdateSection | None = None, shape: HypernetSection = TOY) -> ServerUpdate:
     hypernet = Hypernetwork(shape, seed=3)
     for client_id, size in SIZES.items():
         hypernet.add_client(client_id, size)
-    return ServerUpdate(hypernet, section, total_rounds=10)
+    return ServerUpdate(hypernet, section or SECTION, total_rounds=10)
 
 
 def deltas(seed: int, *client_ids: str) -> dict[str, Tensor]:
@@ -233,3 +240,43 @@ def test_a_delta_that_is_not_finite_moves_nothing() -> None:
 def test_features_that_differ_by_rounding_alone_are_equal(num_clients: int) -> None:
     row = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1)).abs()
     assert float(ridge_rows(row.repeat(1, num_clients, 1), [0], 1e-3).abs().max()) < 1e-6
+
+
+def test_a_ledger_and_heads_that_move_at_once_agree() -> None:
+    """Cohorts, a client twice in a buffer, somebody new, somebody gone, a checkpoint."""
+
+    def run(rate: float) -> dict[str, Tensor]:
+        rates = {"server_lr": rate, "embedding_lr": rate, "kernel_damping": 0.05}
+        update = system(SECTION.model_copy(update=rates))
+        hypernet = update.hypernet
+        for turn, cohort in enumerate(("ca", "bdz", "cabdz", "cc", "db")):
+            changes = [deltas(10 * turn + i, c)[c] for i, c in enumerate(cohort)]
+            update.step(
+                [ClientUpdate(c, d) for c, d in zip(cohort, changes, strict=True)], progress=0
+            )
+            if turn == 0:
+                hypernet.add_client("new", 25)
+            if turn == 1:
+                assert hypernet.state_dict()[0]["heads.3.weight"].abs().max() > 0
+            if turn == 2:
+                hypernet.remove_client("a")
+        assert (hypernet.groups[3].ledger is None) == (rate == STILL)
+        emitted = hypernet.generate(["b", "new", "c", "d", "z"])
+        return emitted | {f"settled {c}": x for c, x in settled(hypernet).items()}
+
+    def settled(hypernet: Hypernetwork) -> dict[str, Tensor]:
+        for group in hypernet.groups.values():
+            assert group.weight.isfinite().all()
+            assert group.ledger is None
+        return hypernet.generate(hypernet.clients())
+
+    heads, ledger = run(STILL), run(0.0)
+    for client_id, theta in heads.items():
+        assert_close(ledger[client_id], theta)
+
+
+def test_more_clients_than_hidden_dim_keep_no_ledger() -> None:
+    section = SECTION.model_copy(update={"server_lr": 0.0, "embedding_lr": 0.0})
+    update = system(section, TOY.model_copy(update={"hidden_dim": 3}))
+    moved(update, deltas(1, "c", "a", "b", "d"))
+    assert update.hypernet.groups[3].ledger is None
