@@ -2,10 +2,10 @@
 
 Sequential: N times (generate one theta, vector-Jacobian product of one delta, clip, Adam).
 Parallel: generate N, one product of N deltas, clip, Adam once; beside it the same with the
-least-squares rule, which keeps no gradient and no moments of the heads. All by this project's
-server; the clear reference (tests/reference: nn.Linear heads, autograd, torch's Adam over
-everything) goes through the sequential rule as well. Each size runs in a process of its own, for
-its peak memory.
+least-squares rule, which keeps no gradient and no moments of the heads, and with that rule while
+trunk and embeddings are at rest, as in the presets with 50 clients. All by this project's server;
+the clear reference (tests/reference: nn.Linear heads, autograd, torch's Adam over everything) goes
+through the sequential rule as well. Each size runs in a process of its own, for its peak memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from server_app.grouping import num_chunks
 from server_app.hypernet import Hypernetwork
 from server_app.update import ClientUpdate, ServerUpdate
 
-Rule = Literal["adam", "least-squares"]
+Rule = Literal["adam", "least-squares", "at-rest"]
+OTHER_RULES: dict[str, Rule] = {"least_squares": "least-squares", "at_rest": "at-rest"}
 SEQUENTIAL_SAMPLE = 5
 """Clients of the sequential rule that are timed; a step costs the same for every client."""
 
@@ -41,12 +42,14 @@ def measure(
 
     Under "adam" the sequential rule and the reference too.
     """
-    section = HypernetSection(max_parameters=max(12_000_000, num_parameters))
+    spread = 0.002 if rule == "adam" else 1.0
+    largest = max(12_000_000, num_parameters)
+    section = HypernetSection(max_parameters=largest, embedding_std=spread)
     hypernet = Hypernetwork(section, seed=0)
     ids = [str(i) for i in range(num_clients)]
     for client_id in ids:
         hypernet.add_client(client_id, num_parameters)
-    update = ServerUpdate(hypernet, UpdateSection(server_rule=rule), total_rounds=10)
+    update = ServerUpdate(hypernet, update_section(rule), total_rounds=10)
     generator = torch.Generator().manual_seed(0)
     deltas = {c: torch.empty(num_parameters).normal_(0, 0.01, generator=generator) for c in ids}
     sample = ids[:SEQUENTIAL_SAMPLE]
@@ -81,6 +84,13 @@ def measure(
             turn = reference_step(hypernet, sample[0], deltas[sample[0]])
             result |= _reference(result, take_turns({"reference": turn}, 2)["reference"])
     return result
+
+
+def update_section(rule: Rule) -> UpdateSection:
+    """Return the settings of a rule."""
+    if rule == "at-rest":
+        return UpdateSection(server_rule="least-squares", server_lr=0.0, embedding_lr=0.0)
+    return UpdateSection(server_rule=rule)
 
 
 def _sequential(row: dict[str, Any], timing: Timing, rounds: float) -> dict[str, Any]:
@@ -124,6 +134,8 @@ def least_bytes(num_clients: int, num_parameters: int, rule: Rule = "adam") -> i
     s = HypernetSection()
     heads = num_chunks(num_parameters, s.chunk_size) * s.chunk_size * (s.hidden_dim + 1)
     vectors = num_clients + min(num_clients, BLOCK_CLIENTS)
+    if rule == "at-rest" and num_clients <= s.hidden_dim:
+        vectors += 3 * num_clients  # theta before and after a step, and what the heads are owed
     return (16 if rule == "adam" else 4) * heads + 4 * num_parameters * vectors
 
 
@@ -157,13 +169,21 @@ def server_table(
         row = _in_own_process(num_clients, num_parameters, repeats, rule="adam")
         if "skipped" not in row:
             row["bounds"] = bounds(row, machine)
-        other = _in_own_process(num_clients, num_parameters, repeats, rule="least-squares")
-        if "parallel_seconds" in row and "parallel_seconds" in other:
-            other["ratio"] = row["sequential_seconds"] / other["parallel_seconds"]
-            other["cpu_ratio"] = row["sequential_cpu_seconds"] / other["parallel_cpu_seconds"]
-        row["least_squares"] = other
+        for name, rule in OTHER_RULES.items():
+            row[name] = _in_own_process(num_clients, num_parameters, repeats, rule=rule)
+            row[name] |= ratios(row, row[name])
         rows.append(row)
     return rows
+
+
+def ratios(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Hold another rule's parallel round against the sequential rule's, both measured now."""
+    if "parallel_seconds" not in row or "parallel_seconds" not in other:
+        return {}
+    return {
+        "ratio": row["sequential_seconds"] / other["parallel_seconds"],
+        "cpu_ratio": row["sequential_cpu_seconds"] / other["parallel_cpu_seconds"],
+    }
 
 
 def _in_own_process(

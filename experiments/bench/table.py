@@ -44,10 +44,11 @@ def _bound(row: dict[str, Any]) -> tuple[str, str]:
 def _server(part: dict[str, Any]) -> Table:
     table = _table(
         "server, one round", "clients x parameters", "sequential", "parallel", "ratio",
-        "reference", "peak", "bounded by", "from bound", "least squares", "peak",
+        "reference", "peak", "bounded by", "from bound", "least squares",
+        "at rest", "ratio", "peak",
     )  # fmt: skip
     for row in part["sizes"]:
-        other = row.get("least_squares", {})
+        rest = row.get("at_rest", {})
         cells = [f"{row['num_clients']} x {row['num_parameters']:,}"]
         if "skipped" in row:
             cells += [row["skipped"][:40], *("" for _ in range(6))]
@@ -60,8 +61,13 @@ def _server(part: dict[str, Any]) -> Table:
                 f"{row['peak_bytes'] / 2**20:.0f} MiB",
                 *_bound(row["bounds"]["parallel"]),
             ]
-        peak = f"{other['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in other else "-"
-        table.add_row(*cells, _seconds(other.get("parallel_seconds")), peak)
+        others = [
+            row.get("least_squares", {}).get("parallel_seconds"),
+            rest.get("parallel_seconds"),
+        ]
+        ratio = f"{rest['ratio']:.1f}" if "ratio" in rest else "-"
+        peak = f"{rest['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in rest else "-"
+        table.add_row(*cells, *map(_seconds, others), ratio, peak)
     return table
 
 

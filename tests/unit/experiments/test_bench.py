@@ -31,6 +31,7 @@ def test_quick_bench_writes_the_promised_keys(
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {"sequential_seconds", "parallel_seconds", "ratio"} <= found["server"].keys()
     assert found["server"]["sizes"][0]["least_squares"]["parallel_seconds"] > 0
+    assert found["server"]["ratio"] == found["server"]["sizes"][0]["at_rest"]["ratio"]
     assert {"reference_seconds", "ray_seconds", "inprocess_seconds"} <= found["round"].keys()
     assert found["round"]["reference_seconds"] > 0
     assert found["round"]["inprocess_seconds"] > 0
@@ -68,9 +69,9 @@ def test_memory_is_estimated_before_a_size_is_tried() -> None:
 def test_the_target_row_comes_first_and_overhead_is_a_share() -> None:
     rows = [
         {"num_clients": 10, "num_parameters": 239_856, "ratio": 1.0},
-        {"num_clients": 50, "num_parameters": 239_856, "ratio": 2.0},
+        {"num_clients": 50, "num_parameters": 239_856, "ratio": 2.0, "at_rest": {"ratio": 3.0}},
     ]
-    assert server(rows)["ratio"] == 2.0
+    assert (server(rows)["ratio"], server(rows)["adam_ratio"]) == (3.0, 2.0)
     idle = {"engines": {"inprocess": {"idle_seconds": 1.0}}}
     assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
     assert overhead({"engines": {}}, {}) == {}
