@@ -32,7 +32,8 @@ from common.seeding import numpy_generator
 # keys of the client section that decide which examples a client has
 _DATA_KEYS = (
     "dataset", "data_dir", "cache_dir", "partition", "num_partitions", "classes_per_client",
-    "dirichlet_alpha", "min_client_examples", "partition_options", "test_fraction", "image_size",
+    "dirichlet_alpha", "min_client_examples", "max_client_examples", "partition_options",
+    "test_fraction", "image_size",
 )  # fmt: skip
 _MEMORY_BYTES = 512 << 20
 

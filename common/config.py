@@ -144,6 +144,7 @@ class ClientSection(Section):
     code initialises, drawn from the run's seed (all clients of one architecture alike): BatchNorm's
     gammas then start at 1. 0 for `classes_per_client` and `dirichlet_alpha` means the published
     value of the data set. `num_partitions` is used where Flower's node config has none.
+    `max_client_examples` caps what a client has, train and test together; 0: everything.
     """
 
     models: str = "cnn"
@@ -155,6 +156,7 @@ class ClientSection(Section):
     classes_per_client: int = Field(0, ge=0)
     dirichlet_alpha: float = Field(0.0, ge=0)
     min_client_examples: int = Field(30, ge=1)
+    max_client_examples: int = Field(0, ge=0)
     partition_options: str = "{}"
     test_fraction: float = Field(0.25, gt=0, lt=1)
     image_size: int = Field(32, ge=8)
@@ -279,6 +281,7 @@ class NodeConfig(Section):
     partition: str | None = None
     classes_per_client: int | None = Field(None, ge=0)
     dirichlet_alpha: float | None = Field(None, ge=0)
+    max_client_examples: int | None = Field(None, ge=0)
     partition_options: str | None = None
     test_fraction: float | None = Field(None, gt=0, lt=1)
     image_size: int | None = Field(None, ge=8)
