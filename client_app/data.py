@@ -25,7 +25,7 @@ from client_app.datasets.cache import DecodedDataset, open_dataset
 from client_app.datasets.partitions import WHOLE, client_indices
 from client_app.datasets.select import select_source
 from client_app.datasets.splits import Indices, split_train_test
-from common.config import ClientSection
+from common.client_config import ClientSection
 from common.errors import DataError
 from common.seeding import numpy_generator
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.baseline_config import BaselineSection
+from common.client_config import ClientSection, WireSection
 from common.errors import ConfigError, unknown_name
 from common.section import OWN_METHODS, Method, Scalar, Section, kebab
 
@@ -136,44 +137,6 @@ class DistillSection(Section):
     distill_temperature: float = Field(15.0, gt=0)
 
 
-class ClientSection(Section):
-    """What a client that declared nothing itself uses: model, data, device.
-
-    `models` is one name, or several separated by commas that are given to contiguous blocks of
-    clients. `theta_offset` "init" adds what is generated to the parameters that the model's own
-    code initialises, drawn from the run's seed (all clients of one architecture alike): BatchNorm's
-    gammas then start at 1. 0 for `classes_per_client` and `dirichlet_alpha` means the published
-    value of the data set. `num_partitions` is used where Flower's node config has none.
-    `max_client_examples` caps what a client has, train and test together; 0: everything.
-    """
-
-    models: str = "cnn"
-    dataset: str = "digits"
-    data_dir: str = ""
-    cache_dir: str = ""
-    partition: str = "pathological"
-    num_partitions: int = Field(10, ge=1)
-    classes_per_client: int = Field(0, ge=0)
-    dirichlet_alpha: float = Field(0.0, ge=0)
-    min_client_examples: int = Field(30, ge=1)
-    max_client_examples: int = Field(0, ge=0)
-    partition_options: str = "{}"
-    test_fraction: float = Field(0.25, gt=0, lt=1)
-    image_size: int = Field(32, ge=8)
-    device: str = "auto"
-    theta_offset: Literal["none", "init"] = "none"
-    client_threads: int = Field(1, ge=0)
-    state_dir: str = ""
-    warm_worker: Literal["auto", "on", "off"] = "auto"
-    worker_idle_s: float = Field(600.0, gt=0)
-
-
-class WireSection(Section):
-    """How arrays travel. Down: theta; up: delta."""
-
-    wire_precision: Literal["float32", "float16", "bfloat16"] = "float32"
-
-
 class RunConfig(BaseModel):
     """The whole run config, one section per concern."""
 
@@ -235,6 +198,12 @@ class RunConfig(BaseModel):
                 "run config: server-rule = 'least-squares' tells clients by their embeddings: "
                 f"embedding-std = {spread} makes them all but equal, and the heads grow without "
                 "bound. Set embedding-std = 1.0."
+            )
+        if self.wire.uplink_top_k < 1 and self.is_baseline:
+            raise ConfigError(
+                f"run config: uplink-top-k = {self.wire.uplink_top_k} shortens the deltas of "
+                f"mh-pfedhn and mh-pfedhn-gd; method = {self.run.method!r} sends its arrays whole. "
+                "Set uplink-top-k = 1."
             )
         if self.hypernet.head_init == "zero" and self.client.theta_offset == "none":
             raise ConfigError(

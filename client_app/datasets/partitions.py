@@ -22,7 +22,7 @@ from client_app.datasets.catalogue import (
     OWN_DIRICHLET_ALPHA,
 )
 from client_app.datasets.splits import Indices, split_dirichlet, split_pathological, thin_out
-from common.config import ClientSection
+from common.client_config import ClientSection
 from common.errors import ConfigError, DataError, unknown_name
 from common.seeding import numpy_generator
 
