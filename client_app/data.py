@@ -25,14 +25,15 @@ from client_app.datasets.cache import DecodedDataset, open_dataset
 from client_app.datasets.partitions import WHOLE, client_indices
 from client_app.datasets.select import select_source
 from client_app.datasets.splits import Indices, split_train_test
-from common.config import ClientSection
+from common.client_config import ClientSection
 from common.errors import DataError
 from common.seeding import numpy_generator
 
 # keys of the client section that decide which examples a client has
 _DATA_KEYS = (
     "dataset", "data_dir", "cache_dir", "partition", "num_partitions", "classes_per_client",
-    "dirichlet_alpha", "min_client_examples", "partition_options", "test_fraction", "image_size",
+    "dirichlet_alpha", "min_client_examples", "max_client_examples", "partition_options",
+    "test_fraction", "image_size",
 )  # fmt: skip
 _MEMORY_BYTES = 512 << 20
 

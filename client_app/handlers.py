@@ -39,7 +39,8 @@ def _register(participant: Participant, content: RecordDict, source: str) -> Rec
 
 def _train(participant: Participant, content: RecordDict, source: str) -> RecordDict:
     task = wire.decode_train_task(content, source)
-    return wire.encode_train_reply(participant.train(task, source), task.header.precision)
+    reply, top_k = participant.train(task, source), participant.config.wire.uplink_top_k
+    return wire.encode_train_reply(reply, task.header.precision, top_k=top_k)
 
 
 def _evaluate(participant: Participant, content: RecordDict, source: str) -> RecordDict:

@@ -19,15 +19,18 @@ from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.state import ClientState, FolderState, Stamp, open_state
 from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
+from client_app.uplink import Memory, largest_with_memory
 from client_app.workshop import ModelKind, Tool, borrow, offset_theta, pick_device
+from common.client_config import ClientSection
 from common.codec import Float32
-from common.config import ClientSection, NodeConfig, RunConfig
+from common.config import NodeConfig, RunConfig
 from common.errors import WireError
 from common.params import delta
 from common.seeding import stream_seed, torch_generator
 from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
 
 PERSONAL_BUFFERS, GLOBAL_BUFFERS, TEACHER = "personal_buffers", "global_buffers", "teacher"
+LEFT_OUT, GLOBAL_LEFT_OUT = "left_out", "global_left_out"
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,13 @@ class Participant:
         evaluation = None
         if task.train_global and teacher_theta is not None:
             trained = self._train_global(task, teacher_theta)
-            global_delta = self._delta(teacher_theta, self._global())
+            global_delta = self._delta(teacher_theta, self._global(), task.header, GLOBAL_LEFT_OUT)
             seconds += trained.seconds
         if task.theta is not None:
             if task.evaluate:
                 evaluation = self._evaluate(task.header, task.theta, task.header.server_round)
             trained = self._train_personal(task, task.theta, teacher_theta, source)
-            personal_delta = self._delta(task.theta, self._personal())
+            personal_delta = self._delta(task.theta, self._personal(), task.header, LEFT_OUT)
             seconds += trained.seconds
         return TrainReply(
             num_examples=trained.num_examples,
@@ -191,13 +194,13 @@ class Participant:
         tool.reset(outcome.buffers, 0)
         self._keep_buffers(tool, PERSONAL_BUFFERS, task.header)
         tool.model.load(outcome.theta)
-        trained = outcome.trained
+        trained, theta, header = outcome.trained, task.theta, task.header
         return TrainReply(
             num_examples=trained.num_examples,
             train_loss=trained.loss,
             seconds=trained.seconds,
-            server_round=task.header.server_round,
-            delta=None if task.theta is None else self._delta(task.theta, tool),
+            server_round=header.server_round,
+            delta=None if theta is None else self._delta(theta, tool, header, LEFT_OUT),
             evaluation=evaluation,
         )
 
@@ -296,14 +299,21 @@ class Participant:
 
     def _keep_buffers(self, tool: Tool, name: str, header: Header) -> None:
         if tool.fresh_buffers:
-            # Twice: the newest checkpoint may turn out to be damaged.
-            stamp = Stamp(header.server_round, 2 * self.config.run.checkpoint_every)
-            self.state.save(name, tool.buffers(), stamp=stamp)
+            self.state.save(name, tool.buffers(), stamp=self._stamp(header))
 
-    def _delta(self, theta_sent: Float32, trained: Tool) -> Float32:
+    def _stamp(self, header: Header) -> Stamp:
+        # Twice: the newest checkpoint may turn out to be damaged.
+        return Stamp(header.server_round, 2 * self.config.run.checkpoint_every)
+
+    def _delta(self, theta_sent: Float32, trained: Tool, header: Header, left_out: str) -> Float32:
+        """Return before minus after (P,), all of it or the run's uplink-top-k."""
         sent = self._placed(trained, theta_sent)
         change: Float32 = delta(sent, trained.model.theta.detach()).cpu().numpy()
-        return change
+        top_k = self.config.wire.uplink_top_k
+        if top_k == 1:
+            return change
+        memory = Memory(self.state, left_out, self._stamp(header))
+        return largest_with_memory(change, memory, top_k=top_k, precision=header.precision)
 
     def _shuffler(self, purpose: str, header: Header) -> torch.Generator:
         return torch_generator(

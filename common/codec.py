@@ -56,6 +56,15 @@ def from_scaled_float16(values: NDArray[np.float16], scales: Float32) -> Float32
     return (values.astype(np.float32) * scale_of_entry).astype(np.float32)
 
 
+def rounded(x: Float32, precision: Precision) -> Float32:
+    """Return x (P,) as the receiver will have it."""
+    if precision == "bfloat16":
+        return from_bfloat16(to_bfloat16(x))
+    if precision == "float16":
+        return from_scaled_float16(*to_scaled_float16(x))
+    return x
+
+
 def num_blocks(size: int) -> int:
     """Count the scale blocks of a vector of `size` entries."""
     return -(-size // SCALE_BLOCK)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.baseline_config import BaselineSection
+from common.client_config import ClientSection, WireSection
 from common.config_checks import check_together
 from common.errors import ConfigError, unknown_name
 from common.section import OWN_METHODS, Method, Scalar, Section, kebab
@@ -139,42 +140,6 @@ class DistillSection(Section):
     distill_temperature: float = Field(15.0, gt=0)
 
 
-class ClientSection(Section):
-    """What a client that declared nothing itself uses: model, data, device.
-
-    `models` is one name, or several separated by commas that are given to contiguous blocks of
-    clients. `theta_offset` "init" adds what is generated to the parameters that the model's own
-    code initialises, drawn from the run's seed (all clients of one architecture alike): BatchNorm's
-    gammas then start at 1. 0 for `classes_per_client` and `dirichlet_alpha` means the published
-    value of the data set. `num_partitions` is used where Flower's node config has none.
-    """
-
-    models: str = "cnn"
-    dataset: str = "digits"
-    data_dir: str = ""
-    cache_dir: str = ""
-    partition: str = "pathological"
-    num_partitions: int = Field(10, ge=1)
-    classes_per_client: int = Field(0, ge=0)
-    dirichlet_alpha: float = Field(0.0, ge=0)
-    min_client_examples: int = Field(30, ge=1)
-    partition_options: str = "{}"
-    test_fraction: float = Field(0.25, gt=0, lt=1)
-    image_size: int = Field(32, ge=8)
-    device: str = "auto"
-    theta_offset: Literal["none", "init"] = "none"
-    client_threads: int = Field(1, ge=0)
-    state_dir: str = ""
-    warm_worker: Literal["auto", "on", "off"] = "auto"
-    worker_idle_s: float = Field(600.0, gt=0)
-
-
-class WireSection(Section):
-    """How arrays travel. Down: theta; up: delta."""
-
-    wire_precision: Literal["float32", "float16", "bfloat16"] = "float32"
-
-
 class RunConfig(BaseModel):
     """The whole run config, one section per concern."""
 
@@ -267,6 +232,7 @@ class NodeConfig(Section):
     partition: str | None = None
     classes_per_client: int | None = Field(None, ge=0)
     dirichlet_alpha: float | None = Field(None, ge=0)
+    max_client_examples: int | None = Field(None, ge=0)
     partition_options: str | None = None
     test_fraction: float | None = Field(None, gt=0, lt=1)
     image_size: int | None = Field(None, ge=8)

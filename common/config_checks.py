@@ -19,6 +19,12 @@ def check_together(config: RunConfig) -> None:
             f"embedding-std = {spread} makes them all but equal, and the heads grow without "
             "bound. Set embedding-std = 1.0."
         )
+    if config.wire.uplink_top_k < 1 and config.is_baseline:
+        raise ConfigError(
+            f"run config: uplink-top-k = {config.wire.uplink_top_k} shortens the deltas of "
+            f"mh-pfedhn and mh-pfedhn-gd; method = {config.run.method!r} sends its arrays whole. "
+            "Set uplink-top-k = 1."
+        )
     if config.hypernet.head_init == "zero" and config.client.theta_offset == "none":
         raise ConfigError(
             "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "

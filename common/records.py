@@ -66,7 +66,7 @@ def decode_vector(
     WireError
         The array is missing, cannot be read, or has a wrong dtype, shape, length or value.
     """
-    raw = _read_array(arrays, name, source)
+    raw = read_array(arrays, name, source)
     precision = WIRE_DTYPES.get(str(raw.dtype))
     if precision is None:
         raise WireError(
@@ -86,7 +86,8 @@ def decode_vector(
     return x
 
 
-def _read_array(arrays: ArrayRecord, name: str, source: str) -> np.ndarray[Any, Any]:
+def read_array(arrays: ArrayRecord, name: str, source: str) -> np.ndarray[Any, Any]:
+    """Return an array that must be there, whatever it holds; raise WireError where it is not."""
     if name not in arrays:
         raise WireError(f"{source}: array {name!r} is missing; got {listing(arrays) or 'none'}.")
     try:
@@ -101,7 +102,7 @@ def _to_float32(
     if precision == "bfloat16":
         return from_bfloat16(raw)
     if precision == "float16":
-        scales = _read_array(arrays, name + _SCALES, source)
+        scales = read_array(arrays, name + _SCALES, source)
         if scales.dtype != np.float32 or scales.shape != (num_blocks(raw.size),):
             raise WireError(
                 f"{source}: {name}{_SCALES} is {scales.dtype} {scales.shape}; "

@@ -31,6 +31,7 @@ from common.records import (
     section_of,
     value_of,
 )
+from common.sparse import decode_delta, encode_delta
 
 PROTOCOL_VERSION = 1
 
@@ -257,8 +258,10 @@ def _group(config: Mapping[str, Any], source: str) -> str:
     return group
 
 
-def encode_train_reply(reply: TrainReply, precision: Precision) -> RecordDict:
-    """Encode the reply to `train.personal` or `train.global`."""
+def encode_train_reply(
+    reply: TrainReply, precision: Precision, *, top_k: float = 1.0
+) -> RecordDict:
+    """Encode the reply to `train.personal` or `train.global`; `top_k` is the run's uplink-top-k."""
     metrics: dict[str, int | float] = {
         "num-examples": reply.num_examples,
         "train-loss": reply.train_loss,
@@ -268,31 +271,35 @@ def encode_train_reply(reply: TrainReply, precision: Precision) -> RecordDict:
     if reply.evaluation is not None:
         metrics |= evaluation_metrics(reply.evaluation)
     arrays: dict[str, Array] = {}
-    if reply.delta is not None:
-        arrays |= encode_vector(DELTA, reply.delta, precision)
-    if reply.global_delta is not None:
-        arrays |= encode_vector(GLOBAL_DELTA, reply.global_delta, precision)
+    for name, vector in ((DELTA, reply.delta), (GLOBAL_DELTA, reply.global_delta)):
+        if vector is not None:
+            arrays |= encode_delta(name, vector, precision, top_k=top_k)
     return RecordDict({METRICS: MetricRecord(dict(metrics)), ARRAYS: ArrayRecord(arrays)})
 
 
 def decode_train_reply(
-    content: RecordDict, *, num_parameters: int, num_global_parameters: int, source: str
+    content: RecordDict,
+    *,
+    num_parameters: int,
+    num_global_parameters: int,
+    source: str,
+    top_k: float = 1.0,
 ) -> TrainReply:
     """Decode a training reply; a length of 0 means that the vector was not asked for."""
     arrays, metrics = arrays_of(content, source), metrics_of(content, source)
+    lengths = {DELTA: num_parameters, GLOBAL_DELTA: num_global_parameters}
+    deltas = {
+        name: decode_delta(arrays, name, length=length, top_k=top_k, source=source)
+        for name, length in lengths.items()
+        if length
+    }
     return TrainReply(
         num_examples=count_of(metrics, "num-examples", 1, source),
         train_loss=number_of(metrics, "train-loss", source),
         seconds=number_of(metrics, "seconds", source),
         server_round=count_of(metrics, "server-round", 0, source),
-        delta=decode_vector(arrays, DELTA, length=num_parameters, source=source)
-        if num_parameters
-        else None,
-        global_delta=decode_vector(
-            arrays, GLOBAL_DELTA, length=num_global_parameters, source=source
-        )
-        if num_global_parameters
-        else None,
+        delta=deltas.get(DELTA),
+        global_delta=deltas.get(GLOBAL_DELTA),
         evaluation=decode_evaluation(content, source) if "num-test" in metrics else None,
     )
 

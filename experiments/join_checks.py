@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from common.config import ClientSection, NodeConfig, RunConfig
+from common.client_config import ClientSection
+from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, MHpFedHNError, ModelError, RunError
 from experiments.join import JoinSettings, find_program
 from experiments.reach import UnreachableError, check_server

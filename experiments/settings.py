@@ -18,7 +18,8 @@ INCIDENTAL = frozenset({
 
 DATA_KEYS = (
     "dataset", "data-dir", "partition", "num-partitions", "classes-per-client", "dirichlet-alpha",
-    "min-client-examples", "partition-options", "test-fraction", "image-size",
+    "min-client-examples", "max-client-examples", "partition-options", "test-fraction",
+    "image-size",
 )  # fmt: skip
 """Keys that, with the seed, decide which examples a client has."""
 

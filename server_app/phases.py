@@ -95,6 +95,7 @@ def decode_checked(
         num_parameters=num_parameters,
         num_global_parameters=num_global,
         source=source,
+        top_k=core.config.wire.uplink_top_k,
     )
     for name, x in ((wire.DELTA, reply.delta), (wire.GLOBAL_DELTA, reply.global_delta)):
         if x is not None:

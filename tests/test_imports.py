@@ -35,6 +35,7 @@ MEETS_FLOWER = {
     "common/wire.py",
     "common/parcels.py",
     "common/records.py",
+    "common/sparse.py",
 }
 
 

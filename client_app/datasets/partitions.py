@@ -21,8 +21,8 @@ from client_app.datasets.catalogue import (
     OWN_CLASSES_PER_CLIENT,
     OWN_DIRICHLET_ALPHA,
 )
-from client_app.datasets.splits import Indices, split_dirichlet, split_pathological
-from common.config import ClientSection
+from client_app.datasets.splits import Indices, split_dirichlet, split_pathological, thin_out
+from common.client_config import ClientSection
 from common.errors import ConfigError, DataError, unknown_name
 from common.seeding import numpy_generator
 
@@ -42,7 +42,7 @@ PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, *LIBRARY_NAMES)
 def client_indices(
     dataset: DecodedDataset, section: ClientSection, *, partition_id: int, seed: int
 ) -> Indices:
-    """Return the rows that one client owns, ascending (M_i,).
+    """Return the rows that one client owns, ascending (M_i,), at most `max-client-examples`.
 
     With partition "none" a client owns all rows, whatever its partition_id.
 
@@ -53,6 +53,24 @@ def client_indices(
     DataError
         The partition cannot be drawn from this data.
     """
+    most = section.max_client_examples
+    if most == 1:
+        raise ConfigError(
+            "max-client-examples = 1, but a client needs one example to train and one to test. Set "
+            "it to 2 or more, or to 0 for everything that the client has."
+        )
+    rows = _share(dataset, section, partition_id, seed)
+    if not most or len(rows) <= most:
+        return rows
+    client = WHOLE if section.partition == WHOLE else str(partition_id)
+    rng = numpy_generator(seed, "max-client-examples", client_id=client)
+    return rows[thin_out(dataset.labels[rows], most=most, rng=rng)]
+
+
+def _share(
+    dataset: DecodedDataset, section: ClientSection, partition_id: int, seed: int
+) -> Indices:
+    """Return all rows of one client: read, or drawn and stored for everybody."""
     if section.partition == WHOLE:
         return np.arange(len(dataset.labels), dtype=np.int64)
     settings = _settings(section)

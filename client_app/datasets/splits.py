@@ -91,6 +91,27 @@ def split_dirichlet(
     )
 
 
+def thin_out(labels: Indices, *, most: int, rng: np.random.Generator) -> Indices:
+    """Draw `most` of M > `most` examples whose classes are in proportion as nearly as possible.
+
+    Every class gets its exact share rounded down; those with the largest remainders get one more,
+    the smaller label first where remainders are equal. Which examples of a class, `rng` decides.
+
+    Returns
+    -------
+    (most,) int64 positions into `labels`, ascending.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    quotas, remainders = np.divmod(counts * most, len(labels))
+    largest = np.argsort(-remainders, kind="stable")
+    quotas[largest[: most - int(quotas.sum())]] += 1
+    kept = [
+        rng.permutation(np.flatnonzero(labels == label))[:quota]
+        for label, quota in zip(classes, quotas, strict=True)
+    ]
+    return np.sort(np.concatenate(kept)).astype(np.int64)
+
+
 def split_train_test(
     labels: Indices, *, test_fraction: float, rng: np.random.Generator
 ) -> tuple[Indices, Indices]:

@@ -96,5 +96,6 @@ def _train(group: Sequence[_Ready]) -> list[RecordDict]:
     replies = []
     for ready, outcome, evaluation in zip(group, outcomes, evaluations, strict=True):
         reply = ready.participant.leave_cohort(ready.task, outcome, evaluation)
-        replies.append(wire.encode_train_reply(reply, ready.task.header.precision))
+        precision, top_k = ready.task.header.precision, ready.participant.config.wire.uplink_top_k
+        replies.append(wire.encode_train_reply(reply, precision, top_k=top_k))
     return replies

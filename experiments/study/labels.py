@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import ClientSection
+from common.client_config import ClientSection
 from common.errors import DataError
 from experiments.runs import Run
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from client_app import data as data_module
-from common.config import ClientSection
+from common.client_config import ClientSection
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 
 

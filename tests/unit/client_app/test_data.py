@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from client_app.data import ClientData, load_client_data, prepare_data
-from common.config import ClientSection
+from common.client_config import ClientSection
 from common.errors import ConfigError, DataError
 from tests.unit.client_app.pictures import REAL_DATA, REPOSITORY, random_pixels, write_parquet
 
@@ -98,7 +98,7 @@ def test_test_batches_keep_order_and_the_last_batch(section: ClientSection) -> N
 SCRIPT = """
 import json, sys, zlib, torch
 from client_app.data import load_client_data
-from common.config import ClientSection
+from common.client_config import ClientSection
 client = load_client_data(
     ClientSection(**json.loads(sys.argv[1])), partition_id=3, seed=42, device=torch.device("cpu")
 )
@@ -177,6 +177,24 @@ def test_data_that_cannot_be_divided(
 ) -> None:
     with pytest.raises(error, match=message):
         prepare_data(_with(section, **changes), seed=42)
+
+
+@pytest.mark.parametrize("partition", ["pathological", "none"])
+def test_cap_on_a_clients_examples(section: ClientSection, partition: str) -> None:
+    full = _with(section, partition=partition)
+    capped = _with(full, max_client_examples=16)
+    everything, some, other = _load(full, 2), _load(capped, 2), _load(capped, 2, seed=7)
+    assert (some.num_train, some.num_test) == (12, 4)
+    assert everything.num_train + everything.num_test > 16
+    assert set(some.train_labels.tolist()) <= set(everything.train_labels.tolist())
+    assert not torch.equal(some.train_images, other.train_images)
+    roomy = _load(_with(full, max_client_examples=1000), 2)
+    assert torch.equal(roomy.train_images, everything.train_images)
+
+
+def test_cap_that_leaves_nothing_to_test(section: ClientSection) -> None:
+    with pytest.raises(ConfigError, match=r"max-client-examples = 1, .* Set it to 2 or more"):
+        prepare_data(_with(section, max_client_examples=1), seed=42)
 
 
 @pytest.mark.parametrize("partition_id", [-1, 6])

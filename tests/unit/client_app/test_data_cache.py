@@ -15,7 +15,7 @@ import torch
 from client_app import data as data_module
 from client_app.data import ClientData, load_client_data, prepare_data
 from client_app.datasets.cache import cache_root
-from common.config import ClientSection
+from common.client_config import ClientSection
 from common.errors import DataError
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 

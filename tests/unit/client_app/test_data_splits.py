@@ -15,6 +15,7 @@ from client_app.datasets.splits import (
     split_dirichlet,
     split_pathological,
     split_train_test,
+    thin_out,
 )
 from common.errors import ConfigError, DataError
 from common.seeding import numpy_generator
@@ -105,6 +106,29 @@ def test_dirichlet_that_practically_never_ends_is_bounded() -> None:
 def test_dirichlet_with_more_clients_than_the_data_allows() -> None:
     with pytest.raises(DataError, match="40 clients with more than 30 examples each need 1240"):
         split_dirichlet(BALANCED, num_clients=40, alpha=1.0, min_examples=30, rng=_rng())
+
+
+# a cap on a client's examples
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "kept"),
+    [
+        ((60, 30, 10), 10, (6, 3, 1)),
+        ((60, 30, 10), 99, (59, 30, 10)),  # shares 59.4, 29.7, 9.9: the largest remainders
+        ((50, 50, 50), 4, (2, 1, 1)),
+        ((97, 2, 1), 10, (10, 0, 0)),
+    ],
+)
+def test_thinned_out_classes_keep_their_proportions(
+    counts: tuple[int, ...], most: int, kept: tuple[int, ...]
+) -> None:
+    labels = _rng(5).permutation(np.repeat([3, 7, 8], counts))
+    rows = thin_out(labels, most=most, rng=_rng())
+    assert tuple((labels[rows] == label).sum() for label in (3, 7, 8)) == kept
+    assert np.array_equal(rows, np.unique(rows))
+    assert np.array_equal(rows, thin_out(labels, most=most, rng=_rng()))
+    assert most > 90 or not np.array_equal(rows, thin_out(labels, most=most, rng=_rng(1)))
 
 
 # train and test

@@ -59,6 +59,15 @@ def test_local_declarations_win_and_the_run_config_fills_in() -> None:
     assert node.identity == "site-a"
 
 
+def test_cap_on_examples_is_the_clients_own_to_set() -> None:
+    run = RunConfig.parse({"max-client-examples": 200})
+    node = NodeConfig.parse({"client-id": "a", "max-client-examples": 50})
+    assert node.client_section(run).max_client_examples == 50
+    assert NodeConfig.parse({"client-id": "b"}).client_section(run).max_client_examples == 200
+    with pytest.raises(ConfigError, match="max-client-examples = -1 cannot be used"):
+        RunConfig.parse({"max-client-examples": -1})
+
+
 def test_simulated_node_is_its_partition() -> None:
     node = NodeConfig.parse({"partition-id": 3, "num-partitions": 7})
     assert node.identity == "3"

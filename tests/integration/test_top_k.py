@@ -1,0 +1,85 @@
+"""A run whose deltas are shortened on their way up."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, Context, Message
+
+from common.config import RunConfig
+from common.errors import ConfigError
+from tests.integration.conftest import Lines
+from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
+
+
+def rows(config: RunConfig) -> list[dict]:
+    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines
+    ]
+
+
+def test_a_tenth_goes_up_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
+    """Each client has two deltas, each with a memory; two clients, storing models takes long."""
+    settings = {
+        "method": "mh-pfedhn-gd", "models": f"{HERE}:small,{HERE}:wide", "num_partitions": 2,
+        "rounds": 3, "checkpoint_every": 1, "keep_checkpoints": 9, "wire_precision": "bfloat16",
+        "message_timeout_s": 300.0,
+    }  # fmt: skip
+    dense = tiny_config(tmp_path / "dense", **{**settings, "rounds": 1})
+    run_tiny(dense, num_clients=2)
+    settings["uplink_top_k"] = 0.1
+    whole = tiny_config(tmp_path / "a", state_dir=str(tmp_path / "a/state"), **settings)
+    run_tiny(whole, num_clients=2)
+    broken = whole.with_overrides(
+        {"resume-from": whole.run.output_dir, "output-dir": str(tmp_path / "b")}
+    )
+    (tmp_path / "a/run/checkpoint/checkpoint-00000003/manifest.json").unlink()
+    run_tiny(broken, num_clients=2)  # round 3 again
+    assert len(rows(whole)) == 3
+    assert rows(whole) == rows(broken)
+    first, full = rows(whole)[0], rows(dense)[0]
+    assert first["bytes_down"] == full["bytes_down"]
+    headers = 128 * 4  # numpy's, of as many deltas; there are as many arrays of places again
+    assert first["bytes_up"] - 2 * headers < 0.2 * (full["bytes_up"] - headers)
+
+
+def spoil(change: Callable[[np.ndarray], np.ndarray]) -> Wrapped:
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        reply = handler(message, context)
+        trains = message.metadata.message_type == "train.personal"
+        if trains and context.node_config["partition-id"] == 2:
+            arrays = reply.content["arrays"]
+            arrays["delta-places"] = Array(change(arrays["delta-places"].numpy()))
+        return reply
+
+    return Wrapped(handle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda gaps: gaps + np.uint16(20), "delta-places reaches entry"),
+        (lambda gaps: np.zeros_like(gaps), "delta-places has a gap of 0: an entry twice"),
+        (lambda gaps: gaps[:-1], "delta has shape (2,); expected (1,), one value for each place"),
+    ],
+)
+def test_bad_places_are_refused_and_never_reach_phi(
+    tmp_path: Path, logged: Lines, change: Callable, message: str
+) -> None:
+    settings = {
+        "models": f"{HERE}:small", "rounds": 1, "uplink_top_k": 0.01,
+        "max_in_flight": 0, "buffer_size": 0, "num_partitions": 4,
+    }  # fmt: skip
+    config = tiny_config(tmp_path, **settings)
+    run_tiny(config, num_clients=4, app=spoil(change))
+    start = "Rejected: train.personal reply of client 2 in round 1: "
+    assert [line for line in logged.find(start) if message in line]
+    assert (rows(config)[0]["num_accepted"], rows(config)[0]["num_failed"]) == (3, 1)
+
+
+def test_baselines_say_that_they_send_everything() -> None:
+    with pytest.raises(ConfigError, match="method = 'fedavg' sends its arrays whole"):
+        RunConfig.parse({"method": "fedavg", "uplink-top-k": 0.1})
