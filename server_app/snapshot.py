@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config import RunConfig
 from common.errors import CheckpointError
 from common.log import logger
-from server_app.checkpoint import load_checkpoint, save_checkpoint
+from server_app.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server_app.method import Method
 from server_app.registry import Registry
 
@@ -39,6 +40,7 @@ def save_server(
         "federation-id": post.federation_id,
         "method": post.config.run.method,
         "seed": post.config.run.seed,
+        "theta-offset": post.config.client.theta_offset,
         "num-steps": post.num_steps,
         "registry": registry.export(),
         "rejected": dict(post.desk.rejected),
@@ -76,6 +78,7 @@ def restore_server(source: Path, method: Method, registry: Registry) -> Progress
             f"{checkpoint.path} was written by method {meta['method']}; this run is "
             f"{post.config.run.method}. Set method to the checkpoint's to resume."
         )
+    _require_same_offset(checkpoint, post.config)
     post.federation_id = str(meta["federation-id"])
     post.num_steps = int(meta["num-steps"])
     post.desk.rejected.update(meta["rejected"])
@@ -91,3 +94,23 @@ def restore_server(source: Path, method: Method, registry: Registry) -> Progress
     rows: list[dict[str, float]] = meta["rows"]
     logger.info("Resumed after round %d from %s", int(rows[-1]["round"]), checkpoint.path)
     return Progress(int(rows[-1]["round"]), rows, meta["clients"])
+
+
+def _require_same_offset(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Raise CheckpointError where clients would add another start to what was learned for theirs.
+
+    With theta-offset = "init" the start of every model is drawn from the seed.
+    """
+    offset, seed = checkpoint.meta.get("theta-offset", "none"), int(checkpoint.meta["seed"])
+    if offset != config.client.theta_offset:
+        raise CheckpointError(
+            f"{checkpoint.path} was learned with theta-offset = {offset!r}; this run has "
+            f"{config.client.theta_offset!r}, and every model would be another one. Set "
+            f"theta-offset to {offset!r} to resume."
+        )
+    if offset == "init" and seed != config.run.seed:
+        raise CheckpointError(
+            f"{checkpoint.path} was learned with seed {seed} and theta-offset = 'init': the start "
+            f"that generated values are added to comes from the seed. Set seed to {seed} to "
+            f"resume; it is {config.run.seed}."
+        )

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import Context, Message
 from safetensors.torch import load_file
 
 from client_app.workshop import ModelKind, draw_theta
+from common.errors import CheckpointError
 from common.seeding import stream_seed
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
@@ -55,3 +57,15 @@ def test_clients_start_from_their_own_initialisation(tmp_path: Path) -> None:
 
 
 PARAMETERS = ("conv.weight", "conv.bias", "norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
+def test_what_was_learned_for_another_start_is_not_resumed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rounds=1, **SETTINGS)
+    run_tiny(config)
+    again = config.with_overrides({"rounds": 2, "resume-from": config.run.output_dir})
+    with pytest.raises(CheckpointError, match=r"learned with seed .* Set seed to"):
+        run_tiny(again.with_overrides({"seed": config.run.seed + 1}))
+    without = {"theta-offset": "none", "head-init": "shared"}
+    with pytest.raises(CheckpointError, match="learned with theta-offset = 'init'; this run has"):
+        run_tiny(again.with_overrides(without))
+    run_tiny(again)
