@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.baseline_config import BaselineSection
 from common.client_config import ClientSection, WireSection
 from common.config_checks import check_together
 from common.errors import ConfigError, unknown_name
 from common.section import OWN_METHODS, Method, Scalar, Section, kebab
+
+BY_SIZE = -1.0
+"""A gain that follows from the number of clients of a head group (`server_app.least_squares`)."""
 
 
 class RunSection(Section):
@@ -93,14 +96,15 @@ class UpdateSection(Section):
     that the generated parameters go where the deltas point, at gains of their own for what a
     group's clients share and for what is each one's own (`server_app.least_squares`); trunk and
     embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
-    cheap (`server_app.ledger`). An update that is s server steps old weighs
+    cheap (`server_app.ledger`).  -1 for `shared_momentum` or `personal_gain` means what fits the
+    number of clients of a head group. An update that is s server steps old weighs
     (1 + s)^-staleness-power.
     """
 
     server_rule: Literal["adam", "least-squares"] = "adam"
     shared_gain: float = Field(1.0, ge=0)
-    shared_momentum: float = Field(0.9, ge=0, lt=1)
-    personal_gain: float = Field(0.1, ge=0)
+    shared_momentum: float = Field(BY_SIZE, lt=1)
+    personal_gain: float = Field(BY_SIZE)
     kernel_damping: float = Field(1e-3, gt=0)
     staleness_power: float = Field(0.0, ge=0)
     server_lr: float = Field(2e-4, ge=0)
@@ -113,6 +117,13 @@ class UpdateSection(Section):
     lr_decay: Literal["none", "cosine"] = "none"
     lr_decay_from: float = Field(0.0, ge=0, lt=1)
     lr_final_fraction: float = Field(0.05, ge=0, le=1)
+
+    @field_validator("shared_momentum", "personal_gain")
+    @classmethod
+    def _by_size_or_positive(cls, value: float) -> float:
+        if value < 0 and value != BY_SIZE:
+            raise ValueError("set 0 or more, or -1 for what fits the size of a head group")
+        return value
 
 
 class TrainingSection(Section):

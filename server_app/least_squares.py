@@ -8,8 +8,9 @@ that make it. For the clients i of a group, with running mean m of their deltas,
     wanted change of theta_i  =  - g (m_now + beta u)  -  r (delta_i - m),     u <- beta u + m_now
 
 g is `shared-gain`, beta `shared-momentum` (Nesterov), r `personal-gain`. A gain of 1 moves theta by
-what a client's own training moved it. What is shared goes into the bias of a head, what is
-personal into its weight, which acts on features centred over the group's clients:
+what a client's own training moved it. Left at -1, beta and r fit a group of N clients: 1 - 5/N, not
+below 0, and 1.5/N, not above 1. What is shared goes into the bias of a head, what is personal into
+its weight, which acts on features centred over the group's clients:
 
     theta_i = b + W^T (f_i - f_mean),    W -= r P^T (delta - m),   P = rows of (F F^T + d I)^-1 F
 
@@ -40,13 +41,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import UpdateSection
+from common.config import BY_SIZE, UpdateSection
 from server_app.checkpoint import required_tensor
 from server_app.heads import HeadGroup, HeadPullback
 from server_app.ledger import Heads, Ledger
 from server_app.memory import Scratch
 
 MEMORY = ("velocity", "mean")
+RESTING_CLIENTS = 5.0
+"""1 - beta in clients: a client's own delta comes back to it through what is shared, g / N at once
+and g / (N (1 - beta)) in all, which is g / 5 for any N from 5 on (docs/parallel.md)."""
+PERSONAL_CLIENTS = 1.5
+"""The personal gains of a group's clients together."""
 Mover = Heads | Ledger
 
 
@@ -102,9 +108,19 @@ class Pace:
         """Return the part of a pass over the group's clients that these updates are, at most 1."""
         return min(1.0, len(batch) / batch.num_clients)
 
-    def personal_gain(self, section: UpdateSection) -> float:
-        """Return how much of what is an update's own is followed."""
-        return (1.0 if self.follows else section.personal_gain) * self.factor
+    def momentum(self, section: UpdateSection, num_clients: int) -> float:
+        """Return beta of a whole pass over N clients."""
+        if section.shared_momentum != BY_SIZE:
+            return section.shared_momentum
+        return max(0.0, 1 - RESTING_CLIENTS / num_clients)
+
+    def personal_gain(self, section: UpdateSection, num_clients: int) -> float:
+        """Return how much of what is an update's own is followed, of N clients."""
+        if self.follows:
+            return self.factor
+        if section.personal_gain != BY_SIZE:
+            return section.personal_gain * self.factor
+        return min(1.0, PERSONAL_CLIENTS / num_clients) * self.factor
 
 
 @dataclass
@@ -176,12 +192,12 @@ class LeastSquares:
         n, section = len(batch), self._section
         memory = self._remembered(batch)
         part = pace.of_pass(batch)
-        beta = section.shared_momentum**part
+        beta = pace.momentum(section, batch.num_clients) ** part
         memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.num_clients))
         velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS, alpha=part)
         shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
         mover.share(work, shared_cS, min(1.0, section.shared_gain * part) * pace.factor)
-        own_gain = pace.personal_gain(section)
+        own_gain = pace.personal_gain(section, batch.num_clients)
         if own_gain:
             own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
             gains_n = own_gain * (batch.shares * (n / batch.shares.sum()))

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import HypernetSection, UpdateSection
+from common.config import HypernetSection, RunConfig, UpdateSection
+from common.errors import ConfigError
 from server_app.hypernet import Hypernetwork
+from server_app.least_squares import Pace
 from server_app.solve import ridge_rows
 from server_app.update import ClientUpdate, ServerUpdate
 
@@ -280,3 +282,22 @@ def test_more_clients_than_hidden_dim_keep_no_ledger() -> None:
     update = system(section, TOY.model_copy(update={"hidden_dim": 3}))
     moved(update, deltas(1, "c", "a", "b", "d"))
     assert update.hypernet.groups[3].ledger is None
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "beta", "own"),
+    [(1, 0.0, 1.0), (2, 0.0, 0.75), (10, 0.5, 0.15), (50, 0.9, 0.03)],
+)
+def test_gains_fit_the_number_of_clients(num_clients: int, beta: float, own: float) -> None:
+    left_alone = UpdateSection(server_rule="least-squares")
+    for section, factors in ((left_alone, (beta, own)), (SECTION, (BETA, OWN))):
+        pace = Pace(0.5)
+        assert pace.momentum(section, num_clients) == pytest.approx(factors[0])
+        assert pace.personal_gain(section, num_clients) == pytest.approx(0.5 * factors[1])
+        assert Pace(0.5, follows=True).personal_gain(section, num_clients) == 0.5
+
+
+def test_a_negative_gain_is_refused() -> None:
+    for key in ("personal-gain", "shared-momentum"):
+        with pytest.raises(ConfigError, match=f"{key} = -0.5 .*set 0 or more, or -1"):
+            RunConfig.parse({key: -0.5})
