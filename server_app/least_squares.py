@@ -41,6 +41,7 @@ from torch import Tensor
 
 from common.config import UpdateSection
 from server_app.checkpoint import required_tensor
+from server_app.head_bank import Heir
 from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback
 from server_app.memory import Scratch
 
@@ -62,7 +63,7 @@ class GroupBatch:
     shares : (n,) float32, positive; shares of the whole step.
     """
 
-    key: int
+    key: str
     group: HeadGroup
     features_CNH: Tensor
     rows: Sequence[int]
@@ -115,7 +116,7 @@ class LeastSquares:
 
     def __init__(self, section: UpdateSection) -> None:
         self._section = section
-        self._memory: dict[int, GroupMemory] = {}
+        self._memory: dict[str, GroupMemory] = {}
 
     @torch.no_grad()
     def descend(
@@ -184,8 +185,14 @@ class LeastSquares:
             known = self._memory[batch.key] = GroupMemory(blank, blank.clone())
         return known
 
+    def inherit(self, heirs: Sequence[Heir]) -> None:
+        """Copy what is remembered of each group that was split to its heir."""
+        for heir in heirs:
+            if known := self._memory.get(heir.old_key):
+                self._memory[heir.new_key] = GroupMemory(known.velocity.clone(), known.mean.clone())
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the memory as `least-squares.<velocity|mean>.<num_chunks>`, and the keys."""
+        """Export the memory as `least-squares.<velocity|mean>.<key>`, and the keys."""
         tensors = {
             f"least-squares.{part}.{key}": getattr(memory, part)
             for key, memory in self._memory.items()
@@ -197,11 +204,11 @@ class LeastSquares:
         self,
         tensors: Mapping[str, Tensor],
         meta: Mapping[str, Any],
-        groups: Mapping[int, HeadGroup],
+        groups: Mapping[str, HeadGroup],
     ) -> None:
         """Restore an exported memory; raise CheckpointError when a tensor is missing or misfits."""
         self._memory = {}
-        for key in map(int, meta.get("least-squares", [])):
+        for key in map(str, meta.get("least-squares", [])):
             bias = groups[key].bias
             parts = [
                 required_tensor(tensors, f"least-squares.{part}.{key}", tuple(bias.shape))

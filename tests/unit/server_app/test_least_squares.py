@@ -149,10 +149,10 @@ def test_frozen_groups_stay_and_embeddings_learn() -> None:
     section = SECTION.model_copy(update={"embedding_lr": 0.1})
     update = system(section)
     moved(update, deltas(1, "c", "a", "b", "d"))
-    update.freeze([3])
-    weight = update.hypernet.groups[3].weight.clone()
+    update.freeze(["3"])
+    weight = update.hypernet.groups["3"].weight.clone()
     got = moved(update, deltas(2, "c", "z"))
-    assert torch.equal(update.hypernet.groups[3].weight, weight)
+    assert torch.equal(update.hypernet.groups["3"].weight, weight)
     assert float(got["c"].abs().max()) > 0
     assert torch.equal(got["a"], torch.zeros(21))
     assert float(got["z"].abs().max()) > 0
