@@ -33,6 +33,11 @@ def check_together(config: RunConfig) -> None:
             "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "
             "theta-offset = 'init' as well, or head-init = 'shared'."
         )
+    if config.client.absent_clients >= config.client.num_partitions:
+        raise ConfigError(
+            f"run config: absent-clients = {config.client.absent_clients} of "
+            f"{config.client.num_partitions} clients leaves nobody. Make it smaller."
+        )
     _check_sharing(config)
 
 

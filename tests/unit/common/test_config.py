@@ -79,4 +79,6 @@ def test_keys_of_different_sections_go_together() -> None:
         RunConfig.parse({"server-rule": "least-squares"})
     with pytest.raises(ConfigError, match=r"models of zeros.*theta-offset = 'init'"):
         RunConfig.parse({"head-init": "zero"})
-    RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0})
+    with pytest.raises(ConfigError, match="absent-clients = 10 of 10 clients leaves nobody"):
+        RunConfig.parse({"absent-clients": 10})
+    RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0, "absent-clients": 9})
