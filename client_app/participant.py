@@ -6,7 +6,6 @@ The handlers in `app.py` decode a message, call one method here and encode the r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from flwr.app import Context
@@ -14,13 +13,21 @@ from torch import Tensor, nn
 
 from client_app.cohort import Member, Outcome
 from client_app.data import ClientData, load_client_data
-from client_app.folders import safe_name
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
-from client_app.state import ClientState, FolderState, Stamp, open_state
+from client_app.state import ClientState, FolderState, Stamp, open_state, personal_folder
+from client_app.teacher import keep_teacher, kept_teacher, required_teacher
 from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
 from client_app.uplink import Memory, largest_with_memory
-from client_app.workshop import ModelKind, Tool, borrow, offset_theta, pick_device
+from client_app.workshop import (
+    ModelKind,
+    Tool,
+    architecture_tag,
+    borrow,
+    offset_theta,
+    opaque,
+    pick_device,
+)
 from common.client_config import ClientSection
 from common.codec import Float32
 from common.config import NodeConfig, RunConfig
@@ -29,7 +36,7 @@ from common.params import delta
 from common.seeding import stream_seed, torch_generator
 from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
 
-PERSONAL_BUFFERS, GLOBAL_BUFFERS, TEACHER = "personal_buffers", "global_buffers", "teacher"
+PERSONAL_BUFFERS, GLOBAL_BUFFERS = "personal_buffers", "global_buffers"
 LEFT_OUT, GLOBAL_LEFT_OUT = "left_out", "global_left_out"
 
 
@@ -44,6 +51,7 @@ class Participant:
     device: torch.device
     model_name: str
     state: ClientState
+    head_tag: str = ""
 
     @classmethod
     def open(cls, context: Context) -> Participant:
@@ -71,17 +79,19 @@ class Participant:
                 section.models, node.partition_id, section.num_partitions
             ),
             state=open_state(context, section.state_dir, node.identity),
+            head_tag=node.head_tag,
         )
 
     # --- what it is asked ------------------------------------------------------------------------
 
     def register(self) -> Registration:
-        """Say who this is and how large its model is; nothing else about it."""
+        """Say who this is and how large its model is; nothing else unless heads go by tag."""
         return Registration(
             client_id=self.client_id,
             num_parameters=self._personal().model.num_parameters,
             num_examples=self.data.num_train,
             num_global_parameters=self._global().model.num_parameters if self.config.distils else 0,
+            group=self._tag(),
         )
 
     def train(self, task: TrainTask, source: str) -> TrainReply:
@@ -92,7 +102,7 @@ class Participant:
         Deltas (before minus after) of the weights exactly as they were received.
         """
         self.state.enter_federation(task.header.federation_id)
-        teacher_theta = self._teacher_theta(task, source)
+        teacher_theta = self._teacher_theta(task)
         seconds = 0.0
         global_delta = personal_delta = None
         trained = Trained(self.data.num_train, 0.0, 0.0)
@@ -131,7 +141,7 @@ class Participant:
 
     def store(self, evaluation: Evaluation) -> str:
         """Store the weights that the personal model holds now; returns their path, or ""."""
-        folder = self._personal_folder()
+        folder = personal_folder(self.state, self.config.run.output_dir, self.client_id)
         if folder is None:
             return ""
         personal = PersonalModel(
@@ -163,7 +173,7 @@ class Participant:
         self.state.enter_federation(task.header.federation_id)
         if task.distill is None:
             return None
-        return self._required(self._teacher_theta(task, source), task, source)
+        return required_teacher(self._teacher_theta(task), task.header, source)
 
     def teacher(self, task: TrainTask, theta: Float32) -> nn.Module:
         """Return this thread's teacher with the weights theta."""
@@ -216,7 +226,7 @@ class Participant:
         tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, task.header)
         loss: Loss = cross_entropy
         if task.distill is not None:
-            sent = self._required(teacher_theta, task, source)
+            sent = required_teacher(teacher_theta, task.header, source)
             loss = distillation(self.teacher(task, sent), task.distill)
         trained = train(
             tool.model,
@@ -239,32 +249,14 @@ class Participant:
         )
         self._keep_buffers(tool, GLOBAL_BUFFERS, task.header)
         if task.theta is None:
-            stamped = {
-                "theta": torch.from_numpy(theta),
-                "round": torch.tensor(task.header.server_round),
-            }
-            self.state.save(TEACHER, stamped)
+            keep_teacher(self.state, theta, task.header.server_round)
         return trained
 
-    @staticmethod
-    def _required(teacher_theta: Float32 | None, task: TrainTask, source: str) -> Float32:
-        if teacher_theta is None:
-            raise WireError(
-                f"{source}: there is no teacher for round {task.header.server_round}. The "
-                "server sends w_g to clients that did not train it; give this client a "
-                "state-dir if it restarts within a round."
-            )
-        return teacher_theta
-
-    def _teacher_theta(self, task: TrainTask, source: str) -> Float32 | None:
+    def _teacher_theta(self, task: TrainTask) -> Float32 | None:
         """Return w_g as sent: in this message, or earlier in this round."""
-        if task.global_theta is not None:
+        if task.global_theta is not None or task.distill is None:
             return task.global_theta
-        kept = self.state.load(TEACHER) if task.distill is not None else None
-        if kept is None or int(kept["round"]) != task.header.server_round:
-            return None
-        theta: Float32 = kept["theta"].numpy()
-        return theta
+        return kept_teacher(self.state, task.header.server_round)
 
     def _ready(
         self, tool: Tool, theta: Float32, buffers: str, header: Header, *, before: int = 0
@@ -337,10 +329,8 @@ class Participant:
         name = self.config.distill.global_model
         return borrow(replace(self._kind(), name=name, role="teacher"))
 
-    def _personal_folder(self) -> Path | None:
-        if isinstance(self.state, FolderState):
-            return self.state.folder
-        if not self.config.run.output_dir:
-            return None
-        root = Path(self.config.run.output_dir).expanduser()
-        return root / "personal-models" / safe_name(self.client_id)
+    def _tag(self) -> str:
+        """Return a hash of what the node declared, or of its model; "" unless heads go by tag."""
+        if self.config.hypernet.head_sharing != "tag":
+            return ""
+        return opaque(self.head_tag) if self.head_tag else architecture_tag(self._personal())

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from client_app.folders import state_folder
+from client_app.folders import safe_name, state_folder
 from common.errors import ConfigError
 
 Tensors = dict[str, Tensor]
@@ -151,3 +151,12 @@ def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:
     if state_dir:
         return FolderState(state_folder(state_dir, client_id))
     return ContextState(context)
+
+
+def personal_folder(state: ClientState, output_dir: str, client_id: str) -> Path | None:
+    """Return where the personal model goes: the client's folder, one below the run's, or None."""
+    if isinstance(state, FolderState):
+        return state.folder
+    if not output_dir:
+        return None
+    return Path(output_dir).expanduser() / "personal-models" / safe_name(client_id)

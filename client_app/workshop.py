@@ -6,6 +6,7 @@ thread keeps one of every kind; loading theta and buffers makes it the next clie
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,6 +89,21 @@ def draw_theta(kind: ModelKind, seed: int) -> Tensor:
     with _building, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: models are built there
         return flatten(_build(kind))
+
+
+def architecture_tag(tool: Tool) -> str:
+    """Return an opaque tag, equal for models of equal parameter names and shapes (64 bits, hex).
+
+    Who guesses an architecture can confirm the guess: only baselines that average whole models, and
+    `head-sharing = "tag"`, ask for the tag.
+    """
+    shapes = [(name, *p.shape) for name, p in tool.model.module.named_parameters()]
+    return opaque(repr(shapes))
+
+
+def opaque(text: str) -> str:
+    """Return 64 bits of a hash, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _build(kind: ModelKind) -> torch.nn.Module:

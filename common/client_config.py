@@ -17,6 +17,8 @@ class ClientSection(Section):
     code initialises, drawn from the run's seed (all clients of one architecture alike): BatchNorm's
     gammas then start at 1. 0 for `classes_per_client` and `dirichlet_alpha` means the published
     value of the data set. `num_partitions` is used where Flower's node config has none.
+    The last `absent_clients` of a simulation stay away (engine inprocess): their share of the data
+    is theirs, and they can join a later run as new clients.
     `max_client_examples` caps what a client has, train and test together; 0: everything.
     """
 
@@ -26,6 +28,7 @@ class ClientSection(Section):
     cache_dir: str = ""
     partition: str = "pathological"
     num_partitions: int = Field(10, ge=1)
+    absent_clients: int = Field(0, ge=0)
     classes_per_client: int = Field(0, ge=0)
     dirichlet_alpha: float = Field(0.0, ge=0)
     min_client_examples: int = Field(30, ge=1)

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.baseline_config import BaselineSection
 from common.client_config import ClientSection, WireSection
-from common.config_checks import check_together
+from common.combinations import check_together
 from common.errors import ConfigError, unknown_name
-from common.section import OWN_METHODS, Method, Scalar, Section, kebab
+from common.section import OWN_METHODS, HeadSharing, Method, Scalar, Section, kebab
 
 BY_SIZE = -1.0
 """A gain that follows from the number of clients of a head group (`server_app.least_squares`)."""
@@ -75,6 +75,9 @@ class HypernetSection(Section):
     weights to zero, so that all clients of a group start from one and the same model, the bias;
     "zero" sets both to zero, for clients with a `theta-offset`.
     `head_layout` "one" shares one head among all chunks of a group (`server_app.shared_heads`).
+    `head_sharing` says who shares a group (`server_app.grouping`), "chunks" as published;
+    `sharing_tolerance` is that of "tolerance"; after `sharing_round` "similarity" merges clients
+    while their mean cosine is at least `sharing_similarity`.
     `generation_precision` is that of the products which emit theta; everything else is float32.
     """
 
@@ -85,6 +88,10 @@ class HypernetSection(Section):
     embedding_std: float = Field(0.002, ge=0)
     head_init: Literal["torch", "shared", "zero"] = "torch"
     head_layout: Literal["separate", "one"] = "separate"
+    head_sharing: HeadSharing = "chunks"
+    sharing_tolerance: float = Field(0.25, gt=0)
+    sharing_round: int = Field(5, ge=1)
+    sharing_similarity: float = Field(0.0, ge=-1, le=1)
     generation_precision: Literal["float32", "bfloat16"] = "float32"
     max_parameters: int = Field(12_000_000, ge=1)
 
@@ -230,13 +237,15 @@ class NodeConfig(Section):
     """What one participant declares about itself (`--node-config`). It wins over the run config.
 
     In simulation Flower sets `partition_id` and `num_partitions` alone. A deployed participant
-    sets `client_id` and whatever else it wants to decide itself.
+    sets `client_id` and whatever else it wants to decide itself. `head_tag` names those with whom
+    it wants to share heads where `head-sharing = "tag"`; the server sees a hash of it.
     """
 
     client_id: str = ""
     partition_id: int = Field(-1, ge=-1)
     num_partitions: int = Field(0, ge=0)
     model: str = ""
+    head_tag: str = ""
     dataset: str | None = None
     data_dir: str | None = None
     cache_dir: str | None = None

@@ -16,6 +16,9 @@ Method = Literal[
 
 OWN_METHODS = ("mh-pfedhn", "mh-pfedhn-gd")
 
+HeadSharing = Literal["chunks", "tolerance", "tag", "own", "padded", "similarity"]
+"""Which clients share heads: `server_app.grouping`."""
+
 Scalar = bool | int | float | str
 
 

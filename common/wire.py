@@ -59,8 +59,9 @@ class Registration:
 
     `num_global_parameters` is the size of the shared global model of MH-pFedHNGD as this client
     builds it (0 without GD); all clients must agree on it. The last three are sent for baselines
-    that cannot do without them, and are empty otherwise: `group` is an opaque tag, equal for
-    clients of one architecture; the head maps features (feature_dim,) to logits (num_classes,).
+    that cannot do without them, and are empty otherwise: `group` is an opaque tag, equal in
+    one architecture, or declared (also for head-sharing = "tag"); the head maps features
+    (feature_dim,) to logits (num_classes,).
     """
 
     client_id: str

@@ -58,11 +58,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def list_presets(args: argparse.Namespace) -> int:
-    """List the presets."""
+    """List the presets, and the studies."""
     from experiments.presets import Preset, preset_names
-    from experiments.report import preset_table
+    from experiments.report import preset_table, study_table
+    from experiments.sweep.plan import Plan, study_names
 
-    _console().print(preset_table([Preset.load(name) for name in preset_names()]))
+    console = _console()
+    console.print(preset_table([Preset.load(name) for name in preset_names()]))
+    console.print()
+    console.print(study_table([Plan.load(name) for name in study_names()]))
     return 0
 
 
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
-    command = commands.add_parser("list", help="list the presets")
+    command = commands.add_parser("list", help="list presets and studies")
     command.set_defaults(command=list_presets)
     command = commands.add_parser("show", help="tables and pictures of a run")
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")

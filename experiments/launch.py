@@ -62,13 +62,15 @@ class InProcessEngine:
 
     def run(self, config: RunConfig) -> None:
         """Run to the end; raises what the ServerApp raises."""
-        from experiments.engines.inprocess import run_inprocess
+        from experiments.engines.inprocess import run_inprocess, simulated_nodes
 
         engine = self._engine
+        nodes = simulated_nodes(engine.num_clients)
         with _log_to(self._log):
             run_inprocess(
                 config,
                 num_clients=engine.num_clients,
+                node_configs=nodes[: engine.num_clients - config.client.absent_clients],
                 workers=engine.workers,
                 batched_clients=engine.batched_clients,
             )
@@ -80,9 +82,14 @@ def complete(preset: Preset) -> Preset:
     Raises
     ------
     ConfigError
-        The output folder already holds a run.
+        The output folder already holds a run, or clients are to stay away from Ray.
     """
     run, schedule = preset.config.run, preset.config.schedule
+    if preset.config.client.absent_clients and preset.engine.name != "inprocess":
+        raise ConfigError(
+            f"absent-clients = {preset.config.client.absent_clients} needs engine 'inprocess': "
+            "Flower's simulation starts every node."
+        )
     folder = Path(run.output_dir) if run.output_dir else new_folder(preset.name)
     if (folder / "metrics.jsonl").exists() and not run.resume_from:
         raise ConfigError(
@@ -95,7 +102,7 @@ def complete(preset: Preset) -> Preset:
     }
     if schedule.min_clients == ScheduleSection().min_clients:
         # Simulated nodes come online one after the other: without this, round 1 may miss some.
-        fills["min-clients"] = preset.engine.num_clients
+        fills["min-clients"] = preset.engine.num_clients - preset.config.client.absent_clients
     return preset.with_config(fills)
 
 

@@ -117,7 +117,7 @@ class Preset:
         ConfigError
             A text has no "=", a key is unknown (the nearest is named), or a value cannot be used.
         """
-        pairs = dict(_assignment(text) for text in assignments)
+        pairs = dict(parse_assignment(text) for text in assignments)
         engine_keys = EngineSection.key_names() - {"name"}
         known = RunConfig.key_names() | engine_keys
         for key in pairs:
@@ -167,7 +167,8 @@ def _toml_value(value: Scalar) -> str:
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def parse_assignment(text: str) -> tuple[str, str]:
+    """Split `key=value`; raise ConfigError where there is no "="."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set expects key=value, got {text!r}. Example: --set server-lr=0.001")

@@ -12,6 +12,7 @@ from rich.table import Table
 from experiments.presets import Preset
 from experiments.progress import clock
 from experiments.runs import ClientRow, Run
+from experiments.sweep.plan import Plan
 from server_app.picture import METHODS, Reference
 
 REFERENCE_ROUNDS = (10, 20, 30, 40)
@@ -28,6 +29,14 @@ def preset_table(presets: Sequence[Preset]) -> Table:
             preset.engine.name,
             preset.description,
         )
+    return table
+
+
+def study_table(plans: Sequence[Plan]) -> Table:
+    """List studies: name, number of runs and what they show; `mh-pfedhn sweep NAME` runs them."""
+    table = _table("study", "runs", "what it shows", numbers=(1,))
+    for plan in plans:
+        table.add_row(f"[bold]{plan.file.stem}[/]", str(len(plan.cells)), plan.description)
     return table
 
 

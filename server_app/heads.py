@@ -236,9 +236,9 @@ class HeadGroup:
     def pack(self, deltas: Sequence[Tensor], tile: slice, scratch: Scratch) -> Tensor:
         """Gather a tile of all deltas into (N, c, S), zero beyond a client's last entry."""
         packed = scratch.take(len(deltas), tile.stop - tile.start, self.chunk_size)
-        if tile.stop == self.num_chunks:
-            packed[:, -1].zero_()
         for i, delta in enumerate(deltas):
+            full = max(0, delta.numel() // self.chunk_size - tile.start)
+            packed[i, full:].zero_()
             for part, row in self._spans(delta, packed[i], tile):
                 row.copy_(part)
         return packed

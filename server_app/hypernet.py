@@ -1,4 +1,4 @@
-"""The hypernetwork: per-client embeddings, one trunk, and heads shared by clients of equal size.
+"""The hypernetwork: per-client embeddings, one trunk, and heads shared by groups of clients.
 
 Client i owns an embedding v_i with one row a chunk. The trunk turns rows into features and head j
 of the client's group turns the features of row j into chunk j of theta_i (paper section 3.2;
@@ -23,19 +23,22 @@ from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError, listing
 from common.seeding import torch_generator
 from server_app.checkpoint import require_same, required_tensor
-from server_app.grouping import by_num_chunks, members_by_group, num_chunks
+from server_app.grouping import num_chunks, place
+from server_app.head_bank import HeadBank
 from server_app.heads import HeadGroup, HeadPullback
 from server_app.least_squares import GroupBatch
 from server_app.memory import Scratch
-from server_app.parts import Part, spread_gradient, stacked_rows
+from server_app.parts import Part, parts_of, spread_rows, stack_rows
 from server_app.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
-from server_app.shared_heads import SharedHead, place_rows
+from server_app.shared_heads import place_rows
 from server_app.trunk import draw_trunk
 
 HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
 """Moves the heads of one group and returns what the trunk is to learn from."""
 
-SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "trunk-layers", "head-layout")
+SHAPE_KEYS = (
+    "chunk-size", "embed-dim", "hidden-dim", "trunk-layers", "head-layout", "head-sharing",
+)  # fmt: skip
 
 
 class Hypernetwork:
@@ -47,7 +50,7 @@ class Hypernetwork:
     Attributes
     ----------
     trunk : Linear(E, H), ReLU, then Linear(H, H), ReLU as often as `trunk_layers` says.
-    groups : head groups by key (number of chunks).
+    bank : head groups by key, and who uses which.
     embeddings : v_i (C_i, E) by client_id.
     """
 
@@ -62,15 +65,19 @@ class Hypernetwork:
         self.seed = seed
         self.device = torch.device(device)
         self.trunk = draw_trunk(section, torch_generator(seed, "trunk")).to(self.device)
-        self.groups: dict[int, HeadGroup] = {}
+        self.bank = HeadBank(section, self.device)
         self.embeddings: dict[str, nn.Parameter] = {}
         self._sizes: dict[str, int] = {}
         self._scratch = Scratch(self.device)
         self._short = section.generation_precision == "bfloat16"
         self._one_head = section.head_layout == "one"
 
-    def add_client(self, client_id: str, num_parameters: int) -> None:
-        """Give a client an embedding, and its size a head group where none exists yet.
+    def add_client(self, client_id: str, num_parameters: int, *, tag: str = "") -> None:
+        """Give a client an embedding and a head group, an old or a new one.
+
+        Parameters
+        ----------
+        tag : what it declared; it counts where `head-sharing = "tag"`.
 
         Raises
         ------
@@ -88,41 +95,45 @@ class Hypernetwork:
                 f"client {client_id!r} asks for {num_parameters} parameters; 1 to {cap} are "
                 "allowed. Use a smaller model, or raise max-parameters in the run config."
             )
-        chunks = num_chunks(num_parameters, self.section.chunk_size)
-        generator = torch_generator(self.seed, "embedding", client_id=client_id)
-        rows = torch.randn(chunks, self.section.embed_dim, generator=generator)
-        rows *= self.section.embedding_std
-        if self._one_head:
-            rows += place_rows(chunks, rows.shape[1], torch_generator(self.seed, "places"))
         self._sizes[client_id] = num_parameters
-        self.embeddings[client_id] = nn.Parameter(rows.to(self.device))
-        key = self.group_key(client_id)
-        if key not in self.groups:
-            self.groups[key] = self._draw_group(key)
+        self.embeddings[client_id] = nn.Parameter(self._start(client_id).to(self.device))
+        self.bank.assign(client_id, self.num_chunks(client_id), tag, seed=self.seed)
 
-    def _draw_group(self, key: int) -> HeadGroup:
-        """Make a head group; what it starts from depends on the seed and its key alone."""
-        draw = SharedHead.draw_one if self._one_head else HeadGroup.draw
-        group = draw(
-            num_chunks=key,
-            chunk_size=self.section.chunk_size,
-            hidden_dim=self.section.hidden_dim,
-            generator=torch_generator(self.seed, f"head/{key}"),
-        ).to(self.device)
-        if self.section.head_init != "torch":
-            group.weight.data.zero_()
-        if self.section.head_init == "zero":
-            group.bias.data.zero_()
-        return group
+    def movement(self, client_id: str) -> Tensor:
+        """Return how far training moved a client's embedding from its start (C, E)."""
+        return self.embeddings[client_id].detach() - self._start(client_id).to(self.device)
+
+    def _start(self, client_id: str) -> Tensor:
+        """Draw the rows (C, E) that a client's embedding starts from."""
+        shape = (self.num_chunks(client_id), self.section.embed_dim)
+        generator = torch_generator(self.seed, "embedding", client_id=client_id)
+        rows = torch.randn(*shape, generator=generator) * self.section.embedding_std
+        if self._one_head:
+            rows += place_rows(*shape, torch_generator(self.seed, "places"))
+        return rows
 
     def remove_client(self, client_id: str) -> None:
         """Forget a client's embedding; its head group stays, for it holds what others learned."""
         self._require(client_id)
+        self.bank.release(client_id)
         del self._sizes[client_id], self.embeddings[client_id]
+
+    @property
+    def groups(self) -> dict[str, HeadGroup]:
+        """Head groups by key."""
+        return self.bank.groups
 
     def has_client(self, client_id: str) -> bool:
         """Whether the client owns an embedding."""
         return client_id in self._sizes
+
+    def is_same(self, client_id: str, num_parameters: int, tag: str) -> bool:
+        """Whether a known client still has this size, and this tag where tags count."""
+        same_size = self.num_parameters(client_id) == num_parameters
+        if self.section.head_sharing != "tag" or not same_size:
+            return same_size
+        chunks = self.num_chunks(client_id)
+        return self.bank.key(client_id) == place(self.section, client_id, chunks, tag)[0]
 
     def clients(self) -> list[str]:
         """Return the known client_ids in order of arrival."""
@@ -136,6 +147,11 @@ class Hypernetwork:
     def num_chunks(self, client_id: str) -> int:
         """Return C, the paper's tau_i, of a known client."""
         return num_chunks(self.num_parameters(client_id), self.section.chunk_size)
+
+    def group_key(self, client_id: str) -> str:
+        """Return the key of a known client's head group."""
+        self._require(client_id)
+        return self.bank.key(client_id)
 
     @torch.no_grad()
     def generate(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
@@ -153,9 +169,9 @@ class Hypernetwork:
         """
         self._require(*client_ids)
         thetas = self._held(client_ids)
-        parts = self._parts([client_id for client_id in client_ids if client_id not in thetas])
+        parts = parts_of([c for c in client_ids if c not in thetas], self.bank)
         if parts:
-            features_RH = self.trunk(stacked_rows(parts, self.embeddings))
+            features_RH = self.trunk(stack_rows(parts, self.embeddings))
             for part in parts:
                 sizes = [self._sizes[client_id] for client_id in part.client_ids]
                 emitted = part.group.forward(
@@ -167,7 +183,7 @@ class Hypernetwork:
     def _held(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
         """Copy theta of those whose head group keeps a ledger of it."""
         thetas: dict[str, Tensor] = {}
-        for part in self._parts(client_ids):
+        for part in parts_of(client_ids, self.bank):
             ledger = part.group.ledger
             if ledger is not None:
                 known = [c for c in part.client_ids if ledger.holds(c)]
@@ -183,7 +199,7 @@ class Hypernetwork:
         self._require(*(pull.client_id for pull in pulls))
         check_pulls(pulls, self._sizes)
         moved: list[HeadPullback] = []
-        for part in self._parts([pull.client_id for pull in pulls]):
+        for part in parts_of([pull.client_id for pull in pulls], self.bank):
             mine = [pulls[i] for i in part.positions]
             shares = torch.tensor([pull.share for pull in mine], device=self.device)
             batch = self._group_batch(part, [pull.delta for pull in mine], shares, fixed=True)
@@ -211,8 +227,8 @@ class Hypernetwork:
         """
         self._require(*(pull.client_id for pull in pulls))
         check_pulls(pulls, self._sizes)
-        parts = self._parts([pull.client_id for pull in pulls])
-        rows_RE = stacked_rows(parts, self.embeddings).requires_grad_()
+        parts = parts_of([pull.client_id for pull in pulls], self.bank)
+        rows_RE = stack_rows(parts, self.embeddings).requires_grad_()
         with torch.enable_grad():
             features_RH = self.trunk(rows_RE)
         gradient_RH = torch.empty_like(features_RH)
@@ -234,7 +250,7 @@ class Hypernetwork:
         *gradients, rows_gradient = torch.autograd.grad(features_RH, [*trunk, rows_RE], gradient_RH)
         for parameter, gradient in zip(trunk, gradients, strict=True):
             parameter.grad = gradient
-        embeddings = spread_gradient(rows_gradient, parts, self.embeddings)
+        embeddings = spread_rows(rows_gradient, parts, self.embeddings)
         norm = step_norm(pulled, [*trunk, *embeddings])
         return Pullback(trunk + heads, embeddings, norm, *delta_facts(pulls, pulled))
 
@@ -242,15 +258,16 @@ class Hypernetwork:
         self, part: Part, deltas: Sequence[Tensor], shares: Tensor, *, fixed: bool = False
     ) -> GroupBatch:
         """Put a part beside all clients of its group, known by the group's key."""
-        key = self.group_key(part.client_ids[0])
-        members = sorted(c for c in self._sizes if self.group_key(c) == key)
+        key = self.bank.key(part.client_ids[0])
+        members = self.bank.members(key)
+        everybody = Part(part.group, range(len(members)), members, slice(None))
         with torch.no_grad():
-            features_RH = self.trunk(torch.cat([self.embeddings[c].detach() for c in members]))
+            features_RH = self.trunk(stack_rows([everybody], self.embeddings))
         return GroupBatch(
             key=key,
             group=part.group,
             members=members,
-            features_CNH=features_RH.view(len(members), key, -1).transpose(0, 1),
+            features_CNH=everybody.chunk_major(features_RH),
             rows=[members.index(c) for c in part.client_ids],
             deltas=deltas,
             shares=shares,
@@ -260,13 +277,11 @@ class Hypernetwork:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return phi and all embeddings by name.
 
-        `trunk.<layer>.weight`, `heads.<num_chunks>.weight` (C, H, S), `heads.<num_chunks>.bias`
-        (C, S), `embeddings.<client_id>` (C, E).
+        `trunk.<layer>.weight`, `heads.<key>.weight` (C, H, S), `heads.<key>.bias` (C, S),
+        `embeddings.<client_id>` (C, E).
         """
         named = {f"trunk.{name}": p for name, p in self.trunk.named_parameters()}
-        for key in sorted(self.groups):
-            named[f"heads.{key}.weight"] = self.groups[key].weight
-            named[f"heads.{key}.bias"] = self.groups[key].bias
+        named |= self.bank.named_parameters()
         named |= {f"embeddings.{client_id}": v for client_id, v in self.embeddings.items()}
         return named
 
@@ -280,7 +295,7 @@ class Hypernetwork:
             "seed": self.seed,
             "section": self.section.flat(),
             "clients": [[client_id, size] for client_id, size in self._sizes.items()],
-            "groups": sorted(self.groups),
+            **self.bank.facts(),
         }
         return tensors, meta
 
@@ -298,20 +313,15 @@ class Hypernetwork:
                 "a state is loaded into an empty hypernetwork; this one has clients "
                 f"{listing(self._sizes)}. Make a new one."
             )
-        saved = {"head-layout": "separate", **meta["section"]}  # older ones do not say
+        older = {"head-layout": "separate", "head-sharing": "chunks"}  # these do not say
+        saved = older | meta["section"]
         require_same(saved, self.section.flat(), SHAPE_KEYS)
         self.seed = int(meta["seed"])
         s = self.section
         for name, parameter in self.trunk.named_parameters():
             shape = tuple(parameter.shape)
             parameter.data.copy_(required_tensor(tensors, f"trunk.{name}", shape))
-        for key in map(int, meta["groups"]):
-            heads, name = 1 if self._one_head else key, f"heads.{key}"
-            shape = (heads, s.hidden_dim, s.chunk_size)
-            weight = self._own(required_tensor(tensors, f"{name}.weight", shape))
-            bias = self._own(required_tensor(tensors, f"{name}.bias", (heads, s.chunk_size)))
-            one = self._one_head
-            self.groups[key] = SharedHead(weight, bias, key) if one else HeadGroup(weight, bias)
+        self.bank.restore(tensors, meta)
         for client_id, size in meta["clients"]:
             shape = (num_chunks(size, s.chunk_size), s.embed_dim)
             rows = required_tensor(tensors, f"embeddings.{client_id}", shape)
@@ -321,10 +331,6 @@ class Hypernetwork:
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(device=self.device, copy=True)
 
-    def group_key(self, client_id: str) -> int:
-        """Return the key of a client's head group in `groups`."""
-        return by_num_chunks(self.num_parameters(client_id), self.section.chunk_size)
-
     def _require(self, *client_ids: str) -> None:
         unknown = [client_id for client_id in client_ids if client_id not in self._sizes]
         if unknown:
@@ -332,14 +338,3 @@ class Hypernetwork:
                 f"no embedding for client {listing(map(repr, unknown))}; call add_client first. "
                 f"Known: {listing(self._sizes) or 'nobody'}."
             )
-
-    def _parts(self, client_ids: Sequence[str]) -> list[Part]:
-        """Split clients by head group; their rows are stacked in the order of the parts."""
-        parts: list[Part] = []
-        first = 0
-        for key, positions in members_by_group(client_ids, self.group_key).items():
-            stop = first + key * len(positions)
-            ids = [client_ids[i] for i in positions]
-            parts.append(Part(self.groups[key], positions, ids, slice(first, stop)))
-            first = stop
-        return parts

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from common.config import BY_SIZE, UpdateSection
 from server_app.checkpoint import required_tensor
+from server_app.head_bank import Heir
 from server_app.heads import HeadGroup, HeadPullback
 from server_app.ledger import Heads, Ledger
 from server_app.memory import Scratch
@@ -72,7 +73,7 @@ class GroupBatch:
     fixed : the features never change: nobody wants their gradient, and a `Ledger` may be kept.
     """
 
-    key: int
+    key: str
     group: HeadGroup
     members: Sequence[str]
     features_CNH: Tensor
@@ -137,7 +138,7 @@ class LeastSquares:
 
     def __init__(self, section: UpdateSection) -> None:
         self._section = section
-        self._memory: dict[int, GroupMemory] = {}
+        self._memory: dict[str, GroupMemory] = {}
 
     @torch.no_grad()
     def descend(
@@ -213,8 +214,14 @@ class LeastSquares:
             known = self._memory[batch.key] = GroupMemory(blank, blank.clone())
         return known
 
+    def inherit(self, heirs: Sequence[Heir]) -> None:
+        """Copy what is remembered of each group that was split to its heir."""
+        for heir in heirs:
+            if known := self._memory.get(heir.old_key):
+                self._memory[heir.new_key] = GroupMemory(known.velocity.clone(), known.mean.clone())
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the memory as `least-squares.<velocity|mean>.<num_chunks>`, and the keys."""
+        """Export the memory as `least-squares.<velocity|mean>.<key>`, and the keys."""
         tensors = {
             f"least-squares.{part}.{key}": getattr(memory, part)
             for key, memory in self._memory.items()
@@ -226,11 +233,11 @@ class LeastSquares:
         self,
         tensors: Mapping[str, Tensor],
         meta: Mapping[str, Any],
-        groups: Mapping[int, HeadGroup],
+        groups: Mapping[str, HeadGroup],
     ) -> None:
         """Restore an exported memory; raise CheckpointError when a tensor is missing or misfits."""
         self._memory = {}
-        for key in map(int, meta.get("least-squares", [])):
+        for key in map(str, meta.get("least-squares", [])):
             bias = groups[key].bias
             parts = [
                 required_tensor(tensors, f"least-squares.{part}.{key}", tuple(bias.shape))

@@ -16,9 +16,11 @@ from common import wire
 from common.errors import RunError, WireError
 from common.log import logger
 from common.wire import Evaluation, Registration
+from server_app.grouping import group_order
 from server_app.mailbox import Letter
 from server_app.phases import Core, GlobalPhase, PersonalPhase, fold_global, theta_letters
 from server_app.registry import GLOBAL_ID, Client
+from server_app.similarity import split_groups
 from server_app.trips import Post, Roster, RoundTally, without_busy
 
 
@@ -50,18 +52,23 @@ class MHpFedHN:
                 f"{config.run.method} 1 to {cap:,} are accepted. Start the client with "
                 "the run config of this federation."
             )
+        if config.hypernet.head_sharing == "tag" and not registration.group:
+            raise WireError(
+                f"{source}: there is no tag, and head-sharing = 'tag' groups clients by it. Start "
+                "the client with the run config of this federation."
+            )
 
     def welcome(self, client: Client) -> None:
         """Give a client an embedding of its size, unless it has one; GD: v_g with the first."""
-        hypernet = self._core.hypernet
-        if hypernet.has_client(client.client_id):
-            if hypernet.num_parameters(client.client_id) == client.num_parameters:
+        hypernet, client_id, tag = self._core.hypernet, client.client_id, client.group
+        if hypernet.has_client(client_id):
+            if hypernet.is_same(client_id, client.num_parameters, tag):
                 return
-            hypernet.remove_client(client.client_id)
-            self._core.frozen_clients.discard(client.client_id)
-        hypernet.add_client(client.client_id, client.num_parameters)
+            hypernet.remove_client(client_id)
+            self._core.frozen_clients.discard(client_id)
+        hypernet.add_client(client_id, client.num_parameters, tag=tag)
         if self._core.config.distils and not hypernet.has_client(GLOBAL_ID):
-            hypernet.add_client(GLOBAL_ID, client.num_global_parameters)
+            hypernet.add_client(GLOBAL_ID, client.num_global_parameters, tag=GLOBAL_ID)
 
     def learners(self, clients: list[Client]) -> list[Client]:
         """Return those who train: everybody, or in a novel-only run the new clients alone."""
@@ -92,9 +99,16 @@ class MHpFedHN:
         return PersonalPhase(self._core, roster, tally, theta)
 
     def close_round(self, server_round: int, tally: RoundTally) -> None:
-        """Fused GD: one server step for w_g, from the deltas that came with the personal ones."""
+        """Fused GD: one server step for w_g, from the deltas that came with the personal ones.
+
+        With head sharing by similarity, head groups are split after the round set for it.
+        """
+        hypernet, run = self._core.config.hypernet, self._core.config.run
         if self._core.trains_global and self._core.config.distill.gd_mode == "fused":
             fold_global(self._core, tally, progress=float(server_round))
+        due = hypernet.head_sharing == "similarity" and server_round == hypernet.sharing_round
+        if due and not run.novel_only:
+            split_groups(self._core.hypernet, hypernet.sharing_similarity)
 
     def letters(self, roster: Roster, message_type: str) -> Iterator[Letter]:
         """Generate fresh weights for evaluation or finish: no local fine-tuning comes between."""
@@ -105,8 +119,12 @@ class MHpFedHN:
         return wire.decode_evaluation(content, source)
 
     def facts(self, client_id: str) -> dict[str, object]:
-        """Return the client's number of chunks, which decides its head group."""
-        return {"num_chunks": self._core.hypernet.num_chunks(client_id)}
+        """Return the client's number of chunks, and its head group where that says more."""
+        hypernet = self._core.hypernet
+        facts: dict[str, object] = {"num_chunks": hypernet.num_chunks(client_id)}
+        if hypernet.section.head_sharing != "chunks":
+            facts["head_group"] = hypernet.bank.key(client_id)
+        return facts
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -133,14 +151,14 @@ class MHpFedHN:
     def _frozen(self) -> dict[str, Any] | None:
         if not self._core.config.run.novel_only:
             return None
-        groups = sorted(self._core.update.frozen_groups)
+        groups = sorted(self._core.update.frozen_groups, key=group_order)
         return {"clients": sorted(self._core.frozen_clients), "groups": groups}
 
     def _freeze(self, before: Mapping[str, Any] | None) -> None:
         """Freeze all there is; a novel-only run that is resumed freezes what it froze before."""
         core = self._core
         core.frozen_clients |= set(before["clients"] if before else core.hypernet.clients())
-        core.update.freeze(before["groups"] if before else core.hypernet.groups)
+        core.update.freeze(map(str, before["groups"]) if before else core.hypernet.groups)
         logger.info(
             "Trunk, %d head groups and %d embeddings are frozen: only new clients learn",
             len(core.update.frozen_groups),

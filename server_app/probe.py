@@ -26,7 +26,8 @@ def sample_theta(hypernet: Hypernetwork, client_ids: Sequence[str]) -> Tensor:
     known = sorted(set(client_ids))
     for key, positions in members_by_group(known, hypernet.group_key).items():
         chosen = [known[i] for i in positions][:SAMPLE]
-        chunks = torch.unique(torch.linspace(0, max(0, key - 2), SAMPLE).long())
+        least = min(map(hypernet.num_chunks, chosen))
+        chunks = torch.unique(torch.linspace(0, max(0, least - 2), SAMPLE).long())
         group = hypernet.groups[key]
         if group.ledger is not None and all(map(group.ledger.holds, chosen)):
             samples.append(group.ledger.sample(chosen, chunks).reshape(-1))

@@ -30,6 +30,7 @@ from common.errors import CheckpointError, ConfigError
 from server_app.checkpoint import required_tensor
 from server_app.heads import HeadPullback
 from server_app.hypernet import Hypernetwork
+from server_app.inherit import inherit_moments
 from server_app.least_squares import GroupBatch, LeastSquares, Pace
 from server_app.memory import Scratch
 from server_app.probe import sample_theta
@@ -102,7 +103,7 @@ class ServerUpdate:
         self.hypernet = hypernet
         self.section = section
         self.total_rounds = total_rounds
-        self.frozen_groups: frozenset[int] = frozenset()
+        self.frozen_groups: frozenset[str] = frozenset()
         self._trunk_learns = True
         self._least_squares = LeastSquares(section)
         shared, embeddings = [*hypernet.trunk.parameters()], [nn.Parameter(torch.empty(0))]
@@ -171,7 +172,7 @@ class ServerUpdate:
             mean.add_(update.delta.to(mean), alpha=update.weight / total)
         return self._descend([Pull(client_id, mean)], used, progress, is_global=True)
 
-    def freeze(self, groups: Iterable[int]) -> None:
+    def freeze(self, groups: Iterable[str]) -> None:
         """Let trunk and these head groups never move again; embeddings and new groups learn."""
         self.frozen_groups = frozenset(groups)
         self._trunk_learns = False
@@ -202,6 +203,7 @@ class ServerUpdate:
 
         The tensors share memory with the live state: write or copy them before the next step.
         """
+        self._inherit()
         tensors: dict[str, Tensor] = {}
         names: list[str] = []
         for name, parameter in self.hypernet.named_parameters().items():
@@ -243,6 +245,7 @@ class ServerUpdate:
         is_global: bool = False,
     ) -> StepDiagnostics:
         """Gradient, clip, step; skip it when the gradient is not finite."""
+        self._inherit()
         moved = [pull.client_id for pull in pulls]
         before = sample_theta(self.hypernet, moved)
         rates = self.learning_rates(progress)
@@ -281,6 +284,12 @@ class ServerUpdate:
         if self.section.server_lr == self.section.embedding_lr == 0:
             return self.hypernet.lead(pulls, move_heads)
         return self._without_frozen(self.hypernet.backward(pulls, head_rule=move_heads))
+
+    def _inherit(self) -> None:
+        """Hand the state on to head groups that have grown or were split since the last step."""
+        heirs = self.hypernet.bank.take_heirs()
+        inherit_moments(self._adam, heirs)
+        self._least_squares.inherit(heirs)
 
     def _aged(self, update: ClientUpdate) -> ClientUpdate:
         """Weigh an update by its staleness: (1 + s)^-staleness-power."""

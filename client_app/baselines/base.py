@@ -7,7 +7,6 @@ every method trains, of which nothing travels.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice, repeat
 from typing import ClassVar
@@ -154,16 +153,6 @@ def as_array(x: Tensor) -> Float32:
     """Copy a vector off the device, to be sent."""
     array: Float32 = x.detach().cpu().numpy().copy()
     return array
-
-
-def architecture_tag(tool: Tool) -> str:
-    """Return an opaque tag, equal for models of equal parameter names and shapes (64 bits, hex).
-
-    Who guesses an architecture can confirm the guess: only baselines that average whole models ask
-    for the tag.
-    """
-    shapes = [(name, *p.shape) for name, p in tool.model.module.named_parameters()]
-    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
 class BatchBudget:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from client_app.baselines.base import THETA, Trainer, architecture_tag, as_array
+from client_app.baselines.base import THETA, Trainer, as_array
 from client_app.training import Trained, cross_entropy, evaluate, train
-from client_app.workshop import Tool, borrow
+from client_app.workshop import Tool, architecture_tag, borrow
 from common.parcels import Arrays, Order
 from common.wire import Evaluation, Registration
 

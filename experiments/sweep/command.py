@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common.section import Scalar
+from experiments.presets import PATH_KEYS, parse_assignment
 from experiments.progress import clock
 from experiments.sweep.plan import Plan
 
@@ -22,22 +25,53 @@ COLOURS = {"completed": "green", "running": "cyan", "failed": "bold red", "cut o
 def add_sweep_parser(commands: Any) -> None:
     """Add `sweep` to the command line."""
     command = commands.add_parser("sweep", help="run a grid of settings and seeds; resumable")
-    command.add_argument("file", metavar="FILE.toml", help="see docs/experiments.md")
+    command.add_argument("file", metavar="STUDY|FILE.toml", help="see `mh-pfedhn list`")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at the same time")
     command.add_argument("--background", action="store_true", help="detach, and write a log")
     command.add_argument("--status", action="store_true", help="show how far it is, run nothing")
+    command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
+    command.add_argument("--output-dir", metavar="DIR", default="", help="folder of its cells")
+    command.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of all cells, over those of the file",
+    )
     command.set_defaults(command=sweep)
 
 
 def sweep(args: argparse.Namespace) -> int:
     """Run a sweep, or show its status."""
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    plan = Plan.load(Path(args.file))
+    plan = Plan.load(args.file, _common(args), args.output_dir)
     if args.status:
         return show_status(plan, console)
     if args.background:
         return _in_background(plan, args, console)
     return _run(plan, max(1, args.jobs), console)
+
+
+def _common(args: argparse.Namespace) -> dict[str, Scalar]:
+    """Return the settings of all cells that the command line gives."""
+    common: dict[str, Scalar] = dict(parse_assignment(text) for text in args.set)
+    if args.data_dir:
+        common["data-dir"] = args.data_dir
+    for key in PATH_KEYS:
+        if common.get(key):
+            common[key] = str(Path(str(common[key])).expanduser().resolve())
+    return common
+
+
+def _repeated(args: argparse.Namespace) -> list[str]:
+    """Return the arguments that name the same cells again."""
+    return [
+        args.file,
+        *(["--data-dir", args.data_dir] if args.data_dir else []),
+        *(["--output-dir", args.output_dir] if args.output_dir else []),
+        *(["--set", *args.set] if args.set else []),
+    ]
 
 
 def show_status(plan: Plan, console: Console) -> int:
@@ -87,11 +121,12 @@ def _in_background(plan: Plan, args: argparse.Namespace, console: Console) -> in
     with own(plan.folder):  # refuse now, not in a log that nobody reads
         pass
     log = plan.folder / LOG
-    process = detach([str(plan.file), "--jobs", str(args.jobs)], log)
+    again = _repeated(args)
+    process = detach([*again, "--jobs", str(args.jobs)], log)
     console.print(
         f"{len(plan.cells)} cells run in the background as process {process.pid}\n"
         f"log     {log}\n"
-        f"status  mh-pfedhn sweep {args.file} --status\n"
+        f"status  mh-pfedhn sweep {shlex.join(again)} --status\n"
         f"stop    kill {process.pid}    (the same command goes on where it was)",
         highlight=False,
         soft_wrap=True,

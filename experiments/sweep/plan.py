@@ -8,8 +8,10 @@
     distill-alpha = [0.02, 0.2]
     [variants.local]                 # a method with settings, a preset or a grid of its own
     method = "local"
+    [variants.later]                 # goes on from another variant's run with the same seed
+    after = "local"                  # wants checkpoints = "keep"
 
-A later table wins: preset, fixed, variant, grid, seed.
+A later table wins: preset, fixed, variant, grid, what the command line says, seed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common.config import RunConfig
 from common.errors import ConfigError, unknown_name
 from common.section import Scalar
-from experiments.presets import PATH_KEYS, EngineSection, Preset
+from experiments.presets import CONFIGS, PATH_KEYS, EngineSection, Preset
 from experiments.runs import output_root
 from experiments.settings import digest, essential
 
@@ -39,6 +41,7 @@ RESERVED = {
     "num-partitions": "set num-clients instead",
 }
 Settings = dict[str, Scalar]
+STUDIES = CONFIGS / "studies"
 
 
 class SweepFile(BaseModel):
@@ -63,7 +66,7 @@ class Cell:
     """One run of a sweep.
 
     `settings` are the overrides of the preset without the seed; `grid` is the part of them that
-    the grid chose.
+    the grid chose. `after` is the folder of the run that this one goes on from.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Cell:
     rounds: int
     settings: Settings = field(hash=False)
     grid: Settings = field(hash=False)
+    after: Path | None = None
 
     def arguments(self, *, place: bool = True, resume: bool = False) -> list[str]:
         """Return the arguments of `mh-pfedhn` that run this cell, or go on with it.
@@ -82,7 +86,8 @@ class Cell:
         """
         settings = {k: v for k, v in self.settings.items() if k != "engine"}
         pairs = [f"{key}={value_text(value)}" for key, value in settings.items()]
-        pairs += [f"resume-from={self.folder}"] if resume else []
+        source = self.folder if resume else self.after
+        pairs += [f"resume-from={source}"] if source else []
         engine = self.settings.get("engine")
         return [
             "run", self.preset,
@@ -104,8 +109,19 @@ class Plan:
     cells: tuple[Cell, ...]
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read a sweep file and check every cell of it, so that no typo shows up hours later.
+    def load(
+        cls, name_or_file: str | Path, common: Settings | None = None, output_dir: str = ""
+    ) -> Plan:
+        """Read a sweep and check every cell of it, so that no typo shows up hours later.
+
+        Parameters
+        ----------
+        name_or_file
+            A study that comes with the project, or a path that ends in .toml.
+        common
+            Settings of all cells that win over the file's.
+        output_dir
+            Where the cells go; empty: where the file says.
 
         Raises
         ------
@@ -113,14 +129,34 @@ class Plan:
             Not a sweep file, an unknown key (the nearest is named), a value out of range, or two
             cells that are the same run.
         """
-        path = path.expanduser().resolve()
+        path = find_sweep(str(name_or_file))
         content = _read(path)
         folder = output_root() / path.stem
         if content.output_dir:
             folder = (path.parent / Path(content.output_dir).expanduser()).resolve()
-        cells = tuple(_cells(content, path, folder))
+        if output_dir:
+            folder = Path(output_dir).expanduser().resolve()
+        cells = tuple(_cells(content, path, folder, common or {}))
         _require_different(cells, path)
         return cls(path, folder, content.description, content.checkpoints == "keep", cells)
+
+
+def study_names() -> list[str]:
+    """Return the names of the studies that come with the project, sorted."""
+    return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+def find_sweep(name_or_file: str) -> Path:
+    """Return the sweep file that is meant; raise ConfigError for a study that is not there."""
+    if name_or_file.endswith(".toml"):
+        return Path(name_or_file).expanduser().resolve()
+    path = STUDIES / f"{name_or_file}.toml"
+    if not path.is_file():
+        raise ConfigError(
+            unknown_name("study", name_or_file, study_names())
+            + " Or give the path of a sweep file, which ends in .toml."
+        )
+    return path
 
 
 def value_text(value: Scalar) -> str:
@@ -155,10 +191,12 @@ def _read(path: Path) -> SweepFile:
         ) from error
 
 
-def _cells(content: SweepFile, path: Path, folder: Path) -> Iterator[Cell]:
+def _cells(content: SweepFile, path: Path, folder: Path, common: Settings) -> Iterator[Cell]:
+    _check_keys(list(common), path)
     variants = content.variants or {"": {}}
+    made: dict[tuple[str, int], list[Cell]] = {}
     for variant, own in variants.items():
-        settings = {key: value for key, value in own.items() if key not in ("grid", "preset")}
+        settings = {k: v for k, v in own.items() if k not in ("grid", "preset", "after")}
         grid = {**content.grid, **_own_grid(own, variant, path)}
         _check_keys([*content.fixed, *settings, *grid], path)
         for key in grid:
@@ -172,8 +210,27 @@ def _cells(content: SweepFile, path: Path, folder: Path) -> Iterator[Cell]:
             chosen = dict(zip(grid, values, strict=True))
             for seed in content.seeds:
                 base = own.get("preset", content.preset)
-                merged = {**content.fixed, **settings, **chosen}
-                yield _cell(_Draft(path, folder, base, variant, seed), merged, chosen)
+                merged = {**content.fixed, **settings, **chosen, **common}
+                draft = _Draft(path, folder, base, variant, seed)
+                if "after" in own:
+                    draft = replace(draft, after=_source(content, draft, own["after"], made))
+                cell = _cell(draft, merged, chosen)
+                made.setdefault((variant, seed), []).append(cell)
+                yield cell
+
+
+def _source(
+    content: SweepFile, draft: _Draft, after: str, made: Mapping[tuple[str, int], list[Cell]]
+) -> Path:
+    """Return the folder of the one run of an earlier variant that a cell goes on from."""
+    found = made.get((after, draft.seed), [])
+    if len(found) != 1 or content.checkpoints != "keep":
+        raise ConfigError(
+            f"{draft.path.name}: variant {draft.variant!r} comes after {after!r}: that must be a "
+            'variant above it without a grid, and checkpoints = "keep" must stand at the top, or '
+            "there is nothing to go on from."
+        )
+    return found[0].folder
 
 
 @dataclass(frozen=True)
@@ -183,6 +240,7 @@ class _Draft:
     preset: str
     variant: str
     seed: int
+    after: Path | None = None
 
 
 def _cell(draft: _Draft, settings: Settings, grid: Settings) -> Cell:
@@ -201,7 +259,7 @@ def _cell(draft: _Draft, settings: Settings, grid: Settings) -> Cell:
     name = f"{stem}_seed{draft.seed}_{digest(essential(config.flat()))}"
     return Cell(
         name, draft.folder / name, preset, draft.variant, draft.seed, config.run.rounds,
-        settings, grid,
+        settings, grid, draft.after,
     )  # fmt: skip
 
 

@@ -93,14 +93,22 @@ class Runner:
             self._display.begin(self._plan.cells)
             try:
                 while queue or self._active:
-                    while queue and len(self._active) < self._jobs:
-                        self._begin(queue.pop(0))
+                    while len(self._active) < self._jobs and (cell := self._next(queue)):
+                        self._begin(cell)
                     self._look()
                     sleep(POLL_S)
             finally:
                 self._stop()
                 self._display.end()
         return self._failed
+
+    def _next(self, queue: list[Cell]) -> Cell | None:
+        """Take the first cell that need not wait for another one of this sweep."""
+        busy = {cell.folder for cell in [*queue, *(active.cell for active in self._active)]}
+        for place, cell in enumerate(queue):
+            if cell.after not in busy:
+                return queue.pop(place)
+        return None
 
     def _begin(self, cell: Cell) -> None:
         found = cells.process_of(cells.read_note(cell.folder))

@@ -79,13 +79,19 @@ def test_keys_of_different_sections_go_together() -> None:
         RunConfig.parse({"server-rule": "least-squares"})
     with pytest.raises(ConfigError, match=r"models of zeros.*theta-offset = 'init'"):
         RunConfig.parse({"head-init": "zero"})
-    RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0})
+    with pytest.raises(ConfigError, match="absent-clients = 10 of 10 clients leaves nobody"):
+        RunConfig.parse({"absent-clients": 10})
+    with pytest.raises(ConfigError, match="embeddings stand still"):
+        RunConfig.parse({**STILL, "head-sharing": "similarity"})
+    RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0, "absent-clients": 9})
+
+
+STILL = {"server-rule": "least-squares", "server-lr": 0, "embedding-lr": 0, "embedding-std": 1}
 
 
 def test_somebody_has_to_learn() -> None:
     with pytest.raises(ConfigError, match=r"server-lr = 0 .* no head would ever learn"):
         RunConfig.parse({"server-lr": 0})
-    still = {"server-lr": 0, "embedding-lr": 0, "embedding-std": 1}
     with pytest.raises(ConfigError, match="novel-only with embedding-lr = 0"):
-        RunConfig.parse(still | {"server-rule": "least-squares", "novel-only": True})
-    RunConfig.parse(still | {"server-rule": "least-squares"})
+        RunConfig.parse({**STILL, "novel-only": True})
+    RunConfig.parse(STILL)

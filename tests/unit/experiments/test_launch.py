@@ -117,3 +117,12 @@ def test_a_client_that_could_not_start_fails_the_launch_at_once(
     assert not (tmp_path / "run" / "config.json").exists()  # no server was started
     assert message in console.export_text()
     assert message in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
+
+
+def test_absent_clients_are_not_waited_for_and_need_the_inprocess_engine(tmp_path: Path) -> None:
+    preset = Preset.load("paper-a-cifar10").with_settings(
+        ["absent-clients=3", f"output-dir={tmp_path / 'run'}"]
+    )
+    assert complete(preset).config.schedule.min_clients == 7
+    with pytest.raises(ConfigError, match="absent-clients = 3 needs engine 'inprocess'"):
+        complete(preset.with_engine({"name": "ray"}))

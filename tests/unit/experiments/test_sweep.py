@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
@@ -200,3 +201,13 @@ def test_a_checkpoint_that_cannot_be_read_is_kept(plan: Plan) -> None:
     (broken / "tensors.safetensors").write_bytes(b"cut")
     slim(cell)
     assert broken.exists()
+
+
+def test_a_cell_waits_for_the_one_it_goes_on_from(tmp_path: Path, plan: Plan) -> None:
+    first, other, *_ = plan.cells
+    later = replace(other, after=first.folder)
+    runner = Runner(plan, Display(Console(file=io.StringIO())), jobs=2)
+    queue = [later, first]
+    assert runner._next(queue) is first
+    assert runner._next(queue) is later  # nobody runs the first any more
+    assert runner._next([]) is None

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import ConfigError
 from experiments.presets import Preset
-from experiments.sweep.plan import Cell, Plan
+from experiments.sweep.plan import Cell, Plan, study_names
 
 GRID = """
 preset = "quickstart"
@@ -119,3 +119,70 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, text: str, mess
         plan_of(tmp_path, text)
     assert message in str(caught.value)
     assert "s.toml" in str(caught.value)
+
+
+# the command line, studies, and runs that go on from another
+
+CHAIN = """
+preset = "quickstart"
+seeds = [1, 2]
+checkpoints = "keep"
+output-dir = "runs"
+[fixed]
+engine = "inprocess"
+[variants.first]
+absent-clients = 2
+[variants.later]
+after = "first"
+novel-only = true
+rounds = 40
+"""
+
+
+def test_a_variant_goes_on_from_the_run_of_its_seed(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, CHAIN)
+    first, later = cells_of(plan, "first"), cells_of(plan, "later")
+    assert [cell.after for cell in later] == [cell.folder for cell in first]
+    assert [cell.after for cell in first] == [None, None]
+    assert f"resume-from={first[1].folder}" in later[1].arguments()
+    again = later[1].arguments(resume=True)
+    assert f"resume-from={later[1].folder}" in again
+    assert f"resume-from={first[1].folder}" not in again
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"first"\nnovel', '"frist"\nnovel'),
+        ('checkpoints = "keep"\n', ""),
+        ("[variants.later]", "[variants.first.grid]\nbatch-size = [1, 2]\n[variants.later]"),
+    ],
+)
+def test_nothing_to_go_on_from_is_explained(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=r"s.toml: variant 'later' comes after .* checkpoints ="):
+        plan_of(tmp_path, CHAIN.replace(old, new))
+
+
+def test_the_command_line_wins_and_data_change_no_name(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, GRID)
+    common = {"rounds": "2", "data-dir": "/data", "distill-alpha": "0.7"}
+    few = Plan.load(tmp_path / "s.toml", {"rounds": "2"}, str(tmp_path / "else"))
+    assert few.folder == tmp_path / "else"
+    assert {cell.rounds for cell in few.cells} == {2}
+    data = Plan.load(tmp_path / "s.toml", {"data-dir": "/data"})
+    assert [cell.name for cell in data.cells] == [cell.name for cell in plan.cells]
+    assert data.cells[0].settings["data-dir"] == "/data"
+    with pytest.raises(ConfigError, match="are the same run"):
+        Plan.load(tmp_path / "s.toml", common)
+    with pytest.raises(ConfigError, match="Did you mean 'rounds'"):
+        Plan.load(tmp_path / "s.toml", {"round": "2"})
+
+
+def test_studies_are_found_by_name() -> None:
+    assert len(study_names()) >= 8
+    for name in study_names():
+        plan = Plan.load(name)
+        assert 20 < len(plan.description) < 110
+        assert plan.folder.name == name
+    with pytest.raises(ConfigError, match=r"unknown study 'study-a'\. Did you mean 'study-"):
+        Plan.load("study-a")

@@ -158,10 +158,10 @@ def test_frozen_groups_stay_and_embeddings_learn() -> None:
     section = SECTION.model_copy(update={"embedding_lr": 0.1})
     update = system(section)
     moved(update, deltas(1, "c", "a", "b", "d"))
-    update.freeze([3])
-    weight = update.hypernet.groups[3].weight.clone()
+    update.freeze(["3"])
+    weight = update.hypernet.groups["3"].weight.clone()
     got = moved(update, deltas(2, "c", "z"))
-    assert torch.equal(update.hypernet.groups[3].weight, weight)
+    assert torch.equal(update.hypernet.groups["3"].weight, weight)
     assert float(got["c"].abs().max()) > 0
     assert torch.equal(got["a"], torch.zeros(21))
     assert float(got["z"].abs().max()) > 0
@@ -262,7 +262,7 @@ def test_a_ledger_and_heads_that_move_at_once_agree() -> None:
                 assert hypernet.state_dict()[0]["heads.3.weight"].abs().max() > 0
             if turn == 2:
                 hypernet.remove_client("a")
-        assert (hypernet.groups[3].ledger is None) == (rate == STILL)
+        assert (hypernet.groups["3"].ledger is None) == (rate == STILL)
         emitted = hypernet.generate(["b", "new", "c", "d", "z"])
         return emitted | {f"settled {c}": x for c, x in settled(hypernet).items()}
 
@@ -281,7 +281,7 @@ def test_more_clients_than_hidden_dim_keep_no_ledger() -> None:
     section = SECTION.model_copy(update={"server_lr": 0.0, "embedding_lr": 0.0})
     update = system(section, TOY.model_copy(update={"hidden_dim": 3}))
     moved(update, deltas(1, "c", "a", "b", "d"))
-    assert update.hypernet.groups[3].ledger is None
+    assert update.hypernet.groups["3"].ledger is None
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,14 @@ def make(section: HypernetSection = ONE) -> Hypernetwork:
 
 
 def plain_theta(hypernet: Hypernetwork, client_id: str) -> Tensor:
-    group = hypernet.groups[hypernet.num_chunks(client_id)]
+    group = hypernet.groups[hypernet.bank.key(client_id)]
     features = hypernet.trunk(hypernet.embeddings[client_id])
     return (features @ group.weight[0] + group.bias[0]).reshape(-1)[: SIZES[client_id]]
 
 
 def test_generate_equals_one_linear_layer_for_every_chunk() -> None:
     hypernet = make()
-    assert hypernet.groups[6].weight.shape == (1, 8, 10)
+    assert hypernet.groups["6"].weight.shape == (1, 8, 10)
     for client_id, theta in hypernet.generate(["b", "a", "e", "d", "c"]).items():
         expected = plain_theta(hypernet, client_id).detach()
         torch.testing.assert_close(theta, expected, rtol=1e-5, atol=1e-6)
@@ -50,7 +50,7 @@ def test_gradient_and_norm_equal_autograd(tile_bytes: int, monkeypatch: pytest.M
     deltas = {c: torch.randn(SIZES[c], generator=generator) for c in ids}
     loss = sum(plain_theta(hypernet, c) @ deltas[c] / 2 for c in ids)
     touched = [*hypernet.trunk.parameters(), *(hypernet.embeddings[c] for c in ids)]
-    touched += [hypernet.groups[6].weight, hypernet.groups[6].bias]
+    touched += [hypernet.groups["6"].weight, hypernet.groups["6"].bias]
     expected = torch.autograd.grad(loss, touched)
     pullback = hypernet.backward([Pull(c, deltas[c], 0.5) for c in ids])
     for parameter, gradient in zip(touched, expected, strict=True):

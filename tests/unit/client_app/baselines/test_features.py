@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client_app.baselines.base import BatchBudget, architecture_tag
+from client_app.baselines.base import BatchBudget
 from client_app.baselines.features import class_means, head_of, require_head_is_last, tapped
 from client_app.data import ClientData
 from client_app.models.registry import MODEL_NAMES, build_model
-from client_app.workshop import ModelKind, Tool, borrow, draw_theta
+from client_app.workshop import ModelKind, Tool, architecture_tag, borrow, draw_theta
 from common.errors import ModelError
 from common.params import FlatModel
 from tests.support.tiny import Small

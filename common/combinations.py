@@ -1,0 +1,84 @@
+"""Settings of different sections that do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+MIXED_SIZES = ("padded", "tolerance")
+"""Criteria of head sharing by which clients of different numbers of chunks share."""
+
+
+def check_together(config: RunConfig) -> None:
+    """Raise ConfigError when keys of different sections do not go together."""
+    spread = config.hypernet.embedding_std
+    if config.update.server_rule == "least-squares" and spread < 0.1:
+        raise ConfigError(
+            "run config: server-rule = 'least-squares' tells clients by their embeddings: "
+            f"embedding-std = {spread} makes them all but equal, and the heads grow without "
+            "bound. Set embedding-std = 1.0."
+        )
+    if config.wire.uplink_top_k < 1 and config.is_baseline:
+        raise ConfigError(
+            f"run config: uplink-top-k = {config.wire.uplink_top_k} shortens the deltas of "
+            f"mh-pfedhn and mh-pfedhn-gd; method = {config.run.method!r} sends its arrays whole. "
+            "Set uplink-top-k = 1."
+        )
+    if config.hypernet.head_init == "zero" and config.client.theta_offset == "none":
+        raise ConfigError(
+            "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "
+            "theta-offset = 'init' as well, or head-init = 'shared'."
+        )
+    if config.client.absent_clients >= config.client.num_partitions:
+        raise ConfigError(
+            f"run config: absent-clients = {config.client.absent_clients} of "
+            f"{config.client.num_partitions} clients leaves nobody. Make it smaller."
+        )
+    _check_rates(config)
+    _check_sharing(config)
+
+
+def _check_rates(config: RunConfig) -> None:
+    u = config.update
+    if u.server_rule == "adam" and not u.server_lr:
+        raise ConfigError(
+            "run config: server-lr = 0 with server-rule = 'adam': no head would ever learn. "
+            "Set a rate; 0 is for server-rule = 'least-squares', which moves heads without one."
+        )
+    if config.run.novel_only and not u.embedding_lr:
+        raise ConfigError(
+            "run config: novel-only with embedding-lr = 0: embeddings are all that learns "
+            "there. Set embedding-lr = 0.01, say."
+        )
+    if config.hypernet.head_sharing == "similarity" and not u.embedding_lr:
+        raise ConfigError(
+            "run config: head-sharing = 'similarity' splits groups by how embeddings move; with "
+            "embedding-lr = 0 the embeddings stand still. Set embedding-lr = 0.01, say."
+        )
+
+
+def _check_sharing(config: RunConfig) -> None:
+    sharing = config.hypernet.head_sharing
+    if sharing not in MIXED_SIZES:
+        return
+    start = f"run config: head-sharing = {sharing!r} lets clients of different sizes share heads"
+    if config.update.server_rule == "least-squares":
+        raise ConfigError(
+            f"{start}; server-rule = 'least-squares' solves for each chunk over the group's "
+            "clients and needs all of them to have it. Set server-rule = 'adam', or share by "
+            "'chunks', 'tag', 'own' or 'similarity'."
+        )
+    if config.hypernet.head_layout == "one":
+        raise ConfigError(
+            f"{start}; head-layout = 'one' tells chunks by places that clients of one size have in "
+            "common. Set head-layout = 'separate'."
+        )
+    if sharing == "padded" and config.run.novel_only:
+        raise ConfigError(
+            f"{start}; with novel-only = true the one group is frozen and cannot grow for a larger "
+            "client. Share by 'chunks', or let everybody learn."
+        )

@@ -1,0 +1,89 @@
+"""A small version of every preset and of every variant of every study: two rounds, tiny data."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config import RunConfig
+from experiments.presets import Preset, preset_names
+from experiments.sweep.plan import Cell, Plan, study_names
+from server_app.outputs import RunFolder
+from tests.support.tiny import HERE, MIXED, run_tiny
+
+CLIENTS = 4
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is tested elsewhere, and takes twice as long as the run."""
+    monkeypatch.setattr(RunFolder, "_draw", lambda self: None)
+
+
+def variants(study: str) -> Iterator[Cell]:
+    """The first cell of each variant."""
+    seen: set[str] = set()
+    for cell in Plan.load(study).cells:
+        if cell.variant not in seen:
+            seen.add(cell.variant)
+            yield cell
+
+
+def small(config: RunConfig, folder: Path, **more: object) -> RunConfig:
+    """The same method, schedule and server; data, models and sizes that take half a second."""
+    overrides: dict[str, object] = {
+        "rounds": 2,
+        "dataset": f"{HERE}:patterns",
+        "partition": "iid",
+        "models": MIXED if "," in config.client.models else f"{HERE}:small",
+        "global-model": f"{HERE}:small",
+        "num-partitions": CLIENTS,
+        "absent-clients": min(1, config.client.absent_clients),
+        "output-dir": str(folder),
+        "image-size": 8,
+        "batch-size": 64,
+        "chunk-size": 64,
+        "embed-dim": 8,
+        "hidden-dim": 16,
+        "sharing-round": 1,
+        "evaluate-every": 1,
+        "fedtgp-epochs": 2,
+        "settle-s": 0.0,
+        "wait-for-clients-s": 1.0,
+        **more,
+    }
+    return config.with_overrides(overrides)
+
+
+def run(config: RunConfig) -> dict:
+    present = CLIENTS - config.client.absent_clients
+    nodes = [{"partition-id": i, "num-partitions": CLIENTS} for i in range(present)]
+    run_tiny(config, node_configs=nodes)
+    folder = Path(config.run.output_dir)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(1, config.run.rounds + 1))
+    assert rows[-1]["num_failed"] == rows[-1]["num_unanswered"] == 0
+    assert 0 <= rows[-1]["accuracy_micro"] <= 1
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset(name: str, tmp_path: Path) -> None:
+    config = small(Preset.load(name).config, tmp_path)
+    assert run(config)["status"] == "completed"
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_study(name: str, tmp_path: Path) -> None:
+    assert Plan.load(name).description
+    places: dict[Path, Path] = {}
+    for number, cell in enumerate(variants(name)):
+        places[cell.folder] = tmp_path / str(number)
+        more: dict[str, object] = {}
+        if cell.after:
+            more = {"resume-from": str(places[cell.after]), "rounds": 3}
+        pairs = [f"{k}={v}" for k, v in cell.settings.items() if k != "engine"]
+        preset = Preset.load(cell.preset).with_settings(pairs)
+        config = small(preset.config, places[cell.folder], **more)
+        assert run(config)["status"] == "completed", cell.name

@@ -1,0 +1,229 @@
+"""Criteria by which clients share heads, in the hypernetwork and its optimiser."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import HypernetSection, RunConfig, UpdateSection
+from common.errors import CheckpointError, ConfigError
+from server_app.hypernet import Hypernetwork
+from server_app.pulls import Pull
+from server_app.similarity import clusters, split_groups
+from server_app.update import ClientUpdate, ServerUpdate
+
+SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}  # 6, 1, 3, 6 and 3 chunks of 10
+ADAM = UpdateSection(server_lr=0.01, embedding_lr=0.01)
+SOLVED = UpdateSection(server_rule="least-squares", embedding_lr=0.01)
+
+
+def section(sharing: str, **changes: object) -> HypernetSection:
+    values = {"chunk_size": 10, "embed_dim": 4, "hidden_dim": 8, "embedding_std": 0.5}
+    return HypernetSection(**{**values, "head_sharing": sharing, **changes})
+
+
+def make(sharing: str, sizes: dict[str, int] = SIZES, **changes: object) -> Hypernetwork:
+    hypernet = Hypernetwork(section(sharing, **changes), seed=3)
+    for client_id, size in sizes.items():
+        hypernet.add_client(client_id, size, tag="7a" if client_id in "de" else "7b")
+    return hypernet
+
+
+def updates(seed: int, *clients: str) -> list[ClientUpdate]:
+    generator = torch.Generator().manual_seed(seed)
+    return [ClientUpdate(c, torch.randn(SIZES[c], generator=generator)) for c in clients]
+
+
+def emitted(hypernet: Hypernetwork, client_id: str) -> Tensor:
+    """theta (P,) chunk by chunk, with a graph."""
+    group = hypernet.groups[hypernet.bank.key(client_id)]
+    features = hypernet.trunk(hypernet.embeddings[client_id])
+    chunks = [f @ group.weight[i] + group.bias[i] for i, f in enumerate(features)]
+    return torch.cat(chunks)[: SIZES[client_id]]
+
+
+GROUPS = {
+    "chunks": {"1": "a", "3": "ce", "6": "bd"},
+    "tolerance": {"1": "a", "4": "ce", "10": "bd"},
+    "tag": {"1-7b": "a", "3-7a": "e", "3-7b": "c", "6-7a": "d", "6-7b": "b"},
+    "own": {"1-a": "a", "3-c": "c", "3-e": "e", "6-b": "b", "6-d": "d"},
+    "padded": {"all": "abcde"},
+    "similarity": {"1": "a", "3": "ce", "6": "bd"},
+}
+
+
+@pytest.mark.parametrize("sharing", GROUPS)
+def test_who_shares_and_that_both_directions_are_exact(sharing: str) -> None:
+    hypernet = make(sharing, sharing_tolerance=1.0)
+    found = {key: "".join(hypernet.bank.members(key)) for key in hypernet.groups}
+    assert found == GROUPS[sharing]
+    thetas = hypernet.generate(list(SIZES))
+    deltas = {u.client_id: u.delta for u in updates(1, *SIZES)}
+    for client_id, theta in thetas.items():
+        torch.testing.assert_close(theta, emitted(hypernet, client_id), rtol=1e-5, atol=1e-6)
+    for members in found.values():  # a group's heads get the mean over its clients
+        mean = sum(emitted(hypernet, c) @ deltas[c] for c in members) / len(members)
+        key = hypernet.bank.key(members[0])
+        group = hypernet.groups[key]
+        expected = torch.autograd.grad(mean, [group.weight, group.bias])
+        embeddings = [hypernet.embeddings[c] for c in members]
+        total = sum(emitted(hypernet, c) @ deltas[c] for c in members) / len(SIZES)
+        own = torch.autograd.grad(total, embeddings)
+        hypernet.backward([Pull(c, deltas[c], 1 / len(SIZES)) for c in SIZES])
+        touched = (group.weight, group.bias, *embeddings)
+        for got, wanted in zip(touched, (*expected, *own), strict=True):
+            torch.testing.assert_close(got.grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharing", GROUPS)
+def test_nothing_depends_on_the_order_of_arrival(sharing: str) -> None:
+    first, second = make(sharing), make(sharing, dict(reversed(SIZES.items())))
+    assert list(first.named_parameters())[:6] == list(second.named_parameters())[:6]
+    for name, parameter in first.named_parameters().items():
+        assert torch.equal(parameter, second.named_parameters()[name]), name
+
+
+def test_group_that_grows_keeps_its_heads_and_their_moments() -> None:
+    small = {c: SIZES[c] for c in "ac"}
+    update = ServerUpdate(make("padded", small), ADAM, total_rounds=9)
+    hypernet = update.hypernet
+    update.step(updates(1, "a", "c"), progress=0.0)
+    before, moments = hypernet.generate(["a", "c"]), update.state_dict()[0]
+    hypernet.add_client("b", SIZES["b"])
+    after = update.state_dict()[0]
+    assert hypernet.groups["all"].num_chunks == 6
+    for client_id, theta in hypernet.generate(["a", "c"]).items():
+        assert torch.equal(theta, before[client_id])
+    for part in ("exp_avg", "exp_avg_sq"):
+        for kind in ("weight", "bias"):
+            name = f"adam.{part}.heads.all.{kind}"
+            assert torch.equal(after[name][:3], moments[name])
+            assert after[name][3:].abs().sum() == 0
+    assert after["adam.step.heads.all.weight"].item() == 1
+    update.step(updates(2, "a", "b", "c"), progress=1.0)
+    assert update.state_dict()[0]["adam.step.heads.all.weight"].item() == 2
+    assert len(update._adam.state) == 6 + 2 + 3  # the smaller group's are gone
+
+
+def test_another_tag_is_another_model() -> None:
+    hypernet = make("tag")
+    assert hypernet.is_same("c", 30, "7b")
+    assert not hypernet.is_same("c", 30, "7a")
+    assert not hypernet.is_same("c", 31, "7b")
+    assert make("chunks").is_same("c", 30, "7a")
+
+
+# similarity
+
+
+def test_clusters_by_mean_cosine() -> None:
+    cosines = np.array(
+        [[1, -0.5, 0.9, 0.1], [-0.5, 1, -0.4, 0.6], [0.9, -0.4, 1, 0.3], [0.1, 0.6, 0.3, 1]]
+    )
+    assert clusters(cosines, 0.95) == [[0], [1], [2], [3]]
+    assert clusters(cosines, 0.5) == [[0, 2], [1, 3]]
+    assert clusters(cosines, 0.0) == [[0, 2], [1, 3]]  # between them: (-.5 + .1 - .4 + .3) / 4
+    assert clusters(cosines, -0.2) == [[0, 1, 2, 3]]
+    assert clusters(np.eye(3), 0.0) == [[0, 1, 2]]
+    assert clusters(np.ones((1, 1)), 0.0) == [[0]]
+
+
+def learned(rule: UpdateSection) -> ServerUpdate:
+    """Four clients of one size; a and b were pulled one way, c and d the other."""
+    hypernet = Hypernetwork(section("similarity"), seed=3)
+    for client_id in "abcd":
+        hypernet.add_client(client_id, 28)
+    update = ServerUpdate(hypernet, rule, total_rounds=9)
+    update.step([ClientUpdate(c, torch.ones(28)) for c in "abcd"], progress=0.0)
+    with torch.no_grad():
+        for client_id, way in zip("abcd", (1.0, 0.9, -1.0, -1.1), strict=True):
+            start = hypernet.embeddings[client_id] - hypernet.movement(client_id)
+            hypernet.embeddings[client_id].copy_(start + way)
+    return update
+
+
+@pytest.mark.parametrize("rule", [ADAM, SOLVED])
+def test_split_changes_nothing_until_the_next_step(rule: UpdateSection) -> None:
+    update = learned(rule)
+    hypernet, before = update.hypernet, update.state_dict()[0]
+    thetas = hypernet.generate(list("abcd"))
+    assert split_groups(hypernet, 0.0) == {"3": [["a", "b"], ["c", "d"]]}
+    assert [hypernet.bank.key(c) for c in "abcd"] == ["3", "3", "3-1", "3-1"]
+    for client_id, theta in hypernet.generate(list("abcd")).items():
+        assert torch.equal(theta, thetas[client_id])
+    after = update.state_dict()[0]
+    state = "adam.exp_avg.heads.3.weight" if rule is ADAM else "least-squares.velocity.3"
+    assert before[state].abs().sum() > 0
+    assert torch.equal(after[state], before[state])
+    assert torch.equal(after[state.replace("3", "3-1", 1)], before[state])
+    heads = hypernet.groups["3"].bias.detach().clone()
+    update.step([ClientUpdate("c", torch.ones(28))], progress=1.0)
+    assert torch.equal(hypernet.groups["3"].bias, heads)
+    assert not torch.equal(hypernet.groups["3-1"].bias, heads)
+
+
+def test_new_client_joins_the_largest_part() -> None:
+    update = learned(ADAM)
+    hypernet = update.hypernet
+    hypernet.add_client("e", 29)
+    assert split_groups(hypernet, 0.0) == {"3": [["a", "b", "e"], ["c", "d"]]}
+    hypernet.remove_client("a")
+    hypernet.remove_client("b")
+    hypernet.add_client("new", 27)
+    assert hypernet.bank.key("new") == "3-1"
+    assert split_groups(hypernet, -1.0) == {}
+
+
+# state
+
+
+@pytest.mark.parametrize("rule", [ADAM, SOLVED])
+@pytest.mark.parametrize("sharing", GROUPS)
+def test_restored_state_goes_on_as_if_nothing_had_happened(
+    sharing: str, rule: UpdateSection
+) -> None:
+    if rule is SOLVED and sharing in ("padded", "tolerance"):
+        pytest.skip("refused by the run config")
+    update = ServerUpdate(make(sharing), rule, total_rounds=9)
+    update.step(updates(1, *SIZES), progress=0.0)
+    if sharing == "similarity":
+        update.hypernet.bank.split("3", [["c"], ["e"]])
+    tensors, meta = update.hypernet.state_dict()
+    memory, learning = update.state_dict()
+    copied = {name: tensor.clone() for name, tensor in (tensors | memory).items()}
+    again = ServerUpdate(Hypernetwork(section(sharing), seed=0), rule, total_rounds=9)
+    again.hypernet.load_state_dict(copied, json.loads(json.dumps(meta)))
+    again.load_state_dict(copied, json.loads(json.dumps(learning)))
+    for one in (update, again):
+        one.hypernet.add_client("late", 95, tag="7b")
+        one.step(updates(2, "e", "a", "c"), progress=1.0)
+    for name, parameter in update.hypernet.named_parameters().items():
+        assert torch.equal(parameter, again.hypernet.named_parameters()[name]), name
+
+
+def test_older_state_is_shared_by_chunks_and_another_criterion_is_refused() -> None:
+    hypernet = make("chunks")
+    tensors, meta = hypernet.state_dict()
+    del meta["keys"], meta["heads"], meta["section"]["head-sharing"]
+    meta["groups"] = [1, 3, 6]
+    again = Hypernetwork(section("chunks"), seed=3)
+    again.load_state_dict(tensors, meta)
+    assert [again.bank.key(c) for c in "abcde"] == ["1", "6", "3", "6", "3"]
+    with pytest.raises(CheckpointError, match="head-sharing = chunks; this run has own"):
+        Hypernetwork(section("own"), seed=3).load_state_dict(tensors, meta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server-rule": "least-squares", "embedding-std": 1.0}, "'adam', or share by 'chunks'"),
+        ({"head-layout": "one"}, "Set head-layout = 'separate'"),
+        ({"novel-only": True}, "the one group is frozen and cannot grow"),
+    ],
+)
+def test_what_does_not_go_with_mixed_sizes_is_explained(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"head-sharing = 'padded' lets clients of .*{message}"):
+        RunConfig.parse({"head-sharing": "padded", **changes})
+    RunConfig.parse({"head-sharing": "own", **changes})
