@@ -2,48 +2,55 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from experiments.engines import processes
-from experiments.engines.home import PROJECT_ROOT, child_environment
+from experiments.engines.home import PROJECT_ROOT, child_environment, new_home
 from experiments.engines.ray import parse_status
 
 FLWR = Path(sys.executable).parent / "flwr"
 
 
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A FLWR_HOME short enough for Ray's sockets, which pytest's own folders are not."""
+    folder = new_home()
+    yield folder
+    processes.stop_marked(str(folder))
+    shutil.rmtree(folder)
+
+
 @pytest.mark.slow
-def test_flwr_run_dot_stream_completes(tmp_path: Path) -> None:
-    """Flower starts its managed SuperLink for this; it is ended here, as nothing else would."""
-    env = child_environment(os.environ, home=tmp_path / "home")
+def test_flwr_run_dot_stream_completes(tmp_path: Path, home: Path) -> None:
+    """Flower starts its managed SuperLink for this; the fixture ends it, as nothing else would."""
+    env = child_environment(os.environ, home=home)
     env |= {
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(processes.free_port()),
-        processes.MARK: str(tmp_path),
         "PYTHONPATH": str(PROJECT_ROOT),
     }
     settings = f'rounds=2 output-dir="{tmp_path}/run" cache-dir="{tmp_path}/cache"'
     command = [FLWR, "run", ".", "--stream", "--federation-config", "num-supernodes=2"]
-    try:
-        done = subprocess.run(
-            [*command, "--run-config", settings],
-            cwd=PROJECT_ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-        listed = subprocess.run(
-            [FLWR, "ls", "--format", "json"], env=env, capture_output=True, text=True, check=False
-        )
-    finally:
-        processes.stop_marked(str(tmp_path))
+    done = subprocess.run(
+        [*command, "--run-config", settings],
+        cwd=PROJECT_ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    listed = subprocess.run(
+        [FLWR, "ls", "--format", "json"], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert parse_status(listed.stdout) == "finished:completed", done.stdout
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(row["round"], row["num_accepted"]) for row in rows] == [(1, 2), (2, 2)]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
-    assert "round  2/2" in done.stdout
+    assert "round 2/2  accuracy" in done.stdout
