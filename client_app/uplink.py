@@ -76,5 +76,6 @@ def largest_with_memory(
         places = places[values != 0]
         values = rounded(wanted[places], precision)
     sent[places] = values
-    memory.keep(wanted - sent)
+    if np.isfinite(values).all():  # rounding may overflow; what is kept would be lost for good
+        memory.keep(wanted - sent)
     return sent

@@ -49,6 +49,11 @@ def _check_rates(config: RunConfig) -> None:
             "run config: server-lr = 0 with server-rule = 'adam': no head would ever learn. "
             "Set a rate; 0 is for server-rule = 'least-squares', which moves heads without one."
         )
+    if config.hypernet.generation_precision != "float32" and not (u.server_lr or u.embedding_lr):
+        raise ConfigError(
+            "run config: generation-precision = 'bfloat16' is for heads that generate; with "
+            "server-lr = embedding-lr = 0 theta is kept as it is. Set it to 'float32'."
+        )
     if config.run.novel_only and not u.embedding_lr:
         raise ConfigError(
             "run config: novel-only with embedding-lr = 0: embeddings are all that learns "

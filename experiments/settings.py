@@ -40,6 +40,8 @@ def essential(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in INCIDENTAL and value != default.get(key)
     }
+    if flat.get("server-rule") == "least-squares":  # their defaults were others once
+        kept |= {key: flat[key] for key in ("shared-momentum", "personal-gain") if key in flat}
     own_data = flat.get("dataset") == "folder" or ":" in str(flat.get("dataset", ""))
     if own_data and flat.get("data-dir"):
         kept["data-dir"] = flat["data-dir"]  # here the folder is the data, not a copy of it

@@ -62,6 +62,7 @@ class HeadBank:
 
     def release(self, client_id: str) -> None:
         """Forget a client; its group stays, for it holds what others learned."""
+        self.groups[self._keys[client_id]].settle()
         del self._keys[client_id]
 
     def key(self, client_id: str) -> str:

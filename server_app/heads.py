@@ -87,13 +87,13 @@ class HeadGroup:
     @property
     def weight(self) -> nn.Parameter:
         """(C, H, S); whoever reads it ends a `Ledger`."""
-        self._close_ledger()
+        self.settle()
         return self._weight
 
     @property
     def bias(self) -> nn.Parameter:
         """(C, S); whoever reads it ends a `Ledger`."""
-        self._close_ledger()
+        self.settle()
         return self._bias
 
     @property
@@ -114,7 +114,8 @@ class HeadGroup:
         return self._ledger
 
     @torch.no_grad()
-    def _close_ledger(self) -> None:
+    def settle(self) -> None:
+        """End the ledger, if there is one: the heads get what they are owed."""
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             ledger.settle()

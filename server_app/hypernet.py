@@ -181,7 +181,7 @@ class Hypernetwork:
         return {client_id: thetas[client_id] for client_id in client_ids}
 
     def _held(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
-        """Copy theta of those whose head group keeps a ledger of it."""
+        """Return theta of those whose head group keeps a ledger of it."""
         thetas: dict[str, Tensor] = {}
         for part in parts_of(client_ids, self.bank):
             ledger = part.group.ledger

@@ -177,7 +177,7 @@ class LeastSquares:
     def _mover(self, batch: GroupBatch) -> Mover:
         """Choose how the heads are moved: at once, or where it is cheaper by and by."""
         group, damping = batch.group, self._section.kernel_damping
-        if batch.fixed and batch.num_clients <= group.hidden_dim:
+        if batch.fixed and batch.num_clients <= group.hidden_dim // 2:
             return group.open_ledger(batch.members, batch.features_CNH, damping)
         return Heads((group.weight, group.bias), batch.features_CNH, damping)
 

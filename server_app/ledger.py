@@ -7,7 +7,10 @@ and the least-squares rule moves W inside the span of P (`server_app.least_squar
 
 moves theta_i by - (F P^T A)_i, N products of a client's size instead of 2 H for moving W and
 generating from it. So A is summed up, theta is moved itself, and W and b get what they are owed
-when somebody reads them: a checkpoint, a new client. Worth it for at most H clients.
+when somebody reads them: a checkpoint, a new client. It keeps three vectors of a client's size for
+each client, so it is for at most H / 2 of them: 1.5 times the heads, where Adam keeps 3 times.
+A checkpoint thus has theta generated anew, and rounded otherwise: `checkpoint-every` changes the
+last bits of a run.
 
 Shapes: N clients of the group, n updates, C chunks, c chunks of a tile, S chunk size, H hidden.
 """
@@ -82,7 +85,11 @@ class Ledger:
         """Take a step: `share` once for every chunk, and then perhaps `own`."""
         count, length = self._theta_NL.shape
         self._next_NL = empty_rows(count, length, device=self._theta_NL.device)
-        yield self
+        try:
+            yield self
+        except BaseException:  # some chunks moved: only what the heads are owed is still right
+            self.members, self._row = [], {}
+            raise
         self._theta_NL = self._next_NL
 
     def share(self, work: slice, change_cS: Tensor, gain: float) -> None:

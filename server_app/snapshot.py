@@ -101,7 +101,9 @@ def _require_same_offset(checkpoint: Checkpoint, config: RunConfig) -> None:
 
     With theta-offset = "init" the start of every model is drawn from the seed.
     """
-    offset, seed = checkpoint.meta.get("theta-offset", "none"), int(checkpoint.meta["seed"])
+    offset, seed = checkpoint.meta.get("theta-offset"), int(checkpoint.meta["seed"])
+    if offset is None or config.is_baseline:  # an older one does not say; baselines have no offset
+        return
     if offset != config.client.theta_offset:
         raise CheckpointError(
             f"{checkpoint.path} was learned with theta-offset = {offset!r}; this run has "

@@ -256,7 +256,10 @@ def _cell(draft: _Draft, settings: Settings, grid: Settings) -> Cell:
         raise ConfigError(f"{path.name}:{where} {error}") from error
     parts = [draft.variant or path.stem, *(f"{key}={value_text(v)}" for key, v in grid.items())]
     stem = "_".join(_slug(part) for part in parts)[:90]
-    name = f"{stem}_seed{draft.seed}_{digest(essential(config.flat()))}"
+    decides = essential(config.flat())
+    if draft.after is not None:  # what the source learned decides as well
+        decides["after"] = draft.after.name
+    name = f"{stem}_seed{draft.seed}_{digest(decides)}"
     return Cell(
         name, draft.folder / name, preset, draft.variant, draft.seed, config.run.rounds,
         settings, grid, draft.after,

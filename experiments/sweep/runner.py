@@ -118,6 +118,7 @@ class Runner:
             self._active.append(Active(cell, found, None, tail, monotonic()))
             return
         try:
+            _require_source(cell)
             resume = cells.make_ready(cell)
             child = self._start(cell, resume)
         except RunError as error:
@@ -245,3 +246,15 @@ def detach(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "experiments", "sweep", *arguments]
     return start(command, env=_environment(), log=log, cwd=Path.cwd())
+
+
+def _require_source(cell: Cell) -> None:
+    """Raise RunError unless the cell that this one goes on from has completed, or there is none."""
+    if cell.after is None:
+        return
+    summary = cell.after / "summary.json"
+    if not summary.exists() or json.loads(summary.read_text()).get("status") != "completed":
+        raise RunError(
+            f"{cell.name} goes on from {cell.after.name}, which did not complete. Look at its "
+            "run.log; the same command tries both again."
+        )

@@ -92,6 +92,8 @@ STILL = {"server-rule": "least-squares", "server-lr": 0, "embedding-lr": 0, "emb
 def test_somebody_has_to_learn() -> None:
     with pytest.raises(ConfigError, match=r"server-lr = 0 .* no head would ever learn"):
         RunConfig.parse({"server-lr": 0})
+    with pytest.raises(ConfigError, match="generation-precision = 'bfloat16' is for heads"):
+        RunConfig.parse({**STILL, "generation-precision": "bfloat16"})
     with pytest.raises(ConfigError, match="novel-only with embedding-lr = 0"):
         RunConfig.parse({**STILL, "novel-only": True})
     RunConfig.parse(STILL)

@@ -24,7 +24,7 @@ from experiments.sweep.cells import identify, read_note, slim, standing, write_n
 from experiments.sweep.command import status_table
 from experiments.sweep.display import Display, Forecast
 from experiments.sweep.plan import Cell, Plan
-from experiments.sweep.runner import Runner, cell_command, holder, own
+from experiments.sweep.runner import Runner, _require_source, cell_command, holder, own
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_command_line import TINY
 
@@ -211,3 +211,16 @@ def test_a_cell_waits_for_the_one_it_goes_on_from(tmp_path: Path, plan: Plan) ->
     assert runner._next(queue) is first
     assert runner._next(queue) is later  # nobody runs the first any more
     assert runner._next([]) is None
+
+
+def test_a_cell_does_not_go_on_from_one_that_failed(plan: Plan) -> None:
+    first, other, *_ = plan.cells
+    later = replace(other, after=first.folder)
+    with pytest.raises(RunError, match=r"goes on from .* which did not complete"):
+        _require_source(later)
+    first.folder.mkdir(parents=True)
+    (first.folder / "summary.json").write_text('{"status": "interrupted"}')
+    with pytest.raises(RunError, match="did not complete"):
+        _require_source(later)
+    (first.folder / "summary.json").write_text('{"status": "completed"}')
+    _require_source(later)

@@ -145,6 +145,9 @@ def test_a_variant_goes_on_from_the_run_of_its_seed(tmp_path: Path) -> None:
     assert [cell.after for cell in later] == [cell.folder for cell in first]
     assert [cell.after for cell in first] == [None, None]
     assert f"resume-from={first[1].folder}" in later[1].arguments()
+    changed = plan_of(tmp_path, CHAIN.replace("absent-clients = 2", "absent-clients = 3"))
+    renamed = {cell.name for cell in cells_of(changed, "later")}
+    assert renamed.isdisjoint(cell.name for cell in later)  # it was learned from something else
     again = later[1].arguments(resume=True)
     assert f"resume-from={later[1].folder}" in again
     assert f"resume-from={first[1].folder}" not in again
