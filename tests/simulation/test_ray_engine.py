@@ -51,12 +51,23 @@ def untimed_rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
+OWNER = "MH_PFEDHN_TEST_OWNER"
+
+
+@pytest.fixture(autouse=True)
+def owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what these tests start be told from other runs on this machine."""
+    monkeypatch.setenv(OWNER, str(os.getpid()))
+
+
 def remains() -> list[int]:
     """Processes of any run that this test process started."""
     found = []
     for process in psutil.process_iter():
         try:
-            marked = process.environ().get(processes.MARK, "").startswith("/tmp/mhp-")
+            environment = process.environ()
+            marked = environment.get(processes.MARK, "").startswith("/tmp/mhp-")
+            marked &= environment.get(OWNER) == str(os.getpid())
         except psutil.Error:
             continue
         if marked and processes.is_alive(process):
