@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from common.config import RunConfig
 from experiments.certs import make_certs
 from experiments.engines.home import bytecode_cache
@@ -104,11 +106,21 @@ class Deployment:
         )
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Signal a process and everything it started."""
-        process = self.processes.pop(name)
+        """Signal a process and everything it started, in its session or in one of their own."""
+        started, process = self.started_by(name), self.processes.pop(name)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
         process.wait()
+        psutil.wait_procs(started, timeout=30)
+
+    def started_by(self, name: str) -> list[psutil.Process]:
+        """Return the living descendants of a process."""
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.processes[name].pid).children(recursive=True)
+        return []
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
