@@ -125,3 +125,13 @@ def slim(cell: Cell) -> None:
         shutil.rmtree(cell.folder / "checkpoint", ignore_errors=True)
     for path in (cell.folder / STATE_FOLDER).glob("*/*@*.safetensors"):
         path.unlink(missing_ok=True)
+
+
+def keep_newest(cell: Cell) -> None:
+    """Drop a completed cell's checkpoints but the newest whole one, which others go on from."""
+    from server_app.checkpoint import latest  # imports torch: seconds
+
+    newest = latest(cell.folder / "checkpoint")
+    for path in (cell.folder / "checkpoint").glob("checkpoint-*"):
+        if newest is not None and path != newest:
+            shutil.rmtree(path, ignore_errors=True)

@@ -162,8 +162,8 @@ class Runner:
         now = standing(active.cell, live=False)
         if now.state == "completed":
             write_note(active.cell, {"failed": ""})
-            if not self._plan.keep_checkpoints:
-                cells.slim(active.cell)
+            tidy = cells.keep_newest if self._plan.keep_checkpoints else cells.slim
+            tidy(active.cell)
             self._display.finished(active.cell, now)
             return
         if not now.reason or now.state != "failed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,16 +16,25 @@ from time import sleep
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
 
 from common.errors import RunError
 from experiments.__main__ import main
 from experiments.runs import Run
-from experiments.sweep.cells import identify, read_note, slim, standing, write_note
+from experiments.sweep.cells import (
+    identify,
+    keep_newest,
+    read_note,
+    slim,
+    standing,
+    write_note,
+)
 from experiments.sweep.command import status_table
 from experiments.sweep.display import Display, Forecast
 from experiments.sweep.plan import Cell, Plan
 from experiments.sweep.runner import Runner, _require_source, cell_command, holder, own
+from server_app.checkpoint import save_checkpoint
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_command_line import TINY
 
@@ -201,6 +211,19 @@ def test_a_checkpoint_that_cannot_be_read_is_kept(plan: Plan) -> None:
     (broken / "tensors.safetensors").write_bytes(b"cut")
     slim(cell)
     assert broken.exists()
+
+
+def test_a_completed_cell_keeps_its_newest_whole_checkpoint(plan: Plan) -> None:
+    cell = plan.cells[0]
+    folder = cell.folder / "checkpoint"
+    for number in range(3):
+        save_checkpoint(folder, tensors={"a": torch.full((4,), float(number))}, meta={})
+    os.truncate(folder / "checkpoint-00000003" / "tensors.safetensors", 8)
+    keep_newest(cell)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-00000002"]
+    (folder / "checkpoint-00000002" / "meta.json").write_text("cut")
+    keep_newest(cell)
+    assert len(list(folder.iterdir())) == 1  # nothing whole is left: what is there stays
 
 
 def test_a_cell_waits_for_the_one_it_goes_on_from(tmp_path: Path, plan: Plan) -> None:
