@@ -18,6 +18,7 @@ from torch import Tensor
 
 from client_app.models.dropout import seed_dropout
 from client_app.models.registry import build_model
+from common.allocator import keep_freed_memory
 from common.errors import ConfigError
 from common.params import FlatModel, flatten
 
@@ -65,6 +66,7 @@ def borrow(kind: ModelKind) -> Tool:
     """Return this thread's model of a kind; call `reset` and load theta before use."""
     tools: dict[ModelKind, Tool] = _own.__dict__.setdefault("tools", {})
     if kind not in tools:
+        keep_freed_memory()
         with _building:
             module = _build(kind).to(kind.device)
         generator = torch.Generator(device=kind.device)

@@ -194,11 +194,11 @@ def check_training(trial: Trial) -> Finding:
     """Train on a first and a last batch, then classify one picture: what breaks, breaks here."""
     import torch
 
-    from client_app.training import cross_entropy
+    from client_app.training import MomentumSGD, cross_entropy
 
     data, tool = _needed(trial.data, "data"), _needed(trial.tool, "model")
     module, training = tool.model.module.train(), RunConfig().training
-    optimizer = torch.optim.SGD([tool.model.theta], lr=training.learning_rate)
+    optimizer = MomentumSGD(tool.model.theta, training)
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
     for images, labels in {0: batches[0], -1: batches[-1]}.values():

@@ -16,7 +16,14 @@ from torch.nn import functional
 
 from client_app.baselines.base import OWN, THETA, Trainer, as_array
 from client_app.baselines.features import class_means
-from client_app.training import Loss, Trained, cross_entropy, logits_of, mixed_precision, sgd
+from client_app.training import (
+    Loss,
+    MomentumSGD,
+    Trained,
+    cross_entropy,
+    logits_of,
+    mixed_precision,
+)
 from client_app.workshop import ModelKind, Tool, borrow, draw_theta
 from common.class_means import ClassMeans
 from common.parcels import COUNTS, Arrays, Order
@@ -110,7 +117,7 @@ class FML(Trainer):
         started, section = time.monotonic(), self.training(order)
         models = (tool.model, auxiliary.model)
         weights = (self.settings.fml_alpha, self.settings.fml_beta)
-        optimizers = [sgd(model, section) for model in models]
+        optimizers = [MomentumSGD(model.theta, section) for model in models]
         for model in models:
             model.module.train()
         generator = self.shuffler("shuffle", order)

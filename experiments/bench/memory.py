@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench.rounds import ROUNDS, Workload, inprocess
+from experiments.bench.rounds import STEADY, Workload, inprocess
 from experiments.bench.timing import peak_bytes
 
 LIMIT_BYTES = 4_000_000_000
@@ -37,8 +37,8 @@ def memory(work: Workload) -> dict[str, Any]:
 
 
 def measure(work: Workload) -> dict[str, Any]:
-    """Run here; return the peak of this process and what the last round took."""
-    config = work.config(f"memory-{work.num_clients}", checkpoint_every=ROUNDS)
+    """Run here; return the peak of this process and what its second round took."""
+    config = work.config(f"memory-{work.num_clients}", rounds=STEADY, checkpoint_every=STEADY)
     before = peak_bytes()
     row = inprocess(work, config, workers=1)
     return {

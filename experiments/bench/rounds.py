@@ -1,7 +1,8 @@
 """Parts (c) and (e): whole rounds of the real apps, by engine and schedule, and their overhead.
 
-The first round of a run pays for start-up (processes, imports, decoding); the second is reported,
-in wall seconds and in CPU seconds of all processes: those hold on a machine that others use too.
+The first round of a run pays for start-up (processes, imports, decoding) and the last one for the
+final test of every client; the second of three is reported, in wall seconds and in CPU seconds of
+all processes: those hold on a machine that others use too.
 Overhead is measured with clients that exchange a CNN's parameters but have nothing to compute.
 """
 
@@ -30,7 +31,9 @@ from experiments.engines.inprocess import run_inprocess
 from server_app.hypernet import Hypernetwork
 
 HERE = "experiments.bench.synthetic"
-ROUNDS = 2
+ROUNDS = 3
+STEADY = 2
+"""The round that is reported."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,33 @@ class Workload:
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "parallel": {"max_in_flight": 0, "buffer_size": 0},
+    # as in the preset cifar100-parallel
+    "parallel": {
+        "max_in_flight": 0,
+        "buffer_size": 0,
+        "server_rule": "least-squares",
+        "head_init": "shared",
+        "embedding_std": 1.0,
+        "shared_gain": 2.0,
+        "server_lr": 0.0,
+        "embedding_lr": 0.0,
+        "evaluation": "fused",
+    },
+    # as published
     "sequential": {"max_in_flight": 1, "buffer_size": 1},
 }
 
 
 def inprocess(work: Workload, config: RunConfig, **options: Any) -> dict[str, float]:
-    """Run on the in-process engine; return the last round's row."""
+    """Run on the in-process engine; return the steady round's row."""
     folder = Path(config.run.output_dir)
     with _quiet(), _cpu_by_round(folder, time.process_time) as cpu:
         run_inprocess(config, num_clients=work.num_clients, **options)
-    return last_row(folder) | cpu
+    return steady_row(folder) | cpu
 
 
 def ray(work: Workload, config: RunConfig) -> dict[str, float]:
-    """Run on Flower's simulation engine; return the last round's row."""
+    """Run on Flower's simulation engine; return the steady round's row."""
     engines = importlib.import_module("experiments.engines.ray")
     presets = importlib.import_module("experiments.presets")
     section = presets.EngineSection(name="ray", num_clients=work.num_clients)
@@ -93,12 +108,13 @@ def ray(work: Workload, config: RunConfig) -> dict[str, float]:
         used = partial(processes.cpu_seconds, engine.environment[processes.MARK])
         with _cpu_by_round(folder, used) as cpu:
             engine.run(config)
-    return last_row(folder) | cpu
+    return steady_row(folder) | cpu
 
 
-def last_row(folder: Path) -> dict[str, float]:
-    """Return the last row of a run's metrics."""
-    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+def steady_row(folder: Path) -> dict[str, float]:
+    """Return the row of the round that is reported."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    row: dict[str, float] = json.loads(lines[STEADY - 1])
     return row
 
 
@@ -126,6 +142,7 @@ def idle_config(work: Workload, name: str) -> RunConfig:
     """Return the config of clients that do nothing but exchange vectors."""
     dataset = f"{HERE}:{'handful' if work.quick else 'few'}_pictures"
     settings = {"models": f"{HERE}:idle_model", "dataset": dataset, "data_dir": ""}
+    settings |= SCHEDULES["parallel"]
     return work.config(name, partition="iid", batch_size=1024, **settings)
 
 
@@ -141,7 +158,7 @@ def attempt(measure: Any, *arguments: Any) -> dict[str, Any]:
 
 @contextmanager
 def _cpu_by_round(folder: Path, used: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Fill in `cpu_seconds` of the last round: what was used between two lines of metrics.jsonl."""
+    """Fill in `cpu_seconds` of the steady round: used between two lines of metrics.jsonl."""
     found: dict[str, float] = {}
     seen, stop = [0.0], threading.Event()
     metrics = folder / "metrics.jsonl"
@@ -151,7 +168,7 @@ def _cpu_by_round(folder: Path, used: Callable[[], float]) -> Iterator[dict[str,
             lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
             if lines > len(seen) - 1:
                 seen.append(used())
-                if len(seen) > 2:
+                if len(seen) == STEADY + 1:
                     found["cpu_seconds"] = seen[-1] - seen[-2]
 
     watcher = threading.Thread(target=watch)
