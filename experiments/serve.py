@@ -59,6 +59,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def _command(args: argparse.Namespace) -> list[str]:
     command = [find_program("flower-superexec"), "--runtime-api-address", args.superlink]
+    command += ["--parent-pid", str(os.getpid())]  # it ends with us even when we are killed
     command += ["--insecure"] if args.insecure else []
     command += ["--root-certificates", args.certificate] if args.certificate else []
     command += ["--superexec-auth-secret-file", args.secret] if args.secret else []

@@ -12,7 +12,7 @@ from common.errors import RunError, listing
 from common.wire import Registration
 from server_app.mailbox import Answer, Letter, Ticket
 from server_app.method import Method
-from server_app.registry import Client, NodeKey, Registry, fingerprint
+from server_app.registry import Client, NodeKey, Registry, fingerprint, natural_key
 
 REGISTRATION_S = 300.0
 """A node that has not said who it is by then must not hold up the others."""
@@ -50,7 +50,7 @@ class Admission:
             if len(present) >= section.min_clients:
                 return present
             if time.monotonic() >= deadline:
-                raise RunError(self._too_few(present))
+                raise RunError(self._too_few(present, server_round))
             time.sleep(0.5)
 
     def _settle(self, grid: Grid, seconds: float) -> None:
@@ -112,11 +112,29 @@ class Admission:
         self._method.require(registration, source)
         return registration
 
-    def _too_few(self, present: list[Client]) -> str:
+    def _too_few(self, present: list[Client], server_round: int) -> str:
         section = self._post.config.schedule
         why = listing(self._registry.refusals() + self._post.desk.recent, 3)
+        refused = f" Clients that could not join: {why}" if why else ""
+        away = self._away(present)
+        if server_round == 1 or not away:
+            return (
+                f"{len(present)} clients registered within {section.wait_for_clients_s:g} s; "
+                f"min-clients is {section.min_clients}. Start more clients, or lower min-clients."
+                + refused
+            )
         return (
-            f"{len(present)} clients registered within {section.wait_for_clients_s:g} s; "
-            f"min-clients is {section.min_clients}. Start more clients, or lower min-clients."
-            + (f" Clients that could not join: {why}" if why else "")
+            f"round {server_round}: {len(present)} clients are left, and no others came within "
+            f"{section.wait_for_clients_s:g} s; min-clients is {section.min_clients}. "
+            f"Away: {listing(away)}. Everything learned so far is in the checkpoint: start them "
+            "again, or lower min-clients, then resume with resume-from." + refused
         )
+
+    def _away(self, present: list[Client]) -> list[str]:
+        here = {client.client_id for client in present}
+        known = sorted(self._registry.clients().items(), key=lambda item: natural_key(item[0]))
+        return [
+            f"{client_id} (last here in round {client.last_seen_round})"
+            for client_id, client in known
+            if client_id not in here
+        ]

@@ -55,7 +55,9 @@ def load(program: str) -> Command:
 def serve(program: str, folder: Path, owner: int) -> None:
     """Fork for each request until process `owner`, the parent of this one, has ended.
 
-    This process stays single-threaded and runs nothing of a message itself.
+    This process stays single-threaded and runs nothing of a message itself. When the owner was
+    killed, nobody is left to end what was forked: a ServerApp would go on holding its run's folder,
+    and a message its participant's. So whatever this process leads ends with it.
     """
     listener = _listen(folder, f"{program}.sock")
     if os.getppid() != owner:
@@ -70,6 +72,8 @@ def serve(program: str, folder: Path, owner: int) -> None:
                 if _is_me(connection) and os.fork() == 0:
                     listener.close()
                     _run_child(connection, program, command)
+    if os.getpgrp() == os.getpid():  # `Starter` gave it a session of its own
+        os.killpg(0, signal.SIGKILL)
 
 
 def _listen(folder: Path, name: str) -> socket.socket:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from common.config import RunConfig
 from experiments.certs import make_certs
 from experiments.engines.home import bytecode_cache
@@ -47,14 +49,9 @@ class Deployment:
         self.folder = folder
         self.certs = folder / "certs"
         self.port = free_port()
-        self.entrance = self.port  # where sites connect; a test may put a proxy there
+        self.entrance = self.port  # where everybody connects; a test may put a proxy there
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        make_certs(self.certs, hosts=["127.0.0.1"], sites=sites)
-        home = self._home("cli")
-        (home / "config.toml").write_text(
-            f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\n'
-            f'root-certificates = "{self.certs}/server/ca.crt"\n'
-        )
+        make_certs(self.certs, hosts=["127.0.0.1", "superlink"], sites=sites)
 
     def __enter__(self) -> Deployment:
         return self
@@ -81,7 +78,7 @@ class Deployment:
         server = self.certs / "server"
         self._start(
             "server",
-            f"mh-pfedhn serve --superlink 127.0.0.1:{self.port}",
+            f"mh-pfedhn serve --superlink 127.0.0.1:{self.entrance}",
             f"--certificate {server}/ca.crt --secret {server}/superexec.secret",
         )
 
@@ -104,11 +101,21 @@ class Deployment:
         )
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Signal a process and everything it started."""
-        process = self.processes.pop(name)
+        """Signal a process and everything it started, in its session or in one of their own."""
+        started, process = self.started_by(name), self.processes.pop(name)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
         process.wait()
+        psutil.wait_procs(started, timeout=30)
+
+    def started_by(self, name: str) -> list[psutil.Process]:
+        """Return the living descendants of a process."""
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.processes[name].pid).children(recursive=True)
+        return []
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -154,6 +161,11 @@ class Deployment:
         return "\n".join(f"--- {n}\n{self.log(n)[-1500:]}" for n in self.processes)
 
     def flwr(self, *words: str) -> str:
+        """Run Flower's command line, as the operator does."""
+        (self._home("cli") / "config.toml").write_text(
+            f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.entrance}"\n'
+            f'root-certificates = "{self.certs}/server/ca.crt"\n'
+        )
         done = subprocess.run(
             [BIN / "flwr", *words], env=self.environment("cli"), capture_output=True, check=False
         )
@@ -208,6 +220,7 @@ class RecordingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.streams: list[bytearray] = []
+        self.outlets: set[int] = set()  # the ports from which it went on to its target
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -222,6 +235,7 @@ class RecordingProxy:
             suppress(OSError),
             socket.create_connection(("127.0.0.1", self._target)) as far,
         ):
+            self.outlets.add(int(far.getsockname()[1]))
             back = threading.Thread(target=self._copy, args=(far, client), daemon=True)
             back.start()
             self._copy(client, far)

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,12 @@ def run_program(folder: Path, *words: str, name: str = message.CLIENT) -> tuple[
         time.sleep(0.02)
     time.sleep(0.1)
     return code, output.read_text()
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", [message.CLIENT, message.SERVER])
@@ -70,19 +77,38 @@ def test_forked_messages_run_flowers_command_and_a_lost_starter_costs_only_time(
     assert "a request of" in (folder / "starter.log").read_text()
 
 
-def test_the_starter_ends_with_its_owner(tmp_path: Path) -> None:
+def test_starter_and_running_messages_end_with_their_owner(tmp_path: Path) -> None:
+    """Kill -9 of the owner, while a message waits for a server that never answers."""
     code = (
-        "import os, signal, sys; from pathlib import Path\n"
+        "import os, sys, time; from pathlib import Path\n"
         "from experiments.starter.program import Starter\n"
         "starter = Starter(Path(sys.argv[1]), os.environ).__enter__()\n"
         "print(starter.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
+        "time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    owner = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert owner.returncode == -9, owner.stderr
-    pid = int(owner.stdout)
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not psutil.pid_exists(pid)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner,
+        ExitStack() as stack,
+    ):
+        stack.callback(owner.kill)
+        assert owner.stdout is not None
+        starter = psutil.Process(int(owner.stdout.readline()))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        program = tmp_path / "bin" / message.CLIENT
+        wait_for(program.with_suffix(".sock"))
+        subprocess.run(
+            [program, "--runtime-api-address", address, "--token", "none", "--insecure"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+        )
+        silent.settimeout(60)
+        with silent.accept()[0]:  # the message runs
+            family = [starter, *starter.children()]
+            assert len(family) == 2
+            owner.kill()
+            owner.wait()
+            assert psutil.wait_procs(family, timeout=30)[1] == []

@@ -1,0 +1,79 @@
+"""docker/nginx.conf, run by a real nginx before a real SuperLink: fleet API and health, no more."""
+
+import http.client
+import os
+import shutil
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.deployment import REPOSITORY, Deployment, free_port
+
+NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
+CLOSED = (REPOSITORY / "docker" / "closed-paths.txt").read_text().split()
+
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed here")
+
+
+def adapted(deployment: Deployment, port: int) -> str:
+    """Return the containers' nginx.conf with the addresses, ports and folders of this test."""
+    text = (REPOSITORY / "docker" / "nginx.conf").read_text()
+    for old, new in (
+        (" /tmp/", f" {deployment.folder}/"),
+        (" /dev/stderr", f" {deployment.folder}/nginx.log"),
+        (" /certs/", f" {deployment.certs}/server/"),
+        ("listen 9443 ", f"listen 127.0.0.1:{port} "),
+        ("set $superlink superlink;", "set $superlink 127.0.0.1;"),
+        ("$superlink:8000", f"$superlink:{deployment.port}"),
+    ):
+        assert old in text, f"docker/nginx.conf no longer says {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+@contextmanager
+def gateway(deployment: Deployment) -> Iterator[int]:
+    """Run nginx until the context is left; returns its port."""
+    port, file = free_port(), deployment.folder / "nginx.conf"
+    file.write_text(adapted(deployment, port))
+    user = " user root;" if os.geteuid() == 0 else ""  # the folder is this user's alone
+    command = [str(NGINX), "-c", str(file), "-g", f"daemon off;{user}"]
+    with (deployment.folder / "nginx.out").open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        deployment.wait_for_port(port)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answer(deployment: Deployment, port: int, path: str, method: str = "POST") -> int:
+    """Return the status; `http.client` sends a path as it stands, with every dot and slash."""
+    trusted = ssl.create_default_context(cafile=str(deployment.certs / "site-a" / "ca.crt"))
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=trusted)
+    headers = {"Content-Type": "application/protobuf"}
+    connection.request(method, path, body=b"", headers=headers)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_nginx_passes_the_fleet_api_and_health_and_nothing_else(tmp_path: Path) -> None:
+    with Deployment(tmp_path, ["site-a"]) as deployment:
+        deployment.start_superlink()
+        open_there = [p for p in CLOSED if answer(deployment, deployment.port, p) != 404]
+        assert "/v1/control/list-runs" in open_there  # the SuperLink itself does answer
+        assert "/v1/runtime/acquire-task" in open_there
+        with gateway(deployment) as port:
+            assert {path: answer(deployment, port, path) for path in CLOSED} == dict.fromkeys(
+                CLOSED, 404
+            )
+            assert answer(deployment, port, "/v1/fleet/activate-node") == 401  # without a key
+            assert answer(deployment, port, "/v1/fleet/activate-node", "GET") == 403
+            assert answer(deployment, port, "/health", "GET") == 200
+            assert answer(deployment, port, "/v1/control/list-runs", "GET") == 404
