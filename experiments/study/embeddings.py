@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 
 KEPT = "embeddings.safetensors"
 PREFIX = "embeddings."
+STILL = 1e-6
+"""Largest entry of what rounding alone makes of a start that is drawn again."""
 
 
 def load_embeddings(folder: Path) -> dict[str, Array]:
@@ -53,7 +55,8 @@ def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[
     """Return what training added to each client's embedding: its value minus its random start.
 
     The start is drawn again from the run's seed. It can be ten times as large as what is learned,
-    so that a map of the raw values shows the dice. The global model's embedding is left out.
+    so that a map of the raw values shows the dice. The global model's embedding is left out. A run
+    whose embeddings stood still (`embedding-lr = 0`) has learned none: {}.
     """
     from common.seeding import torch_generator  # imports torch: seconds
     from server_app.registry import GLOBAL_ID
@@ -66,7 +69,7 @@ def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[
         generator = torch_generator(int(full["seed"]), "embedding", client_id=client_id)
         rows = _normal_rows(value.shape, generator)
         moved[client_id] = value - float(full["embedding-std"]) * rows
-    return moved
+    return moved if any(np.abs(value).max() > STILL for value in moved.values()) else {}
 
 
 def in_order(client_ids: Iterable[str]) -> list[str]:

@@ -70,8 +70,9 @@ def maps_section(maps: Sequence[EmbeddingMap], passed_over: Sequence[str], made:
     """Write the section of maps; `passed_over` names the groups without room for one."""
     if not maps:
         return (
-            '<p class="quiet">No completed run here has both a hypernetwork and a checkpoint (or '
-            "the embeddings that a sweep keeps of it) with three clients or more.</p>"
+            '<p class="quiet">No completed run here has a hypernetwork, a checkpoint (or the '
+            "embeddings that a sweep keeps of it), three clients or more, and embeddings that "
+            "learn: with <code>embedding-lr = 0</code> they stand still.</p>"
         )
     rest = (
         f"<p class=quiet>Not drawn, for lack of room: {escape('; '.join(passed_over))}. "

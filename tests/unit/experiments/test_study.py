@@ -234,9 +234,11 @@ def test_what_is_learned_starts_from_what_the_server_drew() -> None:
     hypernet = Hypernetwork(section, seed=7)
     hypernet.add_client("a", 25)
     drawn = {"a": hypernet.embeddings["a"].detach().numpy().astype(np.float64)}
-    moved = learned({**drawn, "__global__": drawn["a"]}, {"seed": 7, "embedding-std": 0.5})
+    now = {"a": drawn["a"] + np.eye(3)}
+    moved = learned({**now, "__global__": drawn["a"]}, {"seed": 7, "embedding-std": 0.5})
     assert list(moved) == ["a"]
-    np.testing.assert_allclose(moved["a"], np.zeros((3, 3)), atol=1e-7)
+    np.testing.assert_allclose(moved["a"], np.eye(3), atol=1e-7)
+    assert learned(drawn, {"seed": 7, "embedding-std": 0.5}) == {}, "there is nothing to draw"
 
 
 def test_alignment_uses_the_chunks_that_both_clients_have() -> None:
