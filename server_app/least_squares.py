@@ -9,8 +9,8 @@ that make it. For the clients i of a group, with running mean m of their deltas,
 
 g is `shared-gain`, beta `shared-momentum` (Nesterov), r `personal-gain`. A gain of 1 moves theta by
 what a client's own training moved it. Left at -1, beta and r fit a group of N clients:
-1 - 0.7/sqrt(N) and 0.2/sqrt(N). What is shared goes into the bias of a head, what is personal
-into its weight, which acts on features centred over the group's clients:
+1 - 5/N (at least 0) and 1.4/N (at most 1). What is shared goes into the bias of a head, what is
+personal into its weight, which acts on features centred over the group's clients:
 
     theta_i = b + W^T (f_i - f_mean),    W -= r P^T (delta - m),   P = rows of (F F^T + d I)^-1 F
 
@@ -33,7 +33,6 @@ Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -50,11 +49,13 @@ from server_app.ledger import Heads, Ledger
 from server_app.memory import Scratch
 
 MEMORY = ("velocity", "mean")
-FRICTION, OWN = 0.7, 0.2
-"""1 - beta and the personal gain of a group of one; both fall with the root of its size.
+RETURNED, OWN = 5.0, 1.4
+"""beta = 1 - RETURNED/N, personal gain = OWN/N of a group of N clients.
 
-A client's own delta comes back to it through what is shared, g / (N (1 - beta)) of it in all: a
-small group overfits by momentum, a large one is slow without. Fitted to 10 and 50 clients."""
+A client's own delta comes back to it through what is shared, g / (N (1 - beta)) of it in all: from
+five clients on, a fifth for g = 1, however many there are. With the same beta a small group
+overfits by momentum, and a large one is slow without. Fitted to 2, 10 and 50 clients
+(docs/parallel.md)."""
 Mover = Heads | Ledger
 
 
@@ -114,7 +115,7 @@ class Pace:
         """Return beta of a whole pass over N clients."""
         if section.shared_momentum != BY_SIZE:
             return section.shared_momentum
-        return 1 - FRICTION / math.sqrt(num_clients)
+        return max(0.0, 1 - RETURNED / num_clients)
 
     def personal_gain(self, section: UpdateSection, num_clients: int) -> float:
         """Return how much of what is an update's own is followed, of N clients."""
@@ -122,7 +123,7 @@ class Pace:
             return self.factor
         if section.personal_gain != BY_SIZE:
             return section.personal_gain * self.factor
-        return OWN / math.sqrt(num_clients) * self.factor
+        return min(1.0, OWN / num_clients) * self.factor
 
 
 @dataclass

@@ -286,7 +286,7 @@ def test_more_clients_than_hidden_dim_keep_no_ledger() -> None:
 
 @pytest.mark.parametrize(
     ("num_clients", "beta", "own"),
-    [(1, 0.3, 0.2), (4, 0.65, 0.1), (49, 0.9, 0.2 / 7)],
+    [(1, 0.0, 1.0), (4, 0.0, 0.35), (10, 0.5, 0.14), (50, 0.9, 0.028)],
 )
 def test_gains_fit_the_number_of_clients(num_clients: int, beta: float, own: float) -> None:
     left_alone = UpdateSection(server_rule="least-squares")
