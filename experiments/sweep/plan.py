@@ -215,14 +215,15 @@ def _cells(content: SweepFile, path: Path, folder: Path, common: Settings) -> It
                 if "after" in own:
                     draft = replace(draft, after=_source(content, draft, own["after"], made))
                 cell = _cell(draft, merged, chosen)
+                _check_goes_on(draft, cell)
                 made.setdefault((variant, seed), []).append(cell)
                 yield cell
 
 
 def _source(
     content: SweepFile, draft: _Draft, after: str, made: Mapping[tuple[str, int], list[Cell]]
-) -> Path:
-    """Return the folder of the one run of an earlier variant that a cell goes on from."""
+) -> Cell:
+    """Return the one run of an earlier variant that a cell goes on from."""
     found = made.get((after, draft.seed), [])
     if len(found) != 1 or content.checkpoints != "keep":
         raise ConfigError(
@@ -230,7 +231,18 @@ def _source(
             'variant above it without a grid, and checkpoints = "keep" must stand at the top, or '
             "there is nothing to go on from."
         )
-    return found[0].folder
+    return found[0]
+
+
+def _check_goes_on(draft: _Draft, cell: Cell) -> None:
+    source = draft.after
+    if source is not None and cell.rounds <= source.rounds:
+        raise ConfigError(
+            f"{draft.path.name}: variant {draft.variant!r} goes on after round {source.rounds} of "
+            f"{source.variant!r} and ends at round {cell.rounds}: it would do nothing. Its rounds "
+            "count from the beginning; set more in the variant, and none with --set, which "
+            "sets them for all."
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +252,7 @@ class _Draft:
     preset: str
     variant: str
     seed: int
-    after: Path | None = None
+    after: Cell | None = None
 
 
 def _cell(draft: _Draft, settings: Settings, grid: Settings) -> Cell:
@@ -259,10 +271,11 @@ def _cell(draft: _Draft, settings: Settings, grid: Settings) -> Cell:
     decides = essential(config.flat())
     if draft.after is not None:  # what the source learned decides as well
         decides["after"] = draft.after.name
+    source = draft.after.folder if draft.after else None
     name = f"{stem}_seed{draft.seed}_{digest(decides)}"
     return Cell(
         name, draft.folder / name, preset, draft.variant, draft.seed, config.run.rounds,
-        settings, grid, draft.after,
+        settings, grid, source,
     )  # fmt: skip
 
 
