@@ -15,8 +15,8 @@ class VGG8(FeatureClassifier):
     """Three times (conv3x3, conv3x3, pool), fc 180, dropout, fc 64, dropout, head.
 
     The rate of dropout is torch's default, 0.5: method.md gives none. Layers before a ReLU start as
-    He et al. 2015 (arXiv 1502.01852) say, and as torchvision's VGGs do: with torch's default, signals
-    fade over eight layers without BatchNorm, and local training does not leave its start.
+    He et al. 2015 (arXiv 1502.01852) say, and as torchvision's VGGs do: with torch's default,
+    signals fade over eight layers without BatchNorm, and local training does not leave its start.
     """
 
     def __init__(self, *, in_channels: int, num_classes: int) -> None:
