@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 MIXED_SIZES = ("padded", "tolerance")
 """Criteria of head sharing by which clients of different numbers of chunks share."""
+ADAM = "server-rule=adam server-lr=0.003 embedding-lr=0.01 embedding-std=0.3 head-init=torch"
+"""Adam with rates that learn in tens of rounds, theta-offset left out."""
+FAR = 500
+"""Steps of Adam over one standard deviation of the embeddings that are too many for a run."""
 
 
 def check_together(config: RunConfig) -> None:
@@ -54,10 +58,12 @@ def _check_rates(config: RunConfig) -> None:
             "run config: generation-precision = 'bfloat16' is for heads that generate; with "
             "server-lr = embedding-lr = 0 theta is kept as it is. Set it to 'float32'."
         )
-    if config.run.novel_only and not u.embedding_lr:
+    if config.run.novel_only and u.embedding_lr * FAR < config.hypernet.embedding_std:
         raise ConfigError(
-            "run config: novel-only with embedding-lr = 0: embeddings are all that learns "
-            "there. Set embedding-lr = 0.01, say."
+            f"run config: novel-only with embedding-lr = {u.embedding_lr:g}: embeddings are all "
+            f"that learns there, and such steps get nowhere between embeddings that lie "
+            f"{config.hypernet.embedding_std:g} (embedding-std) apart. Set embedding-lr = 0.03 "
+            "and lr-decay = 'none', say."
         )
     if config.hypernet.head_sharing == "similarity" and not u.embedding_lr:
         raise ConfigError(
@@ -68,14 +74,20 @@ def _check_rates(config: RunConfig) -> None:
 
 def _check_sharing(config: RunConfig) -> None:
     sharing = config.hypernet.head_sharing
+    if config.hypernet.head_layout == "one" and config.update.server_rule == "least-squares":
+        raise ConfigError(
+            "run config: head-layout = 'one' has one head for all chunks; server-rule = "
+            "'least-squares' solves for the head of every chunk. Set head-layout = 'separate', or "
+            f"take Adam with its own rates: --set {ADAM} theta-offset=none"
+        )
     if sharing not in MIXED_SIZES:
         return
     start = f"run config: head-sharing = {sharing!r} lets clients of different sizes share heads"
     if config.update.server_rule == "least-squares":
         raise ConfigError(
             f"{start}; server-rule = 'least-squares' solves for each chunk over the group's "
-            "clients and needs all of them to have it. Set server-rule = 'adam', or share by "
-            "'chunks', 'tag', 'own' or 'similarity'."
+            "clients and needs all of them to have it. Share by 'chunks', 'tag', 'own' or "
+            f"'similarity', or take Adam with its own rates: --set {ADAM} theta-offset=none"
         )
     if config.hypernet.head_layout == "one":
         raise ConfigError(

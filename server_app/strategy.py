@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from common import wire
-from common.errors import RunError
+from common.errors import ConfigError, RunError
 from common.log import logger
 from common.metrics import summarise, weighted_mean
 from common.seeding import numpy_generator
@@ -65,6 +65,8 @@ class Rounds(Strategy):
         rounds = num_rounds or self._post.config.run.rounds
         result = Result()
         self.summary()
+        if self._first_round > rounds:
+            self._nothing_left(rounds)
         for server_round in range(self._first_round, rounds + 1):
             row = self._run_or_rescue(grid, server_round)
             self._folder.add_round(row, rounds)
@@ -260,6 +262,16 @@ class Rounds(Strategy):
             for m in replies
             if m.metadata.src_node_id in client_of
         ]
+
+    def _nothing_left(self, rounds: int) -> None:
+        """Say that a resumed run is over; its models may still have to be handed out."""
+        message = (
+            f"The checkpoint is of round {self._first_round - 1} and rounds = {rounds}: no round "
+            f"is left. rounds counts from the very beginning; set it above {self._first_round - 1}."
+        )
+        if self._post.config.run.novel_only:
+            raise ConfigError(message)
+        logger.warning("%s Final models are handed out, nothing else.", message)
 
     def summary(self) -> None:
         """Log what is about to run."""

@@ -54,9 +54,9 @@ def keep_embeddings(folder: Path) -> bool:
 def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
     """Return what training added to each client's embedding: its value minus its random start.
 
-    The start is drawn again from the run's seed. It can be ten times as large as what is learned,
-    so that a map of the raw values shows the dice. The global model's embedding is left out. A run
-    whose embeddings stood still (`embedding-lr = 0`) has learned none: {}.
+    The start is drawn again from the run's seed. It can be hundreds of times as large as what is
+    learned, so that a map of the raw values shows the dice. The global model's embedding is left
+    out. A run whose embeddings stood still (`embedding-lr = 0`) has learned none: {}.
     """
     from common.seeding import torch_generator  # imports torch: seconds
     from server_app.registry import GLOBAL_ID

@@ -121,3 +121,14 @@ def test_nothing_to_freeze_and_nobody_new_are_clear_errors(tmp_path: Path) -> No
     run_tiny(base)
     with pytest.raises(RunError, match="all 6 clients that are present are part of the checkpoint"):
         run_tiny(novel(base, tmp_path / "novel", rounds=2))
+
+
+def test_a_novel_only_run_without_rounds_left_says_so(tmp_path: Path) -> None:
+    nodes = simulated_nodes(3)
+    base = config_at(tmp_path)
+    run_tiny(base, node_configs=nodes[:2])
+    config = novel(base, tmp_path / "novel", rounds=base.run.rounds)
+    with pytest.raises(
+        ConfigError, match=r"no round is left\. rounds counts from the very beginning"
+    ):
+        run_tiny(config, node_configs=nodes)

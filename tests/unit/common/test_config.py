@@ -96,4 +96,9 @@ def test_somebody_has_to_learn() -> None:
         RunConfig.parse({**STILL, "generation-precision": "bfloat16"})
     with pytest.raises(ConfigError, match="novel-only with embedding-lr = 0"):
         RunConfig.parse({**STILL, "novel-only": True})
+    with pytest.raises(ConfigError, match=r"novel-only with embedding-lr = 0.0002: .*Set"):
+        RunConfig.parse({"embedding-std": 1.0, "novel-only": True})
+    RunConfig.parse({"embedding-std": 1.0, "novel-only": True, "embedding-lr": 0.03})
+    with pytest.raises(ConfigError, match=r"head-layout = 'one' .* server-lr=0.003"):
+        RunConfig.parse({**STILL, "head-layout": "one", "server-lr": 0.1})
     RunConfig.parse(STILL)

@@ -135,6 +135,7 @@ absent-clients = 2
 [variants.later]
 after = "first"
 novel-only = true
+embedding-lr = 0.03
 rounds = 40
 """
 

@@ -218,7 +218,7 @@ def test_older_state_is_shared_by_chunks_and_another_criterion_is_refused() -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"server-rule": "least-squares", "embedding-std": 1.0}, "'adam', or share by 'chunks'"),
+        ({"server-rule": "least-squares", "embedding-std": 1.0}, "Share by 'chunks', .*adam"),
         ({"head-layout": "one"}, "Set head-layout = 'separate'"),
         ({"novel-only": True}, "the one group is frozen and cannot grow"),
     ],
