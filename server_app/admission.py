@@ -124,7 +124,7 @@ class Admission:
                 + refused
             )
         return (
-            f"round {server_round}: {len(present)} clients are left, and no others came within "
+            f"round {server_round}: {len(present)} clients are here, and no others came within "
             f"{section.wait_for_clients_s:g} s; min-clients is {section.min_clients}. "
             f"Away: {listing(away)}. Everything learned so far is in the checkpoint: start them "
             "again, or lower min-clients, then resume with resume-from." + refused
