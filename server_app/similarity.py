@@ -21,6 +21,7 @@ from server_app.grouping import group_order
 from server_app.hypernet import Hypernetwork
 
 Array = NDArray[np.float64]
+ROUNDING = 1e-12
 
 
 def split_groups(hypernet: Hypernetwork, least: float) -> dict[str, list[list[str]]]:
@@ -51,28 +52,25 @@ def split_groups(hypernet: Hypernetwork, least: float) -> dict[str, list[list[st
 def clusters(cosines: Array, least: float) -> list[list[int]]:
     """Merge the two most similar clusters while their mean cosine is at least `least`.
 
-    Average linkage: the similarity of two clusters is the mean over their pairs (N, N). Of equal
-    ones the first are merged, so that the result depends on the numbers alone.
+    Average linkage: the similarity of two clusters is the mean over their pairs (N, N), N >= 1.
 
     Returns
     -------
     Positions of each cluster, ascending; large clusters first, then by their first member.
     """
-    parts = [[i] for i in range(len(cosines))]
-    sums = cosines.astype(np.float64).copy()
-    np.fill_diagonal(sums, -np.inf)
-    while len(parts) > 1:
-        sizes = np.array([len(part) for part in parts], dtype=np.float64)
-        means = sums / np.outer(sizes, sizes)
-        a, b = sorted(divmod(int(means.argmax()), len(parts)))
-        if means[a, b] < least:
-            break
-        parts[a] += parts.pop(b)
-        sums[a] += sums[b]
-        sums[:, a] = sums[a]
-        sums = np.delete(np.delete(sums, b, axis=0), b, axis=1)
-        sums[a, a] = -np.inf
-    return sorted((sorted(part) for part in parts), key=lambda part: (-len(part), part[0]))
+    from sklearn.cluster import AgglomerativeClustering  # imports scipy: a second
+
+    if len(cosines) == 1:
+        return [[0]]
+    linkage = AgglomerativeClustering(
+        n_clusters=None,
+        metric="precomputed",
+        linkage="average",
+        distance_threshold=1 - least + ROUNDING,  # it merges below its threshold
+    )
+    labels = linkage.fit_predict(1 - cosines)
+    parts = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+    return sorted(parts, key=lambda part: (-len(part), part[0]))
 
 
 def _cosines(hypernet: Hypernetwork, members: Sequence[str]) -> Array:
