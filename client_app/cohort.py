@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from client_app.data import ClientData
 from client_app.models.dropout import MaskFeed, draw_mask, feeding
-from client_app.training import Trained, mixed_precision
+from client_app.training import Trained, descend, mixed_precision
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 
@@ -260,9 +260,7 @@ class _Cohort:
         if self._clip:
             norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient = gradient * (s.client_clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        theta, momentum = self._theta[group], self._momentum[group]
-        momentum.mul_(s.momentum).add_(gradient).add_(theta, alpha=s.weight_decay)
-        theta.sub_(momentum, alpha=s.learning_rate)
+        descend(self._theta[group], gradient, self._momentum[group], s)
 
     def outcomes(self, seconds: float) -> Iterator[Outcome]:
         """Yield what became of each member, in the cohort's order."""
