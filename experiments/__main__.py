@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import MHpFedHNError
+from experiments.arguments import add_set_option
 from experiments.bench import add_bench_parser
 from experiments.certs import add_certs_parser
 from experiments.events import add_tensorboard_parser
@@ -121,14 +122,7 @@ def _add_run(commands: Any) -> None:
     command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
     command.add_argument("--output-dir", metavar="DIR", help="this run's own folder")
     command.add_argument("--engine", metavar="ray|inprocess", help="where it runs")
-    command.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any key of the run config or of [engine]",
-    )
+    add_set_option(command, "any key of the run config or of [engine]")
     command.add_argument("--tensorboard", action="store_true", help="write event files as well")
     command.set_defaults(command=run)
 

@@ -20,6 +20,7 @@ from rich.markup import escape
 from client_app.folders import state_folder
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, RunError, unknown_name
+from experiments.arguments import add_set_option
 from experiments.presets import to_toml
 from experiments.starter.program import install_program
 
@@ -158,14 +159,7 @@ def add_join_parser(subparsers: Any) -> None:
     command.add_argument("--device", metavar="NAME", help="auto, cpu, cuda:0")
     command.add_argument("--insecure", action="store_true", default=None, help="no TLS: tests only")
     command.add_argument("--check", action="store_true", help="only check, start nothing")
-    command.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any other key of the node config",
-    )
+    add_set_option(command, "any other key of the node config")
     command.set_defaults(command=run_join)
 
 

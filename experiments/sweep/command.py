@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.section import Scalar
+from experiments.arguments import add_set_option
 from experiments.presets import PATH_KEYS, parse_assignment
 from experiments.progress import clock
 from experiments.sweep.plan import Plan
@@ -31,14 +32,7 @@ def add_sweep_parser(commands: Any) -> None:
     command.add_argument("--status", action="store_true", help="show how far it is, run nothing")
     command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
     command.add_argument("--output-dir", metavar="DIR", default="", help="folder of its cells")
-    command.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of all cells, over those of the file",
-    )
+    add_set_option(command, "settings of all cells, over those of the file")
     command.set_defaults(command=sweep)
 
 
