@@ -103,7 +103,7 @@ class UpdateSection(Section):
     that the generated parameters go where the deltas point, at gains of their own for what a
     group's clients share and for what is each one's own (`server_app.least_squares`); trunk and
     embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
-    cheap (`server_app.ledger`).  -1 for `shared_momentum` or `personal_gain` means what fits the
+    cheap (`server_app.ledger`). -1 for `shared_momentum` or `personal_gain` means what fits the
     number of clients of a head group. An update that is s server steps old weighs
     (1 + s)^-staleness-power.
     """

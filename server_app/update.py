@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import UpdateSection
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError
 from server_app.checkpoint import required_tensor
 from server_app.heads import HeadPullback
 from server_app.hypernet import Hypernetwork
@@ -95,11 +95,6 @@ class ServerUpdate:
     def __init__(
         self, hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float
     ) -> None:
-        if section.server_rule == "least-squares" and hypernet.section.head_layout == "one":
-            raise ConfigError(
-                'server-rule = "least-squares" solves for the head of every chunk and needs '
-                'head-layout = "separate"; with "one" use server-rule = "adam".'
-            )
         self.hypernet = hypernet
         self.section = section
         self.total_rounds = total_rounds

@@ -137,6 +137,15 @@ def stateless_config(folder: Path, **overrides: object) -> RunConfig:
     return config_at(folder, state_dir="", models=models, **overrides)
 
 
+def why_it_stops(config: RunConfig, grid: type[InProcessGrid]) -> str:
+    """Run until it stops for want of clients; return the message, which summary.json repeats."""
+    with pytest.raises(RunError) as caught:
+        run_tiny(config, grid_type=grid)
+    summary = read_run(config)[0]
+    assert (summary["status"], summary["reason"]) == ("failed", f"RunError: {caught.value}")
+    return str(caught.value)
+
+
 def test_too_few_are_left_between_rounds(tmp_path: Path) -> None:
     """Four of six are gone after round 2: what was learned waits for them, bit for bit."""
     whole, left = (
@@ -144,17 +153,13 @@ def test_too_few_are_left_between_rounds(tmp_path: Path) -> None:
         for name in ("whole", "left")
     )
     grid = attended_by(lambda look: EVERYBODY if look <= 2 else (0, 3))
-    with pytest.raises(RunError) as caught:
-        run_tiny(left, grid_type=grid)
-    assert str(caught.value) == (
+    assert why_it_stops(left, grid) == (
         "round 3: 2 clients are here, and no others came within 1 s; min-clients is 4. Away: "
         "1 (last here in round 2), 2 (last here in round 2), 4 (last here in round 2), "
         "5 (last here in round 2). Everything learned so far is in the checkpoint: start them "
         "again, or lower min-clients, then resume with resume-from."
     )
-    summary, rows = read_run(left)
-    assert (summary["status"], summary["reason"]) == ("failed", f"RunError: {caught.value}")
-    assert [row["num_accepted"] for row in rows] == [6, 6]
+    assert [row["num_accepted"] for row in read_run(left)[1]] == [6, 6]
     run_tiny(in_place(left))
     run_tiny(whole)
     require_same_run(whole, left)
@@ -186,16 +191,13 @@ def test_too_few_are_left_within_a_round(tmp_path: Path, logged: Lines) -> None:
         checkpoint_every=100,
         message_timeout_s=5.0,
     )
-    with pytest.raises(RunError) as caught:
-        run_tiny(config, grid_type=LeavingGrid)
-    assert str(caught.value) == (
+    assert why_it_stops(config, LeavingGrid) == (
         "round 3: 2 of 6 clients sent a usable update; min-fraction 0.5 needs 3. Everything "
         "learned so far is in the checkpoint; see the rejected replies above, then resume with "
         "resume-from."
     )
     assert len(logged.find("Rejected: train.personal reply of client")) == 4
-    summary, before = read_run(config)
-    assert (summary["status"], summary["reason"]) == ("failed", f"RunError: {caught.value}")
+    before = read_run(config)[1]
     came = [(row["num_accepted"], row["num_failed"] + row["num_unanswered"]) for row in before]
     assert came == [(6, 0), (6, 0), (2, 4)]  # lost: the four updates that never came
     run_tiny(in_place(config).with_overrides({"message-timeout-s": 300.0}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import HypernetSection, UpdateSection
+from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
 from server_app import heads
 from server_app.hypernet import Hypernetwork
@@ -83,8 +83,9 @@ def test_a_step_descends_and_least_squares_is_refused() -> None:
     update = ServerUpdate(hypernet, UpdateSection(server_lr=0.01), total_rounds=1)
     update.step([ClientUpdate("d", torch.ones(57))], progress=0.0)
     assert (before - hypernet.generate(["d"])["d"]).mean() > 0
-    with pytest.raises(ConfigError, match='needs head-layout = "separate"'):
-        ServerUpdate(hypernet, UpdateSection(server_rule="least-squares"), total_rounds=1)
+    least_squares = {"server-rule": "least-squares", "embedding-std": 1.0}
+    with pytest.raises(ConfigError, match="Set head-layout = 'separate'"):
+        RunConfig.parse({"head-layout": "one", **least_squares})
 
 
 @pytest.mark.parametrize("layout", ["separate", "one"])
