@@ -54,8 +54,13 @@ def run(args: argparse.Namespace) -> int:
         "data-dir": _absolute(args.data_dir),
         "output-dir": _absolute(args.output_dir),
     }
-    preset = preset.with_engine(_given(engine)).with_settings(args.set)
-    return launch(preset.with_config(_given(config)), _console(), tensorboard=args.tensorboard)
+    asked = preset.with_engine(_given(engine)).with_settings(args.set).with_config(_given(config))
+    console = _console()
+    console.print(f"[bold]{preset.name}[/]: {escape(preset.description)}", highlight=False)
+    changes = [f"{key}={value}" for key, value in asked.changes_from(preset).items()]
+    if changes:
+        console.print(escape("but " + ", ".join(changes)), highlight=False)
+    return launch(asked, console, tensorboard=args.tensorboard)
 
 
 def list_presets(args: argparse.Namespace) -> int:

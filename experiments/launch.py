@@ -6,13 +6,11 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +19,7 @@ from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError, MHpFedHNError, RunError
 from experiments.engines.ray import RayEngine
 from experiments.events import require_tensorboard, streamed
+from experiments.interrupts import terminate_as_interrupt
 from experiments.plots import draw_clients
 from experiments.preflight import check_clients
 from experiments.presets import EngineSection, Preset
@@ -119,7 +118,6 @@ def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> in
     if tensorboard:
         require_tensorboard()  # before anything is made or started
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"[bold]{preset.name}[/]: {escape(preset.description)}", highlight=False)
     _say_folder(console, folder)
     with events:
         code = _run(preset, folder, console)
@@ -253,22 +251,3 @@ def _log_to(path: Path) -> Iterator[None]:
     finally:
         logger.handlers = kept
         handler.close()
-
-
-@contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal like Ctrl-C, so that a stopped run cleans up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    kept: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):  # not the main thread: nobody sends signals here
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: stay
-                kept.setdefault(number, signal.signal(number, interrupt))
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

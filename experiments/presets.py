@@ -104,6 +104,14 @@ class Preset:
         synced = {**overrides, "num-partitions": self.engine.num_clients}
         return replace(self, config=self.config.with_overrides(synced))
 
+    def changes_from(self, other: Preset) -> dict[str, Scalar]:
+        """Return the settings that differ from those of another preset; where things lie aside."""
+        mine, theirs = (
+            {**p.engine.flat(), **p.config.flat(), "engine": p.engine.name} for p in (self, other)
+        )
+        aside = {"name", "num-partitions", *PATH_KEYS}
+        return {k: v for k, v in mine.items() if k not in aside and v != theirs[k]}
+
     def with_engine(self, overrides: Mapping[str, Any]) -> Self:
         """Return a copy with some engine keys replaced; raise ConfigError on a bad one."""
         engine = parse_engine({**self.engine.flat(), **overrides}, where="engine")

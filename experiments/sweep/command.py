@@ -14,6 +14,7 @@ from rich.table import Table
 
 from common.section import Scalar
 from experiments.arguments import add_set_option
+from experiments.interrupts import terminate_as_interrupt
 from experiments.presets import PATH_KEYS, parse_assignment
 from experiments.progress import clock
 from experiments.sweep.plan import Plan
@@ -129,7 +130,6 @@ def _in_background(plan: Plan, args: argparse.Namespace, console: Console) -> in
 
 
 def _run(plan: Plan, jobs: int, console: Console) -> int:
-    from experiments.launch import terminate_as_interrupt
     from experiments.sweep.display import Display
     from experiments.sweep.runner import Runner
 

@@ -81,6 +81,19 @@ def test_settings_reach_config_and_engine_with_their_types(tmp_path: Path) -> No
     assert preset.config.client.num_partitions == 4
 
 
+def test_what_differs_from_a_preset_is_told() -> None:
+    """A preset's description may no longer be true: its changes stand beside it."""
+    preset = Preset.load("quickstart")
+    asked = preset.with_settings(["method=local", "workers=1", "rounds=28", "output-dir=x"])
+    asked = asked.with_engine({"name": "inprocess", "num-clients": 4})
+    assert asked.changes_from(preset) == {
+        "method": "local",
+        "workers": 1,
+        "num-clients": 4,
+        "engine": "inprocess",
+    }
+
+
 def test_underscores_are_accepted_in_keys() -> None:
     assert Preset.load("quickstart").with_settings(["batch_size=8"]).config.training.batch_size == 8
 
