@@ -26,7 +26,9 @@ from experiments.presets import EngineSection, Preset
 from experiments.progress import follow
 from experiments.report import family_table, run_table
 from experiments.runs import Run, new_folder, settle
+from server_app.checkpoint import META, latest
 from server_app.picture import draw_curves, read_json
+from server_app.snapshot import FOLDER as CHECKPOINTS
 
 FAILED, INTERRUPTED = 1, 130
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -173,6 +175,7 @@ def _extra_env(config: RunConfig) -> dict[str, str]:
 
 def _run(preset: Preset, folder: Path, console: Console) -> int:
     config, log = preset.config, folder / "run.log"
+    seed = config.run.seed
     try:
         with terminate_as_interrupt(), open_engine(preset, log) as engine:
             _prepare_data(config, console)
@@ -181,11 +184,11 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
                 engine.run(config)
             _require_completed(folder)
     except KeyboardInterrupt as stop:
-        settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}")
-        console.print("[bold red]interrupted[/]; what was learned so far is on disk")
+        settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}", seed=seed)
+        console.print(f"[bold red]interrupted[/]; {escape(_kept(folder))}", soft_wrap=True)
         return INTERRUPTED
     except Exception as error:  # the edge: an engine raises whatever the run raised
-        settle(folder, "failed", f"{type(error).__name__}: {error}")
+        settle(folder, "failed", f"{type(error).__name__}: {error}", seed=seed)
         _explain(error, folder, console)
         return FAILED
     return 0
@@ -207,6 +210,17 @@ def _require_completed(folder: Path) -> None:
     status = read_json(folder / "summary.json").get("status")
     if status != "completed":
         raise RunError(f"the run ended, but its summary says {status!r} instead of 'completed'.")
+
+
+def _kept(folder: Path) -> str:
+    """Say what a stopped run left to go on from."""
+    newest = latest(folder / CHECKPOINTS)
+    if newest is None:
+        return "it had no checkpoint yet (checkpoint-every): nothing is left to go on from"
+    learned = read_json(newest / META)["rows"][-1]["round"]
+    return (
+        f"the checkpoint is of round {learned:.0f}: --set resume-from={folder} goes on from there"
+    )
 
 
 def _explain(error: Exception, folder: Path, console: Console) -> None:

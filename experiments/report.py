@@ -52,7 +52,7 @@ def run_table(run: Run) -> Table:
         "reason": escape(str(summary.get("reason") or "")),
         "method": METHODS.get(method, method),
         "data": str(run.config.get("dataset", "?")),
-        "models": ", ".join(str(name) for name in summary.get("model_families", [])) or "?",
+        "models": ", ".join(dict.fromkeys(run.families().values())) or "?",
         "clients": str(summary.get("num_clients", "?")),
         "rounds": f"{summary.get('rounds', len(run.rows))} of {run.config.get('rounds', '?')}",
         "micro accuracy": _last_and_best(summary),

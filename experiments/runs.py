@@ -130,12 +130,15 @@ def find_run(name_or_path: str) -> Run:
     )
 
 
-def settle(folder: Path, status: str, reason: str) -> None:
-    """Write how a run ended into summary.json, where the server could not do it itself."""
+def settle(folder: Path, status: str, reason: str, *, seed: int) -> None:
+    """Write how a run ended into summary.json, where the server could not do it itself.
+
+    A run that ended before it had written its config is known by its seed alone.
+    """
     summary = read_json(folder / "summary.json")
     if summary.get("status") == status and summary.get("reason"):
         return  # the server said it better
-    text = json.dumps({**summary, "status": status, "reason": reason}, indent=2)
+    text = json.dumps({"seed": seed, **summary, "status": status, "reason": reason}, indent=2)
     write_atomically(folder / "summary.json", text)
 
 

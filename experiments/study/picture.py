@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLES = {"round": "By round", "bytes": "By traffic", "seconds": "By time"}
+NAME_WIDTH = 24  # characters right of the axes
 
 
 def draw_comparison(study: Study, target: Path) -> bool:
@@ -85,13 +86,17 @@ def _style(line: Line) -> str | tuple[int, tuple[float, ...]]:
     return (0, tuple(0.6 * part for part in line.look.pattern)) if line.look.dash else "-"
 
 
+def _fitting(name: str) -> str:
+    return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1].rstrip() + "…"
+
+
 def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """Write every line's name in its colour at the right edge, moved apart."""
     top = axes.get_ylim()[1]
     wanted = [100 * line.curve.y[-1] for line in lines]
     for line, at in zip(lines, spread(wanted, gap=top / 22, low=0, high=top), strict=True):
         axes.annotate(
-            line.short[:22],
+            _fitting(line.short),
             (1.0, at),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -164,16 +165,19 @@ def test_a_stopped_run_keeps_what_was_learned(
     folder = tmp_path / "out"
     metrics = folder / "metrics.jsonl"
 
-    def stop_after_the_first_round() -> None:
-        while not metrics.exists() or not metrics.read_text():
+    def stop_after_two_rounds() -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < 2:
             sleep(0.05)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=stop_after_the_first_round, daemon=True).start()
-    arguments = ["--rounds", "100000", "--output-dir", str(folder)]
+    threading.Thread(target=stop_after_two_rounds, daemon=True).start()
+    arguments = ["--rounds", "100000", "--output-dir", str(folder), "--set", "checkpoint-every=1"]
     assert main(["run", str(experiment), *arguments]) == 130
-    assert "interrupted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(
+        r"interrupted; the checkpoint is of round \d+: go on with --set resume-from=", said
+    ), said
     summary = read_summary(folder)
     assert summary["status"] == "interrupted"
     assert summary["reason"]
-    assert summary["rounds"] >= 1
+    assert summary["rounds"] >= 2

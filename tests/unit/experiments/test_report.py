@@ -46,7 +46,7 @@ def test_run_table_sums_the_run_up(tmp_path: Path) -> None:
 
 def test_run_table_of_a_run_that_never_evaluated(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    settle(tmp_path, "failed", "no [clients] came")
+    settle(tmp_path, "failed", "no [clients] came", seed=1)
     shown = text(run_table(Run.load(tmp_path)))
     assert "failed" in shown
     assert "no [clients] came" in shown

@@ -7,6 +7,7 @@ import pytest
 
 from common.errors import ConfigError, RunError
 from experiments.runs import Run, find_run, new_folder, output_root, settle
+from experiments.study.groups import Member
 from tests.unit.experiments.run_folders import write_clients, write_run
 
 
@@ -90,14 +91,19 @@ def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_settle_says_how_a_killed_run_ended(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
-    settle(folder, "failed", "the machine burnt")
+    settle(folder, "failed", "the machine burnt", seed=1)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("failed", "the machine burnt")
     assert summary["rounds"] == 4
 
 
+def test_a_run_without_a_config_is_known_by_its_seed(tmp_path: Path) -> None:
+    settle(tmp_path, "failed", "no such data", seed=7)
+    assert Member(Run.load(tmp_path), {}).seed == 7
+
+
 def test_settle_keeps_the_reason_that_the_server_gave(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
-    settle(folder, "failed", "what the server said")
-    settle(folder, "failed", "something vaguer")
+    settle(folder, "failed", "what the server said", seed=1)
+    settle(folder, "failed", "something vaguer", seed=1)
     assert json.loads((folder / "summary.json").read_text())["reason"] == "what the server said"
