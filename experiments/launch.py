@@ -218,9 +218,7 @@ def _kept(folder: Path) -> str:
     if newest is None:
         return "it had no checkpoint yet (checkpoint-every): nothing is left to go on from"
     learned = read_json(newest / META)["rows"][-1]["round"]
-    return (
-        f"the checkpoint is of round {learned:.0f}: --set resume-from={folder} goes on from there"
-    )
+    return f"the checkpoint is of round {learned:.0f}: go on with --set resume-from={folder}"
 
 
 def _explain(error: Exception, folder: Path, console: Console) -> None:

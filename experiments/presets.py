@@ -1,8 +1,8 @@
 """Experiments as files: a description, where to run (`[engine]`), and run config keys (`[config]`).
 
 A preset is a TOML file in `experiments/configs`; a researcher's own file has the same form. What
-the file leaves out keeps the published default. A typo anywhere is an error that names the
-nearest key.
+the file leaves out is as `RECOMMENDED` says, or as published where it chooses the published
+`server-rule = "adam"`. A typo anywhere is an error that names the nearest key.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ from common.section import Scalar, Section
 CONFIGS = Path(__file__).parent / "configs"
 PATH_KEYS = ("data-dir", "cache-dir", "output-dir", "state-dir", "resume-from")
 TABLES = ("description", "engine", "config")
+RECOMMENDED: Mapping[str, Scalar] = {
+    "max-in-flight": 0,
+    "buffer-size": 0,
+    "server-rule": "least-squares",
+    "embedding-std": 1.0,
+    "head-init": "zero",
+    "theta-offset": "init",
+    "lr-decay": "cosine",
+    "lr-decay-from": 0.6,
+    "learning-rate": 0.02,
+}
+"""The best setting found from 2 to 50 clients that share heads (docs/parallel.md)."""
 
 
 class EngineSection(Section):
@@ -79,9 +91,10 @@ class Preset:
                 raise ConfigError(f"{path.name}: " + unknown_name("table", key, TABLES))
         engine = parse_engine(_table(tables, "engine", path), where=f"{path.name} [engine]")
         config = _absolute(_table(tables, "config", path), base=path.parent)
+        published = config.get("server-rule") == "adam"
         blank = cls(path.stem, str(tables.get("description", "")), engine, RunConfig())
         try:
-            return blank.with_config(config)
+            return blank.with_config(config if published else {**RECOMMENDED, **config})
         except ConfigError as error:
             raise ConfigError(f"{path.name} [config]: {error}") from error
 

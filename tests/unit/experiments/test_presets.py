@@ -8,7 +8,7 @@ from flwr.common.config import parse_config_args
 
 from common.config import RunConfig
 from common.errors import ConfigError
-from experiments.presets import Preset, preset_names, to_toml
+from experiments.presets import RECOMMENDED, Preset, preset_names, to_toml
 
 
 def write(folder: Path, text: str) -> str:
@@ -41,6 +41,20 @@ def test_file_has_the_form_of_a_preset(tmp_path: Path) -> None:
     assert (preset.name, preset.description, preset.engine.num_clients) == ("mine", "d", 3)
     assert preset.config.client.data_dir == str(tmp_path / "here")
     assert preset.config.client.num_partitions == 3
+
+
+def test_what_a_file_leaves_out_is_what_was_found_best(tmp_path: Path) -> None:
+    flat = Preset.load(write(tmp_path, "[config]\nlr-decay-from = 0.5\n")).config.flat()
+    assert {**RECOMMENDED, "lr-decay-from": 0.5}.items() <= flat.items()
+    quickstart = Preset.load("quickstart").config.flat()
+    assert [k for k, v in RECOMMENDED.items() if quickstart[k] != v] == ["learning-rate"]
+
+
+def test_with_the_published_rule_a_file_leaves_out_what_is_published(tmp_path: Path) -> None:
+    preset = Preset.load(write(tmp_path, '[config]\nserver-rule = "adam"\n'))
+    assert preset.config == RunConfig().with_overrides(
+        {"num-partitions": preset.engine.num_clients}
+    )
 
 
 @pytest.mark.parametrize(
