@@ -84,7 +84,7 @@ def test_a_late_reply_is_used_in_the_next_round(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, rounds=3, max_in_flight=0, buffer_size=1, round_deadline_s=0.4)
     run_tiny(config, app=Wrapped(Watch(slow_s=0.9)), workers=6)
     found = rows(config)
-    assert found[0]["num_unanswered"] == 1
+    assert found[0]["num_unanswered"] >= 1  # the slow one; on a crowded machine others too
     assert sum(row["num_late_used"] for row in found[1:]) >= 1
 
 
