@@ -14,8 +14,8 @@ def safe_name(name: str) -> str:
     """Return the name if it can be a single folder, else raise ConfigError (no path tricks)."""
     if not _SAFE_NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and '-', "
-            "not starting with '.' or '-'."
+            f"client-id {name!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and "
+            "'-', not starting with '.' or '-'."
         )
     return name
 

@@ -1,9 +1,13 @@
 #!/bin/bash
 # Start a run, follow its log, and fail unless it completed. Arguments are run config keys, which win
 # over the demo's:   docker-compose run --rm run rounds=20 'max-in-flight=1'
+# To go on with one: docker-compose run --rm run 'resume-from="/runs/X"' 'output-dir="/runs/X"'
 set -euo pipefail
 connection=${CONNECTION:-federation}
 folder=/runs/demo-$(date +%Y%m%d-%H%M%S)
+for setting in "$@"; do
+    if [[ $setting == output-dir=* ]]; then folder=$(tr -d '"' <<<"${setting#*=}"); fi
+done
 config="output-dir=\"$folder\" run-name=\"demo\" min-clients=3 client-keys=\"${CLIENT_KEYS:-bind}\" $DEMO_CONFIG"
 flwr run /app "$connection" --stream --run-config "$config" ${1:+--run-config "$*"} || true
 while true; do  # the log's stream may break off before the run ends, and its exit status says nothing

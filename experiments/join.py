@@ -64,6 +64,11 @@ class JoinSettings:
         """
         known = {*OWN_KEYS, *NodeConfig.key_names()}
         for key in values:
+            if key not in known and key in RunConfig.key_names():
+                raise ConfigError(
+                    f"join: {key} belongs to the run config, which whoever starts a run sets: "
+                    "leave it out here."
+                )
             if key not in known:
                 raise ConfigError("join: " + unknown_name("key", key, known))
         settled = {k: _absolute(v, base) if k in PATH_KEYS else v for k, v in values.items()}
@@ -177,7 +182,7 @@ def run_join(args: argparse.Namespace) -> int:
     settings = read_settings(args)
     if str(settings.base) not in sys.path:
         sys.path.append(str(settings.base))
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(settings.folder)
     with _only_one(settings.folder):
         if not run_checks(settings, console, must_answer=args.check):
             console.print("[bold red]not joined[/]: correct what failed above, then run it again")
@@ -234,6 +239,15 @@ def find_program(name: str = PROGRAM) -> str:
     if found is None:
         raise RunError(f"{name} is not installed: `pip install 'flwr==1.41.*'` in this Python.")
     return found
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"join: {folder} cannot be made: {error.strerror}. Choose another --state-dir."
+        ) from error
 
 
 def _default_state_dir() -> Path:

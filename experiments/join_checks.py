@@ -167,11 +167,16 @@ def check_data(trial: Trial) -> Finding:
     counts = (data.train_labels.bincount(minlength=data.num_classes)).tolist()
     size = int(data.train_images.shape[-1])
     missing = [str(c) for c, count in enumerate(counts) if count == 0]
+    hints = [] if node.dataset else [_unnamed("dataset", section.dataset)]
+    if missing:
+        hints.append(f"- none to train of class {', '.join(missing[:10])}")
+    if counts[0] == 0 and not (data.test_labels == 0).any():
+        hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
     return Finding(
         f"{data.num_train} to train and {data.num_test} to test, {data.num_classes} classes "
         f"{_shortened(counts)}, {data.in_channels} channel(s), {size}x{size}, on "
         f"{data.train_images.device}",
-        f"- none to train of class {', '.join(missing[:10])}" if missing else "",
+        " ".join(hints),
     )
 
 
@@ -186,8 +191,10 @@ def check_model(trial: Trial) -> Finding:
     device = data.train_images.device
     trial.tool = borrow(ModelKind(name, data.in_channels, data.num_classes, device))
     count, limit = trial.tool.model.num_parameters, RunConfig().hypernet.max_parameters
-    too_many = f"- more than the default limit of a server ({limit:,})" if count > limit else ""
-    return Finding(f"{name}, {count:,} parameters", too_many)
+    hints = [] if node.model else [_unnamed("model", name)]
+    if count > limit:
+        hints.append(f"- more than the default limit of a server ({limit:,})")
+    return Finding(f"{name}, {count:,} parameters", " ".join(hints))
 
 
 def check_training(trial: Trial) -> Finding:
@@ -223,6 +230,10 @@ def check_training(trial: Trial) -> Finding:
         module.eval()(batches[0][0][:1])
     epoch = seconds * len(batches)
     return Finding(f"loss {losses[0]:.3f}; an epoch of {len(batches)} batches: about {epoch:.1f} s")
+
+
+def _unnamed(key: str, tried: str) -> str:
+    return f"- your settings name no {key}: each run says which, {tried!r} by default"
 
 
 def _needed(value: Any, name: str) -> Any:

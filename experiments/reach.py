@@ -50,7 +50,7 @@ def check_server(server: str, certificate: Path | None, insecure: bool) -> str:
     with connection:
         if context is None:
             return f"{server} {_health(connection, host)}, WITHOUT TLS: anybody on the way can read"
-        with _encrypted(connection, context, host) as encrypted:
+        with _encrypted(connection, context, host, own_ca=bool(certificate)) as encrypted:
             return f"{server} {_health(encrypted, host)}, certificate {_expiry(encrypted)}"
 
 
@@ -74,11 +74,13 @@ def _context(certificate: Path | None) -> ssl.SSLContext:
         ) from error
 
 
-def _encrypted(connection: socket.socket, context: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+def _encrypted(
+    connection: socket.socket, context: ssl.SSLContext, host: str, *, own_ca: bool
+) -> ssl.SSLSocket:
     try:
         return context.wrap_socket(connection, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
-        raise ServerError(_certificate_help(error, host)) from error
+        raise ServerError(_certificate_help(error, host, own_ca)) from error
     except (ssl.SSLError, OSError) as error:
         raise ServerError(
             f"no TLS there ({error}). If this federation really runs without (tests only), say "
@@ -86,7 +88,7 @@ def _encrypted(connection: socket.socket, context: ssl.SSLContext, host: str) ->
         ) from error
 
 
-def _certificate_help(error: ssl.SSLCertVerificationError, host: str) -> str:
+def _certificate_help(error: ssl.SSLCertVerificationError, host: str, own_ca: bool) -> str:
     why = error.verify_message
     if "mismatch" in why or "not valid for" in why:
         return (
@@ -94,6 +96,11 @@ def _certificate_help(error: ssl.SSLCertVerificationError, host: str) -> str:
         )
     if "expired" in why:
         return f"the server's certificate has expired ({why}). Its operator must renew it."
+    if not own_ca:
+        return (
+            f"no CA that this machine knows issued the certificate of {host} ({why}). Set "
+            "certificate to the federation's ca.crt; its operator has it."
+        )
     return (
         f"the certificate of {host} was not issued by your CA file ({why}). Get the federation's "
         "current ca.crt from its operator. Do not go on without: this may be another server."

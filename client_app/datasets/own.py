@@ -124,6 +124,13 @@ class FunctionSource:
                 f"dataset {self.spec!r}: images must be uint8 (N, H, W) or (N, H, W, channels), "
                 f"got {images.dtype} {images.shape}."
             )
+        if not images.size:
+            raise DataError(f"dataset {self.spec!r} returned no images: {images.shape}.")
+        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+            raise DataError(
+                f"dataset {self.spec!r}: images {images.shape} look like (N, channels, H, W); "
+                "channels come last: np.moveaxis(images, 1, -1)."
+            )
         whole = np.issubdtype(labels.dtype, np.integer)
         if labels.shape != (len(images),) or not whole or labels.min(initial=0) < 0:
             raise DataError(

@@ -135,7 +135,10 @@ def _generable(spec: str, model: object) -> nn.Module:
                 "the server must know the number of parameters before the first batch."
             )
         if parameter.dtype != torch.float32:
-            raise ModelError(f"model {spec!r}: {name} is {parameter.dtype}, expected float32.")
+            raise ModelError(
+                f"model {spec!r}: {name} is {parameter.dtype}, expected float32. Return "
+                "model.float()."
+            )
         if not parameter.requires_grad:
             raise ModelError(
                 f"model {spec!r}: {name} has requires_grad=False. The hypernetwork generates every "

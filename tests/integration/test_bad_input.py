@@ -37,10 +37,13 @@ def spoiling(action: str, damage: Callable[[Message], None]) -> Wrapped:
     return Wrapped(handle)
 
 
-def set_delta(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], None]:
+def set_delta(
+    change: Callable[[np.ndarray], np.ndarray], name: str = "delta"
+) -> Callable[[Message], None]:
     def damage(reply: Message) -> None:
-        good = reply.content["arrays"]["delta"].numpy()
-        reply.content["arrays"] = ArrayRecord({"delta": Array(change(good))})
+        arrays = reply.content["arrays"]
+        changed = {name: Array(change(arrays[name].numpy()))}
+        reply.content["arrays"] = ArrayRecord({**arrays, **changed})
 
     return damage
 
@@ -108,7 +111,24 @@ GARBAGE = {
 }
 
 
-def test_nothing_of_a_bad_reply_enters_the_hypernetwork(tmp_path: Path) -> None:
+GLOBAL_GARBAGE = {
+    "global 1e30": set_delta(lambda x: x * np.float32(1e30), "global-delta"),
+    "global NaN": set_delta(poison, "global-delta"),
+    "global length": set_delta(lambda x: x[:-1], "global-delta"),
+    "global dtype": set_delta(lambda x: x.astype(np.float64), "global-delta"),
+}
+DEFAULT_RULE = {"server_rule": "least-squares", "embedding_std": 1.0}
+GD = DEFAULT_RULE | {"method": "mh-pfedhn-gd", "gd_mode": "fused", "evaluation": "fused"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "garbage"),
+    [({}, GARBAGE), (DEFAULT_RULE, GARBAGE), (GD, GARBAGE | GLOBAL_GARBAGE)],
+    ids=["adam", "least-squares", "gd"],
+)
+def test_nothing_of_a_bad_reply_enters_the_hypernetwork(
+    tmp_path: Path, settings: dict[str, object], garbage: dict[str, Callable]
+) -> None:
     """A client whose every reply is rejected leaves phi exactly as if it had said nothing."""
 
     def refuse(message: Message, context: Context, handler: Handler) -> Message:
@@ -117,16 +137,16 @@ def test_nothing_of_a_bad_reply_enters_the_hypernetwork(tmp_path: Path) -> None:
             raise RuntimeError("out of memory")
         return handler(message, context)
 
-    runs = {name: spoiling("train.personal", damage) for name, damage in GARBAGE.items()}
+    runs = {name: spoiling("train.personal", damage) for name, damage in garbage.items()}
     found = {}
     for name, app in {"silent": Wrapped(refuse), **runs}.items():
-        config = tiny_config(tmp_path / name, max_in_flight=0, buffer_size=0)
+        config = tiny_config(tmp_path / name, max_in_flight=0, buffer_size=0, **settings)
         config = config.with_overrides({"cache-dir": str(tmp_path / "cache")})
         run_tiny(config, app=app)
         assert [row["num_accepted"] for row in read_run(config)[1]] == [5, 5], name
         path = next(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors"))
         found[name] = load_file(path)
-    for kind in GARBAGE:
+    for kind in garbage:
         for name, tensor in found[kind].items():
             assert torch.equal(tensor, found["silent"][name]), (kind, name)
             assert torch.isfinite(tensor).all(), (kind, name)

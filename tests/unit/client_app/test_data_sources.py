@@ -284,6 +284,8 @@ def short(): return np.zeros((4, 32, 32), np.uint8), np.arange(3)
 def negative(): return np.zeros((1, 32, 32), np.uint8), np.array([-1])
 def raises(): raise OSError("disk not mounted")
 def one(): return np.zeros((4, 32, 32), np.uint8)
+def channels_first(): return np.zeros((4, 3, 32, 32), np.uint8), np.arange(4)
+def none(): return np.zeros((0, 32, 32), np.uint8), np.zeros(0, int)
 """
 
 
@@ -323,6 +325,8 @@ def test_own_function_fingerprint_follows_code_and_data(own: str, tmp_path: Path
         ("raises", "raised OSError: disk not mounted"),
         ("one", r"must return \(images, labels\)"),
         ("missing", "has nothing under 'missing'"),
+        ("channels_first", r"channels come last: np\.moveaxis\(images, 1, -1\)"),
+        ("none", r"returned no images: \(0, 32, 32\)"),
     ],
 )
 def test_own_function_that_cannot_be_used(own: str, name: str, message: str) -> None:

@@ -66,7 +66,8 @@ def test_paths_in_the_file_are_relative_to_it_and_a_flag_wins(
         ({"server": ""}, r"join: server is missing"),
         ({"key": "k"}, r"insecure means no TLS: remove it, or both certificate and key"),
         ({"image-size": 2}, r"node config: image-size = 2 cannot be used"),
-        ({"client-id": "../x"}, r"cannot name a folder"),
+        ({"client-id": "../x"}, r"client-id '\.\./x' cannot name a folder"),
+        ({"learning-rate": 0.1}, r"join: learning-rate belongs to the run config"),
         ({"port": "9094"}, r"port = '9094' must be a whole number from 0 to 65535"),
     ],
 )
@@ -192,6 +193,31 @@ def test_each_failure_is_shown_and_what_depends_on_it_named(tmp_path: Path) -> N
     good, text = checked(own(tmp_path, dataset="folder", **{"data-dir": str(tmp_path / "no")}))
     assert good is False
     assert "is not a folder. Give the absolute path" in text
+
+
+def from_one() -> tuple[Any, Any]:
+    images, labels = tiny.patterns()
+    return images, labels + 1
+
+
+def test_what_is_odd_but_may_be_meant_is_a_warning(tmp_path: Path) -> None:
+    good, text = checked(own(tmp_path, dataset=f"{__name__}:from_one"))
+    assert good is True
+    assert "! data " in text
+    assert "none to train of class 0 - nor to test of class 0: do your labels start at 1?" in text
+    bare = {"client-id": "a", "server": BASIC["server"], "insecure": True, "state-dir": "state"}
+    bare["max-client-examples"] = 60
+    good, text = checked(JoinSettings.parse(bare, tmp_path))
+    assert good is True, text
+    assert "your settings name no dataset: each run says which, 'digits' by default" in text
+    assert "your settings name no model: each run says which, 'cnn' by default" in text
+
+
+def test_a_state_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--client-id", "a", "--server", "b:1", "--state-dir", str(tmp_path / "file")]
+    with pytest.raises(ConfigError, match=r"file/a cannot be made: Not a directory\. Choose"):
+        join.run_join(arguments(*words))
 
 
 @pytest.mark.parametrize(

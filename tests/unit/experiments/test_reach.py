@@ -68,6 +68,8 @@ def test_certificates_that_do_not_verify(serve: Any, tmp_path: Path) -> None:
     good = make_certificate(tmp_path / "good")
     with pytest.raises(ServerError, match="was not issued by your CA file"):
         check_server(serve(make_certificate(tmp_path / "other")), good, insecure=False)
+    with pytest.raises(ServerError, match="Set certificate to the federation's ca"):
+        check_server(serve(good), None, insecure=False)
     old = make_certificate(tmp_path / "old", days=-1)
     with pytest.raises(ServerError, match="certificate has expired"):
         check_server(serve(old), old, insecure=False)
