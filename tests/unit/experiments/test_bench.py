@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSection
 from common.errors import ConfigError
 from experiments.bench import add_bench_parser
 from experiments.bench.machine import Machine
+from experiments.bench.rounds import SCHEDULES
 from experiments.bench.server import least_bytes
 from experiments.bench.suite import overhead, server
+from experiments.presets import Preset
+
+SERVER_KEYS = ScheduleSection.key_names() | HypernetSection.key_names() | UpdateSection.key_names()
 
 
 def bench(*arguments: str) -> int:
@@ -75,3 +80,12 @@ def test_the_target_row_comes_first_and_overhead_is_a_share() -> None:
     idle = {"engines": {"inprocess": {"idle_seconds": 1.0}}}
     assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
     assert overhead({"engines": {}}, {}) == {}
+
+
+def test_the_parallel_round_has_the_settings_of_its_preset() -> None:
+    flat = Preset.load("cifar100-parallel").config.flat()
+    measured = {key.replace("_", "-"): value for key, value in SCHEDULES["parallel"].items()}
+    assert measured.items() <= flat.items()
+    own = {key for key, value in flat.items() if value != RunConfig().flat()[key]}
+    # what moves no second: the length of a run and the size of its steps
+    assert own & SERVER_KEYS - {"lr-decay", "lr-decay-from"} <= measured.keys()
