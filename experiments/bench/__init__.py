@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-PARTS = ("server", "client", "wire", "round", "runtime", "memory", "growth")
+PARTS = ("server", "client", "batched", "wire", "round", "runtime", "memory", "growth")
 
 
 def add_bench_parser(commands: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchvision import transforms
 
 from client_app.data import ClientData
 from common.errors import ConfigError
+from experiments.bench.timing import synchronize
 from server_app.hypernet import Hypernetwork
 
 Batch = tuple[Tensor, Tensor]
@@ -67,16 +68,21 @@ def reference() -> Any:
         ) from error
 
 
-def reference_hypernet(hypernet: Hypernetwork) -> Any:
-    """Return the reference's hypernetwork with the state of the system's."""
+def reference_hypernet(hypernet: Hypernetwork, device: torch.device | str = "cpu") -> Any:
+    """Return the reference's hypernetwork with the state of the system's, on a device."""
     algorithm = reference()
-    return algorithm.ReferenceHypernet(*hypernet.state_dict(), hyper=algorithm.Hyper())
+    tensors, meta = hypernet.state_dict()
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return algorithm.ReferenceHypernet(moved, meta, hyper=algorithm.Hyper())
 
 
-def reference_round(hypernet: Any, clients: dict[str, ClientData], build: Any) -> dict[str, float]:
+def reference_round(
+    hypernet: Any, clients: dict[str, ClientData], build: Any, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Run one sequential round and a test of everybody; returns seconds by part.
 
-    `build()` makes a client's model. The data loaders are made before the clock starts.
+    `build()` makes a client's model on `device`, where the hypernetwork is too; batches go there
+    one by one. The data loaders are made before the clock starts.
     """
     algorithm, seconds = reference(), {"train": 0.0, "server": 0.0, "evaluate": 0.0}
     loaders = {c: (train_loader(d, 64), held_out_loader(d, 64)) for c, d in clients.items()}
@@ -86,14 +92,14 @@ def reference_round(hypernet: Any, clients: dict[str, ClientData], build: Any) -
             theta = hypernet.theta(client_id).detach().clone()
         with _clock(seconds, "train"):
             model = algorithm.load_theta(build(), theta)
-            algorithm.local_training(model, train, hyper=hypernet.hyper, clip=50.0)
+            algorithm.local_training(model, moved(train, device), hyper=hypernet.hyper, clip=50.0)
             delta = theta - algorithm.read_theta(model)
         with _clock(seconds, "server"):
             _server_step(hypernet, client_id, delta)
     for client_id, (_, test) in loaders.items():
         with _clock(seconds, "evaluate"), torch.no_grad():
             model = algorithm.load_theta(build(), hypernet.theta(client_id))
-            _accuracy(model.eval(), test)
+            _accuracy(model.eval(), moved(test, device))
     total = sum(seconds.values())
     return seconds | {"total": total, "cpu_seconds": time.process_time() - started}
 
@@ -106,14 +112,21 @@ def _server_step(hypernet: Any, client_id: str, delta: Tensor) -> None:
     hypernet.adam.step()
 
 
-def _accuracy(model: nn.Module, loader: DataLoader[Batch]) -> float:
-    hits = [(model(images).argmax(1) == labels).float() for images, labels in loader]
+def moved(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
+    """Yield batches on a device."""
+    for images, labels in batches:
+        yield images.to(device), labels.to(device)
+
+
+def _accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    hits = [(model(images).argmax(1) == labels).float() for images, labels in batches]
     return float(torch.cat(hits).mean())
 
 
 @contextmanager
 def _clock(seconds: dict[str, float], key: str) -> Iterator[None]:
-    """Add the seconds of a block to one entry."""
+    """Add the seconds of a block to one entry, what a GPU has yet to do included."""
     started = time.perf_counter()
     yield
+    synchronize()
     seconds[key] += time.perf_counter() - started

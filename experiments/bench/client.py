@@ -13,7 +13,7 @@ from client_app.models.registry import build_model
 from client_app.training import evaluate, train
 from common.config import TrainingSection
 from common.params import FlatModel
-from experiments.bench.clear import reference, train_loader
+from experiments.bench.clear import moved, reference, train_loader
 from experiments.bench.machine import Machine
 from experiments.bench.synthetic import NUM_CLASSES
 from experiments.bench.timing import take_turns
@@ -54,8 +54,7 @@ def client_step(
     shuffle = torch.Generator().manual_seed(0)
 
     def script() -> None:
-        moved = ((images.to(device), labels.to(device)) for images, labels in loader)
-        algorithm.local_training(plain, moved, hyper=algorithm.Hyper(), clip=50.0)
+        algorithm.local_training(plain, moved(loader, device), hyper=algorithm.Hyper(), clip=50.0)
 
     found = take_turns(
         {

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from client_app.data import load_client_data
 from client_app.models.registry import build_model
@@ -95,6 +96,11 @@ def inprocess(work: Workload, config: RunConfig, **options: Any) -> dict[str, fl
     return steady_row(folder) | cpu
 
 
+def batched(work: Workload, config: RunConfig) -> dict[str, float]:
+    """Run on the in-process engine, all clients of one architecture trained in one batched call."""
+    return inprocess(work, config, batched_clients=work.num_clients)
+
+
 def ray(work: Workload, config: RunConfig) -> dict[str, float]:
     """Run on Flower's simulation engine; return the steady round's row."""
     engines = importlib.import_module("experiments.engines.ray")
@@ -118,7 +124,7 @@ def steady_row(folder: Path) -> dict[str, float]:
     return row
 
 
-def reference(work: Workload) -> dict[str, float]:
+def reference(work: Workload, device: str = "cpu") -> dict[str, float]:
     """Run one round of the clear sequential implementation on the same partitions."""
     config = work.config("reference")
     clients = {
@@ -128,14 +134,16 @@ def reference(work: Workload) -> dict[str, float]:
         for i in range(work.num_clients)
     }
     first = clients["0"]
-    build = partial(
-        build_model, "cnn", in_channels=first.in_channels, num_classes=first.num_classes
-    )
+    build = partial(_build_on, device, in_channels=first.in_channels, num_classes=first.num_classes)
     hypernet = Hypernetwork(config.hypernet, seed=config.run.seed)
     size = sum(p.numel() for p in build().parameters())
     for client_id in clients:
         hypernet.add_client(client_id, size)
-    return reference_round(reference_hypernet(hypernet), clients, build)
+    return reference_round(reference_hypernet(hypernet, device), clients, build, device)
+
+
+def _build_on(device: str, *, in_channels: int, num_classes: int) -> nn.Module:
+    return build_model("cnn", in_channels=in_channels, num_classes=num_classes).to(device)
 
 
 def idle_config(work: Workload, name: str) -> RunConfig:

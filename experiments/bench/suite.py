@@ -13,6 +13,7 @@ from rich.console import Console
 
 from common.errors import ConfigError, unknown_name
 from experiments.bench import PARTS, rounds
+from experiments.bench.batched import batched_training
 from experiments.bench.client import client_step, forward_flops, step_flops
 from experiments.bench.growth import grow
 from experiments.bench.machine import Machine, inspect_machine
@@ -60,6 +61,8 @@ def _measure(part: str, work: Workload, machine: Machine, repeats: int) -> dict[
         return server(server_table(QUICK_SIZES if quick else SIZES, machine, repeats))
     if part == "client":
         return client(("cnn",) if quick else ("cnn", "vgg8", "resnet10"), machine, repeats)
+    if part == "batched":
+        return batched(work, repeats)
     if part == "wire":
         return wire_table(6_000 if quick else IDLE_PARAMETERS, machine, repeats)
     if part == "round":
@@ -91,10 +94,9 @@ def server(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def client(names: tuple[str, ...], machine: Machine, repeats: int) -> dict[str, Any]:
     """Time a step of each model on the CPU, and on the GPU where there is one; CNN/CPU first."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     models = {
         f"{name}/{device}": client_step(name, machine, repeats, device=torch.device(device))
-        for device in devices
+        for device in devices()
         for name in names
     }
     first = models["cnn/cpu"]
@@ -102,12 +104,34 @@ def client(names: tuple[str, ...], machine: Machine, repeats: int) -> dict[str, 
     return {key: first[key] for key in keys} | {"models": models}
 
 
+def batched(work: Workload, repeats: int) -> dict[str, Any]:
+    """Time batched training on the CPU, and on the GPU where there is one."""
+    found = {}
+    for device in devices():
+        # two steps a client tell enough on a CPU; a GPU gets CIFAR-100's twelve
+        steps = 1 if work.quick else 12 if device == "cuda" else 2
+        found[f"cnn/{device}"] = batched_training(
+            "cnn", repeats, num_clients=work.num_clients, steps=steps, device=torch.device(device)
+        )
+    return found
+
+
+def devices() -> list[str]:
+    """Return where clients can be measured here."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
     """Measure a full round by engine and schedule, and the clear sequential implementation.
 
-    The latter comes first: the in-process engine tunes this process's memory allocator.
+    The latter comes first: the in-process engine tunes this process's memory allocator. Where there
+    is a GPU, everything but the CPU's reference uses it, and there is a run of batched clients.
     """
     rows: dict[str, Any] = {"reference": attempt(rounds.reference, work)}
+    if "cuda" in devices():
+        rows["reference-gpu"] = attempt(rounds.reference, work, "cuda")
+        config = work.config("batched", server_device="cuda", **SCHEDULES["parallel"])
+        rows["batched-gpu"] = attempt(rounds.batched, work, config)
     for name, schedule in SCHEDULES.items():
         config = work.config(f"inprocess-{name}", **schedule)
         rows[f"inprocess-{name}"] = attempt(rounds.inprocess, work, config)
@@ -125,6 +149,9 @@ def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
         "data": "cifar100" if work.data_dir else "synthetic",
         "runs": rows,
     }
+    if "batched-gpu" in rows:
+        result["gpu_reference_seconds"] = rows["reference-gpu"].get("total")
+        result["gpu_batched_seconds"] = rows["batched-gpu"].get("seconds_round")
     if not work.quick and result["inprocess_seconds"]:
         train, test = step_flops("cnn", 64) / 64, forward_flops("cnn", 64) / 64
         flops = 50_000 * (0.75 * train + 0.25 * test)

@@ -89,6 +89,24 @@ def _client(part: dict[str, Any]) -> Table:
     return table
 
 
+def _batched(part: dict[str, Any]) -> Table:
+    table = _table(
+        "clients trained in one batched call, one epoch", "model/device", "clients", "steps",
+        "one by one", "batched", "ratio", "difference",
+    )  # fmt: skip
+    for name, row in part.items():
+        table.add_row(
+            name,
+            str(row["num_clients"]),
+            str(row["steps"]),
+            _seconds(row["one_by_one_seconds"]),
+            _seconds(row["batched_seconds"]),
+            f"{row['ratio']:.2f}",
+            f"{row['difference']:.0e}",
+        )
+    return table
+
+
 def _wire(part: dict[str, Any]) -> Table:
     table = _table("wire, one delta", "format", "bytes", "encode", "decode", "from bound")
     for name, row in part.items():
@@ -162,6 +180,7 @@ def _growth(part: dict[str, Any]) -> Table:
 DRAW = {
     "server": _server,
     "client": _client,
+    "batched": _batched,
     "wire": _wire,
     "round": _round,
     "runtime": _runtime,

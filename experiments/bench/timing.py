@@ -32,7 +32,7 @@ def take_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> di
         for name, call in variants.items():
             started, started_cpu = time.perf_counter(), time.process_time()
             call()
-            _synchronize()
+            synchronize()
             wall[name].append(time.perf_counter() - started)
             cpu[name].append(time.process_time() - started_cpu)
     return {n: Timing(min(wall[n]), statistics.median(wall[n]), min(cpu[n])) for n in variants}
@@ -53,6 +53,7 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what a GPU has yet to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

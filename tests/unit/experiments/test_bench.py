@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSection
 from common.errors import ConfigError
 from experiments.bench import add_bench_parser
+from experiments.bench.batched import batched_training
 from experiments.bench.machine import Machine
 from experiments.bench.rounds import SCHEDULES
 from experiments.bench.server import least_bytes
@@ -30,7 +32,7 @@ def bench(*arguments: str) -> int:
 def test_quick_bench_writes_the_promised_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = "server,client,wire,round,runtime,memory"
+    parts = "server,client,batched,wire,round,runtime,memory"
     arguments = ["--quick", "--repeats", "1", "--parts", parts, "--output-dir", str(tmp_path)]
     assert bench(*arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -42,6 +44,7 @@ def test_quick_bench_writes_the_promised_keys(
     assert found["round"]["inprocess_seconds"] > 0
     assert found["runtime"]["overhead_fraction"] > 0
     assert {"step_seconds", "dataloader_step_seconds"} <= found["client"].keys()
+    assert found["batched"]["cnn/cpu"]["ratio"] > 0
     for name in ("float32", "float16", "bfloat16"):
         assert {"bytes", "encode_seconds", "decode_seconds"} <= found["wire"][name].keys()
     assert found["wire"]["bfloat16"]["bytes"] < 0.55 * found["wire"]["float32"]["bytes"]
@@ -50,6 +53,13 @@ def test_quick_bench_writes_the_promised_keys(
     printed = capsys.readouterr().out
     assert found["machine"]["cpu"] in printed
     assert "GFLOP/s" in printed
+
+
+def test_batched_clients_are_timed_on_equal_results() -> None:
+    sizes = {"num_clients": 3, "steps": 1}
+    found = batched_training("cnn", 1, **sizes, device=torch.device("cpu"))
+    assert found["ratio"] == found["one_by_one_seconds"] / found["batched_seconds"]
+    assert 0 < found["difference"] < 1e-3
 
 
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:
