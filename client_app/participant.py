@@ -31,13 +31,29 @@ from client_app.workshop import (
 from common.client_config import ClientSection
 from common.codec import Float32
 from common.config import NodeConfig, RunConfig
-from common.errors import WireError
 from common.params import delta
 from common.seeding import stream_seed, torch_generator
 from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
 
-PERSONAL_BUFFERS, GLOBAL_BUFFERS = "personal_buffers", "global_buffers"
-LEFT_OUT, GLOBAL_LEFT_OUT = "left_out", "global_left_out"
+
+@dataclass(frozen=True)
+class Role:
+    """One of the two models that a client trains.
+
+    `tool` is its place in the workshop; `buffers` and `left_out` are the names under which the
+    client keeps what stays here; `clip` says whether the gradient's norm is clipped.
+    """
+
+    tool: str
+    buffers: str
+    shuffle: str
+    left_out: str
+    clip: bool
+
+
+PERSONAL = Role("personal", "personal_buffers", "shuffle", "left_out", clip=True)
+GLOBAL = Role("global", "global_buffers", "shuffle-global", "global_left_out", clip=False)
+"""w_g is trained without clipping (method.md, Phase 1)."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +104,9 @@ class Participant:
         """Say who this is and how large its model is; nothing else unless heads go by tag."""
         return Registration(
             client_id=self.client_id,
-            num_parameters=self._personal().model.num_parameters,
+            num_parameters=self._tool(PERSONAL).model.num_parameters,
             num_examples=self.data.num_train,
-            num_global_parameters=self._global().model.num_parameters if self.config.distils else 0,
+            num_global_parameters=self._global_parameters(),
             group=self._tag(),
         )
 
@@ -101,21 +117,18 @@ class Participant:
         -------
         Deltas (before minus after) of the weights exactly as they were received.
         """
-        self.state.enter_federation(task.header.federation_id)
-        teacher_theta = self._teacher_theta(task)
+        sent = self.teacher_theta(task)
         seconds = 0.0
         global_delta = personal_delta = None
         trained = Trained(self.data.num_train, 0.0, 0.0)
-        evaluation = None
-        if task.train_global and teacher_theta is not None:
-            trained = self._train_global(task, teacher_theta)
-            global_delta = self._delta(teacher_theta, self._global(), task.header, GLOBAL_LEFT_OUT)
+        if task.train_global and sent is not None:
+            trained = self._train(GLOBAL, task, sent, cross_entropy)
+            global_delta = self._close(GLOBAL, task, sent)
             seconds += trained.seconds
+        evaluation = self.test_received(task)
         if task.theta is not None:
-            if task.evaluate:
-                evaluation = self._evaluate(task.header, task.theta, task.header.server_round)
-            trained = self._train_personal(task, task.theta, teacher_theta, source)
-            personal_delta = self._delta(task.theta, self._personal(), task.header, LEFT_OUT)
+            trained = self._train(PERSONAL, task, task.theta, self._loss(task, sent, source))
+            personal_delta = self._close(PERSONAL, task, task.theta)
             seconds += trained.seconds
         return TrainReply(
             num_examples=trained.num_examples,
@@ -126,6 +139,12 @@ class Participant:
             global_delta=global_delta,
             evaluation=evaluation,
         )
+
+    def test_received(self, task: TrainTask) -> Evaluation | None:
+        """Test theta as it was received, before it is trained, where the task asks for it."""
+        if task.theta is None or not task.evaluate:
+            return None
+        return self._evaluate(task.header, task.theta, task.header.server_round)
 
     def evaluate(self, header: Header, theta: Float32) -> Evaluation:
         """Test theta (K_i,) exactly as received, with this client's own BatchNorm statistics."""
@@ -145,7 +164,7 @@ class Participant:
         if folder is None:
             return ""
         personal = PersonalModel(
-            self.model_name, self._personal().model.module, self.data, evaluation
+            self.model_name, self._tool(PERSONAL).model.module, self.data, evaluation
         )
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
@@ -154,109 +173,87 @@ class Participant:
 
     @property
     def kind(self) -> ModelKind:
-        """What the construction of this client's model depends on."""
-        return self._kind()
+        """What the construction of this client's own model depends on."""
+        return self.kind_of(PERSONAL)
 
-    @property
-    def module(self) -> nn.Module:
-        """Return this thread's model of that kind, whoever's weights it holds now."""
-        return self._personal().model.module
+    def kind_of(self, role: Role) -> ModelKind:
+        """What the construction of one of the two models depends on."""
+        name = self.model_name if role is PERSONAL else self.config.distill.global_model
+        sizes = (self.data.in_channels, self.data.num_classes)
+        return ModelKind(name, *sizes, self.device, role.tool)
 
-    def teacher_theta(self, task: TrainTask, source: str) -> Float32 | None:
-        """Return whom a personal training learns from: w_g as sent; None without distillation.
+    def module(self, role: Role) -> nn.Module:
+        """Return this thread's model for a role, whoever's weights it holds now."""
+        return self._tool(role).model.module
 
-        Raises
-        ------
-        WireError
-            There should be one, and it is not known.
-        """
+    def teacher_theta(self, task: TrainTask) -> Float32 | None:
+        """Return w_g as sent, in this message or earlier in this round; None if unknown."""
         self.state.enter_federation(task.header.federation_id)
-        if task.distill is None:
-            return None
-        return required_teacher(self._teacher_theta(task), task.header, source)
+        if task.global_theta is not None or task.distill is None:
+            return task.global_theta
+        return kept_teacher(self.state, task.header.server_round)
 
     def teacher(self, task: TrainTask, theta: Float32) -> nn.Module:
         """Return this thread's teacher with the weights theta."""
-        return self._ready(self._teacher(), theta, "", task.header).model.module
+        tool = borrow(replace(self.kind_of(GLOBAL), role="teacher"))
+        return self._ready(tool, theta, "", task.header).model.module
 
-    def join_cohort(self, task: TrainTask) -> tuple[Member, Evaluation | None]:
-        """Test theta when asked, as `train` does, and hand over what a batched call needs."""
-        self.state.enter_federation(task.header.federation_id)
-        theta, now = task.theta, task.header.server_round
-        if theta is None:
-            raise WireError(f"client {self.client_id}: there is no theta to train in a cohort.")
-        evaluation = self._evaluate(task.header, theta, now) if task.evaluate else None
-        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, task.header)
-        member = Member(
+    def join_cohort(self, role: Role, task: TrainTask, theta: Float32) -> Member:
+        """Hand over what a batched call needs to train one of the client's models."""
+        tool = self._ready(self._tool(role), theta, role.buffers, task.header)
+        return Member(
             theta=tool.model.theta.detach().clone(),
             buffers=tool.buffers(),
             data=self.data,
-            generator=self._shuffler("shuffle", task.header),
+            generator=self._shuffler(role.shuffle, task.header),
             dropout=torch.Generator(self.device).manual_seed(tool.generator.initial_seed()),
         )
-        return member, evaluation
 
     def leave_cohort(
-        self, task: TrainTask, outcome: Outcome, evaluation: Evaluation | None
-    ) -> TrainReply:
-        """Keep the buffers and make the reply of a client that was trained together with others."""
-        tool = self._personal()
+        self, role: Role, task: TrainTask, theta: Float32, outcome: Outcome
+    ) -> Float32:
+        """Take back a model that was trained together with others; returns what goes up."""
+        tool = self._tool(role)
         tool.reset(outcome.buffers, 0)
-        self._keep_buffers(tool, PERSONAL_BUFFERS, task.header)
         tool.model.load(outcome.theta)
-        trained, theta, header = outcome.trained, task.theta, task.header
-        return TrainReply(
-            num_examples=trained.num_examples,
-            train_loss=trained.loss,
-            seconds=trained.seconds,
-            server_round=header.server_round,
-            delta=None if theta is None else self._delta(theta, tool, header, LEFT_OUT),
-            evaluation=evaluation,
-        )
+        return self._close(role, task, theta)
 
     # --- how -------------------------------------------------------------------------------------
 
     def _evaluate(self, header: Header, theta: Float32, before: int) -> Evaluation:
-        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, header, before=before)
+        tool = self._ready(self._tool(PERSONAL), theta, PERSONAL.buffers, header, before=before)
         return evaluate(tool.model, self.data)
 
-    def _train_personal(
-        self, task: TrainTask, theta: Float32, teacher_theta: Float32 | None, source: str
-    ) -> Trained:
-        tool = self._ready(self._personal(), theta, PERSONAL_BUFFERS, task.header)
-        loss: Loss = cross_entropy
-        if task.distill is not None:
-            sent = required_teacher(teacher_theta, task.header, source)
-            loss = distillation(self.teacher(task, sent), task.distill)
-        trained = train(
+    def _loss(self, task: TrainTask, teacher_theta: Float32 | None, source: str) -> Loss:
+        if task.distill is None:
+            return cross_entropy
+        sent = required_teacher(teacher_theta, task.header, source)
+        return distillation(self.teacher(task, sent), task.distill)
+
+    def _train(self, role: Role, task: TrainTask, theta: Float32, loss: Loss) -> Trained:
+        tool = self._ready(self._tool(role), theta, role.buffers, task.header)
+        return train(
             tool.model,
             self.data,
             task.training,
-            generator=self._shuffler("shuffle", task.header),
+            generator=self._shuffler(role.shuffle, task.header),
             loss=loss,
+            clip=role.clip,
         )
-        self._keep_buffers(tool, PERSONAL_BUFFERS, task.header)
-        return trained
 
-    def _train_global(self, task: TrainTask, theta: Float32) -> Trained:
-        tool = self._ready(self._global(), theta, GLOBAL_BUFFERS, task.header)
-        trained = train(
-            tool.model,
-            self.data,
-            task.training,
-            generator=self._shuffler("shuffle-global", task.header),
-            clip=False,
-        )
-        self._keep_buffers(tool, GLOBAL_BUFFERS, task.header)
-        if task.theta is None:
-            keep_teacher(self.state, theta, task.header.server_round)
-        return trained
-
-    def _teacher_theta(self, task: TrainTask) -> Float32 | None:
-        """Return w_g as sent: in this message, or earlier in this round."""
-        if task.global_theta is not None or task.distill is None:
-            return task.global_theta
-        return kept_teacher(self.state, task.header.server_round)
+    def _close(self, role: Role, task: TrainTask, theta: Float32) -> Float32:
+        """Keep what stays here of a model just trained from theta; returns what goes up."""
+        tool, header = self._tool(role), task.header
+        if tool.fresh_buffers:
+            self.state.save(role.buffers, tool.buffers(), stamp=self._stamp(header))
+        if role is GLOBAL and task.theta is None:
+            keep_teacher(self.state, theta, header.server_round)
+        change: Float32 = delta(self._placed(tool, theta), tool.model.theta.detach()).cpu().numpy()
+        top_k = self.config.wire.uplink_top_k
+        if top_k == 1:
+            return change
+        memory = Memory(self.state, role.left_out, self._stamp(header))
+        return largest_with_memory(change, memory, top_k=top_k, precision=header.precision)
 
     def _ready(
         self, tool: Tool, theta: Float32, buffers: str, header: Header, *, before: int = 0
@@ -289,23 +286,9 @@ class Participant:
             kind.name, kind.in_channels, kind.num_classes, kind.device, seed
         )
 
-    def _keep_buffers(self, tool: Tool, name: str, header: Header) -> None:
-        if tool.fresh_buffers:
-            self.state.save(name, tool.buffers(), stamp=self._stamp(header))
-
     def _stamp(self, header: Header) -> Stamp:
         # Twice: the newest checkpoint may turn out to be damaged.
         return Stamp(header.server_round, 2 * self.config.run.checkpoint_every)
-
-    def _delta(self, theta_sent: Float32, trained: Tool, header: Header, left_out: str) -> Float32:
-        """Return before minus after (P,), all of it or the run's uplink-top-k."""
-        sent = self._placed(trained, theta_sent)
-        change: Float32 = delta(sent, trained.model.theta.detach()).cpu().numpy()
-        top_k = self.config.wire.uplink_top_k
-        if top_k == 1:
-            return change
-        memory = Memory(self.state, left_out, self._stamp(header))
-        return largest_with_memory(change, memory, top_k=top_k, precision=header.precision)
 
     def _shuffler(self, purpose: str, header: Header) -> torch.Generator:
         return torch_generator(
@@ -315,22 +298,14 @@ class Participant:
             client_id=self.client_id,
         )
 
-    def _kind(self) -> ModelKind:
-        return ModelKind(self.model_name, self.data.in_channels, self.data.num_classes, self.device)
+    def _tool(self, role: Role) -> Tool:
+        return borrow(self.kind_of(role))
 
-    def _personal(self) -> Tool:
-        return borrow(self._kind())
-
-    def _global(self) -> Tool:
-        name = self.config.distill.global_model
-        return borrow(replace(self._kind(), name=name, role="global"))
-
-    def _teacher(self) -> Tool:
-        name = self.config.distill.global_model
-        return borrow(replace(self._kind(), name=name, role="teacher"))
+    def _global_parameters(self) -> int:
+        return self._tool(GLOBAL).model.num_parameters if self.config.distils else 0
 
     def _tag(self) -> str:
         """Return a hash of what the node declared, or of its model; "" unless heads go by tag."""
         if self.config.hypernet.head_sharing != "tag":
             return ""
-        return opaque(self.head_tag) if self.head_tag else architecture_tag(self._personal())
+        return opaque(self.head_tag) if self.head_tag else architecture_tag(self._tool(PERSONAL))

@@ -1,8 +1,8 @@
 """Answer several training messages of one round in one batched call (in-process engine).
 
 What a client sends and keeps is what it would by itself, up to float rounding. A message that
-cannot be batched (w_g is to be trained, layers of one's own, another device, a config that is
-refused) is left to be answered one by one, where its errors are raised as usual.
+cannot be batched (layers of one's own, another device, a config that is refused) is left to be
+answered one by one, where its errors are raised as usual.
 """
 
 from __future__ import annotations
@@ -14,34 +14,55 @@ from hashlib import sha256
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from client_app.cohort import Member, Teacher, can_train_together, train_cohort
-from client_app.participant import Participant
+from client_app.cohort import Outcome, Teacher, can_train_together, train_cohort
+from client_app.participant import GLOBAL, PERSONAL, Participant, Role
 from common import wire
 from common.codec import Float32
 from common.errors import MHpFedHNError
-from common.wire import Evaluation, TrainTask
+from common.wire import TrainReply, TrainTask
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A client that can join a batched call."""
+    """A client that can join a batched call; `global_theta` is w_g as it was sent, if at all."""
 
     place: int
     participant: Participant
     task: TrainTask
-    teacher_theta: Float32 | None
+    global_theta: Float32 | None
+
+    @property
+    def starts(self) -> dict[Role, Float32]:
+        """What is to be trained, in this order, and from which weights."""
+        found = {}
+        if self.task.train_global and self.global_theta is not None:
+            found[GLOBAL] = self.global_theta
+        if self.task.theta is not None:
+            found[PERSONAL] = self.task.theta
+        return found
 
     @property
     def kind(self) -> Hashable:
         """What clients must have in common to be trained by one call."""
-        data = self.participant.data
+        data, task = self.participant.data, self.task
         looks = (*data.mean.tolist(), *data.std.tolist(), tuple(data.train_images.shape[1:]))
-        sent = None if self.teacher_theta is None else sha256(self.teacher_theta.data).digest()
-        return self.participant.kind, self.task.training, looks, sent, self.task.distill
+        sent = None if self.global_theta is None else sha256(self.global_theta.data).digest()
+        models = tuple(self.participant.kind_of(role) for role in self.starts)
+        return models, task.training, looks, sent, task.distill
+
+    def fits(self) -> bool:
+        """Whether all that it trains can be batched, and has the length that its model takes."""
+        for role, theta in self.starts.items():
+            module = self.participant.module(role)
+            if theta.size != sum(p.numel() for p in module.parameters()):
+                return False
+            if not can_train_together(module):
+                return False
+        return bool(self.starts)
 
 
 def answer_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict | None]:
-    """Answer `train.personal` messages; None stands where the caller has to do it one by one."""
+    """Answer training messages; None stands where the caller has to do it one by one."""
     answers: list[RecordDict | None] = [None] * len(pairs)
     groups: dict[Hashable, list[_Ready]] = {}
     for place, (message, context) in enumerate(pairs):
@@ -56,46 +77,63 @@ def answer_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict
 
 
 def _open(place: int, message: Message, context: Context) -> _Ready | None:
-    if message.metadata.message_type != wire.TRAIN_PERSONAL:
+    if message.metadata.message_type not in (wire.TRAIN_PERSONAL, wire.TRAIN_GLOBAL):
         return None
     try:
         participant = Participant.open(context)
         if participant.config.is_baseline:
             return None
-        source = f"{wire.TRAIN_PERSONAL} message to client {participant.client_id}"
+        source = f"{message.metadata.message_type} message to client {participant.client_id}"
         task = wire.decode_train_task(message.content, source)
-        teacher_theta = participant.teacher_theta(task, source)
+        ready = _Ready(place, participant, task, participant.teacher_theta(task))
     except MHpFedHNError:
         return None  # raised again, and reported, when it is answered by itself
-    module = participant.module
-    fits = task.theta is not None and task.theta.size == sum(p.numel() for p in module.parameters())
-    if task.train_global or not fits or not can_train_together(module):
-        return None
-    return _Ready(place, participant, task, teacher_theta)
-
-
-def _teacher(ready: _Ready) -> Teacher | None:
-    if ready.teacher_theta is None or ready.task.distill is None:
-        return None
-    return Teacher(ready.participant.teacher(ready.task, ready.teacher_theta), ready.task.distill)
+    untaught = task.distill is not None and ready.global_theta is None
+    return ready if ready.fits() and not untaught else None
 
 
 def _train(group: Sequence[_Ready]) -> list[RecordDict]:
-    members: list[Member] = []
-    evaluations: list[Evaluation | None] = []
-    for ready in group:
-        member, evaluation = ready.participant.join_cohort(ready.task)
-        members.append(member)
-        evaluations.append(evaluation)
-    first = group[0]
-    outcomes = train_cohort(
-        first.participant.module, members, first.task.training, teacher=_teacher(first)
-    )
-    if first.participant.device.type == "cuda":
-        torch.cuda.synchronize(first.participant.device)
+    evaluations = [ready.participant.test_received(ready.task) for ready in group]
+    outcomes = {role: _cohort(group, role) for role in group[0].starts}
     replies = []
-    for ready, outcome, evaluation in zip(group, outcomes, evaluations, strict=True):
-        reply = ready.participant.leave_cohort(ready.task, outcome, evaluation)
+    for i, (ready, evaluation) in enumerate(zip(group, evaluations, strict=True)):
+        own = {role: found[i] for role, found in outcomes.items()}
+        last = list(own.values())[-1].trained
+        changes = {
+            role: ready.participant.leave_cohort(role, ready.task, ready.starts[role], outcome)
+            for role, outcome in own.items()
+        }
+        reply = TrainReply(
+            num_examples=last.num_examples,
+            train_loss=last.loss,
+            seconds=sum(outcome.trained.seconds for outcome in own.values()),
+            server_round=ready.task.header.server_round,
+            delta=changes.get(PERSONAL),
+            global_delta=changes.get(GLOBAL),
+            evaluation=evaluation,
+        )
         precision, top_k = ready.task.header.precision, ready.participant.config.wire.uplink_top_k
         replies.append(wire.encode_train_reply(reply, precision, top_k=top_k))
     return replies
+
+
+def _cohort(group: Sequence[_Ready], role: Role) -> list[Outcome]:
+    """Train one of the models of all clients of a group."""
+    members = [r.participant.join_cohort(role, r.task, r.starts[role]) for r in group]
+    first = group[0]
+    outcomes = train_cohort(
+        first.participant.module(role),
+        members,
+        first.task.training,
+        clip=role.clip,
+        teacher=_teacher(first) if role is PERSONAL else None,
+    )
+    if first.participant.device.type == "cuda":
+        torch.cuda.synchronize(first.participant.device)
+    return outcomes
+
+
+def _teacher(ready: _Ready) -> Teacher | None:
+    if ready.global_theta is None or ready.task.distill is None:
+        return None
+    return Teacher(ready.participant.teacher(ready.task, ready.global_theta), ready.task.distill)

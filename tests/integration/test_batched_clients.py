@@ -66,10 +66,14 @@ def test_batched_clients_give_the_same_rounds(
 
 @pytest.mark.parametrize(
     ("method", "gd_mode", "calls"),
-    [("mh-pfedhn", "separate", 4), ("mh-pfedhn-gd", "separate", 4), ("mh-pfedhn-gd", "fused", 0)],
+    [
+        ("mh-pfedhn", "separate", [3, 3] * 2),
+        ("mh-pfedhn-gd", "separate", [6, 3, 3] * 2),  # w_g of all six, then two architectures
+        ("mh-pfedhn-gd", "fused", [3, 3, 3, 3] * 2),
+    ],
 )
 def test_dropout_and_distillation(
-    tmp_path: Path, method: str, gd_mode: str, calls: int, sizes: list[int]
+    tmp_path: Path, method: str, gd_mode: str, calls: list[int], sizes: list[int]
 ) -> None:
     settings = {
         "models": f"{HERE}:normed,{HERE}:small",
@@ -81,7 +85,7 @@ def test_dropout_and_distillation(
     }
     alone = run(tiny_config(tmp_path / "a", **settings), 0)
     batched = run(tiny_config(tmp_path / "b", **settings), 6)
-    assert sizes == [3] * calls
+    assert sizes == calls
     for one, other in zip(alone, batched, strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
         assert other["num_accepted"] == 6
