@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from common.config import BY_SIZE, UpdateSection
+from common.log import logger
 from server_app.checkpoint import required_tensor
 from server_app.head_bank import Heir
 from server_app.heads import HeadGroup, HeadPullback
@@ -140,6 +141,7 @@ class LeastSquares:
     def __init__(self, section: UpdateSection) -> None:
         self._section = section
         self._memory: dict[str, GroupMemory] = {}
+        self._crowded: set[str] = set()
 
     @torch.no_grad()
     def descend(
@@ -157,6 +159,7 @@ class LeastSquares:
             False leaves the heads alone (`novel-only`); so does a delta that is not finite.
         """
         group, n = batch.group, len(batch)
+        self._name_crowd(batch)
         moves = moves and all(_is_finite(delta) for delta in batch.deltas)
         within = batch.shares / batch.shares.sum()
         pulled = torch.zeros(group.num_chunks, n, group.hidden_dim, device=within.device)
@@ -174,6 +177,22 @@ class LeastSquares:
                     self._move(batch, pace, work, mover, (delta_cnS, mean_cS))
         pulled *= batch.shares[:, None]
         return HeadPullback(pulled, squares, mean_square, torch.zeros_like(mean_square))
+
+    def _name_crowd(self, batch: GroupBatch) -> None:
+        """Say once where a group has more clients than its heads can tell apart."""
+        count, hidden = batch.num_clients, batch.group.hidden_dim
+        if count - 1 <= hidden or batch.key in self._crowded:  # centred features: rank N - 1
+            return
+        self._crowded.add(batch.key)
+        logger.warning(
+            "%d clients share heads of hidden-dim %d: some %.0f %% of what is a client's own "
+            "reaches it, the rest is felt by the others. Set hidden-dim to %d or more; the "
+            "server's memory grows with it.",
+            count,
+            hidden,
+            100 * hidden / (count - 1),
+            count - 1,
+        )
 
     def _mover(self, batch: GroupBatch) -> Mover:
         """Choose how the heads are moved: at once, or where it is cheaper by and by."""

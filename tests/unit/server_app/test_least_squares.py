@@ -1,5 +1,7 @@
 """The least-squares rule: theta moves as asked, whoever is in the buffer."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -301,3 +303,18 @@ def test_a_negative_gain_is_refused() -> None:
     for key in ("personal-gain", "shared-momentum"):
         with pytest.raises(ConfigError, match=f"{key} = -0.5 .*set 0 or more, or -1"):
             RunConfig.parse({key: -0.5})
+
+
+@pytest.mark.parametrize(("hidden", "named"), [(2, True), (3, False)])
+def test_more_clients_than_heads_can_tell_apart_are_named_once(
+    hidden: int, named: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    update = system(shape=TOY.model_copy(update={"hidden_dim": hidden}))
+    for seed in (1, 2):
+        moved(update, deltas(seed, "c", "a", "b", "d", "z"))
+    found = [record.message for record in caplog.records if "hidden-dim" in record.message]
+    assert len(found) == named
+    if named:
+        assert "4 clients share heads of hidden-dim 2: some 67 %" in found[0]
+        assert "hidden-dim to 3 or more" in found[0]
