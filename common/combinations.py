@@ -42,8 +42,28 @@ def check_together(config: RunConfig) -> None:
             f"run config: absent-clients = {config.client.absent_clients} of "
             f"{config.client.num_partitions} clients leaves nobody. Make it smaller."
         )
+    _check_patience(config)
     _check_rates(config)
     _check_sharing(config)
+
+
+def _check_patience(config: RunConfig) -> None:
+    s = config.schedule
+    if s.close_fraction < s.min_fraction:
+        raise ConfigError(
+            f"run config: close-fraction = {s.close_fraction:g} ends a round before min-fraction = "
+            f"{s.min_fraction:g} of its clients have answered, and such a round stops the run. Set "
+            "close-fraction to min-fraction or more."
+        )
+    trips = [f"evaluation = {config.run.evaluation!r}"] * (config.run.evaluation == "separate")
+    if config.distils and config.distill.gd_mode == "separate":
+        trips.append("gd-mode = 'separate'")
+    if s.close_fraction < 1 and trips:
+        raise ConfigError(
+            f"run config: close-fraction = {s.close_fraction:g} lets a round go on without its "
+            f"slowest clients, but {' and '.join(trips)} makes trips of its own, which wait for "
+            "everybody who is free. Set " + ("both " if len(trips) > 1 else "it ") + "to 'fused'."
+        )
 
 
 def _check_rates(config: RunConfig) -> None:

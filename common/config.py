@@ -49,8 +49,9 @@ class ScheduleSection(Section):
     """Who trains when: the two numbers of `docs/parallel-updates.md`, and patience with stragglers.
 
     `max_in_flight` 0 means everybody at once; `buffer_size` 0 means as many as are in flight.
-    A round closes when `close_fraction` of its clients have answered, or at the deadline (0 s:
-    none) when `min_fraction` have. `clip_to_median` is the multiple of the median norm of its head
+    A client that was asked `round_deadline_s` ago (0: no limit) is passed over, all that are still
+    awaited when `close_fraction` have answered; a round closes when `min_fraction` have and nobody
+    is left to ask. `clip_to_median` is the multiple of the median norm of its head
     group's earlier deltas that a delta is scaled down to; 0 leaves deltas as they are.
     """
 
@@ -104,8 +105,8 @@ class UpdateSection(Section):
     group's clients share and for what is each one's own (`server_app.least_squares`); trunk and
     embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
     cheap (`server_app.ledger`). -1 for `shared_momentum` or `personal_gain` means what fits the
-    number of clients of a head group. An update that is s server steps old weighs
-    (1 + s)^-staleness-power.
+    number of clients of a head group. An update that is s server steps old counts
+    (1 + s)^-staleness-power of a fresh one, and a step of old ones goes less far.
     """
 
     server_rule: Literal["adam", "least-squares"] = "adam"

@@ -140,6 +140,11 @@ class PersonalPhase:
         self._fused = core.trains_global and core.config.distill.gd_mode == "fused"
         self._num_accepted = 0
 
+    @property
+    def num_steps(self) -> int:
+        """Count the server steps taken so far."""
+        return self._core.num_steps
+
     def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
         """Generate fresh theta for these clients with the phi of the moment it is asked for."""
         thetas = self._core.thetas(client_ids)

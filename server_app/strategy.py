@@ -142,6 +142,7 @@ class Rounds(Strategy):
             "num_unanswered": len(outcome.unanswered) + len(outcome.skipped_busy),
             "num_late_used": outcome.late_used,
             "num_late_dropped": outcome.late_dropped,
+            "num_too_stale": outcome.too_stale,
             "num_server_steps": outcome.num_steps,
             **mean_diagnostics(tally.diagnostics),
         }

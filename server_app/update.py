@@ -128,10 +128,12 @@ class ServerUpdate:
         ValueError
             No update with a positive weight, or a delta of the wrong size.
         """
-        used = [self._aged(update) for update in _sorted(updates)]
+        fresh = _sorted(updates)
+        used = [self._aged(update) for update in fresh]
         total = sum(update.weight for update in used)
         pulls = [Pull(u.client_id, u.delta, u.weight / total) for u in used]
-        return self._descend(pulls, used, progress)
+        age = total / sum(update.weight for update in fresh)
+        return self._descend(pulls, used, progress, age=age)
 
     def step_global(
         self, client_id: str, updates: Sequence[ClientUpdate], *, progress: float
@@ -237,14 +239,19 @@ class ServerUpdate:
         used: Sequence[ClientUpdate],
         progress: float,
         *,
+        age: float = 1.0,
         is_global: bool = False,
     ) -> StepDiagnostics:
-        """Gradient, clip, step; skip it when the gradient is not finite."""
+        """Gradient, clip, step; skip it when the gradient is not finite.
+
+        `age` is how much of a step of fresh updates this one is (`staleness-power`).
+        """
         self._inherit()
         moved = [pull.client_id for pull in pulls]
         before = sample_theta(self.hypernet, moved)
-        rates = self.learning_rates(progress)
-        pullback = self._pull_back(pulls, Pace(self._schedule_factor(progress), is_global))
+        shared, own = self.learning_rates(progress)
+        rates = age * shared, age * own
+        pullback = self._pull_back(pulls, Pace(age * self._schedule_factor(progress), is_global))
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
         applied = math.isfinite(norm)

@@ -37,7 +37,6 @@ class Upload(Generic[T]):
     client: Client
     num_examples: int
     content: T
-    staleness: int = 0
 
 
 class Baseline(ABC, Generic[T]):

@@ -133,6 +133,11 @@ class BaselinePhase:
         self._method, self._roster, self._tally = method, roster, tally
         self._post, self._baseline = method.post, method.baseline
 
+    @property
+    def num_steps(self) -> int:
+        """Count the server steps taken so far."""
+        return self._post.num_steps
+
     def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
         """Wrap up what goes down to these clients, each when it is asked for."""
         for client_id in client_ids:
@@ -168,8 +173,7 @@ class BaselinePhase:
         self._tally.train_losses[client.client_id] = (work.num_examples, work.train_loss)
         if work.evaluation is not None:
             self._tally.evaluations[client.client_id] = work.evaluation
-        staleness = self._post.num_steps - answer.ticket.version
-        return Upload(client, work.num_examples, content, staleness)
+        return Upload(client, work.num_examples, content)
 
     def step(self, uploads: Sequence[Upload[Any]]) -> None:
         """Fold the uploads in, in an order that does not depend on their arrival."""

@@ -146,7 +146,8 @@ def test_an_old_update_weighs_less() -> None:
     stale = [ClientUpdate("c", change["c"]), ClientUpdate("d", change["d"], staleness=3)]
     update.step(stale, progress=0.0)
     mean = (padded(change["c"]) + padded(change["d"]) / 4) / 1.25
-    expected = -GAIN / 2 * (1 + BETA**0.5 / 2) * mean
+    age = 1.25 / 2  # and the step goes less far than one of two fresh updates
+    expected = -age * GAIN / 2 * (1 + BETA**0.5 / 2) * mean
     assert_close(update.hypernet.generate(["a"])["a"] - before, expected)
 
 

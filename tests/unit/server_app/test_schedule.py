@@ -1,0 +1,185 @@
+"""The schedule alone, over a mailbox that answers when told to: who is waited for, how long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from common.config import RunConfig, ScheduleSection
+from common.errors import ConfigError
+from server_app.mailbox import Answer, Letter, Mailbox, Ticket
+from server_app.schedule import RoundOutcome, Schedule
+
+NEVER = 10**9
+LIMIT = 3000
+"""Polls after which a round counts as hung."""
+
+
+@dataclass
+class Box:
+    """Answers each client after so many polls; those in `failing` with a failure."""
+
+    delay: Callable[[str], int]
+    failing: frozenset[str] = frozenset()
+    pause_s: float = 0.0
+    flying: dict[str, tuple[Ticket, int]] = field(default_factory=dict)
+    polls: int = 0
+    most: int = 0
+
+    def __len__(self) -> int:
+        return len(self.flying)
+
+    def busy_nodes(self) -> set[int]:
+        return {ticket.node_id for ticket, _ in self.flying.values()}
+
+    def send(self, letters: Iterable[Letter]) -> None:
+        for letter in letters:
+            client_id = letter.ticket.client_id
+            assert client_id not in self.flying, "two messages in flight to one node"
+            self.flying[client_id] = (letter.ticket, self.polls + self.delay(client_id))
+        self.most = max(self.most, len(self.flying))
+
+    def drop_unsent(self) -> None:
+        """Everything was sent."""
+
+    def poll(self) -> list[Answer]:
+        self.polls += 1
+        assert self.polls < LIMIT, f"the round hangs; in flight: {sorted(self.flying)}"
+        time.sleep(self.pause_s)
+        due = [c for c, (_, when) in self.flying.items() if when <= self.polls]
+        return [self._answer(self.flying.pop(c)[0]) for c in due]
+
+    def _answer(self, ticket: Ticket) -> Answer:
+        failed = ticket.client_id in self.failing
+        return Answer(ticket, None if failed else cast(Any, {}), "broken" if failed else "")
+
+
+@dataclass
+class Actions:
+    """Notes the ages of the updates of every step."""
+
+    server_round: int = 1
+    num_steps: int = 0
+    steps: list[list[int]] = field(default_factory=list)
+
+    def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
+        for client_id in client_ids:
+            ticket = Ticket(client_id, int(client_id), "train", self.server_round, self.num_steps)
+            yield Letter(ticket, cast(Any, {}))
+
+    def accept(self, answer: Answer) -> int | None:
+        # one more than the age, for 0 is no update
+        return None if answer.content is None else 1 + self.num_steps - answer.ticket.version
+
+    def step(self, updates: Sequence[int]) -> None:
+        self.num_steps += 1
+        self.steps.append([update - 1 for update in updates])
+
+
+def run(
+    box: Box, num_clients: int, *, rounds: int = 1, last: bool = False, **section: Any
+) -> tuple[list[RoundOutcome], Actions]:
+    schedule = Schedule(ScheduleSection(**section), cast(Mailbox, box))
+    actions, outcomes = Actions(), []
+    for actions.server_round in range(1, rounds + 1):
+        clients = [(str(i), i) for i in range(num_clients)]
+        outcomes.append(schedule.run_round(actions.server_round, clients, actions, last=last))
+    return outcomes, actions
+
+
+def silent(client_id: str) -> int:
+    return NEVER if client_id == "0" else 1
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "buffer", "steps"),
+    [(10, 10, [9, 10, 10, 10, 10]), (1, 1, [1] * 49), (10, 5, [5] * 9 + [4]), (0, 0, [49])],
+)
+def test_a_silent_client_holds_its_slot_until_the_deadline(
+    in_flight: int, buffer: int, steps: list[int]
+) -> None:
+    box = Box(silent, pause_s=0.001)
+    (outcome,), actions = run(
+        box, 50, max_in_flight=in_flight, buffer_size=buffer, round_deadline_s=0.1
+    )
+    assert (len(outcome.accepted), outcome.unanswered) == (49, ["0"])
+    assert [len(step) for step in actions.steps] == steps
+    assert box.polls >= 20  # 0.1 s of at most 5 ms each: it was given its time
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_cohort_goes_on_without_a_tenth(last: bool) -> None:
+    box = Box(lambda client_id: 200 if client_id == "0" else 1)
+    (outcome,), actions = run(
+        box, 50, last=last, max_in_flight=10, buffer_size=10, close_fraction=0.9
+    )
+    assert [len(step) for step in actions.steps][:5] == [9, 10, 10, 10, 10]
+    # the last round waits in the end, for everyone's final model
+    assert (len(outcome.accepted), outcome.unanswered) == ((50, []) if last else (49, ["0"]))
+    assert (box.polls >= 200) is last
+
+
+def test_without_patience_set_a_slow_client_is_waited_for() -> None:
+    box = Box(lambda client_id: 300 if client_id == "0" else 1)
+    (outcome,), actions = run(box, 20, max_in_flight=10, buffer_size=10)
+    assert len(outcome.accepted) == 20
+    assert [len(step) for step in actions.steps] == [10, 10]
+    assert box.polls > 300
+
+
+def test_no_more_than_asked_hold_slots_but_who_was_passed_over_is_not_counted() -> None:
+    box = Box(lambda client_id: 50 if client_id == "0" else 1)
+    outcomes, _ = run(
+        box, 12, rounds=2, max_in_flight=4, buffer_size=4, close_fraction=0.5, min_fraction=0.5
+    )
+    assert box.most == 5  # four slots, and the one that was passed over
+    assert sum(len(outcome.accepted) for outcome in outcomes) >= 20
+
+
+def test_an_answer_of_its_own_round_is_bounded_too() -> None:
+    box = Box(lambda client_id: 80 if client_id == "0" else 1)
+    (outcome,), actions = run(box, 100, max_in_flight=10, buffer_size=1, max_staleness=20)
+    assert max(age for step in actions.steps for age in step) <= 20
+    assert (outcome.too_stale, outcome.failed, len(outcome.accepted)) == (1, ["0"], 99)
+    # what the schedule itself makes is allowed, whatever the bound: 100 in flight, a step for each
+    (outcome,), actions = run(Box(lambda _: 1), 100, max_in_flight=0, buffer_size=1)
+    assert (outcome.too_stale, len(outcome.accepted)) == (0, 100)
+    assert max(age for step in actions.steps for age in step) == 99
+
+
+def test_a_late_answer_is_used_while_it_is_young_enough() -> None:
+    for bound, used in ((1, 1), (0, 0)):
+        box = Box(lambda client_id: 2 if client_id == "0" else 1)
+        outcomes, _ = run(box, 10, rounds=3, max_in_flight=0, buffer_size=0, max_staleness=bound,
+                          close_fraction=0.9)  # fmt: skip
+        assert outcomes[0].unanswered == ["0"]
+        late = [(o.late_used, o.late_dropped, o.too_stale) for o in outcomes[1:]]
+        assert (used, 1 - used, 1 - used) in late
+
+
+def test_a_failure_does_not_close_a_round_below_the_minimum() -> None:
+    box = Box(lambda client_id: 1 if int(client_id) < 5 else 9, failing=frozenset("0"))
+    (outcome,), _ = run(
+        box, 10, max_in_flight=0, buffer_size=0, close_fraction=0.5, min_fraction=0.5
+    )
+    assert len(outcome.accepted) >= 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"close-fraction": 0.4}, "close-fraction = 0.4 .* min-fraction = 0.5"),
+        ({"close-fraction": 0.9}, "evaluation = 'separate' .* Set it to 'fused'"),
+        (
+            {"close-fraction": 0.9, "method": "mh-pfedhn-gd", "evaluation": "separate"},
+            "'separate' and gd-mode = 'separate' .* Set both to 'fused'",
+        ),
+    ],
+)
+def test_what_cannot_go_together_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RunConfig.parse(settings)
