@@ -113,7 +113,7 @@ def fold_global(core: Core, tally: RoundTally, *, progress: float) -> None:
     if not updates:
         return
     started = time.monotonic()
-    core.update.step_global(GLOBAL_ID, updates, progress=progress)
+    tally.global_step = core.update.step_global(GLOBAL_ID, updates, progress=progress)
     core.num_steps += 1
     tally.seconds_server += time.monotonic() - started
 
@@ -215,3 +215,9 @@ def mean_diagnostics(steps: Sequence[StepDiagnostics]) -> dict[str, float]:
         return {}
     rows = [vars(step) for step in steps]
     return {key: float(np.mean([float(row[key]) for row in rows])) for key in rows[0]}
+
+
+def global_diagnostics(step: StepDiagnostics | None) -> dict[str, float]:
+    """Name the diagnostics of w_g's own step, where there was one."""
+    keys = ("rms_delta", "rms_theta_change", "effective_rate", "num_updates")
+    return {} if step is None else {f"global_{key}": float(getattr(step, key)) for key in keys}

@@ -25,7 +25,7 @@ from server_app.admission import Admission
 from server_app.mailbox import Answer, Letter
 from server_app.method import Method
 from server_app.outputs import RunFolder
-from server_app.phases import mean_diagnostics
+from server_app.phases import global_diagnostics, mean_diagnostics
 from server_app.registry import Client, Registry
 from server_app.schedule import RoundOutcome, Schedule
 from server_app.snapshot import save_server
@@ -145,6 +145,7 @@ class Rounds(Strategy):
             "num_too_stale": outcome.too_stale,
             "num_server_steps": outcome.num_steps,
             **mean_diagnostics(tally.diagnostics),
+            **global_diagnostics(tally.global_step),
         }
 
     def _require_enough(self, row: dict[str, float], server_round: int) -> None:

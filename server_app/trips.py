@@ -47,6 +47,7 @@ class RoundTally:
     train_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
     diagnostics: list[StepDiagnostics] = field(default_factory=list)
     global_deltas: dict[str, tuple[int, Float32]] = field(default_factory=dict)
+    global_step: StepDiagnostics | None = None
     seconds_clients: float = 0.0
     seconds_server: float = 0.0
     global_accepted: int = 0

@@ -135,6 +135,10 @@ def test_fused_gd_learns_in_one_trip_a_round(tmp_path: Path) -> None:
     assert seen.count("evaluate.personal") == 6  # after the last round only
     assert "train.global" not in seen
     assert rows(fused)[-1]["accuracy_micro"] > 0.9
+    # w_g's own step, of all six clients, beside the six of the personal models
+    assert rows(fused)[0]["global_num_updates"] == 6
+    assert rows(fused)[0]["global_rms_theta_change"] > 0
+    assert rows(fused)[0]["num_server_steps"] == 6
 
 
 def test_personal_model_is_a_plain_torch_checkpoint(tmp_path: Path) -> None:
