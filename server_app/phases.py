@@ -196,7 +196,7 @@ class PersonalPhase:
         started = time.monotonic()
         done = min(1.0, self._num_accepted / max(1, len(self._roster.nodes)))
         progress = self._roster.server_round - 1 + done
-        usual = self._core.norms.clip("personal", updates)
+        usual = self._core.norms.clip_all(updates, self._core.hypernet.group_key)
         self._tally.diagnostics.append(self._core.update.step(usual, progress=progress))
         self._core.num_steps += 1
         self._tally.seconds_server += time.monotonic() - started

@@ -33,7 +33,7 @@ from server_app.hypernet import Hypernetwork
 from server_app.inherit import inherit_moments
 from server_app.least_squares import GroupBatch, LeastSquares, Pace
 from server_app.memory import Scratch
-from server_app.probe import sample_theta
+from server_app.probe import sample_theta, theta_moved
 from server_app.pulls import Pull, Pullback, global_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,11 +62,12 @@ class StepDiagnostics:
     grad_norm : global norm before the clip.
     clip_scale : factor the clip put on the gradient, at most 1.
     learning_rate, embedding_learning_rate : after warm-up and decay.
+    gain_factor : of both rates and of the gains of "least-squares", by warm-up and decay.
     mean_staleness : over the updates of the step.
     num_updates : how many deltas went in.
-    rms_theta_change : how far the step moved theta, root mean square over a sample of the clients
-        that took part (`sample_theta`).
-    effective_rate : rms_theta_change / rms_delta: 1 where theta goes as far as a client's training.
+    effective_rate : how far the step moved theta, as a multiple of how far the deltas reach in the
+        same places (`theta_moved`): 1 where theta goes exactly as far as the clients' training.
+    rms_theta_change : effective_rate times rms_delta.
     applied : False when the gradient was not finite and the step was skipped.
     """
 
@@ -75,6 +76,7 @@ class StepDiagnostics:
     clip_scale: float
     learning_rate: float
     embedding_learning_rate: float
+    gain_factor: float
     coherence: float
     mean_staleness: float
     num_updates: int
@@ -259,18 +261,19 @@ class ServerUpdate:
             self._apply(pullback, scale, rates)
         for parameter in (*pullback.shared, *pullback.embeddings):
             parameter.grad = None
-        change = float((sample_theta(self.hypernet, moved) - before).square().mean().sqrt())
+        change, effective_rate = theta_moved(self.hypernet, pulls, before, pullback.rms_delta)
         return StepDiagnostics(
             rms_delta=pullback.rms_delta,
             grad_norm=norm,
             clip_scale=scale,
             learning_rate=rates[0],
             embedding_learning_rate=rates[1],
+            gain_factor=self._schedule_factor(progress),
             coherence=pullback.coherence,
             mean_staleness=sum(update.staleness for update in used) / len(used),
             num_updates=len(used),
             rms_theta_change=change,
-            effective_rate=change / pullback.rms_delta if pullback.rms_delta else 0.0,
+            effective_rate=effective_rate,
             applied=applied,
         )
 

@@ -191,7 +191,10 @@ def test_diagnostics_say_how_far_theta_went() -> None:
     update = system(section)
     change = {c: torch.full((SIZES[c],), 0.5) for c in ("c", "a", "b", "d")}
     done = update.step([ClientUpdate(c, d) for c, d in change.items()], progress=0.0)
-    assert done.rms_theta_change == pytest.approx(GAIN * (1 + BETA) * 0.5, rel=1e-5)
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)  # 0.5, less in the last chunk
+    went = GAIN * (1 + BETA) * torch.cat([mean[: len(d)] for d in change.values()])
+    assert done.rms_theta_change == pytest.approx(float(went.square().mean().sqrt()), rel=1e-5)
+    assert done.effective_rate == pytest.approx(done.rms_theta_change / 0.5, rel=1e-5)
 
 
 def test_no_step_has_a_gain_above_one() -> None:

@@ -1,9 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from flwr.clientapp import ClientApp
 
+from common.config import RunConfig
+from experiments.engines.inprocess import InProcessGrid
+from server_app.app import build_core
 from server_app.norms import LEAST, NormClip
+from server_app.phases import PersonalPhase
+from server_app.trips import Roster, RoundTally
 from server_app.update import ClientUpdate
 
 
@@ -55,3 +62,52 @@ def test_survives_a_checkpoint() -> None:
     again.restore(clip.export())
     assert norms(again.clip("g", [update("a", 8.0)])) == norms(clip.clip("g", [update("a", 8.0)]))
     assert not math.isnan(again.export()["g"][-1])
+
+
+def sized(client_id: str, norm: float, size: int) -> ClientUpdate:
+    return ClientUpdate(client_id, torch.full((size,), norm / math.sqrt(size)))
+
+
+def test_each_update_is_clipped_within_its_group_and_they_come_back_sorted() -> None:
+    clip, group_of = NormClip(2), {"a": "9", "b": "2", "c": "9", "d": "2"}.__getitem__
+    honest = [update("d", 1.0), update("c", 100.0), update("b", 1.0), update("a", 100.0)]
+    for _ in range(3):
+        clip.clip_all(honest, group_of)
+    got = clip.clip_all([*honest, replace(update("b", 50.0), staleness=1)], group_of)
+    assert [(u.client_id, u.staleness) for u in got] == [
+        *zip("abbcd", (0, 0, 1, 0, 0), strict=True)
+    ]
+    assert norms(got) == pytest.approx([100, 1, 2, 100, 1])
+    off = NormClip(0)
+    assert off.clip_all(honest, group_of) == honest
+    assert off.export() == {}
+
+
+def test_the_one_median_of_an_older_checkpoint_is_left_out() -> None:
+    clip = NormClip(2)
+    clip.restore({"personal": [1.0] * LEAST, "9": [3.0] * LEAST})
+    assert clip.export() == {"9": [3.0] * LEAST}
+
+
+def test_a_personal_phase_lets_a_large_client_be_among_small_ones() -> None:
+    """Eight of 30 parameters, and one of 3000 whose honest deltas are ten times as long."""
+    config = RunConfig.parse({"clip-to-median": 3.0, "chunk-size": 10, "embed-dim": 4})
+    core = build_core(config, InProcessGrid(ClientApp(), {}))
+    ids = [f"small {i}" for i in range(8)]
+    for client_id in ids:
+        core.hypernet.add_client(client_id, 30)
+    core.hypernet.add_client("large", 3000)
+    tally = RoundTally()
+    phase = PersonalPhase(core, Roster(1, dict.fromkeys([*ids, "large"], 0)), tally)
+
+    def norm_after(*updates: ClientUpdate) -> float:
+        """The norm over all deltas that reached the hypernetwork."""
+        phase.step(updates)
+        entries = sum(u.delta.numel() for u in updates)
+        return tally.diagnostics[-1].rms_delta * math.sqrt(entries)
+
+    honest = [*(sized(c, 1.0, 30) for c in ids), sized("large", 10.0, 3000)]
+    for _ in range(LEAST + 1):
+        assert norm_after(*honest) == pytest.approx(math.sqrt(8 + 100))
+    assert norm_after(sized("small 0", 1e3, 30)) == pytest.approx(3.0)  # three medians of its group
+    assert norm_after(sized("large", 1e3, 3000)) == pytest.approx(30.0)
