@@ -123,7 +123,7 @@ def test_a_cohort_goes_on_without_a_client_that_holds_it_up(tmp_path: Path) -> N
     )
     watch = Watch(slow_s=4.0)
     run_tiny(config, app=Wrapped(watch), workers=6)
-    first, second = rows(config)
+    first = rows(config)[0]
     assert first["num_accepted"] >= 4  # on a crowded machine others may be late as well
     assert first["num_unanswered"] >= 1
     assert first["seconds_round"] < 4.0
