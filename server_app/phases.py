@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from flwr.app import RecordDict
 
@@ -23,7 +22,7 @@ from server_app.mailbox import Answer, Letter
 from server_app.norms import NormClip
 from server_app.registry import GLOBAL_ID
 from server_app.trips import Post, Roster, RoundTally
-from server_app.update import ClientUpdate, ServerUpdate, StepDiagnostics
+from server_app.update import ClientUpdate, ServerUpdate
 
 
 @dataclass(kw_only=True)
@@ -207,17 +206,3 @@ def theta_letters(core: Core, roster: Roster, message_type: str) -> Iterator[Let
     header = core.header(roster.server_round)
     for client_id, theta in core.thetas(list(roster.nodes)):
         yield Letter(roster.ticket(client_id, message_type), wire.encode_theta(header, theta))
-
-
-def mean_diagnostics(steps: Sequence[StepDiagnostics]) -> dict[str, float]:
-    """Average the diagnostics of a round's server steps, key by key."""
-    if not steps:
-        return {}
-    rows = [vars(step) for step in steps]
-    return {key: float(np.mean([float(row[key]) for row in rows])) for key in rows[0]}
-
-
-def global_diagnostics(step: StepDiagnostics | None) -> dict[str, float]:
-    """Name the diagnostics of w_g's own step, where there was one."""
-    keys = ("rms_delta", "rms_theta_change", "effective_rate", "num_updates")
-    return {} if step is None else {f"global_{key}": float(getattr(step, key)) for key in keys}

@@ -22,10 +22,10 @@ from common.metrics import summarise, weighted_mean
 from common.seeding import numpy_generator
 from common.wire import Evaluation
 from server_app.admission import Admission
+from server_app.diagnostics import global_diagnostics, mean_diagnostics
 from server_app.mailbox import Answer, Letter
 from server_app.method import Method
 from server_app.outputs import RunFolder
-from server_app.phases import global_diagnostics, mean_diagnostics
 from server_app.registry import Client, Registry
 from server_app.schedule import RoundOutcome, Schedule
 from server_app.snapshot import save_server

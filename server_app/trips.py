@@ -17,9 +17,9 @@ from common import wire
 from common.codec import Float32
 from common.config import RunConfig
 from common.wire import Evaluation, Header, TrainReply
+from server_app.diagnostics import StepDiagnostics
 from server_app.mailbox import Letter, Mailbox, Ticket
 from server_app.replies import ReplyDesk
-from server_app.update import StepDiagnostics
 
 T = TypeVar("T")
 

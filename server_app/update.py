@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from common.config import UpdateSection
 from common.errors import CheckpointError
 from server_app.checkpoint import required_tensor
+from server_app.diagnostics import StepDiagnostics
 from server_app.heads import HeadPullback
 from server_app.hypernet import Hypernetwork
 from server_app.inherit import inherit_moments
@@ -50,39 +51,6 @@ class ClientUpdate:
     delta: Tensor
     weight: float = 1.0
     staleness: int = 0
-
-
-@dataclass(frozen=True)
-class StepDiagnostics:
-    """What one server step did, in plain numbers.
-
-    Attributes
-    ----------
-    rms_delta, coherence : of the deltas; see `server_app.pulls.Pullback`.
-    grad_norm : global norm before the clip.
-    clip_scale : factor the clip put on the gradient, at most 1.
-    learning_rate, embedding_learning_rate : after warm-up and decay.
-    gain_factor : of both rates and of the gains of "least-squares", by warm-up and decay.
-    mean_staleness : over the updates of the step.
-    num_updates : how many deltas went in.
-    effective_rate : how far the step moved theta, as a multiple of how far the deltas reach in the
-        same places (`theta_moved`): 1 where theta goes exactly as far as the clients' training.
-    rms_theta_change : effective_rate times rms_delta.
-    applied : False when the gradient was not finite and the step was skipped.
-    """
-
-    rms_delta: float
-    grad_norm: float
-    clip_scale: float
-    learning_rate: float
-    embedding_learning_rate: float
-    gain_factor: float
-    coherence: float
-    mean_staleness: float
-    num_updates: int
-    rms_theta_change: float = 0.0
-    effective_rate: float = 0.0
-    applied: bool = True
 
 
 class ServerUpdate:
@@ -253,7 +221,8 @@ class ServerUpdate:
         before = sample_theta(self.hypernet, moved)
         shared, own = self.learning_rates(progress)
         rates = age * shared, age * own
-        pullback = self._pull_back(pulls, Pace(age * self._schedule_factor(progress), is_global))
+        pace = Pace(age * self._schedule_factor(progress), is_global)
+        pullback = self._pull_back(pulls, pace)
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
         applied = math.isfinite(norm)
@@ -268,9 +237,10 @@ class ServerUpdate:
             clip_scale=scale,
             learning_rate=rates[0],
             embedding_learning_rate=rates[1],
-            gain_factor=self._schedule_factor(progress),
+            gain_factor=pace.factor,
             coherence=pullback.coherence,
             mean_staleness=sum(update.staleness for update in used) / len(used),
+            max_staleness=max(update.staleness for update in used),
             num_updates=len(used),
             rms_theta_change=change,
             effective_rate=effective_rate,
