@@ -105,7 +105,7 @@ class UpdateSection(Section):
     group's clients share and for what is each one's own (`server_app.least_squares`); trunk and
     embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
     cheap (`server_app.ledger`). -1 for `shared_momentum` or `personal_gain` means what fits the
-    number of clients of a head group. An update that is s server steps old counts
+    number of clients of a head group and of rounds. An update that is s server steps old counts
     (1 + s)^-staleness-power of a fresh one, and a step of old ones goes less far.
     """
 

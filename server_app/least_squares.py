@@ -8,9 +8,9 @@ that make it. For the clients i of a group, with running mean m of their deltas,
     wanted change of theta_i  =  - g (m_now + beta u)  -  r (delta_i - m),     u <- beta u + m_now
 
 g is `shared-gain`, beta `shared-momentum` (Nesterov), r `personal-gain`. A gain of 1 moves theta by
-what a client's own training moved it. Left at -1, beta and r fit a group of N clients:
-1 - 5/N (at least 0) and 1.4/N (at most 1). What is shared goes into the bias of a head, what is
-personal into its weight, which acts on features centred over the group's clients:
+what a client's own training moved it. Left at -1, beta and r fit a group of N clients and a run of
+R rounds: 1 - max(5/N, 6/R), at least 0, and max(1.4/N, 1.6/R), at most 1. What is shared goes into
+the bias of a head, what is personal into its weight, which acts on features centred over the group:
 
     theta_i = b + W^T (f_i - f_mean),    W -= r P^T (delta - m),   P = rows of (F F^T + d I)^-1 F
 
@@ -33,6 +33,7 @@ Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,12 +52,16 @@ from server_app.memory import Scratch
 
 MEMORY = ("velocity", "mean")
 RETURNED, OWN = 5.0, 1.4
-"""beta = 1 - RETURNED/N, personal gain = OWN/N of a group of N clients.
+SETTLES, FOLLOWED = 6.0, 1.6
+"""beta = 1 - RETURNED/N, personal gain = OWN/N of a group of N clients, if the run is long enough.
 
 A client's own delta comes back to it through what is shared, g / (N (1 - beta)) of it in all: from
 five clients on, a fifth for g = 1, however many there are. With the same beta a small group
-overfits by momentum, and a large one is slow without. Fitted to 2, 10 and 50 clients
-(docs/parallel.md)."""
+overfits by momentum, and a large one is slow without. Fitted to 2, 10 and 50 clients.
+
+In R rounds a velocity that remembers more than R/SETTLES of them does not settle, and what is
+personal should be followed FOLLOWED times over: 1 - SETTLES/R and FOLLOWED/R are the bounds, at
+R = 60 those of 50 clients (docs/parallel.md has 100 clients and 20 rounds)."""
 Mover = Heads | Ledger
 
 
@@ -100,11 +105,13 @@ class Pace:
     Attributes
     ----------
     factor : of both gains, from warm-up and decay.
+    rounds : of the whole run.
     follows : the updates are followed whole, at a personal gain of 1: the global model's mean delta
         is FedAvg's step. (A full SHARED step for it too, next to the clients' own, diverges.)
     """
 
     factor: float
+    rounds: float = math.inf
     follows: bool = False
 
     @staticmethod
@@ -116,7 +123,7 @@ class Pace:
         """Return beta of a whole pass over N clients."""
         if section.shared_momentum != BY_SIZE:
             return section.shared_momentum
-        return max(0.0, 1 - RETURNED / num_clients)
+        return max(0.0, 1 - max(RETURNED / num_clients, SETTLES / self.rounds))
 
     def personal_gain(self, section: UpdateSection, num_clients: int) -> float:
         """Return how much of what is an update's own is followed, of N clients."""
@@ -124,7 +131,7 @@ class Pace:
             return self.factor
         if section.personal_gain != BY_SIZE:
             return section.personal_gain * self.factor
-        return min(1.0, OWN / num_clients) * self.factor
+        return min(1.0, max(OWN / num_clients, FOLLOWED / self.rounds)) * self.factor
 
 
 @dataclass

@@ -221,7 +221,7 @@ class ServerUpdate:
         before = sample_theta(self.hypernet, moved)
         shared, own = self.learning_rates(progress)
         rates = age * shared, age * own
-        pace = Pace(age * self._schedule_factor(progress), is_global)
+        pace = Pace(age * self._schedule_factor(progress), self.total_rounds, is_global)
         pullback = self._pull_back(pulls, pace)
         norm = pullback.norm
         scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))

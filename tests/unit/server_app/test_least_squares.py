@@ -291,13 +291,24 @@ def test_more_clients_than_hidden_dim_keep_no_ledger() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_clients", "beta", "own"),
-    [(1, 0.0, 1.0), (4, 0.0, 0.35), (10, 0.5, 0.14), (50, 0.9, 0.028)],
+    ("num_clients", "rounds", "beta", "own"),
+    [
+        (1, 60, 0.0, 1.0),
+        (4, 60, 0.0, 0.35),
+        (10, 30, 0.5, 0.14),
+        (50, 60, 0.9, 0.028),
+        (50, 300, 0.9, 0.028),
+        (100, 300, 0.95, 0.014),
+        (100, 20, 0.7, 0.08),  # a short run: there is no time for more
+        (50, 4, 0.0, 0.4),
+    ],
 )
-def test_gains_fit_the_number_of_clients(num_clients: int, beta: float, own: float) -> None:
+def test_gains_fit_the_number_of_clients_and_of_rounds(
+    num_clients: int, rounds: int, beta: float, own: float
+) -> None:
     left_alone = UpdateSection(server_rule="least-squares")
     for section, factors in ((left_alone, (beta, own)), (SECTION, (BETA, OWN))):
-        pace = Pace(0.5)
+        pace = Pace(0.5, rounds)
         assert pace.momentum(section, num_clients) == pytest.approx(factors[0])
         assert pace.personal_gain(section, num_clients) == pytest.approx(0.5 * factors[1])
         assert Pace(0.5, follows=True).personal_gain(section, num_clients) == 0.5
