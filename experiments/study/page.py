@@ -59,7 +59,7 @@ def render(study: Study, source: Source, *, num_maps: int) -> str:
         "<h2>Test accuracy</h2>",
         _curves(study, looks, made),
         "<h2>What each client gains over training alone</h2>",
-        gains_section(gains_over_local(study), looks, made),
+        gains_section(*gains_over_local(study), looks, made),
         "<h2>What the embeddings have learned</h2>",
         maps_section(maps, passed_over, made),
         "<h2>Runs</h2>",

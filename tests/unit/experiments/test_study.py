@@ -23,7 +23,6 @@ from experiments.study.embeddings import (
     load_embeddings,
     principal_axes,
 )
-from experiments.study.gain import gains_over_local
 from experiments.study.groups import Stat, Study, group_runs, load_named, load_study
 from experiments.study.labels import label_shares, ordering, overlap, rank_correlation
 from experiments.study.looks import METHOD_LOOKS, looks_for
@@ -130,28 +129,6 @@ def test_curves_average_rounds_bytes_and_seconds(tmp_path: Path) -> None:
     assert by_round.error == pytest.approx((0.1, 0.0, 0.1))  # |a - b| / 2 for two values
     assert by_time.x == (3.0, 6.0, 9.0)
     assert by_bytes.x == (3e6, 6e6, 9e6)
-
-
-def test_gain_over_local_is_paired_by_client_and_seed(tmp_path: Path) -> None:
-    write_seed(tmp_path / "l1", method="local", seed=1, clients=(0.5, 0.5, 0.5, 0.5))
-    write_seed(tmp_path / "l2", method="local", seed=2, clients=(0.2, 0.2, 0.2, 0.2))
-    write_seed(tmp_path / "h1", seed=1, clients=(0.6, 0.6, 0.4, 0.6))  # +.1 +.1 -.1 +.1
-    write_seed(tmp_path / "h2", seed=2, clients=(0.4, 0.4, 0.4, 0.4))  # +.2
-    write_seed(tmp_path / "h3", seed=3)  # no Local run of this seed
-    write_seed(tmp_path / "o", seed=1, method="fedavg", classes_per_client=5)  # other data
-    (gain,) = gains_over_local(study_of(tmp_path))
-    assert gain.group.method == "mh-pfedhn"
-    assert gain.missing_seeds == (3,)
-    assert (gain.num_better, len(gain.clients)) == (7, 8)
-    # seed means .05 and .2
-    assert gain.mean == Stat(pytest.approx(0.125), pytest.approx(0.075), 2)
-    assert gain.by_family["cnn"].mean == pytest.approx((0.1 + 0.2) / 2)
-    assert gain.by_family["vgg8"].mean == pytest.approx((0.0 + 0.2) / 2)
-
-
-def test_no_local_no_gain(tmp_path: Path) -> None:
-    write_seed(tmp_path / "h1")
-    assert gains_over_local(study_of(tmp_path)) == []
 
 
 def test_a_method_looks_the_same_in_every_study() -> None:
