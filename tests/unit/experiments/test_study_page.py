@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from common.section import Method
 from experiments.__main__ import main
+from experiments.study.predictors import TESTED
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_study import write_checkpoint
 
@@ -95,6 +98,34 @@ def test_the_page_says_what_came_out(page: str) -> None:
     assert "Every client alone (Local): 50.0 % (2 seeds)." in text
     assert "Mean cosine of two clients' directions" in text.replace("&#x27;", "'")
     assert "no traffic" in text
+
+
+def test_the_page_says_which_model_is_tested(page: str) -> None:
+    text = re.sub(r"<[^>]+>", "", page).replace("&#x27;", "'")
+    assert (
+        "Tested is the model that the server sends, before local training (MH-pFedHN, "
+        "MH-pFedHNGD); the client's own model, after local training (Local). Bands:"
+    ) in text
+    assert "other predictor" not in text
+    assert set(TESTED) == set(get_args(Method))
+
+
+def test_second_predictors_are_in_both_tables(tmp_path: Path) -> None:
+    for seed, head in ((1, 0.7), (2, 0.8)):
+        write_seed(tmp_path / f"p{seed}", method="fedproto", seed=seed, evaluation="fused",
+                   row={"accuracy_micro_head": head})  # fmt: skip
+    write_seed(tmp_path / "t", method="fedavg-ft", row={"accuracy_micro_global": 0.3})
+    write_seed(tmp_path / "a", method="fedavg")
+    assert main(["report", str(tmp_path)]) == 0
+    page, table = ((tmp_path / f"report.{end}").read_text() for end in ("html", "md"))
+    assert "<th>other predictor</th>" in re.sub(r" title=.*?>", ">", page)
+    assert '<td>head 75.0 <span class="se">± 5.0</span></td>' in page
+    assert "<td>global 30.0</td>" in page
+    assert "| FedProto | 40.0 | head 75.0 ± 5.0 | 38.0 |" in table
+    assert "| FedAvg | 40.0 | - | 38.0 |" in table
+    assert "(FedAvg + fine-tuning)" in page
+    assert "by the nearest prototype that the server sends (FedProto)" in page
+    assert "Runs with evaluation = &quot;fused&quot; are tested when a round begins" in page
 
 
 def test_unfinished_runs_are_named_and_in_no_mean(page: str) -> None:
