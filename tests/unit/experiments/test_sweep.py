@@ -81,7 +81,7 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(plan: Plan) -> None:
     assert [cell.variant for cell in failed] == ["bad", "bad"]
     assert "ended with exit status 1: ValueError: out of luck" in out
     assert out.count("done ") == 2
-    states = [standing(cell, live=False).state for cell in plan.cells]
+    states = [standing(cell).state for cell in plan.cells]
     assert states == ["completed", "completed", "failed", "failed"]
     note = read_note(plan.cells[0].folder)
     assert (note["variant"], note["seed"], note["grid"]) == ("good", 1, {})
@@ -104,7 +104,7 @@ def test_a_cell_cut_off_before_its_first_checkpoint_starts_anew(plan: Plan) -> N
     write_note(cell, {"file": "s.toml"})
     write_seed(cell.folder, status="interrupted")
     (cell.folder / "state").mkdir()
-    assert standing(cell, live=False).state == "cut off"
+    assert standing(cell).state == "cut off"
     run(plan)
     assert json.loads((cell.folder / "summary.json").read_text())["resume"] == "False"
     assert not (cell.folder / "state").exists()
@@ -127,10 +127,21 @@ def test_a_cell_that_a_killed_sweep_left_running_is_followed(plan: Plan) -> None
     command = [sys.executable, "-S", "-c", wait, str(cell.folder), "good", "orphan"]
     with subprocess.Popen(command) as orphan:
         write_note(cell, {"process": identify(psutil.Process(orphan.pid))})
-        assert standing(cell, live=True).state == "running"
+        assert standing(cell).state == "running"
         _, out = run(plan)
     assert "found running, followed" in out
     assert json.loads((cell.folder / "summary.json").read_text())["resume"] == "orphan"
+
+
+def test_status_says_that_a_cell_runs_on_without_its_sweep(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_note(plan.cells[0], {"process": identify(psutil.Process()), "failed": ""})
+    write_note(plan.cells[1], {"process": {"pid": os.getpid(), "started": 1.0}, "failed": ""})
+    assert main(["sweep", str(plan.file), "--status"]) == 0
+    out = capsys.readouterr().out
+    assert "4 cells: 1 running, 1 cut off, 2 waiting" in out
+    assert "not running, but 1 cell runs on: the next sweep follows it; folder" in out
 
 
 def test_two_sweeps_cannot_share_a_folder(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +166,7 @@ def test_status_shows_every_cell_and_fails_when_one_failed(
     assert "4 cells: 2 completed, 2 failed" in out
     assert "out of luck" in out
     assert "not running" in out
-    _, counts = status_table(plan, live=False)
+    _, counts = status_table(plan)
     assert counts == {"completed": 2, "failed": 2}
 
 
@@ -191,7 +202,7 @@ def test_a_killed_run_is_resumed_from_its_checkpoint(tmp_path: Path) -> None:
     failed, out = run(plan, cell_command)
     assert failed == [cell]
     assert "exit status -9" in out
-    cut = standing(cell, live=False).server_round
+    cut = standing(cell).server_round
     assert 5 <= cut < 25
 
     failed, out = run(plan, cell_command)
