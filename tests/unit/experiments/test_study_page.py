@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from time import process_time
 from typing import get_args
 
 import pytest
@@ -157,3 +158,23 @@ def test_compare_prints_a_table_and_draws(
     out = capsys.readouterr().out
     assert "30.0 ± 10.0" in out
     assert picture.stat().st_size > 20_000
+
+
+def test_a_report_of_20_runs_costs_less_than_10_seconds_of_cpu(tmp_path: Path) -> None:
+    import client_app.data  # noqa: F401 - torch takes seconds and is not what is timed
+
+    data = {
+        "dataset": "tests.support.tiny:patterns", "image_size": 8, "partition": "iid",
+        "cache_dir": str(tmp_path / ".cache"), "num_partitions": 20,
+    }  # fmt: skip
+    for method in ("local", "mh-pfedhn", "fedavg", "fedproto"):
+        for seed in range(5):
+            folder = tmp_path / f"{method}-{seed}"
+            write_seed(folder, method=method, seed=seed, accuracies=(0.1, 0.5) * 20,
+                       clients=(0.5, 0.7) * 10, **data)  # fmt: skip
+    for seed in range(5):
+        write_checkpoint(tmp_path / f"mh-pfedhn-{seed}")
+    started = process_time()
+    assert main(["report", str(tmp_path)]) == 0
+    assert process_time() - started < 10
+    assert "20 runs, 20 completed" in (tmp_path / "report.html").read_text()

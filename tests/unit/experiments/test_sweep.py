@@ -1,4 +1,5 @@
-"""Sweeps: cells as light processes that write real run folders; one test kills a real run."""
+"""Sweeps: cells as light processes that write real run folders; one test kills a real sweep, one
+(slow) a real run."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from experiments.runs import Run
 from experiments.sweep.cells import (
     identify,
     keep_newest,
+    process_of,
     read_note,
     slim,
     standing,
@@ -33,7 +35,14 @@ from experiments.sweep.cells import (
 from experiments.sweep.command import status_table
 from experiments.sweep.display import Display, Forecast
 from experiments.sweep.plan import Cell, Plan
-from experiments.sweep.runner import Runner, _require_source, cell_command, holder, own
+from experiments.sweep.runner import (
+    Runner,
+    _environment,
+    _require_source,
+    cell_command,
+    holder,
+    own,
+)
 from server_app.checkpoint import save_checkpoint
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_command_line import TINY
@@ -181,6 +190,68 @@ def test_time_left_comes_from_each_variants_own_rounds(plan: Plan) -> None:
     assert forecast.seconds_of(bad) == 20.0
     forecast.gone(good)
     assert forecast.seconds(jobs=2) == (2 * 4.0 + (2 + 3) * 10.0) / 2
+
+
+LIGHT = """
+[engine]
+name = "inprocess"
+num-clients = 2
+workers = 1
+[config]
+method = "local"
+rounds = 2
+dataset = "digits"
+models = "mlp"
+partition = "iid"
+max-client-examples = 40
+cache-dir = "cache"
+"""
+
+
+def wait_for_process(cell: Cell, *, timeout_s: float = 120.0) -> psutil.Process:
+    end = monotonic() + timeout_s
+    while (found := process_of(read_note(cell.folder))) is None:
+        assert monotonic() < end, f"{cell.name} was not started"
+        sleep(0.02)
+    return found
+
+
+def test_after_kill_9_of_a_sweep_every_cell_completes_exactly_once(tmp_path: Path) -> None:
+    """One cell is there already; the sweep dies while the second one runs; a third one waits."""
+    (tmp_path / "light.toml").write_text(LIGHT)
+    sweep = 'preset = "light.toml"\nseeds = [1, 2, 3]\noutput-dir = "o"\n'
+    (tmp_path / "s.toml").write_text(sweep)
+    plan = Plan.load(tmp_path / "s.toml")
+    done, orphan, waiting = plan.cells
+    before = (write_seed(done.folder) / "summary.json").stat().st_mtime_ns
+    write_note(done, {"file": str(plan.file)})
+    command = [sys.executable, "-m", "experiments", "sweep", str(plan.file)]
+    surroundings = {**_environment(), "OMP_NUM_THREADS": "1"}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=surroundings) as killed:
+        try:
+            child = wait_for_process(orphan)
+        finally:
+            killed.kill()
+    try:
+        assert killed.returncode == -9
+        assert standing(orphan).state == "running"
+        assert not waiting.folder.exists()
+        again = subprocess.run(
+            command, env=surroundings, capture_output=True, text=True, timeout=300, check=False
+        )
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [standing(cell).state for cell in plan.cells] == ["completed"] * 3
+    assert (done.folder / "summary.json").stat().st_mtime_ns == before
+    assert not (done.folder / "console.log").exists(), "it was run again"
+    assert read_note(orphan.folder)["process"]["pid"] == child.pid, "it was started twice"
+    for cell in (orphan, waiting):
+        assert [row["round"] for row in Run.load(cell.folder).rows] == [1, 2]
+        assert (cell.folder / "console.log").read_text().count("first round after") == 1
+        assert read_note(cell.folder)["resumed_after"] == []
 
 
 @pytest.mark.slow
