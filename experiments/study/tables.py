@@ -106,10 +106,12 @@ def percent(stat: Stat | None) -> str:
 
 
 def number(stat: Stat | None, *, digits: int) -> str:
-    """Write a mean with its standard error; the error is left out where it rounds to nothing.
+    """Write a mean with its standard error; that is left out where all values are equal.
 
     >>> number(Stat(1234.5, 10.2, 3), digits=0), number(Stat(2.0, 0.0, 3), digits=1)
     ('1,234 ± 10', '2.0')
+    >>> number(Stat(59.7, 0.01, 3), digits=1)
+    '59.7 ± 0.0'
     """
     if stat is None:
         return NONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from common.config import HypernetSection
 from common.errors import ConfigError, DataError, RunError
+from common.section import Method
 from experiments.runs import Run
 from experiments.settings import essential
 from experiments.study.commands import run_command
@@ -29,6 +31,7 @@ from experiments.study.looks import METHOD_LOOKS, looks_for
 from experiments.study.svg import log_ticks, nice_ticks, spread
 from experiments.study.tables import markdown, number, percent
 from server_app.hypernet import Hypernetwork
+from server_app.picture import METHODS
 from tests.unit.experiments.run_folders import write_seed
 
 
@@ -44,6 +47,7 @@ def test_mean_and_standard_error() -> None:
     assert percent(stat) == "60.0 ± 5.8"
     assert percent(Stat(0.4, None, 1)) == "40.0"
     assert number(Stat(2.0, 0.0, 3), digits=1) == "2.0"
+    assert number(Stat(59.7, 0.01, 3), digits=1) == "59.7 ± 0.0"
 
 
 def test_runs_that_differ_in_seed_and_place_alone_are_a_group(tmp_path: Path) -> None:
@@ -139,6 +143,11 @@ def test_a_method_looks_the_same_in_every_study() -> None:
     assert len(set(looks.values())) == 4
     many = looks_for([(str(i), "mh-pfedhn") for i in range(28)])
     assert len(set(many.values())) == 28
+
+
+def test_every_method_has_a_look_and_a_name() -> None:
+    assert set(METHOD_LOOKS) == set(METHODS) == set(get_args(Method))
+    assert len(set(METHOD_LOOKS.values())) == len(METHOD_LOOKS)
 
 
 def test_labels_are_moved_apart_and_stay_inside() -> None:
