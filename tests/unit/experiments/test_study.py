@@ -126,13 +126,14 @@ def test_curves_average_rounds_bytes_and_seconds(tmp_path: Path) -> None:
     write_seed(tmp_path / "b", seed=2, accuracies=(0.3, 0.4, 0.8), row={"seconds_round": 4.0})
     (group,) = study_of(tmp_path).groups
     by_round, by_time = mean_curve(group, "round"), mean_curve(group, "seconds")
-    by_bytes = mean_curve(group, "bytes")
-    assert by_round and by_time and by_bytes  # noqa: PT018
+    by_bytes, by_bytes_up = mean_curve(group, "bytes"), mean_curve(group, "bytes-up")
+    assert by_round and by_time and by_bytes and by_bytes_up  # noqa: PT018
     assert by_round.x == (1, 2, 3)
     assert by_round.y == pytest.approx((0.2, 0.4, 0.7))
     assert by_round.error == pytest.approx((0.1, 0.0, 0.1))  # |a - b| / 2 for two values
     assert by_time.x == (3.0, 6.0, 9.0)
     assert by_bytes.x == (3e6, 6e6, 9e6)
+    assert by_bytes_up.x == (1e6, 2e6, 3e6)
 
 
 def test_a_method_looks_the_same_in_every_study() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from time import process_time
 from typing import get_args
 
 import pytest
+from matplotlib.axes import Axes
 
 from common.section import Method
 from experiments.__main__ import main
+from experiments.study import picture
+from experiments.study.charts import Line
+from experiments.study.curves import Axis
 from experiments.study.predictors import TESTED
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_study import write_checkpoint
@@ -153,11 +158,35 @@ def test_compare_prints_a_table_and_draws(
 ) -> None:
     runs = [str(write_seed(tmp_path / str(s), seed=s, accuracies=(0.1, 0.1 * s))) for s in (2, 4)]
     local = write_seed(tmp_path / "l", method="local", row={"bytes_up": 0, "bytes_down": 0})
-    picture = tmp_path / "out.png"
-    assert main(["compare", *runs, str(local), "--output", str(picture)]) == 0
+    target = tmp_path / "out.png"
+    assert main(["compare", *runs, str(local), "--output", str(target)]) == 0
     out = capsys.readouterr().out
     assert "30.0 ± 10.0" in out
-    assert picture.stat().st_size > 20_000
+    assert target.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("words", "title", "label", "end"),
+    [([], "By traffic", "MB, up and down, all clients", 6.0),
+     (["--bytes", "up"], "By traffic to the server", "MB, up, all clients", 2.0)],
+)  # fmt: skip
+def test_the_picture_is_by_both_ways_or_by_bytes_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], title: str, label: str,
+    end: float,
+) -> None:  # fmt: skip
+    drawn: list[Axes] = []
+    panel = picture._panel
+
+    def noted(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
+        panel(axes, lines, axis)
+        drawn.append(axes)
+
+    monkeypatch.setattr(picture, "_panel", noted)
+    run = write_seed(tmp_path / "a")  # two rounds, each 1 MB up and 2 MB down
+    assert main(["compare", str(run), "--output", str(tmp_path / "a.png"), *words]) == 0
+    _, traffic, _ = drawn
+    assert (traffic.get_title(loc="left"), traffic.get_xlabel()) == (title, label)
+    assert traffic.get_lines()[0].get_xdata()[-1] == end
 
 
 def test_a_report_of_20_runs_costs_less_than_10_seconds_of_cpu(tmp_path: Path) -> None:
