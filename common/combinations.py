@@ -93,7 +93,13 @@ def _check_rates(config: RunConfig) -> None:
 
 
 def _check_sharing(config: RunConfig) -> None:
-    sharing = config.hypernet.head_sharing
+    sharing, after = config.hypernet.head_sharing, config.hypernet.sharing_round
+    if sharing == "similarity" and after >= config.run.rounds and not config.is_baseline:
+        raise ConfigError(
+            f"run config: head-sharing = 'similarity' splits groups after sharing-round = {after}, "
+            f"and the run ends at rounds = {config.run.rounds}: it would be 'chunks' to its end. "
+            "Set sharing-round below rounds, or head-sharing = 'chunks'."
+        )
     if config.hypernet.head_layout == "one" and config.update.server_rule == "least-squares":
         raise ConfigError(
             "run config: head-layout = 'one' has one head for all chunks; server-rule = "

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from common.config import RunConfig
+from common.config import RunConfig, TrainingSection
 
 INCIDENTAL = frozenset({
     "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",
@@ -22,6 +22,12 @@ DATA_KEYS = (
     "image-size",
 )  # fmt: skip
 """Keys that, with the seed, decide which examples a client has."""
+
+
+LOCAL_KEYS = (
+    "rounds", *sorted(TrainingSection.key_names()), "evaluation", "evaluate-every",
+)  # fmt: skip
+"""Keys that, with the data, the models and the seed, decide what a client reaches alone."""
 
 
 def complete_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,4 +66,16 @@ def data_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: full[key] for key in DATA_KEYS}
     if "data-dir" not in essential(full):
         kept.pop("data-dir")
+    return kept
+
+
+def local_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides, with data, models and seed, what a client reaches alone.
+
+    How often a run is evaluated counts only where its last round goes without.
+    """
+    full = complete_settings(flat)
+    kept = {key: full[key] for key in LOCAL_KEYS}
+    if kept["evaluation"] == "fused" or kept["rounds"] % kept["evaluate-every"] == 0:
+        kept["evaluate-every"] = 1
     return kept

@@ -164,11 +164,12 @@ def x_unit(axis: Axis, largest: float) -> tuple[str, float]:
     >>> x_unit("bytes", 5e9), x_unit("seconds", 60)
     (('GB, up and down, all clients', 1000000000.0), ('seconds', 1.0))
     """
-    if axis == "bytes":
+    if axis in ("bytes", "bytes-up"):
         name, size = (
             ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6) if largest >= 2e6 else ("kB", 1e3)
         )
-        return f"{name}, up and down, all clients", size
+        way = "up" if axis == "bytes-up" else "up and down"
+        return f"{name}, {way}, all clients", size
     if axis == "seconds":
         units = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
         return next((n, s) for n, s in units if largest >= 3 * s or s == 1.0)

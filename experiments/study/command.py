@@ -20,6 +20,10 @@ def add_study_parsers(commands: Any) -> None:
     command = commands.add_parser("compare", help="runs side by side: a table and a picture")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, names, or sweeps")
     command.add_argument("--output", metavar="FILE.png", help="the picture; default compare.png")
+    command.add_argument(
+        "--bytes", choices=("up", "both"), default="both",
+        help="traffic in the picture: what clients send, or both directions (default)",
+    )  # fmt: skip
     command.set_defaults(command=compare)
     command = commands.add_parser("report", help="one HTML page and a table about many runs")
     command.add_argument("folder", metavar="DIR", help="the folder that holds the runs")
@@ -31,6 +35,7 @@ def add_study_parsers(commands: Any) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """Print the comparison of some runs, and draw their accuracy."""
+    from experiments.study.curves import TRAFFIC
     from experiments.study.groups import load_named
     from experiments.study.picture import draw_comparison
     from experiments.study.tables import rich_table
@@ -43,7 +48,7 @@ def compare(args: argparse.Namespace) -> int:
         "completed runs only[/]"
     )
     path = Path(args.output or "compare.png").expanduser().absolute()
-    if draw_comparison(study, path):
+    if draw_comparison(study, path, traffic=TRAFFIC[args.bytes]):
         console.print(f"picture  {path}", highlight=False, soft_wrap=True)
     return 0
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from experiments.presets import Preset, preset_names
 from experiments.runs import Run
-from experiments.settings import INCIDENTAL, complete_settings
+from experiments.settings import DATA_KEYS, INCIDENTAL, LOCAL_KEYS, complete_settings
 from experiments.sweep.cells import read_note
 from experiments.sweep.plan import value_text
 
 ENGINE_KEYS = {"num-partitions", "seed"}
+Presets = Mapping[str, Mapping[str, Any]]
+ALONE = frozenset({*DATA_KEYS, *LOCAL_KEYS, "method", "models"})
 
 
 def short_path(path: Path) -> str:
@@ -31,15 +33,26 @@ def sweep_command(run: Run) -> str | None:
     return f"mh-pfedhn sweep {short_path(Path(note['file']))}" if note.get("file") else None
 
 
-def run_command(run: Run, presets: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def run_command(run: Run, presets: Presets | None = None) -> str:
     """Return a command that repeats a run: the preset nearest to it, and what differs.
 
     `presets` are what `preset_settings` returns, for many calls.
     """
     known = presets if presets is not None else preset_settings()
     full = complete_settings(run.config)
+    return _nearest(full, known, frozenset(full))
+
+
+def local_command(run: Run, presets: Presets | None = None) -> str:
+    """Return a command that makes the Local run which another run is to be compared with."""
+    known = presets if presets is not None else preset_settings()
+    return _nearest({**complete_settings(run.config), "method": "local"}, known, ALONE)
+
+
+def _nearest(full: Mapping[str, Any], known: Presets, keys: frozenset[str]) -> str:
+    """Write the command of settings; only some keys need to be as they say."""
     own = str(full["run-name"])
-    changes = {name: _changes(full, base) for name, base in known.items()}
+    changes = {name: _changes(full, base, keys) for name, base in known.items()}
     name = own if own in changes else min(changes, key=lambda n: (len(changes[n]), n))
     change = changes[name]
     clients = full["num-partitions"]
@@ -55,10 +68,12 @@ def preset_settings() -> dict[str, dict[str, Any]]:
     return {name: dict(Preset.load(name).config.flat()) for name in preset_names()}
 
 
-def _changes(full: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+def _changes(
+    full: Mapping[str, Any], base: Mapping[str, Any], keys: frozenset[str]
+) -> dict[str, Any]:
     skipped = (INCIDENTAL - {"data-dir"}) | ENGINE_KEYS
     return {
         key: value
         for key, value in full.items()
-        if key in base and key not in skipped and value != base[key]
+        if key in keys and key in base and key not in skipped and value != base[key]
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
@@ -10,15 +10,18 @@ from typing import Literal
 
 from experiments.study.groups import Group, Member, Stat
 
-Axis = Literal["round", "bytes", "seconds"]
+Axis = Literal["round", "bytes", "bytes-up", "seconds"]
+TRAFFIC: Mapping[str, Axis] = {"both": "bytes", "up": "bytes-up"}
+"""What `compare --bytes` draws by; `uplink-top-k` shortens what goes up alone."""
 AXES: tuple[Axis, ...] = ("round", "bytes", "seconds")
+"""Those of the page."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """Points of one group, ascending in x; `error` has None where there is one seed.
 
-    x: rounds, bytes of all clients in both directions, or seconds; y: a fraction.
+    x: rounds, bytes of all clients in both directions or up alone, or seconds; y: a fraction.
     """
 
     x: tuple[float, ...]
@@ -50,6 +53,8 @@ def _points(member: Member, axis: Axis, key: str) -> dict[int, tuple[float, floa
     rows = member.run.rows
     if axis == "round":
         spent = [float(row["round"]) for row in rows]
+    elif axis == "bytes-up":
+        spent = [*accumulate(float(row.get("bytes_up", 0)) for row in rows)]
     elif axis == "bytes":
         spent = [*accumulate(float(r.get("bytes_up", 0) + r.get("bytes_down", 0)) for r in rows)]
     else:

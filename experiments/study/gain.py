@@ -1,4 +1,7 @@
-"""What each client gains over training alone: the same client, data, model and seed under Local."""
+"""What each client gains over training alone: the same client, data, model and seed under Local.
+
+Only a Local run that trained with the same settings says what federation gains.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.runs import Run
-from experiments.settings import complete_settings, data_settings
-from experiments.study.groups import Group, Member, Stat, Study
+from experiments.settings import complete_settings, data_settings, local_settings
+from experiments.study.groups import Group, Member, Stat, Study, changed_at
 
 LOCAL = "local"
 
@@ -25,7 +28,7 @@ class ClientGain:
 
 @dataclass(frozen=True)
 class GroupGain:
-    """All clients of a group whose seeds have a Local run.
+    """All clients of a group whose seeds have a Local run that fits.
 
     `mean` is over seeds of the mean over clients; `by_family` likewise, for each architecture.
     """
@@ -34,7 +37,6 @@ class GroupGain:
     clients: tuple[ClientGain, ...]
     mean: Stat
     by_family: Mapping[str, Stat]
-    missing_seeds: tuple[int, ...]
 
     @property
     def num_better(self) -> int:
@@ -42,35 +44,71 @@ class GroupGain:
         return sum(client.gain > 0 for client in self.clients)
 
 
-def gains_over_local(study: Study) -> list[GroupGain]:
-    """Compare every other group with Local; [] where no run of method=local fits any.
+@dataclass(frozen=True)
+class Unmatched:
+    """A run without the Local run that it could be compared with.
 
-    A Local run fits when its data, its clients' models and its seed are the same.
+    `differs` holds what the nearest Local run has otherwise, as {key: (wanted, that one's)}; it is
+    empty where there is none with the same data, models and seed.
     """
-    alone = {
-        _identity(member): member
-        for group in study.groups
-        if group.method == LOCAL
-        for member in group.counted
-    }
-    found = [_compare(group, alone) for group in study.groups if group.method != LOCAL]
-    return [gain for gain in found if gain is not None]
+
+    label: str
+    member: Member
+    differs: Mapping[str, tuple[Any, Any]]
 
 
-def _compare(group: Group, alone: Mapping[str, Member]) -> GroupGain | None:
-    clients: list[ClientGain] = []
-    missing = []
-    for member in group.counted:
-        other = alone.get(_identity(member))
-        if other is None:
-            missing.append(member.seed)
-        else:
-            clients += _client_gains(member, other.run)
-    if not clients:
-        return None
+def gains_over_local(study: Study) -> tuple[list[GroupGain], list[Unmatched]]:
+    """Compare every other group with Local; name the runs that no Local run fits.
+
+    A Local run fits when its data, its clients' models, its seed and whatever decides training
+    alone (`experiments.settings.local_settings`) are the same; of several the newest is taken.
+    """
+    alone = _local_runs(study)
+    gains: list[GroupGain] = []
+    unmatched: list[Unmatched] = []
+    for group in study.groups:
+        if group.method == LOCAL:
+            continue
+        clients: list[ClientGain] = []
+        for member in group.counted:
+            other, differs = _fitting(member, alone.get(_identity(member), []))
+            if other is None:
+                unmatched.append(Unmatched(group.label, member, differs))
+            else:
+                clients += _client_gains(member, other.run)
+        if clients:
+            gains.append(_summed_up(group, clients))
+    return gains, unmatched
+
+
+def _local_runs(study: Study) -> dict[str, list[Member]]:
+    """Return the completed runs of Local by data, models and seed, the newest first."""
+    found: dict[str, list[Member]] = {}
+    members = [m for group in study.groups if group.method == LOCAL for m in group.counted]
+    for member in sorted(members, key=lambda m: changed_at(m.run), reverse=True):
+        found.setdefault(_identity(member), []).append(member)
+    return found
+
+
+def _fitting(
+    member: Member, alone: Sequence[Member]
+) -> tuple[Member | None, dict[str, tuple[Any, Any]]]:
+    """Return the Local run that fits a run, or None and how the nearest one differs."""
+    wanted = local_settings(member.run.config)
+    nearest: dict[str, tuple[Any, Any]] = {}
+    for other in alone:
+        theirs = local_settings(other.run.config)
+        differs = {k: (v, theirs[k]) for k, v in wanted.items() if v != theirs[k]}
+        if not differs:
+            return other, {}
+        nearest = differs if not nearest or len(differs) < len(nearest) else nearest
+    return None, nearest
+
+
+def _summed_up(group: Group, clients: Sequence[ClientGain]) -> GroupGain:
     families = sorted({client.family for client in clients})
     by_family = {f: _over_seeds([c for c in clients if c.family == f]) for f in families}
-    return GroupGain(group, tuple(clients), _over_seeds(clients), by_family, tuple(missing))
+    return GroupGain(group, tuple(clients), _over_seeds(clients), by_family)
 
 
 def _client_gains(member: Member, alone: Run) -> list[ClientGain]:

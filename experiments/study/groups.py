@@ -191,7 +191,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
 
 def _judge(members: Sequence[Member]) -> tuple[Member, ...]:
     """Say of each member whether it counts: completed, and the newest one of its seed."""
-    newest_first = sorted(members, key=lambda m: _changed(m.run), reverse=True)
+    newest_first = sorted(members, key=lambda m: changed_at(m.run), reverse=True)
     seen: set[int] = set()
     judged = []
     for member in newest_first:
@@ -262,7 +262,8 @@ def _run_folders(folder: Path, depth: int) -> list[Path]:
     return [found for path in inner for found in _run_folders(path, depth - 1)]
 
 
-def _changed(run: Run) -> float:
+def changed_at(run: Run) -> float:
+    """Return when a run last wrote, in seconds since the epoch; 0 where nothing is there."""
     return max((p.stat().st_mtime for name in RUN_FILES if (p := run.folder / name).is_file()),
                default=0.0)  # fmt: skip
 

@@ -53,7 +53,6 @@ METHOD_LOOKS = {
     "fedtgp": Look(4, 1),
     "fml": Look(5, 0),
     "fd": Look(5, 1),
-    "fedkd": Look(6, 1),
     "pfedhn": Look(6, 0),
 }
 

@@ -16,6 +16,7 @@ from experiments.study.gain import gains_over_local
 from experiments.study.groups import Group, Stat, Study
 from experiments.study.looks import Look, looks_for
 from experiments.study.maps import embedding_maps
+from experiments.study.predictors import what_is_tested
 from experiments.study.sections import (
     gains_section,
     maps_section,
@@ -59,7 +60,7 @@ def render(study: Study, source: Source, *, num_maps: int) -> str:
         "<h2>Test accuracy</h2>",
         _curves(study, looks, made),
         "<h2>What each client gains over training alone</h2>",
-        gains_section(gains_over_local(study), looks, made),
+        gains_section(*gains_over_local(study), looks, made),
         "<h2>What the embeddings have learned</h2>",
         maps_section(maps, passed_over, made),
         "<h2>Runs</h2>",
@@ -152,12 +153,13 @@ def _reason(text: str) -> str:
 
 
 def _results(study: Study, looks: Mapping[str, Look]) -> str:
-    header = "".join(f'<th title="{escape(c.meaning)}">{c.header}</th>' for c in tables.COLUMNS)
+    shown = tables.columns(study)
+    header = "".join(f'<th title="{escape(c.meaning)}">{c.header}</th>' for c in shown)
     best = max((s.mean for g in study.groups if (s := _micro(g))), default=None)
     rows = []
     for group in study.groups:
         cells = []
-        for place, column in enumerate(tables.COLUMNS):
+        for place, column in enumerate(shown):
             stat = _micro(group)
             top = place == 0 and stat is not None and stat.mean == best
             cells.append(f"<td{' class=top' if top else ''}>{_with_error(column.cell(group))}</td>")
@@ -168,7 +170,7 @@ def _results(study: Study, looks: Mapping[str, Look]) -> str:
             f"<td>{len(group.counted)}</td>"
             f'<td class="status left {css}">{escape(state)}</td></tr>'
         )
-    meanings = "; ".join(f"<b>{c.header}</b>: {escape(c.meaning)}" for c in tables.COLUMNS)
+    meanings = "; ".join(f"<b>{c.header}</b>: {escape(c.meaning)}" for c in shown)
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr><th>method / variant</th>{header}'
         f'<th>seeds</th><th class="left">status</th></tr></thead>'
@@ -201,8 +203,8 @@ def _curves(study: Study, looks: Mapping[str, Look], made: str) -> str:
         f"<li>{swatch(looks[g.key])}{escape(g.label)}</li>" for g in study.groups if g.members
     )
     return (
-        f'<p class="quiet">Micro accuracy (all test examples alike), evaluated on what the server '
-        f"sends, before local training. {band}The accuracy axis starts at 0.</p>"
+        f'<p class="quiet">Micro accuracy (all test examples alike). '
+        f"{escape(what_is_tested(study))} {band}The accuracy axis starts at 0.</p>"
         f'<ul class="legend">{legend}</ul><div class="figures">{"".join(figures)}</div>'
     )
 

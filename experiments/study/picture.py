@@ -1,4 +1,4 @@
-"""The comparison as one PNG: accuracy by round, by traffic and by time."""
+"""The comparison as one PNG: accuracy by round, by traffic (both ways or up) and by time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.study.charts import LOG_FROM, Line, lines_of, plain, x_unit
-from experiments.study.curves import AXES, Axis
+from experiments.study.curves import Axis
 from experiments.study.groups import Study
 from experiments.study.looks import looks_for
 from experiments.study.svg import spread
@@ -16,14 +16,21 @@ from server_app.picture import INK, Layout, picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLES = {"round": "By round", "bytes": "By traffic", "seconds": "By time"}
+TITLES = {
+    "round": "By round", "bytes": "By traffic", "bytes-up": "By traffic to the server",
+    "seconds": "By time",
+}  # fmt: skip
 NAME_WIDTH = 24  # characters right of the axes
 
 
-def draw_comparison(study: Study, target: Path) -> bool:
-    """Draw the accuracy of every group; return False where nothing was evaluated."""
+def draw_comparison(study: Study, target: Path, *, traffic: Axis = "bytes") -> bool:
+    """Draw the accuracy of every group; return False where nothing was evaluated.
+
+    `traffic` is "bytes" (both directions) or "bytes-up".
+    """
+    shown: tuple[Axis, ...] = ("round", traffic, "seconds")
     looks = looks_for([(group.key, group.method) for group in study.groups])
-    panels = {axis: lines_of(study, looks, axis) for axis in AXES}
+    panels = {axis: lines_of(study, looks, axis) for axis in shown}
     if not any(panels.values()):
         return False
     several = any(len(group.counted) > 1 for group in study.groups)
@@ -35,7 +42,7 @@ def draw_comparison(study: Study, target: Path) -> bool:
     subtitle += "; †: did not complete" if any(line.open for line in panels["round"]) else ""
     layout = Layout(_title(study), subtitle, (14.0, 4.6), "abc", (1.0, 1.0, 1.0))
     with picture(layout, target) as figure:
-        for axes, axis in zip(figure.axes, AXES, strict=True):
+        for axes, axis in zip(figure.axes, shown, strict=True):
             _panel(axes, panels[axis], axis)
     return True
 

@@ -7,8 +7,8 @@ from html import escape
 
 from experiments.study import tables
 from experiments.study.charts import gain_chart, signed
-from experiments.study.commands import preset_settings, run_command
-from experiments.study.gain import GroupGain
+from experiments.study.commands import local_command, preset_settings, run_command
+from experiments.study.gain import GroupGain, Unmatched
 from experiments.study.groups import Stat, Study
 from experiments.study.looks import SCALE, Look
 from experiments.study.maps import EmbeddingMap
@@ -17,29 +17,65 @@ SHORT_LABEL = 16
 STATUS_CLASS = {"completed": "ok", "running": "run"}
 
 
-def gains_section(gains: Sequence[GroupGain], looks: Mapping[str, Look], made: str) -> str:
-    """Write the section about gains over Local; without Local, how to get it."""
-    if not gains:
+def gains_section(
+    gains: Sequence[GroupGain],
+    unmatched: Sequence[Unmatched],
+    looks: Mapping[str, Look],
+    made: str,
+) -> str:
+    """Write the section about gains over Local; where no Local run fits, how to get one."""
+    if not gains and not any(run.differs for run in unmatched):
         return (
             '<p class="notice">No run of <code>method = "local"</code> with the same data, models '
             "and seed is here, so nobody can say what federation gains. Add one: <code>mh-pfedhn "
             "run PRESET --seed SEED --set method=local</code>, or a variant in the sweep file."
             "</p>"
         )
-    missing = [
-        f"{gain.group.label}: no Local run for seed{'s' if len(gain.missing_seeds) > 1 else ''} "
-        f"{', '.join(map(str, gain.missing_seeds))}"
-        for gain in gains
-        if gain.missing_seeds
-    ]
-    note = f" Left out: {escape('; '.join(missing))}." if missing else ""
-    return (
+    figure = (
         f'<div class="figures wide"><figure>{gain_chart(gains, looks)}'
-        "<figcaption>Each client against itself under Local with the same examples, model and "
-        "seed, at the last evaluation. Bar: mean over clients; thick line: its standard error "
-        f"over seeds.{note} {made}</figcaption>"
+        "<figcaption>Each client against itself under Local with the same examples, model, seed "
+        "and local training, at the last evaluation. Bar: mean over clients; thick line: its "
+        f"standard error over seeds. {made}</figcaption>"
         f"</figure>{_family_gains(gains)}</div>"
+        if gains
+        else ""
     )
+    return _without_local(unmatched) + figure
+
+
+def _without_local(unmatched: Sequence[Unmatched]) -> str:
+    """Name the runs that no Local run fits, why, and the command that makes one."""
+    if not unmatched:
+        return ""
+    presets = preset_settings()
+    found: dict[tuple[str, str], list[Unmatched]] = {}
+    for run in unmatched:
+        command = local_command(run.member.run, presets)
+        pattern = command.replace(f"--seed {run.member.seed}", "--seed SEED")
+        found.setdefault((pattern, _why(run)), []).append(run)
+    rows = []
+    for (pattern, why), runs in found.items():
+        labels = "; ".join(dict.fromkeys(run.label for run in runs))
+        seeds = sorted({run.member.seed for run in runs})
+        command = pattern.replace("--seed SEED", f"--seed {seeds[0]}")
+        each = ", and so for each seed" if len(seeds) > 1 else ""
+        rows.append(
+            f"<li>{escape(labels)}, seed{'s' if len(seeds) > 1 else ''} "
+            f"{', '.join(map(str, seeds))}: {escape(why)}. What fits: <code>{escape(command)}"
+            f"</code>{each}</li>"
+        )
+    return (
+        '<div class="notice"><b>No gain over Local, for no Local run fits:</b><ul>'
+        + "".join(rows)
+        + "</ul></div>"
+    )
+
+
+def _why(run: Unmatched) -> str:
+    if not run.differs:
+        return "no Local run has the same data, models and seed"
+    said = [f"{key} {theirs} instead of {own}" for key, (own, theirs) in run.differs.items()]
+    return f"the nearest Local run has {', '.join(said)}"
 
 
 def _family_gains(gains: Sequence[GroupGain]) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from experiments.progress import clock
 from experiments.study.groups import Group, Stat, Study
+from experiments.study.predictors import PREFIX, other_names
 
 Cell = Callable[[Group], str]
 NONE = "-"
@@ -49,6 +50,11 @@ def _seconds(group: Group) -> str:
     return number(group.stat(lambda member: member.total("seconds_round")), digits=0)
 
 
+def _others(group: Group) -> str:
+    cells = [f"{name} {_share(PREFIX + name)(group)}" for name in other_names(group)]
+    return ", ".join(cells) or NONE
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("micro", "last round: correct of all test examples, %", _share("accuracy_micro")),
     Column("macro", "last round: mean of the clients' accuracies, %", _share("accuracy_macro")),
@@ -63,7 +69,19 @@ COLUMNS: tuple[Column, ...] = (
     Column("MB down", "server to all clients, whole run", _megabytes("bytes_down")),
     Column("seconds", "wall clock of all rounds", _seconds),
 )  # fmt: skip
+OTHERS = Column(
+    "other predictor",
+    "last round: micro accuracy of what else the method predicts with: the head (FedProto, "
+    "FedTGP), the model before its epoch (global: FedAvg + fine-tuning), %",
+    _others,
+)
 SEEDS = Column("seeds", "completed runs with different seeds", lambda g: str(len(g.counted)))
+
+
+def columns(study: Study) -> tuple[Column, ...]:
+    """Return the columns of the page and of Markdown: other predictors only where there are any."""
+    some = any(other_names(group) for group in study.groups)
+    return (COLUMNS[0], OTHERS, *COLUMNS[1:]) if some else COLUMNS
 
 
 def status(group: Group) -> str:
@@ -88,10 +106,12 @@ def percent(stat: Stat | None) -> str:
 
 
 def number(stat: Stat | None, *, digits: int) -> str:
-    """Write a mean with its standard error; the error is left out where it rounds to nothing.
+    """Write a mean with its standard error; that is left out where all values are equal.
 
     >>> number(Stat(1234.5, 10.2, 3), digits=0), number(Stat(2.0, 0.0, 3), digits=1)
     ('1,234 ± 10', '2.0')
+    >>> number(Stat(59.7, 0.01, 3), digits=1)
+    '59.7 ± 0.0'
     """
     if stat is None:
         return NONE
@@ -117,12 +137,13 @@ def rich_table(study: Study) -> Table:
 
 def markdown(study: Study, *, source: str) -> str:
     """Return the comparison as Markdown: the table, what the columns mean, what is left out."""
-    header = ["method / variant", *(c.header for c in COLUMNS), "seeds", "status"]
-    lines = [_row(header), _row(["---", *["---:"] * (len(COLUMNS) + 1), "---"])]
+    shown = columns(study)
+    header = ["method / variant", *(c.header for c in shown), "seeds", "status"]
+    lines = [_row(header), _row(["---", *["---:"] * (len(shown) + 1), "---"])]
     for group in study.groups:
-        cells = [column.cell(group) for column in COLUMNS]
+        cells = [column.cell(group) for column in shown]
         lines.append(_row([group.label, *cells, SEEDS.cell(group), status(group)]))
-    meanings = [f"- {c.header}: {c.meaning}" for c in (*COLUMNS, SEEDS)]
+    meanings = [f"- {c.header}: {c.meaning}" for c in (*shown, SEEDS)]
     unreadable = [f"- cannot be read: {fault}" for fault in study.unreadable]
     return "\n".join([
         *lines, "", "Mean ± standard error over seeds; only completed runs, one for each seed.",

@@ -34,8 +34,8 @@ class Standing:
     reason: str = ""
 
 
-def standing(cell: Cell, *, live: bool) -> Standing:
-    """Read how far a cell is; `live` says whether a sweep is at work on these cells now."""
+def standing(cell: Cell) -> Standing:
+    """Read how far a cell is; it runs where its process does, even if its sweep was killed."""
     rows = read_rows(cell.folder / "metrics.jsonl")
     summary = read_json(cell.folder / "summary.json")
     scored = [row["accuracy_micro"] for row in rows if "accuracy_micro" in row]
@@ -46,7 +46,7 @@ def standing(cell: Cell, *, live: bool) -> Standing:
     state: State = "waiting"
     if summary.get("status") == "completed":
         state = "completed"
-    elif live and process_of(note) is not None:
+    elif process_of(note) is not None:
         state = "running"
     elif note.get("failed") or summary.get("status") == "failed":
         state = "failed"

@@ -74,17 +74,20 @@ def show_status(plan: Plan, console: Console) -> int:
     from experiments.sweep.runner import holder
 
     pid = holder(plan.folder)
-    table, counts = status_table(plan, live=pid is not None)
+    table, counts = status_table(plan)
     console.print(table)
     console.print()
     parts = [f"{number} {state}" for state, number in counts.items()]
     console.print(f"{len(plan.cells)} cells: {', '.join(parts)}", highlight=False)
     how = f"running as process {pid}" if pid else "not running"
+    if not pid and (left := counts.get("running")):
+        how += ", but " + (f"{left} cells run" if left > 1 else "1 cell runs") + " on: the next "
+        how += "sweep follows " + ("them" if left > 1 else "it")
     console.print(f"{how}; folder {plan.folder}", highlight=False, soft_wrap=True)
     return FAILED if counts.get("failed") else 0
 
 
-def status_table(plan: Plan, *, live: bool) -> tuple[Table, dict[str, int]]:
+def status_table(plan: Plan) -> tuple[Table, dict[str, int]]:
     """Return a line for each cell, and how many cells are in which state."""
     from experiments.report import percent
     from experiments.sweep.cells import standing
@@ -95,7 +98,7 @@ def status_table(plan: Plan, *, live: bool) -> tuple[Table, dict[str, int]]:
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     counts: dict[str, int] = {}
     for cell in plan.cells:
-        now = standing(cell, live=live)
+        now = standing(cell)
         counts[now.state] = counts.get(now.state, 0) + 1
         colour = COLOURS.get(now.state, "dim")
         table.add_row(

@@ -89,7 +89,7 @@ class Display:
         self._forecast = Forecast(cells)
         self._total = len(cells)
         for cell in cells:
-            now = standing(cell, live=False)
+            now = standing(cell)
             self._forecast.at(cell, now.server_round)
             self._forecast.cost(cell, now.server_round, now.seconds)
             if now.state == "completed":

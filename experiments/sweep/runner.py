@@ -89,7 +89,7 @@ class Runner:
             Passed on after the running cells have been stopped in order.
         """
         with own(self._plan.folder):
-            queue = [c for c in self._plan.cells if standing(c, live=False).state != "completed"]
+            queue = [c for c in self._plan.cells if standing(c).state != "completed"]
             self._display.begin(self._plan.cells)
             try:
                 while queue or self._active:
@@ -134,7 +134,7 @@ class Runner:
         note = cells.read_note(cell.folder)
         resumed = [*note.get("resumed_after", [])]
         if resume:
-            resumed.append(standing(cell, live=False).server_round)
+            resumed.append(standing(cell).server_round)
         facts = {
             "sweep": self._plan.file.stem,
             "file": str(self._plan.file),
@@ -159,7 +159,7 @@ class Runner:
                 self._close(active)
 
     def _close(self, active: Active) -> None:
-        now = standing(active.cell, live=False)
+        now = standing(active.cell)
         if now.state == "completed":
             write_note(active.cell, {"failed": ""})
             tidy = cells.keep_newest if self._plan.keep_checkpoints else cells.slim
@@ -173,7 +173,7 @@ class Runner:
 
     def _fail(self, cell: Cell) -> None:
         self._failed.append(cell)
-        self._display.finished(cell, standing(cell, live=False))
+        self._display.finished(cell, standing(cell))
 
     def _stop(self) -> None:
         """End what still runs: asked first, so that every run says that it was interrupted."""

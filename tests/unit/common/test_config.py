@@ -86,6 +86,15 @@ def test_keys_of_different_sections_go_together() -> None:
     RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0, "absent-clients": 9})
 
 
+def test_groups_are_split_before_the_run_ends() -> None:
+    similar = {"head-sharing": "similarity", "rounds": 5}
+    with pytest.raises(ConfigError, match=r"sharing-round = 5, .* rounds = 5: it would be"):
+        RunConfig.parse(similar)
+    RunConfig.parse({**similar, "sharing-round": 4})
+    RunConfig.parse({**similar, "head-sharing": "chunks"})
+    RunConfig.parse({**similar, "method": "local"})
+
+
 STILL = {"server-rule": "least-squares", "server-lr": 0, "embedding-lr": 0, "embedding-std": 1}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from common.config import HypernetSection
 from common.errors import ConfigError, DataError, RunError
+from common.section import Method
 from experiments.runs import Run
 from experiments.settings import essential
 from experiments.study.commands import run_command
@@ -23,13 +25,13 @@ from experiments.study.embeddings import (
     load_embeddings,
     principal_axes,
 )
-from experiments.study.gain import gains_over_local
 from experiments.study.groups import Stat, Study, group_runs, load_named, load_study
 from experiments.study.labels import label_shares, ordering, overlap, rank_correlation
 from experiments.study.looks import METHOD_LOOKS, looks_for
 from experiments.study.svg import log_ticks, nice_ticks, spread
 from experiments.study.tables import markdown, number, percent
 from server_app.hypernet import Hypernetwork
+from server_app.picture import METHODS
 from tests.unit.experiments.run_folders import write_seed
 
 
@@ -45,6 +47,7 @@ def test_mean_and_standard_error() -> None:
     assert percent(stat) == "60.0 ± 5.8"
     assert percent(Stat(0.4, None, 1)) == "40.0"
     assert number(Stat(2.0, 0.0, 3), digits=1) == "2.0"
+    assert number(Stat(59.7, 0.01, 3), digits=1) == "59.7 ± 0.0"
 
 
 def test_runs_that_differ_in_seed_and_place_alone_are_a_group(tmp_path: Path) -> None:
@@ -123,35 +126,14 @@ def test_curves_average_rounds_bytes_and_seconds(tmp_path: Path) -> None:
     write_seed(tmp_path / "b", seed=2, accuracies=(0.3, 0.4, 0.8), row={"seconds_round": 4.0})
     (group,) = study_of(tmp_path).groups
     by_round, by_time = mean_curve(group, "round"), mean_curve(group, "seconds")
-    by_bytes = mean_curve(group, "bytes")
-    assert by_round and by_time and by_bytes  # noqa: PT018
+    by_bytes, by_bytes_up = mean_curve(group, "bytes"), mean_curve(group, "bytes-up")
+    assert by_round and by_time and by_bytes and by_bytes_up  # noqa: PT018
     assert by_round.x == (1, 2, 3)
     assert by_round.y == pytest.approx((0.2, 0.4, 0.7))
     assert by_round.error == pytest.approx((0.1, 0.0, 0.1))  # |a - b| / 2 for two values
     assert by_time.x == (3.0, 6.0, 9.0)
     assert by_bytes.x == (3e6, 6e6, 9e6)
-
-
-def test_gain_over_local_is_paired_by_client_and_seed(tmp_path: Path) -> None:
-    write_seed(tmp_path / "l1", method="local", seed=1, clients=(0.5, 0.5, 0.5, 0.5))
-    write_seed(tmp_path / "l2", method="local", seed=2, clients=(0.2, 0.2, 0.2, 0.2))
-    write_seed(tmp_path / "h1", seed=1, clients=(0.6, 0.6, 0.4, 0.6))  # +.1 +.1 -.1 +.1
-    write_seed(tmp_path / "h2", seed=2, clients=(0.4, 0.4, 0.4, 0.4))  # +.2
-    write_seed(tmp_path / "h3", seed=3)  # no Local run of this seed
-    write_seed(tmp_path / "o", seed=1, method="fedavg", classes_per_client=5)  # other data
-    (gain,) = gains_over_local(study_of(tmp_path))
-    assert gain.group.method == "mh-pfedhn"
-    assert gain.missing_seeds == (3,)
-    assert (gain.num_better, len(gain.clients)) == (7, 8)
-    # seed means .05 and .2
-    assert gain.mean == Stat(pytest.approx(0.125), pytest.approx(0.075), 2)
-    assert gain.by_family["cnn"].mean == pytest.approx((0.1 + 0.2) / 2)
-    assert gain.by_family["vgg8"].mean == pytest.approx((0.0 + 0.2) / 2)
-
-
-def test_no_local_no_gain(tmp_path: Path) -> None:
-    write_seed(tmp_path / "h1")
-    assert gains_over_local(study_of(tmp_path)) == []
+    assert by_bytes_up.x == (1e6, 2e6, 3e6)
 
 
 def test_a_method_looks_the_same_in_every_study() -> None:
@@ -162,6 +144,11 @@ def test_a_method_looks_the_same_in_every_study() -> None:
     assert len(set(looks.values())) == 4
     many = looks_for([(str(i), "mh-pfedhn") for i in range(28)])
     assert len(set(many.values())) == 28
+
+
+def test_every_method_has_a_look_and_a_name() -> None:
+    assert set(METHOD_LOOKS) == set(METHODS) == set(get_args(Method))
+    assert len(set(METHOD_LOOKS.values())) == len(METHOD_LOOKS)
 
 
 def test_labels_are_moved_apart_and_stay_inside() -> None:

@@ -1,4 +1,5 @@
-"""Sweeps: cells as light processes that write real run folders; one test kills a real run."""
+"""Sweeps: cells as light processes that write real run folders; one test kills a real sweep, one
+(slow) a real run."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from experiments.runs import Run
 from experiments.sweep.cells import (
     identify,
     keep_newest,
+    process_of,
     read_note,
     slim,
     standing,
@@ -33,7 +35,14 @@ from experiments.sweep.cells import (
 from experiments.sweep.command import status_table
 from experiments.sweep.display import Display, Forecast
 from experiments.sweep.plan import Cell, Plan
-from experiments.sweep.runner import Runner, _require_source, cell_command, holder, own
+from experiments.sweep.runner import (
+    Runner,
+    _environment,
+    _require_source,
+    cell_command,
+    holder,
+    own,
+)
 from server_app.checkpoint import save_checkpoint
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_command_line import TINY
@@ -81,7 +90,7 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(plan: Plan) -> None:
     assert [cell.variant for cell in failed] == ["bad", "bad"]
     assert "ended with exit status 1: ValueError: out of luck" in out
     assert out.count("done ") == 2
-    states = [standing(cell, live=False).state for cell in plan.cells]
+    states = [standing(cell).state for cell in plan.cells]
     assert states == ["completed", "completed", "failed", "failed"]
     note = read_note(plan.cells[0].folder)
     assert (note["variant"], note["seed"], note["grid"]) == ("good", 1, {})
@@ -104,7 +113,7 @@ def test_a_cell_cut_off_before_its_first_checkpoint_starts_anew(plan: Plan) -> N
     write_note(cell, {"file": "s.toml"})
     write_seed(cell.folder, status="interrupted")
     (cell.folder / "state").mkdir()
-    assert standing(cell, live=False).state == "cut off"
+    assert standing(cell).state == "cut off"
     run(plan)
     assert json.loads((cell.folder / "summary.json").read_text())["resume"] == "False"
     assert not (cell.folder / "state").exists()
@@ -127,10 +136,21 @@ def test_a_cell_that_a_killed_sweep_left_running_is_followed(plan: Plan) -> None
     command = [sys.executable, "-S", "-c", wait, str(cell.folder), "good", "orphan"]
     with subprocess.Popen(command) as orphan:
         write_note(cell, {"process": identify(psutil.Process(orphan.pid))})
-        assert standing(cell, live=True).state == "running"
+        assert standing(cell).state == "running"
         _, out = run(plan)
     assert "found running, followed" in out
     assert json.loads((cell.folder / "summary.json").read_text())["resume"] == "orphan"
+
+
+def test_status_says_that_a_cell_runs_on_without_its_sweep(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_note(plan.cells[0], {"process": identify(psutil.Process()), "failed": ""})
+    write_note(plan.cells[1], {"process": {"pid": os.getpid(), "started": 1.0}, "failed": ""})
+    assert main(["sweep", str(plan.file), "--status"]) == 0
+    out = capsys.readouterr().out
+    assert "4 cells: 1 running, 1 cut off, 2 waiting" in out
+    assert "not running, but 1 cell runs on: the next sweep follows it; folder" in out
 
 
 def test_two_sweeps_cannot_share_a_folder(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +175,7 @@ def test_status_shows_every_cell_and_fails_when_one_failed(
     assert "4 cells: 2 completed, 2 failed" in out
     assert "out of luck" in out
     assert "not running" in out
-    _, counts = status_table(plan, live=False)
+    _, counts = status_table(plan)
     assert counts == {"completed": 2, "failed": 2}
 
 
@@ -170,6 +190,68 @@ def test_time_left_comes_from_each_variants_own_rounds(plan: Plan) -> None:
     assert forecast.seconds_of(bad) == 20.0
     forecast.gone(good)
     assert forecast.seconds(jobs=2) == (2 * 4.0 + (2 + 3) * 10.0) / 2
+
+
+LIGHT = """
+[engine]
+name = "inprocess"
+num-clients = 2
+workers = 1
+[config]
+method = "local"
+rounds = 2
+dataset = "digits"
+models = "mlp"
+partition = "iid"
+max-client-examples = 40
+cache-dir = "cache"
+"""
+
+
+def wait_for_process(cell: Cell, *, timeout_s: float = 120.0) -> psutil.Process:
+    end = monotonic() + timeout_s
+    while (found := process_of(read_note(cell.folder))) is None:
+        assert monotonic() < end, f"{cell.name} was not started"
+        sleep(0.02)
+    return found
+
+
+def test_after_kill_9_of_a_sweep_every_cell_completes_exactly_once(tmp_path: Path) -> None:
+    """One cell is there already; the sweep dies while the second one runs; a third one waits."""
+    (tmp_path / "light.toml").write_text(LIGHT)
+    sweep = 'preset = "light.toml"\nseeds = [1, 2, 3]\noutput-dir = "o"\n'
+    (tmp_path / "s.toml").write_text(sweep)
+    plan = Plan.load(tmp_path / "s.toml")
+    done, orphan, waiting = plan.cells
+    before = (write_seed(done.folder) / "summary.json").stat().st_mtime_ns
+    write_note(done, {"file": str(plan.file)})
+    command = [sys.executable, "-m", "experiments", "sweep", str(plan.file)]
+    surroundings = {**_environment(), "OMP_NUM_THREADS": "1"}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=surroundings) as killed:
+        try:
+            child = wait_for_process(orphan)
+        finally:
+            killed.kill()
+    try:
+        assert killed.returncode == -9
+        assert standing(orphan).state == "running"
+        assert not waiting.folder.exists()
+        again = subprocess.run(
+            command, env=surroundings, capture_output=True, text=True, timeout=300, check=False
+        )
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [standing(cell).state for cell in plan.cells] == ["completed"] * 3
+    assert (done.folder / "summary.json").stat().st_mtime_ns == before
+    assert not (done.folder / "console.log").exists(), "it was run again"
+    assert read_note(orphan.folder)["process"]["pid"] == child.pid, "it was started twice"
+    for cell in (orphan, waiting):
+        assert [row["round"] for row in Run.load(cell.folder).rows] == [1, 2]
+        assert (cell.folder / "console.log").read_text().count("first round after") == 1
+        assert read_note(cell.folder)["resumed_after"] == []
 
 
 @pytest.mark.slow
@@ -191,7 +273,7 @@ def test_a_killed_run_is_resumed_from_its_checkpoint(tmp_path: Path) -> None:
     failed, out = run(plan, cell_command)
     assert failed == [cell]
     assert "exit status -9" in out
-    cut = standing(cell, live=False).server_round
+    cut = standing(cell).server_round
     assert 5 <= cut < 25
 
     failed, out = run(plan, cell_command)
