@@ -277,6 +277,19 @@ def test_diagnostics_of_one_step() -> None:
     assert (done.learning_rate, done.embedding_learning_rate) == (1e-3, 5e-3)
 
 
+def test_a_step_of_one_old_update_goes_less_far() -> None:
+    far = []
+    for staleness in (0, 3):
+        section = UPDATE.model_copy(update={"staleness_power": 0.5})
+        update = ServerUpdate(Hypernetwork(TOY, seed=0), section, total_rounds=10)
+        update.hypernet.add_client("a", 14)
+        old = ClientUpdate("a", torch.full((14,), 2.0), staleness=staleness)
+        done = update.step([old], progress=0.0)
+        far.append((done.learning_rate, done.embedding_learning_rate, done.gain_factor))
+        assert done.max_staleness == staleness
+    assert far[1] == pytest.approx([rate / 2 for rate in far[0]])
+
+
 def test_resumed_steps_equal_uninterrupted_ones_bitwise() -> None:
     def steps(update: ServerUpdate, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
