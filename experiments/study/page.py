@@ -109,9 +109,10 @@ def _finding(study: Study) -> str:
     said = (
         f"Highest micro accuracy in the last round: <b>{escape(group.label)}</b>, {_seeded(best)}."
     )
-    for other, stat in scored:
-        if other.method == "local" and other is not group:
-            said += f" Every client alone (Local): {_seeded(stat)}."
+    alone = [pair for pair in scored if pair[0].method == "local" and pair[0] is not group]
+    for other, stat in alone:
+        name = "Local" if len(alone) == 1 else escape(other.label)
+        said += f" Every client alone ({name}): {_seeded(stat)}."
     rivals = [pair for pair in scored if pair[0] is not group]
     if rivals and best.error is not None:
         second, stat = max(rivals, key=lambda pair: pair[1].mean)
