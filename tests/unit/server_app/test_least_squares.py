@@ -333,3 +333,15 @@ def test_more_clients_than_heads_can_tell_apart_are_named_once(
     if named:
         assert "4 clients share heads of hidden-dim 2: some 67 %" in found[0]
         assert "hidden-dim to 3 or more" in found[0]
+
+
+@pytest.mark.parametrize(("rounds", "own_gain"), [(60, 0.35), (2, 0.8)])
+def test_a_short_run_follows_more_of_what_is_personal(rounds: int, own_gain: float) -> None:
+    left_alone = {"shared_momentum": -1.0, "personal_gain": -1.0}
+    update = system(SECTION.model_copy(update=left_alone))
+    update = ServerUpdate(update.hypernet, update.section, total_rounds=rounds)
+    change = deltas(1, "c", "a", "b", "d")
+    got = moved(update, change)
+    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
+    for client_id, delta in change.items():
+        assert_close(got[client_id], -GAIN * mean - own_gain * (padded(delta) - mean))
