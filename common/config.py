@@ -286,10 +286,7 @@ class NodeConfig(Section):
     def client_section(self, run: RunConfig) -> ClientSection:
         """Merge with the run config: what the participant declared wins."""
         own = self.model_dump(by_alias=True, exclude_none=True)
-        merged = {
-            **run.client.flat(),
-            **{k: v for k, v in own.items() if k in ClientSection.key_names()},
-        }
+        merged = {**run.client.flat(), **_pick(own, ClientSection)}
         merged["num-partitions"] = self.num_partitions or run.client.num_partitions
         if self.model:
             merged["models"] = self.model
@@ -300,7 +297,8 @@ S = TypeVar("S", bound=Section)
 
 
 def _pick(flat: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    return {key: value for key, value in flat.items() if key in section.key_names()}
+    names = section.key_names()
+    return {key: value for key, value in flat.items() if key in names}
 
 
 def _validated(section: type[S], values: dict[str, Any], where: str) -> S:
