@@ -7,6 +7,9 @@ float rounding: a short last batch is padded with examples of weight zero, or, w
 would see the padding, taken together only with batches of the same size. Each client's dropout
 masks come from its own generator, in the order in which training it alone draws them.
 
+On a GPU the point is how little the host does: no step waits for the device, and cuDNN tries its
+kernels for the cohort's shapes once.
+
 Shapes: G clients, B batch, P parameters, C classes.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -27,6 +31,10 @@ from client_app.models.dropout import MaskFeed, draw_mask, feeding
 from client_app.training import Trained, descend, mixed_precision
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
+from common.wire import Evaluation
+
+TESTED_AT_ONCE = {"cpu": 256, "cuda": 8192}
+"""By device type: test examples of all members together in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,91 @@ def train_cohort(
     started = time.monotonic()
     order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)
     cohort = _Cohort(module, [members[i] for i in order], section, clip, teacher)
-    for _ in range(section.local_epochs):
-        cohort.epoch()
-    seconds = (time.monotonic() - started) / len(members)
-    outcomes = dict(zip(order, cohort.outcomes(seconds), strict=True))
+    with _tried_kernels():
+        for _ in range(section.local_epochs):
+            cohort.epoch()
+    outcomes = dict(zip(order, cohort.outcomes(started), strict=True))
     return [outcomes[i] for i in range(len(members))]
+
+
+@torch.no_grad()
+def evaluate_cohort(module: nn.Module, members: Sequence[Member]) -> list[Evaluation]:
+    """Test every member as `client_app.training.evaluate` would, all of them at once.
+
+    The members' `theta` and `buffers` are tested; results come from the device in one transfer.
+    The seconds are the cohort's, divided by its members.
+    """
+    started = time.monotonic()
+    first = members[0]
+    module.eval()
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    weights = _cut(torch.stack([member.theta for member in members]), shapes)
+    names = [name for name, _ in module.named_buffers()]
+    buffers = {name: torch.stack([m.buffers[name] for m in members]) for name in names}
+    counts = [member.data.num_test for member in members]
+    totals = torch.zeros(2, len(members), dtype=torch.float64, device=first.theta.device)
+    at_once = TESTED_AT_ONCE.get(first.theta.device.type, 256)
+    for images, labels, real in _test_batches(members, max(1, at_once // len(members))):
+        logits = _logits(module, weights, buffers, images)
+        flat = logits.flatten(0, 1).float()
+        losses = functional.cross_entropy(flat, labels.flatten(), reduction="none")
+        totals[0] += ((logits.argmax(dim=2) == labels) & real).sum(dim=1)
+        totals[1] += (losses.view(real.shape).double() * real).sum(dim=1)
+    correct, loss = totals.tolist()
+    seconds = (time.monotonic() - started) / len(members)
+    return [
+        Evaluation(num_test=n, num_correct=int(c), test_loss=value / n, seconds=seconds)
+        for n, c, value in zip(counts, correct, loss, strict=True)
+    ]
+
+
+def _test_batches(members: Sequence[Member], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield images (G, B, ...), labels (G, B) and which of them (G, B) are not padding."""
+    images = torch.cat([member.data.test_images for member in members])
+    labels = torch.cat([member.data.test_labels for member in members])
+    counts = torch.tensor([member.data.num_test for member in members])
+    firsts = counts.cumsum(0) - counts
+    places = torch.arange(int(counts.max()))
+    real = places < counts[:, None]
+    rows = (firsts[:, None] + torch.where(real, places, 0)).to(images.device)
+    real = real.to(images.device)
+    for start in range(0, rows.shape[1], size):
+        part = rows[:, start : start + size]
+        batch = members[0].data.normalise(images[part.flatten()])
+        yield batch.view(*part.shape, *batch.shape[1:]), labels[part], real[:, start : start + size]
+
+
+def _logits(
+    module: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor
+) -> Tensor:
+    """Return the logits (G, B, C) of images (G, B, ...), each member's by its own weights."""
+
+    def one(own: dict[str, Tensor], kept: dict[str, Tensor], batch: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, (own, kept), (batch,))
+        return found
+
+    together: Tensor = vmap(one)(weights, buffers, images)
+    return together
+
+
+def _cut(theta: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Cut theta (G, P) into the model's parameters, each with a leading G."""
+    pieces = torch.split(theta, [shape.numel() for shape in shapes.values()], dim=1)
+    return {
+        name: piece.view(-1, *shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
+@contextmanager
+def _tried_kernels() -> Iterator[None]:
+    """Let cuDNN try its kernels for each new shape; a cohort has few shapes and many steps."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Cohort:
@@ -148,7 +236,7 @@ class _Cohort:
         """Return what the dropout layers draw in a step, in the order of their calls."""
         feed = MaskFeed()
         buffers = {name: stacked[0].clone() for name, stacked in self._buffers.items()}
-        weights = {k: v[0] for k, v in self._weights(self._theta[:1]).items()}
+        weights = {k: v[0] for k, v in _cut(self._theta[:1], self._shapes).items()}
         with feeding(self._module, feed):
             self._module.train()
             images = self._members[0].data.normalise(self._images[:2])
@@ -174,11 +262,15 @@ class _Cohort:
         self._module.train()
         size = self._section.batch_size
         rows = self._shuffled_rows()
-        for first in range(0, max(self._counts), size):
-            sizes = [min(size, count - first) for count in self._counts if count > first]
-            for group in self._groups(sizes):
-                width = max(sizes[group])
-                self._step(group, rows[group, first : first + width], sizes[group])
+        starts = range(0, max(self._counts), size)
+        sizes = [[min(size, count - first) for count in self._counts] for first in starts]
+        on_device = torch.tensor(sizes, device=rows.device)  # one transfer for all steps
+        for first, step_sizes, counts in zip(starts, sizes, on_device, strict=True):
+            active = [count for count in step_sizes if count > 0]
+            for group in self._groups(active):
+                width = max(active[group])
+                batch = rows[group, first : first + width]
+                self._step(group, batch, counts[group], active[group])
 
     def _groups(self, sizes: Sequence[int]) -> Iterator[slice]:
         """Cut the active members into runs that can share a step."""
@@ -204,9 +296,14 @@ class _Cohort:
             offset += count
         return table.to(self._theta.device)
 
-    def _step(self, group: slice, rows_GB: Tensor, sizes: Sequence[int]) -> None:  # noqa: N803
-        """Take one SGD step of the members in `group`, in place."""
-        count = torch.tensor(sizes, device=rows_GB.device)
+    def _step(
+        self,
+        group: slice,
+        rows_GB: Tensor,  # noqa: N803
+        count: Tensor,
+        sizes: Sequence[int],
+    ) -> None:
+        """Take one SGD step of the members in `group`, in place; `count` is `sizes`, there."""
         place = torch.arange(rows_GB.shape[1], device=rows_GB.device)
         share = (place < count[:, None]) / count[:, None]
         theta = self._theta[group].detach().requires_grad_()
@@ -215,14 +312,6 @@ class _Cohort:
         (gradient,) = torch.autograd.grad(loss.sum(), theta)
         self._loss[group] += loss.detach() * count
         self._descend(group, gradient)
-
-    def _weights(self, theta: Tensor) -> dict[str, Tensor]:
-        """Cut theta (G, P) into the model's parameters, each with a leading G."""
-        pieces = torch.split(theta, [s.numel() for s in self._shapes.values()], dim=1)
-        return {
-            name: piece.view(-1, *shape)
-            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
-        }
 
     def _losses(
         self,
@@ -246,7 +335,8 @@ class _Cohort:
 
         stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
         with mixed_precision(self._section, images.device):
-            out = vmap(logits)(self._weights(theta), buffers, masks, stacked_images)
+            weights = _cut(theta, self._shapes)
+            out = vmap(logits)(weights, buffers, masks, stacked_images)
             out = out.flatten(0, 1).float()
             losses = functional.cross_entropy(out, labels, reduction="none")
             if self._teacher is not None:
@@ -262,9 +352,10 @@ class _Cohort:
             gradient = gradient * (s.client_clip_norm / (norms + 1e-6)).clamp(max=1.0)
         descend(self._theta[group], gradient, self._momentum[group], s)
 
-    def outcomes(self, seconds: float) -> Iterator[Outcome]:
+    def outcomes(self, started: float) -> Iterator[Outcome]:
         """Yield what became of each member, in the cohort's order."""
-        losses = self._loss.tolist()
+        losses = self._loss.tolist()  # waits for the device: now the training is over
+        seconds = (time.monotonic() - started) / len(self._members)
         for i, count in enumerate(self._counts):
             yield Outcome(
                 theta=self._theta[i].clone(),

@@ -83,6 +83,12 @@ class ClientData:
         return pictures + self.train_labels.nbytes + self.test_labels.nbytes
 
     @cached_property
+    def looks(self) -> tuple[float | int, ...]:
+        """What normalised pictures have in common with another client's: mean, std, shape."""
+        shape = self.train_images.shape[1:]
+        return (*self.mean.tolist(), *self.std.tolist(), *shape)
+
+    @cached_property
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(1, C, 1, 1) each, so that normalised = shift + scale * image."""
         scale = 1.0 / (255.0 * self.std)

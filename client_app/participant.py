@@ -11,7 +11,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor, nn
 
-from client_app.cohort import Member, Outcome
+from client_app.cohort import Member
 from client_app.data import ClientData, load_client_data
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
@@ -198,25 +198,43 @@ class Participant:
         tool = borrow(replace(self.kind_of(GLOBAL), role="teacher"))
         return self._ready(tool, theta, "", task.header).model.module
 
-    def join_cohort(self, role: Role, task: TrainTask, theta: Float32) -> Member:
-        """Hand over what a batched call needs to train one of the client's models."""
-        tool = self._ready(self._tool(role), theta, role.buffers, task.header)
+    def placed(self, role: Role, thetas: Float32) -> Tensor:
+        """Return the weights (..., P) that generated thetas stand for, on the device.
+
+        For as many clients of this one's architecture as there are rows, in one transfer.
+        """
+        return self._placed(self._tool(role), thetas)
+
+    def join_cohort(self, role: Role, task: TrainTask, placed: Tensor) -> Member:
+        """Hand over what a batched call needs to test or train one of the client's models.
+
+        `placed` (P,) are its weights on the device.
+        """
+        tool, header = self._tool(role), task.header
+        kept = self._kept_buffers(tool, role.buffers, before=header.server_round)
         return Member(
-            theta=tool.model.theta.detach().clone(),
-            buffers=tool.buffers(),
+            theta=placed,
+            buffers=tool.fitting(kept),
             data=self.data,
-            generator=self._shuffler(role.shuffle, task.header),
-            dropout=torch.Generator(self.device).manual_seed(tool.generator.initial_seed()),
+            generator=self._shuffler(role.shuffle, header),
+            dropout=torch.Generator(self.device).manual_seed(
+                self._dropout_seed(role.buffers, header)
+            ),
         )
 
     def leave_cohort(
-        self, role: Role, task: TrainTask, theta: Float32, outcome: Outcome
+        self,
+        role: Role,
+        task: TrainTask,
+        theta: Float32,
+        buffers: dict[str, Tensor],
+        change: Float32,
     ) -> Float32:
-        """Take back a model that was trained together with others; returns what goes up."""
-        tool = self._tool(role)
-        tool.reset(outcome.buffers, 0)
-        tool.model.load(outcome.theta)
-        return self._close(role, task, theta)
+        """Keep what stays here of a model that was trained with others; returns what goes up.
+
+        `change` (P,) is the delta: before minus after.
+        """
+        return self._keep(role, task, theta, buffers, change)
 
     # --- how -------------------------------------------------------------------------------------
 
@@ -243,12 +261,24 @@ class Participant:
 
     def _close(self, role: Role, task: TrainTask, theta: Float32) -> Float32:
         """Keep what stays here of a model just trained from theta; returns what goes up."""
-        tool, header = self._tool(role), task.header
-        if tool.fresh_buffers:
-            self.state.save(role.buffers, tool.buffers(), stamp=self._stamp(header))
+        tool = self._tool(role)
+        change: Float32 = delta(self._placed(tool, theta), tool.model.theta.detach()).cpu().numpy()
+        return self._keep(role, task, theta, tool.buffers(), change)
+
+    def _keep(
+        self,
+        role: Role,
+        task: TrainTask,
+        theta: Float32,
+        buffers: dict[str, Tensor],
+        change: Float32,
+    ) -> Float32:
+        """Keep buffers, teacher and what is not sent of a change; returns what goes up."""
+        header = task.header
+        if buffers:
+            self.state.save(role.buffers, buffers, stamp=self._stamp(header))
         if role is GLOBAL and task.theta is None:
             keep_teacher(self.state, theta, header.server_round)
-        change: Float32 = delta(self._placed(tool, theta), tool.model.theta.detach()).cpu().numpy()
         top_k = self.config.wire.uplink_top_k
         if top_k == 1:
             return change
@@ -262,14 +292,23 @@ class Participant:
 
         The buffers are the newest from a round earlier than `before`; 0 means than this round.
         """
-        now = header.server_round
-        seed = stream_seed(self.config.run.seed, f"dropout/{buffers}", now, self.client_id)
-        kept = None
-        if buffers and tool.fresh_buffers:
-            kept = self.state.load(buffers, before=before or now)
-        tool.reset(kept, seed)
+        kept = self._kept_buffers(tool, buffers, before=before or header.server_round)
+        tool.reset(kept, self._dropout_seed(buffers, header))
         tool.model.load(self._placed(tool, theta))
         return tool
+
+    def _kept_buffers(self, tool: Tool, name: str, *, before: int) -> dict[str, Tensor] | None:
+        """Return the newest buffers from a round earlier than `before`; None where there are none.
+
+        "" as a name stands for a model whose buffers nobody keeps.
+        """
+        if not name or not tool.fresh_buffers:
+            return None
+        return self.state.load(name, before=before)
+
+    def _dropout_seed(self, buffers: str, header: Header) -> int:
+        seed = self.config.run.seed
+        return stream_seed(seed, f"dropout/{buffers}", header.server_round, self.client_id)
 
     def _placed(self, tool: Tool, theta: Float32) -> Tensor:
         """Return the weights that a generated theta (K_i,) stands for, on the device.

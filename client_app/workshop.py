@@ -49,13 +49,20 @@ class Tool:
 
     def reset(self, buffers: Mapping[str, Tensor] | None, seed: int) -> None:
         """Load a client's buffers (or fresh ones) and seed the dropout."""
-        wanted = buffers or {}
+        fitting = self.fitting(buffers)
         with torch.no_grad():
             for name, buffer in self.model.module.named_buffers():
-                kept = wanted.get(name)
-                fits = kept is not None and kept.shape == buffer.shape
-                buffer.copy_(kept if fits and kept is not None else self.fresh_buffers[name])
+                buffer.copy_(fitting[name])
         self.generator.manual_seed(seed)
+
+    def fitting(self, buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return a client's buffers on the device; fresh ones where it has none of that shape."""
+        found = {}
+        for name, fresh in self.fresh_buffers.items():
+            kept = (buffers or {}).get(name)
+            fits = kept is not None and kept.shape == fresh.shape
+            found[name] = kept.to(fresh) if fits and kept is not None else fresh
+        return found
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the model's buffers: BatchNorm statistics and the like."""

@@ -217,6 +217,11 @@ class HeadGroup:
         """Bytes one product may touch; a GPU wants few launches more than a small footprint."""
         return WORK_BYTES if self._weight.device.type == "cpu" else 64 * WORK_BYTES
 
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of deltas that are gathered at a time; for a GPU in few large copies."""
+        return TILE_BYTES if self._weight.device.type == "cpu" else 64 * TILE_BYTES
+
     def tiles(self, first: int, stop: int, *, rows: int, budget: int) -> Iterator[slice]:
         """Cut chunks into runs that touch at most `budget` bytes, at `rows` rows (S,) a chunk."""
         chunks = max(1, budget // (4 * rows * self.chunk_size))
@@ -229,7 +234,7 @@ class HeadGroup:
         They are gathered a tile at a time and yielded in pieces that one product may touch.
         """
         rows = len(deltas) + self.hidden_dim
-        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
+        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=self.tile_bytes):
             packed_NcS = self.pack(deltas, tile, scratch)
             for work in self.tiles(tile.start, tile.stop, rows=rows, budget=self.work_bytes):
                 yield packed_NcS[:, work.start - tile.start : work.stop - tile.start], work

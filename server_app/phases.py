@@ -45,7 +45,11 @@ class Core(Post):
     def generate(self, client_ids: Sequence[str]) -> dict[str, Float32]:
         """Generate theta (K_i,) of each client with the current phi, as numpy float32."""
         generated = self.hypernet.generate(client_ids)
-        return {client_id: theta.cpu().numpy() for client_id, theta in generated.items()}
+        if self.hypernet.device.type == "cpu":
+            return {client_id: theta.numpy() for client_id, theta in generated.items()}
+        together = torch.cat(list(generated.values())).cpu()  # one transfer
+        pieces = together.split([theta.numel() for theta in generated.values()])
+        return {i: piece.numpy() for i, piece in zip(generated, pieces, strict=True)}
 
     def thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:
         """Generate as `generate`, a block of clients at a time, each when it is asked for."""

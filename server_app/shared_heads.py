@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from server_app.heads import TILE_BYTES, HeadGroup, HeadPullback
+from server_app.heads import HeadGroup, HeadPullback
 from server_app.memory import Scratch, fresh
 
 PLACE_STD = 1.0
@@ -78,7 +78,7 @@ class SharedHead(HeadGroup):
         squares = torch.zeros(len(deltas), dtype=torch.float64, device=shares.device)
         mean_square = torch.zeros((), dtype=torch.float64, device=shares.device)
         grad_weight, grad_bias = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=TILE_BYTES):
+        for tile in self.tiles(0, self.num_chunks, rows=len(deltas), budget=self.tile_bytes):
             delta_cNS = self.pack(deltas, tile, scratch).transpose(0, 1)
             mean_cS = torch.matmul(within, delta_cNS)
             for place, delta_NS in zip(range(tile.start, tile.stop), delta_cNS, strict=True):

@@ -45,7 +45,7 @@ class MaskFeed:
             self.wanted.append((tuple(shape[1:]), kept))
             return x
         self.used += 1
-        return x * self.masks[self.used - 1]
+        return x * self.masks[self.used - 1].to(x.dtype)
 
 
 class GeneratorDropout(nn.Module):

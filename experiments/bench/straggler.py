@@ -60,7 +60,7 @@ def seconds_per_round(app: Paced, close_fraction: float, *, clients: int, rounds
                 "min-client-examples": 2,
                 "max-in-flight": 0,
                 "buffer-size": 10,
-                "hidden-dim": 16,
+                "hidden-dim": 64,
                 "server-rule": "least-squares",
                 "head-init": "shared",
                 "embedding-std": 1.0,

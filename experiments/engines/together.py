@@ -11,15 +11,23 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from client_app.cohort import Outcome, Teacher, can_train_together, train_cohort
+from client_app.cohort import (
+    Outcome,
+    Teacher,
+    can_train_together,
+    evaluate_cohort,
+    train_cohort,
+)
 from client_app.participant import GLOBAL, PERSONAL, Participant, Role
 from common import wire
 from common.codec import Float32
 from common.errors import MHpFedHNError
-from common.wire import TrainReply, TrainTask
+from common.params import delta
+from common.wire import Evaluation, TrainReply, TrainTask
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,11 @@ class _Ready:
     @property
     def kind(self) -> Hashable:
         """What clients must have in common to be trained by one call."""
-        data, task = self.participant.data, self.task
-        looks = (*data.mean.tolist(), *data.std.tolist(), tuple(data.train_images.shape[1:]))
+        task, section = self.task, self.participant.section
         sent = None if self.global_theta is None else sha256(self.global_theta.data).digest()
         models = tuple(self.participant.kind_of(role) for role in self.starts)
-        return models, task.training, looks, sent, task.distill
+        alike = (task.training, task.distill, task.evaluate, section.theta_offset)
+        return models, self.participant.data.looks, sent, alike
 
     def fits(self) -> bool:
         """Whether all that it trains can be batched, and has the length that its model takes."""
@@ -93,44 +101,63 @@ def _open(place: int, message: Message, context: Context) -> _Ready | None:
 
 
 def _train(group: Sequence[_Ready]) -> list[RecordDict]:
-    evaluations = [ready.participant.test_received(ready.task) for ready in group]
-    outcomes = {role: _cohort(group, role) for role in group[0].starts}
+    found = {role: _cohort(group, role) for role in group[0].starts}
     replies = []
-    for i, (ready, evaluation) in enumerate(zip(group, evaluations, strict=True)):
-        own = {role: found[i] for role, found in outcomes.items()}
-        last = list(own.values())[-1].trained
-        changes = {
-            role: ready.participant.leave_cohort(role, ready.task, ready.starts[role], outcome)
-            for role, outcome in own.items()
+    for i, ready in enumerate(group):
+        last = list(found.values())[-1].outcomes[i].trained
+        sent_up = {
+            role: ready.participant.leave_cohort(
+                role, ready.task, ready.starts[role], shared.outcomes[i].buffers, shared.changes[i]
+            )
+            for role, shared in found.items()
         }
         reply = TrainReply(
             num_examples=last.num_examples,
             train_loss=last.loss,
-            seconds=sum(outcome.trained.seconds for outcome in own.values()),
+            seconds=sum(shared.outcomes[i].trained.seconds for shared in found.values()),
             server_round=ready.task.header.server_round,
-            delta=changes.get(PERSONAL),
-            global_delta=changes.get(GLOBAL),
-            evaluation=evaluation,
+            delta=sent_up.get(PERSONAL),
+            global_delta=sent_up.get(GLOBAL),
+            evaluation=found[PERSONAL].evaluations[i] if PERSONAL in found else None,
         )
         precision, top_k = ready.task.header.precision, ready.participant.config.wire.uplink_top_k
         replies.append(wire.encode_train_reply(reply, precision, top_k=top_k))
     return replies
 
 
-def _cohort(group: Sequence[_Ready], role: Role) -> list[Outcome]:
-    """Train one of the models of all clients of a group."""
-    members = [r.participant.join_cohort(role, r.task, r.starts[role]) for r in group]
+@dataclass(frozen=True)
+class _Shared:
+    """What a batched call found: outcomes, deltas (P,), and tests of what was received."""
+
+    outcomes: Sequence[Outcome]
+    changes: Sequence[Float32]
+    evaluations: Sequence[Evaluation | None]
+
+
+def _cohort(group: Sequence[_Ready], role: Role) -> _Shared:
+    """Test and train one of the models of all clients of a group.
+
+    Their weights go to the device, and their deltas come from there, in one transfer each.
+    """
     first = group[0]
+    module = first.participant.module(role)
+    starts = first.participant.placed(role, np.stack([r.starts[role] for r in group]))
+    members = [
+        r.participant.join_cohort(role, r.task, start)
+        for r, start in zip(group, starts, strict=True)
+    ]
+    evaluations: list[Evaluation | None] = [None] * len(group)
+    if role is PERSONAL and first.task.evaluate:
+        evaluations[:] = evaluate_cohort(module, members)
     outcomes = train_cohort(
-        first.participant.module(role),
+        module,
         members,
         first.task.training,
         clip=role.clip,
         teacher=_teacher(first) if role is PERSONAL else None,
     )
-    if first.participant.device.type == "cuda":
-        torch.cuda.synchronize(first.participant.device)
-    return outcomes
+    trained = torch.stack([outcome.theta for outcome in outcomes])
+    return _Shared(outcomes, list(delta(starts, trained).cpu().numpy()), evaluations)
 
 
 def _teacher(ready: _Ready) -> Teacher | None:

@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from client_app.cohort import Member, Teacher, can_train_together, train_cohort
+from client_app.cohort import (
+    Member,
+    Teacher,
+    can_train_together,
+    evaluate_cohort,
+    train_cohort,
+)
 from client_app.data import ClientData
 from client_app.models.dropout import seed_dropout
 from client_app.models.registry import build_model
-from client_app.training import cross_entropy, distillation, train
+from client_app.training import cross_entropy, distillation, evaluate, train
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 from common.params import FlatModel
@@ -112,6 +118,31 @@ def test_mixed_precision_agrees_to_its_rounding() -> None:
     exact, alone = theta
     assert 0 < (outcome.theta - exact).norm() < 0.2 * (exact - start).norm()
     assert (outcome.theta - alone).norm() < 0.2 * (exact - start).norm()
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet10"])
+def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client_app.cohort.TESTED_AT_ONCE", {"cpu": 12})  # several batches
+    module = build_model(name, in_channels=3, num_classes=10)
+    model, members, expected = FlatModel(module), [], []
+    for i, whole in enumerate(clients()[:3]):
+        data = replace(
+            whole,
+            test_images=whole.test_images[: 5 + 3 * i],
+            test_labels=whole.test_labels[: 5 + 3 * i],
+        )
+        model.load(draw_theta(module) * (1 + i))
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(i))
+        buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
+        members.append(Member(model.theta.detach().clone(), buffers, data, torch.Generator()))
+        expected.append(evaluate(model, data))
+    found = evaluate_cohort(module, members)
+    assert [f.num_test for f in found] == [5, 8, 11]
+    for one, other in zip(expected, found, strict=True):
+        assert (one.num_test, one.num_correct) == (other.num_test, other.num_correct)
+        assert other.test_loss == pytest.approx(one.test_loss, rel=1e-4)
 
 
 def small_resnet(dropout: float = 0.0) -> nn.Module:

@@ -44,7 +44,7 @@ def test_generate_equals_one_linear_layer_for_every_chunk() -> None:
 
 @pytest.mark.parametrize("tile_bytes", [heads.TILE_BYTES, 1])
 def test_gradient_and_norm_equal_autograd(tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server_app.shared_heads.TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(heads, "TILE_BYTES", tile_bytes)
     hypernet, ids = make(), ["d", "b"]
     generator = torch.Generator().manual_seed(1)
     deltas = {c: torch.randn(SIZES[c], generator=generator) for c in ids}
