@@ -48,7 +48,7 @@ class Core(Post):
         if self.hypernet.device.type == "cpu":
             return {client_id: theta.numpy() for client_id, theta in generated.items()}
         together = torch.cat(list(generated.values())).cpu()  # one transfer
-        pieces = together.split([theta.numel() for theta in generated.values()])
+        pieces = torch.split(together, [theta.numel() for theta in generated.values()])
         return {i: piece.numpy() for i, piece in zip(generated, pieces, strict=True)}
 
     def thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:

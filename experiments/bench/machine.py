@@ -18,8 +18,10 @@ from experiments.bench.timing import take_turns
 class Machine:
     """Name, size and measured peaks of where this ran.
 
-    `flops` is the rate of a large float32 matrix product in FLOP/s, `bandwidth` that of a large
-    copy in bytes/s (read and written), both with `threads` torch threads.
+    `cuda` is the version that torch was built for: with a GPU in the machine and "none" as `gpu`,
+    the driver is too old for it. `flops` is the rate of a large float32 matrix product in FLOP/s,
+    `bandwidth` that of a large copy in bytes/s (read and written), both with `threads` torch
+    threads on the CPU.
     """
 
     cpu: str
@@ -28,6 +30,7 @@ class Machine:
     memory_bytes: int
     load: float
     gpu: str
+    cuda: str
     torch: str
     flops: float
     bandwidth: float
@@ -68,6 +71,7 @@ def inspect_machine(repeats: int, *, size: int = 2048) -> Machine:
         memory_bytes=psutil.virtual_memory().total,
         load=os.getloadavg()[0],
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        cuda=torch.version.cuda or "none",
         torch=torch.__version__,
         flops=2 * size**3 / found["product"].best,
         bandwidth=2 * source.nbytes / found["copy"].best,

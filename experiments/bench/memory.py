@@ -31,7 +31,8 @@ def memory(work: Workload) -> dict[str, Any]:
     )
     row: dict[str, Any] = {"num_clients": work.num_clients, "limit_bytes": LIMIT_BYTES}
     if done.returncode != 0:
-        return row | {"skipped": done.stderr.strip()[-300:]}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return row | {"skipped": last, "failed": True, "traceback": done.stderr[-4000:]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row | found
 

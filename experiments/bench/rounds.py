@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import nn
 from client_app.data import load_client_data
 from client_app.models.registry import build_model
 from common.config import RunConfig
+from common.errors import RunError
 from experiments.bench.clear import reference_hypernet, reference_round
 from experiments.engines import processes
 from experiments.engines.inprocess import run_inprocess
@@ -62,7 +64,7 @@ class Workload:
             "checkpoint-every": ROUNDS,
             "cache-dir": str(self.folder / "cache"),
             "output-dir": str(self.folder / name),
-            "device": "auto",
+            "device": "cpu",
             **(real if self.data_dir else made),
             **({"hidden-dim": 8, "embed-dim": 8} if self.quick else {}),
         }
@@ -92,13 +94,26 @@ def inprocess(work: Workload, config: RunConfig, **options: Any) -> dict[str, fl
     """Run on the in-process engine; return the steady round's row."""
     folder = Path(config.run.output_dir)
     with _quiet(), _cpu_by_round(folder, time.process_time) as cpu:
-        run_inprocess(config, num_clients=work.num_clients, **options)
-    return steady_row(folder) | cpu
+        together = run_inprocess(config, num_clients=work.num_clients, **options)
+    return steady_row(folder) | cpu | {"num_together": together}
 
 
 def batched(work: Workload, config: RunConfig) -> dict[str, float]:
-    """Run on the in-process engine, all clients of one architecture trained in one batched call."""
-    return inprocess(work, config, batched_clients=work.num_clients)
+    """Run on the in-process engine, all clients of one architecture trained in one batched call.
+
+    Raises
+    ------
+    RunError
+        Some were trained one by one after all: that would be another figure.
+    """
+    row = inprocess(work, config, batched_clients=work.num_clients)
+    asked = work.num_clients * ROUNDS
+    if row["num_together"] < asked:
+        raise RunError(
+            f"{row['num_together']:.0f} of {asked} trainings were batched; the warnings above say "
+            "why the others were not (memory of the device?)."
+        )
+    return row
 
 
 def ray(work: Workload, config: RunConfig) -> dict[str, float]:
@@ -134,12 +149,21 @@ def reference(work: Workload, device: str = "cpu") -> dict[str, float]:
         for i in range(work.num_clients)
     }
     first = clients["0"]
+    if device != "cpu":
+        _warm_up(device)
     build = partial(_build_on, device, in_channels=first.in_channels, num_classes=first.num_classes)
     hypernet = Hypernetwork(config.hypernet, seed=config.run.seed)
     size = sum(p.numel() for p in build().parameters())
     for client_id in clients:
         hypernet.add_client(client_id, size)
     return reference_round(reference_hypernet(hypernet, device), clients, build, device)
+
+
+def _warm_up(device: str) -> None:
+    """Load the device's libraries before a clock starts: one convolution and product each way."""
+    layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(4)).to(device)
+    layer(torch.ones(2, 3, 8, 8, device=device)).sum().backward()
+    torch.cuda.synchronize()
 
 
 def _build_on(device: str, *, in_channels: int, num_classes: int) -> nn.Module:
@@ -160,7 +184,11 @@ def attempt(measure: Any, *arguments: Any) -> dict[str, Any]:
     try:
         row: dict[str, Any] = dict(measure(*arguments))
     except Exception as error:  # the bench's edge: an engine may be absent or not start here
-        row = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
+        row = {
+            "skipped": f"{type(error).__name__}: {str(error)[:300]}",
+            "failed": True,
+            "traceback": traceback.format_exc()[-4000:],
+        }
     return row | {"seconds_measuring": time.monotonic() - started}
 
 

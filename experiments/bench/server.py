@@ -5,7 +5,9 @@ Parallel: generate N, one product of N deltas, clip, Adam once; beside it the sa
 least-squares rule, which keeps no gradient and no moments of the heads, and with that rule while
 trunk and embeddings are at rest, as in the presets with 50 clients. All by this project's server;
 the clear reference (tests/reference: nn.Linear heads, autograd, torch's Adam over everything) goes
-through the sequential rule as well. Each size runs in a process of its own, for its peak memory.
+through the sequential rule as well. Each size and rule runs in a process of its own, for its peak
+memory; at a CNN's size the rule at rest also takes turns with the sequential one in one process,
+and that is the ratio held against the target. On a GPU, where there is one, rules run again.
 """
 
 from __future__ import annotations
@@ -35,55 +37,93 @@ SEQUENTIAL_SAMPLE = 5
 """Clients of the sequential rule that are timed; a step costs the same for every client."""
 
 
+class Round:
+    """A server with N clients of one size, and what it does in a round under a rule."""
+
+    def __init__(self, num_clients: int, num_parameters: int, rule: Rule, device: str) -> None:
+        spread = 0.002 if rule == "adam" else 1.0
+        largest = max(12_000_000, num_parameters)
+        section = HypernetSection(max_parameters=largest, embedding_std=spread)
+        self.hypernet = Hypernetwork(section, seed=0, device=device)
+        self.ids = [str(i) for i in range(num_clients)]
+        for client_id in self.ids:
+            self.hypernet.add_client(client_id, num_parameters)
+        self._update = ServerUpdate(self.hypernet, update_section(rule), total_rounds=10)
+        generator = torch.Generator().manual_seed(0)
+        self.deltas = {
+            c: torch.empty(num_parameters).normal_(0, 0.01, generator=generator) for c in self.ids
+        }
+        self.sample = self.ids[:SEQUENTIAL_SAMPLE]
+
+    def sequential(self) -> None:
+        """Serve some clients one after the other, a step for each."""
+        for client_id in self.sample:
+            self.hypernet.generate([client_id])
+            self._update.step([ClientUpdate(client_id, self.deltas[client_id])], progress=0.0)
+
+    def generate(self) -> None:
+        """Generate for everybody."""
+        for block in blocks(self.ids, self.hypernet.num_parameters):
+            self.hypernet.generate(block)
+
+    def step(self) -> None:
+        """Take one step on everybody's delta."""
+        self._update.step([ClientUpdate(c, self.deltas[c]) for c in self.ids], progress=0.0)
+
+
 def measure(
-    num_clients: int, num_parameters: int, repeats: int, *, rule: Rule = "adam"
+    num_clients: int,
+    num_parameters: int,
+    repeats: int,
+    *,
+    rule: Rule = "adam",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Time a rule in this process; seconds are for a round of N clients.
 
-    Under "adam" the sequential rule and the reference too.
+    Under "adam" the sequential rule too; on the CPU, at a CNN's size, the clear reference and the
+    rule at rest as well.
     """
-    spread = 0.002 if rule == "adam" else 1.0
-    largest = max(12_000_000, num_parameters)
-    section = HypernetSection(max_parameters=largest, embedding_std=spread)
-    hypernet = Hypernetwork(section, seed=0)
-    ids = [str(i) for i in range(num_clients)]
-    for client_id in ids:
-        hypernet.add_client(client_id, num_parameters)
-    update = ServerUpdate(hypernet, update_section(rule), total_rounds=10)
-    generator = torch.Generator().manual_seed(0)
-    deltas = {c: torch.empty(num_parameters).normal_(0, 0.01, generator=generator) for c in ids}
-    sample = ids[:SEQUENTIAL_SAMPLE]
-
-    def sequential() -> None:
-        for client_id in sample:
-            hypernet.generate([client_id])
-            update.step([ClientUpdate(client_id, deltas[client_id])], progress=0.0)
-
-    def generate() -> None:
-        for block in blocks(ids, hypernet.num_parameters):
-            hypernet.generate(block)
-
-    def step() -> None:
-        update.step([ClientUpdate(c, deltas[c]) for c in ids], progress=0.0)
-
-    variants = {"generate": generate, "step": step}
-    variants |= {"sequential": sequential} if rule == "adam" else {}
+    server = Round(num_clients, num_parameters, rule, device)
+    variants = {"generate": server.generate, "step": server.step}
+    variants |= {"sequential": server.sequential} if rule == "adam" else {}
     found = take_turns(variants, repeats)
-    result = {
+    rounds = num_clients / len(server.sample)
+    result = _parallel(found["generate"], found["step"]) | {
         "num_clients": num_clients,
         "num_parameters": num_parameters,
-        "generate_seconds": found["generate"].best,
-        "update_seconds": found["step"].best,
-        "parallel_seconds": found["generate"].best + found["step"].best,
-        "parallel_cpu_seconds": found["generate"].cpu + found["step"].cpu,
         "peak_bytes": peak_bytes(),
     }
+    if device != "cpu":
+        result["gpu_bytes"] = torch.cuda.max_memory_allocated()
     if rule == "adam":
-        result |= _sequential(result, found["sequential"], num_clients / len(sample))
-        if num_parameters < 1_000_000:
-            turn = reference_step(hypernet, sample[0], deltas[sample[0]])
+        result |= _sequential(result, found["sequential"], rounds)
+        if num_parameters < 1_000_000 and device == "cpu":
+            first = server.sample[0]
+            turn = reference_step(server.hypernet, first, server.deltas[first])
             result |= _reference(result, take_turns({"reference": turn}, 2)["reference"])
+            result["in_turns"] = _in_turns(server, repeats, rounds)
     return result
+
+
+def _in_turns(server: Round, repeats: int, rounds: float) -> dict[str, Any]:
+    """Time the sequential rule and the rule at rest in turns: the ratio of one run."""
+    some = next(iter(server.deltas.values()))
+    rest = Round(len(server.ids), some.numel(), "at-rest", "cpu")
+    variants = {"sequential": server.sequential, "generate": rest.generate, "step": rest.step}
+    found = take_turns(variants, repeats)
+    row = _parallel(found["generate"], found["step"])
+    return row | _sequential(row, found["sequential"], rounds)
+
+
+def _parallel(generate: Timing, step: Timing) -> dict[str, Any]:
+    """Return the figures of a round in which everybody is served at once."""
+    return {
+        "generate_seconds": generate.best,
+        "update_seconds": step.best,
+        "parallel_seconds": generate.best + step.best,
+        "parallel_cpu_seconds": generate.cpu + step.cpu,
+    }
 
 
 def update_section(rule: Rule) -> UpdateSection:
@@ -172,8 +212,18 @@ def server_table(
         for name, rule in OTHER_RULES.items():
             row[name] = _in_own_process(num_clients, num_parameters, repeats, rule=rule)
             row[name] |= ratios(row, row[name])
+        if torch.cuda.is_available():
+            row["cuda"] = _on_gpu(num_clients, num_parameters, repeats)
         rows.append(row)
     return rows
+
+
+def _on_gpu(num_clients: int, num_parameters: int, repeats: int) -> dict[str, Any]:
+    """Measure the sequential rule, Adam for all, and the rule at rest on the GPU."""
+    size = (num_clients, num_parameters, repeats)
+    adam = _in_own_process(*size, rule="adam", device="cuda")
+    rest = _in_own_process(*size, rule="at-rest", device="cuda")
+    return {"adam": adam, "at_rest": rest | ratios(adam, rest)}
 
 
 def ratios(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -187,23 +237,25 @@ def ratios(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def _in_own_process(
-    num_clients: int, num_parameters: int, repeats: int, *, rule: Rule
+    num_clients: int, num_parameters: int, repeats: int, *, rule: Rule, device: str = "cpu"
 ) -> dict[str, Any]:
     skipped: dict[str, Any] = {"num_clients": num_clients, "num_parameters": num_parameters}
     need = least_bytes(num_clients, num_parameters, rule)
-    free = psutil.virtual_memory().available
+    on_cpu = device == "cpu"
+    free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0]
     if need > 0.8 * free:
         return skipped | {"skipped": f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}
     arguments = [str(num_clients), str(num_parameters), str(repeats), str(torch.get_num_threads())]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.server", *arguments, rule],
+        [sys.executable, "-m", "experiments.bench.server", *arguments, rule, device],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        reason = f"the process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
-        return skipped | {"skipped": reason}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = f"the process ended with {done.returncode}: {last}"
+        return skipped | {"skipped": reason, "failed": True, "traceback": done.stderr[-4000:]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -214,10 +266,11 @@ def main() -> None:
     for name in ("num_clients", "num_parameters", "repeats", "threads"):
         parser.add_argument(name, type=int)
     parser.add_argument("rule", choices=get_args(Rule))
+    parser.add_argument("device")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size = (args.num_clients, args.num_parameters, args.repeats)
-    print(json.dumps(measure(*size, rule=args.rule)))
+    print(json.dumps(measure(*size, rule=args.rule, device=args.device)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,11 @@ def run_suite(args: argparse.Namespace) -> int:
     data_dir = str(Path(args.data_dir).expanduser().resolve()) if args.data_dir else ""
     work = Workload(4 if args.quick else args.clients, data_dir, folder / "runs", args.quick)
     work.folder.mkdir(exist_ok=True)
+    clear_runs(work.folder)
     console = Console(width=120)
     machine = inspect_machine(args.repeats, size=256 if args.quick else 2048)
-    results: dict[str, Any] = {"machine": machine.facts(), "quick": args.quick}
+    results = earlier(folder / "bench.json", machine, quick=args.quick)
+    results |= {"machine": machine.facts(), "quick": args.quick}
     for part in [part for part in PARTS if part in parts]:
         console.print(f"measuring: {part}", style="dim")
         results[part] = _measure(part, work, machine, args.repeats)
@@ -52,7 +56,40 @@ def run_suite(args: argparse.Namespace) -> int:
         (folder / "bench.json").write_text(json.dumps(results, indent=2))
     print_tables(results, console)
     console.print(f"\nfigures in {folder / 'bench.json'}", soft_wrap=True)
-    return 0
+    failed = any(failures(results[part]) for part in parts)
+    if failed:
+        console.print("some measurements failed: 'traceback' in bench.json says where", style="red")
+    else:
+        clear_runs(work.folder)
+    return int(failed)
+
+
+def clear_runs(folder: Path) -> None:
+    """Remove the runs of earlier measurements; decoded data stay."""
+    for path in folder.iterdir():
+        if path.name != "cache" and path.is_dir():
+            shutil.rmtree(path)
+
+
+def earlier(path: Path, machine: Machine, *, quick: bool) -> dict[str, Any]:
+    """Return the parts measured before on the same machine, with sizes of the same kind."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        before = [found["machine"][key] for key in ("cpu", "gpu", "threads", "torch")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    same = before == [machine.cpu, machine.gpu, machine.threads, machine.torch]
+    return found if same and found.get("quick") == quick else {}
+
+
+def failures(found: Any) -> list[str]:
+    """Return what went wrong anywhere in a part; too little memory for a size is no failure."""
+    if isinstance(found, dict):
+        own = [str(found["skipped"])] if found.get("failed") else []
+        return own + [text for value in found.values() for text in failures(value)]
+    if isinstance(found, list):
+        return [text for value in found for text in failures(value)]
+    return []
 
 
 def _measure(part: str, work: Workload, machine: Machine, repeats: int) -> dict[str, Any]:
@@ -83,7 +120,8 @@ def server(rows: list[dict[str, Any]]) -> dict[str, Any]:
     first = (target or rows)[0]
     keys = ("sequential_seconds", "reference_seconds")
     found: dict[str, Any] = {key: first[key] for key in keys if key in first}
-    rules = {"": "at_rest", "adam_": "", "least_squares_": "least_squares"}
+    rest = "in_turns" if "in_turns" in first else "at_rest"
+    rules = {"": rest, "adam_": "", "least_squares_": "least_squares"}
     for prefix, name in rules.items():
         row = first.get(name, {}) if name else first
         for key in ("parallel_seconds", "ratio", "cpu_ratio"):
@@ -95,13 +133,15 @@ def server(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def client(names: tuple[str, ...], machine: Machine, repeats: int) -> dict[str, Any]:
     """Time a step of each model on the CPU, and on the GPU where there is one; CNN/CPU first."""
     models = {
-        f"{name}/{device}": client_step(name, machine, repeats, device=torch.device(device))
+        f"{name}/{device}": attempt(
+            partial(client_step, name, machine, repeats, device=torch.device(device))
+        )
         for device in devices()
         for name in names
     }
     first = models["cnn/cpu"]
     keys = ("step_seconds", "dataloader_step_seconds", "ratio")
-    return {key: first[key] for key in keys} | {"models": models}
+    return {key: first[key] for key in keys if key in first} | {"models": models}
 
 
 def batched(work: Workload, repeats: int) -> dict[str, Any]:
@@ -110,9 +150,9 @@ def batched(work: Workload, repeats: int) -> dict[str, Any]:
     for device in devices():
         # two steps a client tell enough on a CPU; a GPU gets CIFAR-100's twelve
         steps = 1 if work.quick else 12 if device == "cuda" else 2
-        found[f"cnn/{device}"] = batched_training(
-            "cnn", repeats, num_clients=work.num_clients, steps=steps, device=torch.device(device)
-        )
+        sizes = {"num_clients": work.num_clients, "steps": steps}
+        measure = partial(batched_training, "cnn", repeats, **sizes, device=torch.device(device))
+        found[f"cnn/{device}"] = attempt(measure)
     return found
 
 
@@ -125,13 +165,15 @@ def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
     """Measure a full round by engine and schedule, and the clear sequential implementation.
 
     The latter comes first: the in-process engine tunes this process's memory allocator. Where there
-    is a GPU, everything but the CPU's reference uses it, and there is a run of batched clients.
+    is a GPU, the rows with "gpu" use it for clients and server, and the others the CPU alone.
     """
     rows: dict[str, Any] = {"reference": attempt(rounds.reference, work)}
     if "cuda" in devices():
         rows["reference-gpu"] = attempt(rounds.reference, work, "cuda")
-        config = work.config("batched", server_device="cuda", **SCHEDULES["parallel"])
-        rows["batched-gpu"] = attempt(rounds.batched, work, config)
+        on_gpu = {"device": "cuda", "server_device": "cuda", **SCHEDULES["parallel"]}
+        rows["batched-gpu"] = attempt(rounds.batched, work, work.config("batched-gpu", **on_gpu))
+        one_by_one = work.config("inprocess-gpu", **on_gpu)
+        rows["inprocess-gpu"] = attempt(partial(rounds.inprocess, workers=1), work, one_by_one)
     for name, schedule in SCHEDULES.items():
         config = work.config(f"inprocess-{name}", **schedule)
         rows[f"inprocess-{name}"] = attempt(rounds.inprocess, work, config)
@@ -149,14 +191,24 @@ def full_round(work: Workload, machine: Machine) -> dict[str, Any]:
         "data": "cifar100" if work.data_dir else "synthetic",
         "runs": rows,
     }
+    result |= round_ratios(result)
     if "batched-gpu" in rows:
         result["gpu_reference_seconds"] = rows["reference-gpu"].get("total")
         result["gpu_batched_seconds"] = rows["batched-gpu"].get("seconds_round")
+        if result["gpu_reference_seconds"] and result["gpu_batched_seconds"]:
+            result["gpu_ratio"] = result["gpu_reference_seconds"] / result["gpu_batched_seconds"]
     if not work.quick and result["inprocess_seconds"]:
         train, test = step_flops("cnn", 64) / 64, forward_flops("cnn", 64) / 64
         flops = 50_000 * (0.75 * train + 0.25 * test)
         result["bounds"] = machine.bound(result["inprocess_seconds"], flops=flops)
     return result
+
+
+def round_ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Say how many times as fast as the reference each engine is; what was not run has none."""
+    reference = found["reference_seconds"]
+    keys = {"ray_ratio": "ray_seconds", "inprocess_ratio": "inprocess_seconds"}
+    return {name: reference / found[key] for name, key in keys.items() if reference and found[key]}
 
 
 def runtime(work: Workload) -> dict[str, Any]:

@@ -13,8 +13,9 @@ def print_tables(results: dict[str, Any], console: Console) -> None:
     machine = results["machine"]
     console.print(
         f"\n{machine['cpu']}, {machine['cores']} cores, {machine['threads']} torch threads, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, GPU {machine['gpu']}, load "
-        f"{machine['load']:.1f}; measured peaks {machine['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, GPU {machine['gpu']} "
+        f"(torch for CUDA {machine['cuda']}), load {machine['load']:.1f}; "
+        f"measured peaks {machine['flops'] / 1e9:.0f} GFLOP/s, "
         f"{machine['bandwidth'] / 1e9:.1f} GB/s",
         highlight=False,
         soft_wrap=True,
@@ -22,6 +23,8 @@ def print_tables(results: dict[str, Any], console: Console) -> None:
     for part, draw in DRAW.items():
         if part in results:
             console.print(draw(results[part]))
+    if any("cuda" in row for row in results.get("server", {}).get("sizes", [])):
+        console.print(_server_gpu(results["server"]))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -43,31 +46,53 @@ def _bound(row: dict[str, Any]) -> tuple[str, str]:
 
 def _server(part: dict[str, Any]) -> Table:
     table = _table(
-        "server, one round", "clients x parameters", "sequential", "parallel", "ratio",
-        "reference", "peak", "bounded by", "from bound", "least squares",
-        "at rest", "ratio", "peak",
+        "server, CPU seconds of a round; in brackets against sequential", "clients x parameters",
+        "sequential", "reference", "Adam", "least squares", "at rest", "peak: Adam", "at rest",
     )  # fmt: skip
     for row in part["sizes"]:
-        rest = row.get("at_rest", {})
-        cells = [f"{row['num_clients']} x {row['num_parameters']:,}"]
-        if "skipped" in row:
-            cells += [row["skipped"][:40], *("" for _ in range(6))]
-        else:
-            cells += [
-                _seconds(row["sequential_seconds"]),
-                _seconds(row["parallel_seconds"]),
-                f"{row['ratio']:.1f}",
-                _seconds(row.get("reference_seconds")),
-                f"{row['peak_bytes'] / 2**20:.0f} MiB",
-                *_bound(row["bounds"]["parallel"]),
-            ]
-        others = [
-            row.get("least_squares", {}).get("parallel_seconds"),
-            rest.get("parallel_seconds"),
-        ]
-        ratio = f"{rest['ratio']:.1f}" if "ratio" in rest else "-"
-        peak = f"{rest['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in rest else "-"
-        table.add_row(*cells, *map(_seconds, others), ratio, peak)
+        rest, squares = row.get("at_rest", {}), row.get("least_squares", {})
+        table.add_row(
+            f"{row['num_clients']} x {row['num_parameters']:,}",
+            _seconds(row.get("sequential_cpu_seconds")),
+            _seconds(row.get("reference_cpu_seconds")),
+            *(_rule(found) for found in (row, squares, rest)),
+            *(_peak(found) for found in (row, rest)),
+        )
+    return table
+
+
+def _rule(row: dict[str, Any]) -> str:
+    if "parallel_cpu_seconds" not in row:
+        return str(row.get("skipped", "-"))[:26]
+    ratio = f" ({row['cpu_ratio']:.1f}x)" if "cpu_ratio" in row else ""
+    return _seconds(row["parallel_cpu_seconds"]) + ratio
+
+
+def _peak(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "-"
+
+
+def _server_gpu(part: dict[str, Any]) -> Table:
+    table = _table(
+        "server on the GPU, seconds of a round", "clients x parameters", "sequential", "Adam",
+        "at rest", "memory: Adam", "at rest",
+    )  # fmt: skip
+    for row in part["sizes"]:
+        found = row.get("cuda", {})
+        adam, rest = found.get("adam", {}), found.get("at_rest", {})
+        table.add_row(
+            f"{row['num_clients']} x {row['num_parameters']:,}",
+            _seconds(adam.get("sequential_seconds")),
+            *(
+                _seconds(r.get("parallel_seconds"))
+                + (f" ({r['ratio']:.1f}x)" if "ratio" in r else "")
+                for r in (adam, rest)
+            ),
+            *(
+                f"{r['gpu_bytes'] / 2**30:.2f} GiB" if "gpu_bytes" in r else "-"
+                for r in (adam, rest)
+            ),
+        )
     return table
 
 
@@ -77,6 +102,9 @@ def _client(part: dict[str, Any]) -> Table:
         "data alone", "its DataLoader", "test batch", "bounded by", "from bound",
     )  # fmt: skip
     for name, row in part["models"].items():
+        if "skipped" in row:
+            table.add_row(name, row["skipped"][:60])
+            continue
         keys = ("batches_seconds", "dataloader_batches_seconds", "test_batch_seconds")
         table.add_row(
             name,
@@ -95,6 +123,9 @@ def _batched(part: dict[str, Any]) -> Table:
         "one by one", "batched", "ratio", "difference",
     )  # fmt: skip
     for name, row in part.items():
+        if "skipped" in row:
+            table.add_row(name, row["skipped"][:60])
+            continue
         table.add_row(
             name,
             str(row["num_clients"]),
@@ -122,11 +153,15 @@ def _wire(part: dict[str, Any]) -> Table:
 
 def _round(part: dict[str, Any]) -> Table:
     title = f"full round, {part['num_clients']} CNN clients, {part['data']}"
-    table = _table(title, "run", "round", "CPU", "server", "clients (summed)", "note")
+    columns = ("round", "against reference", "CPU", "server", "clients (summed)", "note")
+    table = _table(title, "run", *columns)
     for name, row in part["runs"].items():
+        seconds = row.get("seconds_round", row.get("total"))
+        reference = part["runs"]["reference-gpu" if name.endswith("gpu") else "reference"]
         table.add_row(
             name,
-            _seconds(row.get("seconds_round", row.get("total"))),
+            _seconds(seconds),
+            f"{reference['total'] / seconds:.2f}" if seconds and "total" in reference else "-",
             _seconds(row.get("cpu_seconds")),
             _seconds(row.get("seconds_server", row.get("server"))),
             _seconds(row.get("seconds_clients", row.get("train"))),

@@ -45,6 +45,7 @@ class InProcessGrid(Grid):
     Attributes
     ----------
     workers : how many messages are worked on at a time; the server sends no more than it helps.
+    num_together : messages answered by a batched call so far.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class InProcessGrid(Grid):
         self._app = client_app
         self._contexts = dict(contexts)
         self._batched_clients = batched_clients
+        self.num_together = 0
         self.workers = max(workers, batched_clients)
         self._pool = ThreadPoolExecutor(workers, "client") if workers > 1 else None
         self._queue: dict[str, Message] = {}
@@ -153,6 +155,7 @@ class InProcessGrid(Grid):
         except Exception as error:  # the app's edge, as below; one by one shows whose fault it is
             logger.warning("Batched training failed, going on one by one: %s", error)
             answers = [None] * len(pairs)
+        self.num_together += sum(content is not None for content in answers)
         return [
             self._deliver(message) if content is None else Message(content, reply_to=message)
             for message, content in zip(messages, answers, strict=True)
@@ -190,8 +193,10 @@ def run_inprocess(
     node_configs: Sequence[NodeConfigDict] | None = None,
     workers: int = 0,
     batched_clients: int = 0,
-) -> None:
+) -> int:
     """Run a whole federation in this process; raises what the ServerApp raises.
+
+    Returns how many messages were answered by batched calls (0 without `batched_clients`).
 
     Parameters
     ----------
@@ -219,3 +224,4 @@ def run_inprocess(
     finally:
         grid.close()
         torch.set_num_threads(threads)
+    return grid.num_together

@@ -2,19 +2,20 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSection
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError
 from experiments.bench import add_bench_parser
 from experiments.bench.batched import batched_training
 from experiments.bench.machine import Machine
-from experiments.bench.rounds import SCHEDULES
+from experiments.bench.rounds import SCHEDULES, Workload, attempt, batched
 from experiments.bench.server import least_bytes
-from experiments.bench.suite import overhead, server
+from experiments.bench.suite import clear_runs, earlier, failures, overhead, server
 from experiments.presets import Preset
 
 SERVER_KEYS = ScheduleSection.key_names() | HypernetSection.key_names() | UpdateSection.key_names()
@@ -38,7 +39,7 @@ def test_quick_bench_writes_the_promised_keys(
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {"sequential_seconds", "parallel_seconds", "ratio"} <= found["server"].keys()
     assert found["server"]["sizes"][0]["least_squares"]["parallel_seconds"] > 0
-    assert found["server"]["ratio"] == found["server"]["sizes"][0]["at_rest"]["ratio"]
+    assert found["server"]["ratio"] == found["server"]["sizes"][0]["in_turns"]["ratio"]
     assert {"reference_seconds", "ray_seconds", "inprocess_seconds"} <= found["round"].keys()
     assert found["round"]["reference_seconds"] > 0
     assert found["round"]["inprocess_seconds"] > 0
@@ -68,7 +69,7 @@ def test_an_unknown_part_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bound_is_the_time_of_the_scarcer_resource() -> None:
-    machine = Machine("x", 2, 1, 1, 0.0, "none", "2", flops=100.0, bandwidth=10.0)
+    machine = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
     bound = machine.bound(4.0, flops=100.0, traffic=10.0)
     assert bound["bound_seconds"] == 2.0
     assert bound["distance"] == 2.0
@@ -90,6 +91,46 @@ def test_the_target_row_comes_first_and_overhead_is_a_share() -> None:
     idle = {"engines": {"inprocess": {"idle_seconds": 1.0}}}
     assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
     assert overhead({"engines": {}}, {}) == {}
+
+
+def test_earlier_parts_of_the_same_machine_are_kept(tmp_path: Path) -> None:
+    machine = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
+    path = tmp_path / "bench.json"
+    assert earlier(path, machine, quick=False) == {}
+    path.write_text(json.dumps({"machine": machine.facts(), "quick": False, "wire": {"a": 1}}))
+    assert earlier(path, machine, quick=False)["wire"] == {"a": 1}
+    assert earlier(path, machine, quick=True) == {}
+    assert earlier(path, replace(machine, gpu="H100"), quick=False) == {}
+    path.write_text("{")
+    assert earlier(path, machine, quick=False) == {}
+
+
+def test_what_failed_is_found_and_too_little_memory_is_no_failure(tmp_path: Path) -> None:
+    def broken() -> dict[str, float]:
+        raise RuntimeError("CUDA out of memory")
+
+    row = attempt(broken)
+    assert failures({"sizes": [{"skipped": "needs 60 GB"}, {"cuda": row}]}) == [
+        "RuntimeError: CUDA out of memory"
+    ]
+    assert "in broken" in row["traceback"]
+    assert failures({"sizes": [{"skipped": "needs 60 GB"}]}) == []
+
+
+def test_earlier_runs_are_cleared_and_decoded_data_stay(tmp_path: Path) -> None:
+    for name in ("cache", "inprocess-parallel"):
+        (tmp_path / name).mkdir()
+    clear_runs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_clients_that_were_not_batched_give_no_batched_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.engines.together.can_train_together", lambda _: False)
+    work = Workload(2, "", tmp_path, quick=True)
+    with pytest.raises(RunError, match="0 of 6 trainings were batched"):
+        batched(work, work.config("batched"))
 
 
 def test_the_parallel_round_has_the_settings_of_its_preset() -> None:
