@@ -40,12 +40,12 @@ def mean_curve(group: Group, axis: Axis, *, key: str = "accuracy_micro") -> Curv
     Only rounds that every seed has evaluated are used. Bytes and seconds are the means over the
     seeds of what was spent up to that round.
     """
-    return _average([_points(member, axis, key) for member in group.counted])
+    return average([_points(member, axis, key) for member in group.counted])
 
 
 def single_curve(member: Member, axis: Axis, *, key: str = "accuracy_micro") -> Curve | None:
     """Return the curve of one run, completed or not."""
-    return _average([_points(member, axis, key)])
+    return average([_points(member, axis, key)])
 
 
 def _points(member: Member, axis: Axis, key: str) -> dict[int, tuple[float, float]]:
@@ -66,7 +66,8 @@ def _points(member: Member, axis: Axis, key: str) -> dict[int, tuple[float, floa
     }
 
 
-def _average(runs: Sequence[dict[int, tuple[float, float]]]) -> Curve | None:
+def average(runs: Sequence[Mapping[int, tuple[float, float]]]) -> Curve | None:
+    """Average {round: (x, y)} of several seeds over the rounds that all have; None without any."""
     if not runs:
         return None
     shared = sorted(set(runs[0]).intersection(*runs[1:]))

@@ -65,17 +65,18 @@ def _panel(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: plain(value))
     for line in paid:
-        _draw(axes, line, size)
+        draw_line(axes, line, size)
     for line in lines:
         if line.end <= 0:
             axes.axhline(100 * line.curve.y[-1], color=line.look.light, linestyle=_style(line))
     if ends and not log:
         axes.set_xlim(0, max(ends) / size)
     axes.set_ylim(bottom=0)
-    _name_ends(axes, lines)
+    name_ends(axes, lines)
 
 
-def _draw(axes: Axes, line: Line, size: float) -> None:
+def draw_line(axes: Axes, line: Line, size: float = 1.0) -> None:
+    """Draw a curve with its band, accuracy in %; `size` is the unit of the x axis."""
     curve, colour = line.curve, line.look.light
     x, y = [value / size for value in curve.x], [100 * value for value in curve.y]
     axes.plot(x, y, color=colour, linestyle=_style(line), linewidth=1.0 if line.open else 1.9)
@@ -97,7 +98,7 @@ def _fitting(name: str) -> str:
     return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1].rstrip() + "…"
 
 
-def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:
+def name_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """Write every line's name in its colour at the right edge, moved apart."""
     top = axes.get_ylim()[1]
     wanted = [100 * line.curve.y[-1] for line in lines]
