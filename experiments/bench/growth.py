@@ -18,14 +18,14 @@ import psutil
 import torch
 
 from common.config import RunConfig
-from experiments.bench.rounds import HERE, Workload
+from experiments.bench.rounds import HERE, SCHEDULES, Workload
 
 
 def grow(work: Workload, *, rounds: int, clients: Sequence[int]) -> dict[str, Any]:
     """Run idle clients for many rounds, and for a few rounds with more and more clients.
 
     Each in a process of its own. Idle clients exchange a CNN's parameters and compute nothing, so
-    that what is left is the server, the wire and Flower.
+    that what is left is the server (as in the preset cifar100-parallel), the wire and Flower.
     """
     long = _run(work, f"rounds-{rounds}", rounds=rounds, num_clients=min(clients))
     sizes = [_run(work, f"clients-{n}", rounds=4, num_clients=n) for n in clients]
@@ -43,7 +43,9 @@ def _run(work: Workload, name: str, *, rounds: int, num_clients: int) -> dict[st
         check=False,
     )
     if done.returncode != 0:
-        return {"num_clients": num_clients, "skipped": done.stderr.strip()[-300:]}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        failed = {"skipped": last, "failed": True, "traceback": done.stderr[-4000:]}
+        return {"num_clients": num_clients} | failed
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     (work.folder / name / "growth.json").write_text(json.dumps(result))
     return result
@@ -74,13 +76,11 @@ def measure(folder: Path, rounds: int, num_clients: int) -> dict[str, Any]:
             "num-partitions": num_clients,
             "min-client-examples": 2,
             "batch-size": 1024,
-            "max-in-flight": 0,
-            "buffer-size": 0,
-            "hidden-dim": 16,
             "checkpoint-every": rounds,
             "cache-dir": str(folder.parent / "cache"),
             "output-dir": str(folder),
         }
+        | {key.replace("_", "-"): value for key, value in SCHEDULES["parallel"].items()}
     )
     run_inprocess(config, num_clients=num_clients)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
