@@ -14,7 +14,7 @@ from client_app.cohort import (
     train_cohort,
 )
 from client_app.data import ClientData
-from client_app.models.dropout import seed_dropout
+from client_app.models.dropout import MaskFeed, seed_dropout
 from client_app.models.registry import build_model
 from client_app.training import cross_entropy, distillation, evaluate, train
 from common.config import DistillSection, TrainingSection
@@ -129,20 +129,30 @@ def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPat
         data = replace(
             whole,
             test_images=whole.test_images[: 5 + 3 * i],
-            test_labels=whole.test_labels[: 5 + 3 * i],
+            test_labels=whole.test_labels[: 5 + 3 * i].clone(),
         )
         model.load(draw_theta(module) * (1 + i))
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(i))
+        module.eval()
+        with torch.no_grad():  # the first example, with which others are padded, is a hit
+            data.test_labels[0] = module(data.normalise(data.test_images[:1])).argmax()
         buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
         members.append(Member(model.theta.detach().clone(), buffers, data, torch.Generator()))
         expected.append(evaluate(model, data))
     found = evaluate_cohort(module, members)
     assert [f.num_test for f in found] == [5, 8, 11]
+    assert all(f.num_correct > 0 for f in found)
     for one, other in zip(expected, found, strict=True):
         assert (one.num_test, one.num_correct) == (other.num_test, other.num_correct)
         assert other.test_loss == pytest.approx(one.test_loss, rel=1e-4)
+
+
+def test_masks_keep_the_precision_of_the_activations() -> None:
+    feed = MaskFeed([torch.tensor([[0.0, 2.0]])])
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert feed.apply(x, x.shape, 0.5).dtype == torch.bfloat16
 
 
 def small_resnet(dropout: float = 0.0) -> nn.Module:
