@@ -222,20 +222,6 @@ class Participant:
             ),
         )
 
-    def leave_cohort(
-        self,
-        role: Role,
-        task: TrainTask,
-        theta: Float32,
-        buffers: dict[str, Tensor],
-        change: Float32,
-    ) -> Float32:
-        """Keep what stays here of a model that was trained with others; returns what goes up.
-
-        `change` (P,) is the delta: before minus after.
-        """
-        return self._keep(role, task, theta, buffers, change)
-
     # --- how -------------------------------------------------------------------------------------
 
     def _evaluate(self, header: Header, theta: Float32, before: int) -> Evaluation:
@@ -263,9 +249,9 @@ class Participant:
         """Keep what stays here of a model just trained from theta; returns what goes up."""
         tool = self._tool(role)
         change: Float32 = delta(self._placed(tool, theta), tool.model.theta.detach()).cpu().numpy()
-        return self._keep(role, task, theta, tool.buffers(), change)
+        return self.keep(role, task, theta, tool.buffers(), change)
 
-    def _keep(
+    def keep(
         self,
         role: Role,
         task: TrainTask,
@@ -273,7 +259,10 @@ class Participant:
         buffers: dict[str, Tensor],
         change: Float32,
     ) -> Float32:
-        """Keep buffers, teacher and what is not sent of a change; returns what goes up."""
+        """Keep what stays here of a model that was trained; returns what goes up.
+
+        `theta` is what was sent, `change` (P,) the delta: before minus after.
+        """
         header = task.header
         if buffers:
             self.state.save(role.buffers, buffers, stamp=self._stamp(header))

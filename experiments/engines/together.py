@@ -19,9 +19,9 @@ from client_app.cohort import (
     Outcome,
     Teacher,
     can_train_together,
-    evaluate_cohort,
     train_cohort,
 )
+from client_app.cohort_evaluation import evaluate_cohort
 from client_app.participant import GLOBAL, PERSONAL, Participant, Role
 from common import wire
 from common.codec import Float32
@@ -106,7 +106,7 @@ def _train(group: Sequence[_Ready]) -> list[RecordDict]:
     for i, ready in enumerate(group):
         last = list(found.values())[-1].outcomes[i].trained
         sent_up = {
-            role: ready.participant.leave_cohort(
+            role: ready.participant.keep(
                 role, ready.task, ready.starts[role], shared.outcomes[i].buffers, shared.changes[i]
             )
             for role, shared in found.items()

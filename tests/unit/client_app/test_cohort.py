@@ -10,9 +10,9 @@ from client_app.cohort import (
     Member,
     Teacher,
     can_train_together,
-    evaluate_cohort,
     train_cohort,
 )
+from client_app.cohort_evaluation import evaluate_cohort
 from client_app.data import ClientData
 from client_app.models.dropout import MaskFeed, seed_dropout
 from client_app.models.registry import build_model
@@ -122,7 +122,9 @@ def test_mixed_precision_agrees_to_its_rounding() -> None:
 
 @pytest.mark.parametrize("name", ["cnn", "resnet10"])
 def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client_app.cohort.TESTED_AT_ONCE", {"cpu": 12})  # several batches
+    monkeypatch.setattr(
+        "client_app.cohort_evaluation.TESTED_AT_ONCE", {"cpu": 12}
+    )  # several batches
     module = build_model(name, in_channels=3, num_classes=10)
     model, members, expected = FlatModel(module), [], []
     for i, whole in enumerate(clients()[:3]):
