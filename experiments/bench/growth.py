@@ -6,7 +6,6 @@ Seconds are CPU seconds of the process: they stay flat on a machine that others 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import psutil
 import torch
 
 from common.config import RunConfig
+from experiments.bench.child import measure_in_child
 from experiments.bench.rounds import HERE, SCHEDULES, Workload
 
 
@@ -30,25 +30,13 @@ def grow(work: Workload, *, rounds: int, clients: Sequence[int]) -> dict[str, An
     long = _run(work, f"rounds-{rounds}", rounds=rounds, num_clients=min(clients))
     sizes = [_run(work, f"clients-{n}", rounds=4, num_clients=n) for n in clients]
     result = {"rounds": long, "clients": sizes}
-    draw(result, work.folder / "growth.png")
+    draw(result, work.folder.parent / "growth.png")
     return result
 
 
 def _run(work: Workload, name: str, *, rounds: int, num_clients: int) -> dict[str, Any]:
     arguments = [str(work.folder / name), str(rounds), str(num_clients)]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.growth", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        failed = {"skipped": last, "failed": True, "traceback": done.stderr[-4000:]}
-        return {"num_clients": num_clients} | failed
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    (work.folder / name / "growth.json").write_text(json.dumps(result))
-    return result
+    return {"num_clients": num_clients} | measure_in_child("experiments.bench.growth", arguments)
 
 
 def measure(folder: Path, rounds: int, num_clients: int) -> dict[str, Any]:

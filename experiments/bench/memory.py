@@ -7,13 +7,13 @@ in-process engine, in a process of its own. Two rounds, for Adam's moments come 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.bench.child import measure_in_child
 from experiments.bench.rounds import STEADY, Workload, inprocess
 from experiments.bench.timing import peak_bytes
 
@@ -23,18 +23,8 @@ LIMIT_BYTES = 4_000_000_000
 def memory(work: Workload) -> dict[str, Any]:
     """Run `work.num_clients` CNN clients in a fresh process; return its peak beside the limit."""
     arguments = [str(work.num_clients), work.data_dir, str(work.folder), str(int(work.quick))]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.memory", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    row: dict[str, Any] = {"num_clients": work.num_clients, "limit_bytes": LIMIT_BYTES}
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return row | {"skipped": last, "failed": True, "traceback": done.stderr[-4000:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row | found
+    row = {"num_clients": work.num_clients, "limit_bytes": LIMIT_BYTES}
+    return row | measure_in_child("experiments.bench.memory", arguments)
 
 
 def measure(work: Workload) -> dict[str, Any]:

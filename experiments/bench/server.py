@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import HypernetSection, UpdateSection
+from experiments.bench.child import measure_in_child
 from experiments.bench.machine import Machine
 from experiments.bench.timing import Timing, peak_bytes, take_turns
 from server_app.blocks import BLOCK_CLIENTS, blocks
@@ -239,25 +238,14 @@ def ratios(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def _in_own_process(
     num_clients: int, num_parameters: int, repeats: int, *, rule: Rule, device: str = "cpu"
 ) -> dict[str, Any]:
-    skipped: dict[str, Any] = {"num_clients": num_clients, "num_parameters": num_parameters}
+    size: dict[str, Any] = {"num_clients": num_clients, "num_parameters": num_parameters}
     need = least_bytes(num_clients, num_parameters, rule)
     on_cpu = device == "cpu"
     free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0]
     if need > 0.8 * free:
-        return skipped | {"skipped": f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}
+        return size | {"skipped": f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}
     arguments = [str(num_clients), str(num_parameters), str(repeats), str(torch.get_num_threads())]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.server", *arguments, rule, device],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        reason = f"the process ended with {done.returncode}: {last}"
-        return skipped | {"skipped": reason, "failed": True, "traceback": done.stderr[-4000:]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
+    return size | measure_in_child("experiments.bench.server", [*arguments, rule, device])
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ from experiments.bench.wire import wire_table
 SIZES = [(n, k) for k in (IDLE_PARAMETERS, 2_000_000, 11_000_000) for n in (10, 50, 200, 1000)]
 QUICK_SIZES = [(4, 6_000)]
 MANY_CLIENTS = 1000
+RUNS = "bench-runs"
+"""Scratch below the output folder, emptied: nobody keeps runs of their own under that name."""
 
 
 def run_suite(args: argparse.Namespace) -> int:
@@ -40,7 +42,7 @@ def run_suite(args: argparse.Namespace) -> int:
     folder = Path(args.output_dir).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     data_dir = str(Path(args.data_dir).expanduser().resolve()) if args.data_dir else ""
-    work = Workload(4 if args.quick else args.clients, data_dir, folder / "runs", args.quick)
+    work = Workload(4 if args.quick else args.clients, data_dir, folder / RUNS, args.quick)
     work.folder.mkdir(exist_ok=True)
     clear_runs(work.folder)
     console = Console(width=120)

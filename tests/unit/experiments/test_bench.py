@@ -12,6 +12,7 @@ from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSec
 from common.errors import ConfigError, RunError
 from experiments.bench import add_bench_parser
 from experiments.bench.batched import batched_training
+from experiments.bench.child import measure_in_child
 from experiments.bench.machine import Machine
 from experiments.bench.rounds import SCHEDULES, Workload, attempt, batched
 from experiments.bench.server import least_bytes
@@ -140,3 +141,13 @@ def test_the_parallel_round_has_the_settings_of_its_preset() -> None:
     own = {key for key, value in flat.items() if value != RunConfig().flat()[key]}
     # what moves no second: the length of a run and the size of its steps
     assert own & SERVER_KEYS - {"lr-decay", "lr-decay-from"} <= measured.keys()
+
+
+def test_a_child_that_fails_says_its_last_words() -> None:
+    row = measure_in_child(
+        "experiments.bench.server", ["1", "100", "1", "1", "no-such-rule", "cpu"]
+    )
+    assert row["failed"]
+    assert "no-such-rule" in row["skipped"]
+    small = measure_in_child("experiments.bench.server", ["2", "3000", "1", "1", "at-rest", "cpu"])
+    assert small["parallel_seconds"] > 0
