@@ -13,8 +13,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.folders import state_folder
-from client_app.warm.link import Link, Patience
-from client_app.warm.place import WorkerUnavailableError
+from client_app.worker.link import Link, Patience
+from client_app.worker.place import WorkerUnavailableError
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError
 from common.log import logger

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from flwr.app import Context, RecordDict
 
-from client_app.baselines.handlers import BASELINE_HANDLERS
+from client_app.methods.handlers import BASELINE_HANDLERS
 from client_app.participant import Participant
 from client_app.workshop import cpu_threads
 from common import wire
-from common.codec import Float32
+from common.compression import Float32
 from common.errors import WireError, unknown_name
 
 

@@ -11,13 +11,13 @@ import torch
 from flwr.app import Context
 from torch import Tensor, nn
 
-from client_app.cohort import Member
-from client_app.data import ClientData, load_client_data
+from client_app.data.examples import ClientData, load_client_data
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
-from client_app.state import ClientState, FolderState, Stamp, open_state, personal_folder
-from client_app.teacher import keep_teacher, kept_teacher, required_teacher
-from client_app.training import Loss, Trained, cross_entropy, distillation, evaluate, train
+from client_app.store import ClientState, FolderState, Stamp, open_state, personal_folder
+from client_app.training.batched import Member
+from client_app.training.loop import Loss, Trained, cross_entropy, distillation, evaluate, train
+from client_app.training.teacher import keep_teacher, kept_teacher, required_teacher
 from client_app.uplink import Memory, largest_with_memory
 from client_app.workshop import (
     ModelKind,
@@ -28,10 +28,10 @@ from client_app.workshop import (
     opaque,
     pick_device,
 )
-from common.client_config import ClientSection
-from common.codec import Float32
+from common.compression import Float32
 from common.config import NodeConfig, RunConfig
-from common.params import delta
+from common.config.client import ClientSection
+from common.parameters import delta
 from common.seeding import stream_seed, torch_generator
 from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client_app.data import ClientData
+from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
-from client_app.state import PERSONAL_MODEL, FolderState
+from client_app.store import PERSONAL_MODEL, FolderState
 from common.log import logger
 from common.wire import Evaluation
 

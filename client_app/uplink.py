@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from client_app.state import ClientState, Stamp
-from common.codec import Float32, Precision, rounded
+from client_app.store import ClientState, Stamp
+from common.compression import Float32, Precision, rounded
 from common.sparse import num_kept, places_of_largest
 
 VALUES = "values"

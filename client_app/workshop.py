@@ -20,7 +20,7 @@ from client_app.models.dropout import seed_dropout
 from client_app.models.registry import build_model
 from common.allocator import keep_freed_memory
 from common.errors import ConfigError
-from common.params import FlatModel, flatten
+from common.parameters import FlatModel, flatten
 
 _own = threading.local()
 _building = threading.Lock()

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from common.codec import Float32
+from common.compression import Float32
 from common.parcels import COUNTS, Parcel
 
 MEANS = "means"

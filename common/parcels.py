@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from common import wire
-from common.codec import Float32, Precision
+from common.compression import Float32, Precision
 from common.config import TrainingSection
 from common.errors import WireError
 from common.records import (

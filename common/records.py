@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ValidationError
 
-from common.codec import (
+from common.compression import (
     WIRE_DTYPES,
     Float32,
     Precision,
@@ -23,8 +23,8 @@ from common.codec import (
     to_bfloat16,
     to_scaled_float16,
 )
+from common.config.section import Section
 from common.errors import WireError, listing
-from common.section import Section
 
 CONFIG, ARRAYS, METRICS = "config", "arrays", "metrics"
 _SCALES = "-scales"

@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
-from common.codec import Float32, Precision
+from common.compression import Float32, Precision
 from common.errors import WireError
 from common.records import decode_vector, encode_vector, read_array
 

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from common.codec import Float32, Precision
+from common.compression import Float32, Precision
 from common.config import DistillSection, TrainingSection
 from common.errors import WireError, unknown_name
 from common.records import (

@@ -13,12 +13,12 @@ from rich.markup import escape
 
 from common.errors import MHpFedHNError
 from experiments.arguments import add_set_option
-from experiments.bench import add_bench_parser
-from experiments.certs import add_certs_parser
-from experiments.events import add_tensorboard_parser
-from experiments.join import add_join_parser
-from experiments.serve import add_serve_parser
-from experiments.study.command import add_study_parsers
+from experiments.benchmarks import add_bench_parser
+from experiments.deploy.certificates import add_certs_parser
+from experiments.deploy.join import add_join_parser
+from experiments.deploy.serve import add_serve_parser
+from experiments.report.command import add_study_parsers
+from experiments.report.events import add_tensorboard_parser
 from experiments.sweep.command import add_sweep_parser
 
 USAGE_ERROR = 2
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run a preset or an experiment file to its end."""
-    from experiments.launch import launch
-    from experiments.presets import Preset
+    from experiments.run.launch import launch
+    from experiments.run.presets import Preset
 
     preset = Preset.load(args.experiment)
     engine = {"name": args.engine, "num-clients": args.clients}
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def list_presets(args: argparse.Namespace) -> int:
     """List the presets, and the studies."""
-    from experiments.presets import Preset, preset_names
-    from experiments.report import preset_table, study_table
+    from experiments.report.terminal import preset_table, study_table
+    from experiments.run.presets import Preset, preset_names
     from experiments.sweep.plan import Plan, study_names
 
     console = _console()
@@ -78,9 +78,10 @@ def list_presets(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Show a finished run: tables, and pictures drawn into its folder."""
-    from experiments import launch, report
-    from experiments.runs import find_run
-    from server_app.picture import Reference, draw_curves
+    from experiments.report import terminal as report
+    from experiments.report.runs import find_run
+    from experiments.run import launch
+    from server_app.output.figures import Reference, draw_curves
 
     console, found = _console(), find_run(args.run)
     launch.show(found.folder, console)

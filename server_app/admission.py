@@ -10,9 +10,9 @@ from flwr.serverapp import Grid
 from common import wire
 from common.errors import RunError, listing
 from common.wire import Registration
-from server_app.mailbox import Answer, Letter, Ticket
-from server_app.method import Method
-from server_app.registry import Client, NodeKey, Registry, fingerprint, natural_key
+from server_app.clients import Client, NodeKey, Registry, fingerprint, natural_key
+from server_app.methods.base import Method
+from server_app.transport import Answer, Letter, Ticket
 
 REGISTRATION_S = 300.0
 """A node that has not said who it is by then must not hold up the others."""

@@ -13,20 +13,20 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.log import logger
-from server_app.baselines.method import BaselineMethod, effective_config
-from server_app.hypernet import Hypernetwork
-from server_app.mailbox import Mailbox
-from server_app.method import Method
-from server_app.mhpfedhn import MHpFedHN
-from server_app.norms import NormClip
-from server_app.outputs import RunFolder, run_folder_path
-from server_app.phases import Core
-from server_app.registry import Registry
+from server_app.aggregation.adam import ServerUpdate
+from server_app.aggregation.clipping import NormClip
+from server_app.clients import Registry
+from server_app.hypernet.network import Hypernetwork
+from server_app.methods.base import Method
+from server_app.methods.baseline import BaselineMethod, effective_config
+from server_app.methods.mhpfedhn import MHpFedHN
+from server_app.methods.phases import Core
+from server_app.output.run_folder import RunFolder, run_folder_path
+from server_app.output.snapshot import restore_server
 from server_app.replies import ReplyDesk
-from server_app.snapshot import restore_server
 from server_app.strategy import Rounds
+from server_app.transport import Mailbox
 from server_app.trips import Post
-from server_app.update import ServerUpdate
 
 app = ServerApp()
 

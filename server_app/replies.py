@@ -9,11 +9,11 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import RecordDict
 
-from common.codec import Float32
+from common.compression import Float32
 from common.errors import MHpFedHNError, WireError
 from common.log import logger
 from common.wire import TrainReply
-from server_app.mailbox import Answer
+from server_app.transport import Answer
 
 T = TypeVar("T")
 

@@ -22,13 +22,13 @@ from common.metrics import summarise, weighted_mean
 from common.seeding import numpy_generator
 from common.wire import Evaluation
 from server_app.admission import Admission
-from server_app.diagnostics import global_diagnostics, mean_diagnostics
-from server_app.mailbox import Answer, Letter
-from server_app.method import Method
-from server_app.outputs import RunFolder
-from server_app.registry import Client, Registry
-from server_app.schedule import RoundOutcome, Schedule
-from server_app.snapshot import save_server
+from server_app.aggregation.diagnostics import global_diagnostics, mean_diagnostics
+from server_app.clients import Client, Registry
+from server_app.methods.base import Method
+from server_app.output.run_folder import RunFolder
+from server_app.output.snapshot import save_server
+from server_app.scheduler import RoundOutcome, Schedule
+from server_app.transport import Answer, Letter
 from server_app.trips import Roster, RoundTally, ask_all, without_busy
 
 T = TypeVar("T")

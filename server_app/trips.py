@@ -14,12 +14,12 @@ from typing import TypeVar
 from flwr.app import RecordDict
 
 from common import wire
-from common.codec import Float32
+from common.compression import Float32
 from common.config import RunConfig
 from common.wire import Evaluation, Header, TrainReply
-from server_app.diagnostics import StepDiagnostics
-from server_app.mailbox import Letter, Mailbox, Ticket
+from server_app.aggregation.diagnostics import StepDiagnostics
 from server_app.replies import ReplyDesk
+from server_app.transport import Letter, Mailbox, Ticket
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import psutil
 
 from common.errors import RunError
-from experiments.engines.processes import is_alive
+from experiments.run.engines.processes import is_alive
 from experiments.sweep.plan import Cell
-from server_app.outputs import write_atomically
-from server_app.picture import read_json, read_rows
+from server_app.output.figures import read_json, read_rows
+from server_app.output.run_folder import write_atomically
 
 State = Literal["waiting", "running", "cut off", "failed", "completed"]
 
@@ -105,7 +105,7 @@ def make_ready(cell: Cell) -> bool:
             f"{folder} holds a run that no sweep started ({NOTE} does not say so). Move it "
             "away, or give the sweep another output-dir."
         )
-    from server_app.checkpoint import latest  # imports torch: seconds
+    from server_app.output.checkpoint import latest  # imports torch: seconds
 
     if latest(folder / "checkpoint") is not None:
         return True
@@ -119,7 +119,7 @@ def make_ready(cell: Cell) -> bool:
 
 def slim(cell: Cell) -> None:
     """Drop what only resuming needs from a completed cell; its embeddings stay."""
-    from experiments.study.embeddings import keep_embeddings
+    from experiments.report.embeddings import keep_embeddings
 
     if keep_embeddings(cell.folder):
         shutil.rmtree(cell.folder / "checkpoint", ignore_errors=True)
@@ -129,7 +129,7 @@ def slim(cell: Cell) -> None:
 
 def keep_newest(cell: Cell) -> None:
     """Drop a completed cell's checkpoints but the newest whole one, which others go on from."""
-    from server_app.checkpoint import latest  # imports torch: seconds
+    from server_app.output.checkpoint import latest  # imports torch: seconds
 
     newest = latest(cell.folder / "checkpoint")
     for path in (cell.folder / "checkpoint").glob("checkpoint-*"):

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.section import Scalar
+from common.config.section import Scalar
 from experiments.arguments import add_set_option
-from experiments.interrupts import terminate_as_interrupt
-from experiments.presets import PATH_KEYS, parse_assignment
-from experiments.progress import clock
+from experiments.run.interrupts import terminate_as_interrupt
+from experiments.run.presets import PATH_KEYS, parse_assignment
+from experiments.run.progress import clock
 from experiments.sweep.plan import Plan
 
 FAILED, INTERRUPTED = 1, 130
@@ -89,7 +89,7 @@ def show_status(plan: Plan, console: Console) -> int:
 
 def status_table(plan: Plan) -> tuple[Table, dict[str, int]]:
     """Return a line for each cell, and how many cells are in which state."""
-    from experiments.report import percent
+    from experiments.report.terminal import percent
     from experiments.sweep.cells import standing
 
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from experiments.progress import clock
-from experiments.report import percent
+from experiments.report.terminal import percent
+from experiments.run.progress import clock
 from experiments.sweep.cells import Standing, standing
 from experiments.sweep.plan import Cell
 

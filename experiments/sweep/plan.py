@@ -28,11 +28,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.config import RunConfig
+from common.config.section import Scalar
 from common.errors import ConfigError, unknown_name
-from common.section import Scalar
-from experiments.presets import CONFIGS, PATH_KEYS, EngineSection, Preset
-from experiments.runs import output_root
-from experiments.settings import digest, essential
+from experiments.report.runs import output_root
+from experiments.report.settings import digest, essential
+from experiments.run.presets import CONFIGS, PATH_KEYS, EngineSection, Preset
 
 RESERVED = {
     "seed": "give seeds = [...] at the top",

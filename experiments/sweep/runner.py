@@ -18,14 +18,14 @@ import psutil
 from filelock import FileLock, Timeout
 
 from common.errors import RunError
-from experiments.engines.processes import Process, is_alive, start
-from experiments.progress import RowTail
+from experiments.run.engines.processes import Process, is_alive, start
+from experiments.run.progress import RowTail
 from experiments.sweep import cells
 from experiments.sweep.cells import STATE_FOLDER, identify, standing, write_note
 from experiments.sweep.display import Display
 from experiments.sweep.plan import Cell, Plan
-from server_app.outputs import write_atomically
-from server_app.picture import read_json
+from server_app.output.figures import read_json
+from server_app.output.run_folder import write_atomically
 
 LOCK, HOLDER = ".sweep.lock", ".sweep.json"
 POLL_S = 0.25
@@ -235,7 +235,7 @@ def _environment() -> dict[str, str]:
 
 
 def _last_words(folder: Path, code: int | None) -> str:
-    from experiments.launch import error_lines
+    from experiments.run.launch import error_lines
 
     lines = error_lines(folder / cells.CONSOLE, limit=3)
     return f"ended with exit status {code}: {' '.join(lines) or 'no output'}"

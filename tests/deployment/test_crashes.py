@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from common.config import RunConfig
-from experiments.engines.processes import is_alive
+from experiments.run.engines.processes import is_alive
 from tests.deployment.test_loopback import SITES, deployed_config
 from tests.support.deployment import Deployment, wait_until
 

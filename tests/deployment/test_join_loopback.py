@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client_app.warm.place import Place
+from client_app.worker.place import Place
 from common.config import RunConfig
 from experiments.examples import my_site
 from tests.support.deployment import REPOSITORY, Deployment, wait_until

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from common.config import RunConfig
-from experiments.certs import make_certs
+from experiments.deploy.certificates import make_certs
 from tests.support.deployment import Deployment, RecordingProxy, tls_records, wait_until
 from tests.support.tiny import HERE, tiny_config
 

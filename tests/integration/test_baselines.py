@@ -14,12 +14,12 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from safetensors.torch import load_file
 from torch import nn
 
-from client_app.data import load_client_data
+from client_app.data.examples import load_client_data
 from client_app.workshop import ModelKind, draw_theta
 from common.config import RunConfig
 from common.errors import RunError
 from common.seeding import stream_seed, torch_generator
-from experiments.engines.inprocess import InProcessGrid
+from experiments.run.engines.inprocess import InProcessGrid
 from tests.integration.conftest import Lines
 from tests.support.tiny import HERE, MIXED, Handler, Small, Wrapped, run_tiny, tiny_config
 

@@ -8,8 +8,8 @@ from flwr.app import Context, RecordDict
 
 from client_app.app import app as client_app
 from common.config import RunConfig
-from experiments.engines import together
-from experiments.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
+from experiments.run.engines import together
+from experiments.run.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
 from server_app.app import app as server_app
 from tests.support.tiny import HERE, tiny_config
 

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Context, Message
 
 from common.config import RunConfig
-from experiments.engines.inprocess import simulated_nodes
+from experiments.run.engines.inprocess import simulated_nodes
 from tests.integration.conftest import Lines
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 

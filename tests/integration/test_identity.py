@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from common.config import RunConfig
 from common.errors import RunError
-from experiments.engines.inprocess import simulated_nodes
-from server_app.registry import fingerprint
+from experiments.run.engines.inprocess import simulated_nodes
+from server_app.clients import fingerprint
 from tests.integration.conftest import Lines
 from tests.support.attendance import attended_by
 from tests.support.tiny import run_tiny, tiny_config

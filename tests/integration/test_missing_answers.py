@@ -8,7 +8,7 @@ from flwr.app import Context, Error, Message
 
 from common.config import RunConfig
 from common.errors import RunError
-from experiments.engines.inprocess import InProcessGrid
+from experiments.run.engines.inprocess import InProcessGrid
 from tests.integration.conftest import Lines
 from tests.integration.test_bad_input import BAD, SOURCE, read_run
 from tests.integration.test_resume import config_at, in_place, require_same_run

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
-from experiments.engines.inprocess import simulated_nodes
+from experiments.run.engines.inprocess import simulated_nodes
 from tests.support.attendance import attended_by
 from tests.support.tiny import run_tiny, tiny_config
 

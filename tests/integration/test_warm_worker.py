@@ -15,9 +15,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app
-from client_app.warm import link as link_module
-from client_app.warm.link import Patience
-from client_app.warm.place import Place
+from client_app.worker import link as link_module
+from client_app.worker.link import Patience
+from client_app.worker.place import Place
 from common import wire
 from common.config import TrainingSection
 from common.errors import ConfigError, DataError

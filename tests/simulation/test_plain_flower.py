@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.engines import processes
-from experiments.engines.home import PROJECT_ROOT, child_environment, new_home
-from experiments.engines.ray import parse_status
+from experiments.run.engines import processes
+from experiments.run.engines.home import PROJECT_ROOT, child_environment, new_home
+from experiments.run.engines.ray import parse_status
 
 FLWR = Path(sys.executable).parent / "flwr"
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from experiments.__main__ import main
-from experiments.engines import processes
-from experiments.engines.home import PROJECT_ROOT, bytecode_cache
+from experiments.run.engines import processes
+from experiments.run.engines.home import PROJECT_ROOT, bytecode_cache
 
 TINY = """
 description = "three architectures on the tiny patterns"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from flwr.proto.node_pb2 import NodeInfo
 
-from experiments.engines.inprocess import InProcessGrid
+from experiments.run.engines.inprocess import InProcessGrid
 
 FIRST_NODE = 2
 

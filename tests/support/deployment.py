@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 from common.config import RunConfig
-from experiments.certs import make_certs
-from experiments.engines.home import bytecode_cache
+from experiments.deploy.certificates import make_certs
+from experiments.run.engines.home import bytecode_cache
 from experiments.starter.program import Starter, install_program
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from client_app.app import app as client_app
 from common.config import RunConfig
-from experiments.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
+from experiments.run.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
 from server_app.app import app as server_app
 
 NUM_CLASSES = 4

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_app import data as data_module
-from common.client_config import ClientSection
+from client_app.data import examples as data_module
+from common.config.client import ClientSection
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 
 

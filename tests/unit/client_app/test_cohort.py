@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from client_app.cohort import (
+from client_app.data.examples import ClientData
+from client_app.models.dropout import MaskFeed, seed_dropout
+from client_app.models.registry import build_model
+from client_app.training.batched import (
     Member,
     Teacher,
     can_train_together,
     train_cohort,
 )
-from client_app.cohort_evaluation import evaluate_cohort
-from client_app.data import ClientData
-from client_app.models.dropout import MaskFeed, seed_dropout
-from client_app.models.registry import build_model
-from client_app.training import cross_entropy, distillation, evaluate, train
+from client_app.training.batched_evaluation import evaluate_cohort
+from client_app.training.loop import cross_entropy, distillation, evaluate, train
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
-from common.params import FlatModel
+from common.parameters import FlatModel
 from tests.unit.client_app.test_training_speed import draw_theta, pictures
 
 COUNTS = (5, 20, 16, 8, 21)  # ragged, one batch, exact batches, and not in order
@@ -123,7 +123,7 @@ def test_mixed_precision_agrees_to_its_rounding() -> None:
 @pytest.mark.parametrize("name", ["cnn", "resnet10"])
 def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "client_app.cohort_evaluation.TESTED_AT_ONCE", {"cpu": 12}
+        "client_app.training.batched_evaluation.TESTED_AT_ONCE", {"cpu": 12}
     )  # several batches
     module = build_model(name, in_channels=3, num_classes=10)
     model, members, expected = FlatModel(module), [], []

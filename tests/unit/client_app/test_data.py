@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from client_app.data import ClientData, load_client_data, prepare_data
-from common.client_config import ClientSection
+from client_app.data.examples import ClientData, load_client_data, prepare_data
+from common.config.client import ClientSection
 from common.errors import ConfigError, DataError
 from tests.unit.client_app.pictures import REAL_DATA, REPOSITORY, random_pixels, write_parquet
 
@@ -97,8 +97,8 @@ def test_test_batches_keep_order_and_the_last_batch(section: ClientSection) -> N
 
 SCRIPT = """
 import json, sys, zlib, torch
-from client_app.data import load_client_data
-from common.client_config import ClientSection
+from client_app.data.examples import load_client_data
+from common.config.client import ClientSection
 client = load_client_data(
     ClientSection(**json.loads(sys.argv[1])), partition_id=3, seed=42, device=torch.device("cpu")
 )

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from client_app import data as data_module
-from client_app.data import ClientData, load_client_data, prepare_data
-from client_app.datasets.cache import cache_root
-from common.client_config import ClientSection
+from client_app.data import examples as data_module
+from client_app.data.cache import cache_root
+from client_app.data.examples import ClientData, load_client_data, prepare_data
+from common.config.client import ClientSection
 from common.errors import DataError
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from client_app.datasets.partitions import LIBRARY_NAMES
-from client_app.datasets.splits import (
+from client_app.data.partitions import LIBRARY_NAMES
+from client_app.data.splits import (
     Indices,
     split_dirichlet,
     split_pathological,
@@ -170,7 +170,7 @@ def test_too_few_examples_to_split(count: int) -> None:
 @pytest.fixture(scope="module")
 def partitioners() -> ModuleType:
     """Import when a test needs it: it costs seconds."""
-    return importlib.import_module("client_app.datasets.partitioners")
+    return importlib.import_module("client_app.data.partitioners")
 
 
 def _dataset() -> object:

@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from client_app.training import MomentumSGD
+from client_app.training.loop import MomentumSGD
 from common.config import TrainingSection
 
 ROUND_TRIP = """
 import sys, torch
-from client_app.data import ClientData
-from client_app.training import evaluate, train
+from client_app.data.examples import ClientData
+from client_app.training.loop import evaluate, train
 from client_app.workshop import ModelKind, borrow
 from common.config import TrainingSection
 from tests.unit.client_app.test_training_speed import pictures

@@ -13,7 +13,7 @@ from client_app.models.base import FeatureClassifier
 from client_app.models.dropout import GeneratorDropout, seed_dropout
 from client_app.models.registry import MODEL_NAMES, build_model, model_for_partition
 from common.errors import ConfigError, ModelError
-from common.params import num_parameters
+from common.parameters import num_parameters
 
 # method.md, "Parameter counts that the model zoo must reproduce"
 PUBLISHED = {

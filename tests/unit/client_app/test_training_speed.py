@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client_app.data import ClientData
+from client_app.data.examples import ClientData
 from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
-from client_app.training import evaluate, train, warn_of_slow_bfloat16
+from client_app.training.loop import evaluate, train, warn_of_slow_bfloat16
 from common.config import TrainingSection
 from common.log import logger
-from common.params import FlatModel, num_parameters
+from common.parameters import FlatModel, num_parameters
 from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
 
 
@@ -122,7 +122,7 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(
     model, data = FlatModel(build_model("cnn", in_channels=3, num_classes=10)), pictures()
     found = []
     for size in (64, 7):
-        monkeypatch.setattr("client_app.training.TEST_BATCH", {"cpu": size})
+        monkeypatch.setattr("client_app.training.loop.TEST_BATCH", {"cpu": size})
         found.append(evaluate(model, data))
     assert found[0].num_correct == found[1].num_correct
     assert found[0].test_loss == pytest.approx(found[1].test_loss, rel=1e-6)
@@ -157,7 +157,7 @@ def test_a_processor_that_is_slow_in_bfloat16_is_named_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: bool(supported))
-    monkeypatch.setattr("client_app.training.torch.ops.mkldnn", mkldnn)
+    monkeypatch.setattr("client_app.training.loop.torch.ops.mkldnn", mkldnn)
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logger.parent, "propagate", True)
     warn_of_slow_bfloat16.cache_clear()

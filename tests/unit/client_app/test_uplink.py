@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_app.state import FolderState, Stamp
+from client_app.store import FolderState, Stamp
 from client_app.uplink import Memory, largest_with_memory
-from common.codec import Float32, Precision
+from common.compression import Float32, Precision
 
 
 def send(

@@ -11,7 +11,7 @@ from common.allocator import keep_freed_memory
 
 EPOCHS = """
 import resource, torch
-from client_app.training import train
+from client_app.training.loop import train
 from client_app.workshop import ModelKind, borrow
 from common.config import TrainingSection
 from tests.unit.client_app.test_training_speed import pictures

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from common.codec import rounded
+from common.compression import rounded
 from common.errors import WireError
 from common.sparse import decode_delta, encode_delta, num_kept, places_of_largest
 

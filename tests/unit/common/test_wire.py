@@ -137,7 +137,7 @@ def test_half_precision_halves_the_bytes_and_keeps_relative_error(precision: str
 
 def test_bfloat16_rounds_to_nearest_even_like_torch() -> None:
     torch = pytest.importorskip("torch")
-    from common.codec import from_bfloat16, to_bfloat16
+    from common.compression import from_bfloat16, to_bfloat16
 
     x = np.random.default_rng(1).standard_normal(4096).astype(np.float32)
     expected = torch.from_numpy(x).bfloat16().float().numpy()

@@ -10,14 +10,14 @@ import torch
 
 from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSection
 from common.errors import ConfigError, RunError
-from experiments.bench import add_bench_parser
-from experiments.bench.batched import batched_training
-from experiments.bench.child import measure_in_child
-from experiments.bench.machine import Machine
-from experiments.bench.rounds import SCHEDULES, Workload, attempt, batched
-from experiments.bench.server import least_bytes
-from experiments.bench.suite import clear_runs, earlier, failures, overhead, server
-from experiments.presets import Preset
+from experiments.benchmarks import add_bench_parser
+from experiments.benchmarks.batched import batched_training
+from experiments.benchmarks.child import measure_in_child
+from experiments.benchmarks.machine import Machine
+from experiments.benchmarks.rounds import SCHEDULES, Workload, attempt, batched
+from experiments.benchmarks.server import least_bytes
+from experiments.benchmarks.suite import clear_runs, earlier, failures, overhead, server
+from experiments.run.presets import Preset
 
 SERVER_KEYS = ScheduleSection.key_names() | HypernetSection.key_names() | UpdateSection.key_names()
 
@@ -128,7 +128,7 @@ def test_earlier_runs_are_cleared_and_decoded_data_stay(tmp_path: Path) -> None:
 def test_clients_that_were_not_batched_give_no_batched_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.engines.together.can_train_together", lambda _: False)
+    monkeypatch.setattr("experiments.run.engines.together.can_train_together", lambda _: False)
     work = Workload(2, "", tmp_path, quick=True)
     with pytest.raises(RunError, match="0 of 6 trainings were batched"):
         batched(work, work.config("batched"))
@@ -145,9 +145,11 @@ def test_the_parallel_round_has_the_settings_of_its_preset() -> None:
 
 def test_a_child_that_fails_says_its_last_words() -> None:
     row = measure_in_child(
-        "experiments.bench.server", ["1", "100", "1", "1", "no-such-rule", "cpu"]
+        "experiments.benchmarks.server", ["1", "100", "1", "1", "no-such-rule", "cpu"]
     )
     assert row["failed"]
     assert "no-such-rule" in row["skipped"]
-    small = measure_in_child("experiments.bench.server", ["2", "3000", "1", "1", "at-rest", "cpu"])
+    small = measure_in_child(
+        "experiments.benchmarks.server", ["2", "3000", "1", "1", "at-rest", "cpu"]
+    )
     assert small["parallel_seconds"] > 0

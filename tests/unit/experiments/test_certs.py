@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
 
 from common.errors import ConfigError
-from experiments.certs import add_certs_parser, make_certs
+from experiments.deploy.certificates import add_certs_parser, make_certs
 
 HOSTS = ["localhost", "127.0.0.1"]
 

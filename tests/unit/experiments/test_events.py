@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import main
-from experiments.events import tag, write_rows
+from experiments.report.events import tag, write_rows
 from tests.unit.experiments.run_folders import write_seed
 
 INSTALLED = importlib.util.find_spec("tensorboard") is not None

@@ -8,7 +8,7 @@ from time import monotonic, sleep
 
 import pytest
 
-from experiments.interrupts import terminate_as_interrupt
+from experiments.run.interrupts import terminate_as_interrupt
 
 
 class SignalledWhenFreed:

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from common.config import NodeConfig
 from common.errors import ConfigError, RunError
-from experiments import join, join_checks
+from experiments.deploy import checks as join_checks
+from experiments.deploy import join
+from experiments.deploy.join import JoinSettings, add_join_parser, read_settings
+from experiments.deploy.supervise import explain
 from experiments.examples import my_site
-from experiments.join import JoinSettings, add_join_parser, read_settings
-from experiments.supervise import explain
 from tests.support import tiny
 from tests.support.one_line_server import OneLineServer
 

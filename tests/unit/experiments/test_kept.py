@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunError
-from experiments.study.kept import DOCS, PANELS, Kept, curve_of, draw_kept, read_runs
+from experiments.report.kept import DOCS, PANELS, Kept, curve_of, draw_kept, read_runs
 
 CSV = "run,round,accuracy_micro,train_loss\na-seed1,1,0.1,3\na-seed1,2,0.3,2\na-seed2,1,0.2,3\n"
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import ConfigError
-from experiments.launch import complete, error_lines, launch, open_engine
-from experiments.presets import EngineSection, Preset
+from experiments.run.launch import complete, error_lines, launch, open_engine
+from experiments.run.presets import EngineSection, Preset
 from tests.support.tiny import HERE, tiny_config
 
 FLOWER_LOG = """\

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunError
-from experiments.plots import draw_clients, family_colors
-from experiments.runs import Run
-from server_app.picture import Reference, column, draw_curves, folder_title
-from server_app.step_picture import draw_steps
+from experiments.report.clients import draw_clients, family_colors
+from experiments.report.runs import Run
+from server_app.output.figures import Reference, column, draw_curves, folder_title
+from server_app.output.step_figures import draw_steps
 from tests.unit.experiments.run_folders import metric_row, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,7 +8,7 @@ from flwr.common.config import parse_config_args
 
 from common.config import RunConfig
 from common.errors import ConfigError
-from experiments.presets import RECOMMENDED, Preset, preset_names, to_toml
+from experiments.run.presets import RECOMMENDED, Preset, preset_names, to_toml
 
 
 def write(folder: Path, text: str) -> str:

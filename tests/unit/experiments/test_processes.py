@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from common.errors import RunError
-from experiments.engines import processes
+from experiments.run.engines import processes
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
 # Its child starts a session of its own, as Flower does, and ignores SIGTERM.

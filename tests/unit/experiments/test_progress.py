@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.progress import Pace, RowTail, follow, round_line
+from experiments.run.progress import Pace, RowTail, follow, round_line
 from tests.unit.experiments.run_folders import metric_row
 
 

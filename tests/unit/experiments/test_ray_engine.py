@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunError
-from experiments.engines import processes
-from experiments.engines.home import (
+from experiments.run.engines import processes
+from experiments.run.engines.home import (
     PROJECT_ROOT,
     child_environment,
     new_home,
     remove_abandoned_homes,
     stage_app,
 )
-from experiments.engines.ray import RayEngine, available_cpus, parse_status
-from experiments.presets import EngineSection
+from experiments.run.engines.ray import RayEngine, available_cpus, parse_status
+from experiments.run.presets import EngineSection
 
 
 def test_children_are_isolated_marked_and_quiet(tmp_path: Path) -> None:

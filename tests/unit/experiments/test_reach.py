@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from common.errors import ConfigError
-from experiments.reach import ServerError, UnreachableError, check_server, split_address
+from experiments.deploy.reach import ServerError, UnreachableError, check_server, split_address
 from tests.support.one_line_server import OneLineServer
 
 

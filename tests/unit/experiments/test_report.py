@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from experiments.presets import Preset
-from experiments.report import family_table, preset_table, reference_table, run_table
-from experiments.runs import Run, settle
-from server_app.picture import Reference
+from experiments.report.runs import Run, settle
+from experiments.report.terminal import family_table, preset_table, reference_table, run_table
+from experiments.run.presets import Preset
+from server_app.output.figures import Reference
 from tests.unit.experiments.run_folders import write_run
 
 

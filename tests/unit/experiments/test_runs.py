@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, RunError
-from experiments.runs import Run, find_run, new_folder, output_root, settle
-from experiments.study.groups import Member
+from experiments.report.groups import Member
+from experiments.report.runs import Run, find_run, new_folder, output_root, settle
 from tests.unit.experiments.run_folders import write_clients, write_run
 
 

@@ -11,13 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from common.config import HypernetSection
+from common.config.section import Method
 from common.errors import ConfigError, DataError, RunError
-from common.section import Method
-from experiments.runs import Run
-from experiments.settings import essential
-from experiments.study.commands import run_command
-from experiments.study.curves import mean_curve
-from experiments.study.embeddings import (
+from experiments.report.commands import run_command
+from experiments.report.curves import mean_curve
+from experiments.report.embeddings import (
     alignment,
     in_order,
     keep_embeddings,
@@ -25,13 +23,15 @@ from experiments.study.embeddings import (
     load_embeddings,
     principal_axes,
 )
-from experiments.study.groups import Stat, Study, group_runs, load_named, load_study
-from experiments.study.labels import label_shares, ordering, overlap, rank_correlation
-from experiments.study.looks import METHOD_LOOKS, looks_for
-from experiments.study.svg import log_ticks, nice_ticks, spread
-from experiments.study.tables import markdown, number, percent
-from server_app.hypernet import Hypernetwork
-from server_app.picture import METHODS
+from experiments.report.groups import Stat, Study, group_runs, load_named, load_study
+from experiments.report.labels import label_shares, ordering, overlap, rank_correlation
+from experiments.report.looks import METHOD_LOOKS, looks_for
+from experiments.report.runs import Run
+from experiments.report.settings import essential
+from experiments.report.svg import log_ticks, nice_ticks, spread
+from experiments.report.tables import markdown, number, percent
+from server_app.hypernet.network import Hypernetwork
+from server_app.output.figures import METHODS
 from tests.unit.experiments.run_folders import write_seed
 
 

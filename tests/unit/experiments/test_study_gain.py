@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import main
-from experiments.presets import Preset, preset_names
-from experiments.runs import Run
-from experiments.settings import local_settings
-from experiments.study.commands import local_command
-from experiments.study.gain import gains_over_local
-from experiments.study.groups import Stat, load_study
+from experiments.report.commands import local_command
+from experiments.report.gain import gains_over_local
+from experiments.report.groups import Stat, load_study
+from experiments.report.runs import Run
+from experiments.report.settings import local_settings
+from experiments.run.presets import Preset, preset_names
 from tests.unit.experiments.run_folders import write_seed
 
 HALF, HIGH = (0.5,) * 4, (0.9,) * 4

@@ -12,12 +12,12 @@ from typing import get_args
 import pytest
 from matplotlib.axes import Axes
 
-from common.section import Method
+from common.config.section import Method
 from experiments.__main__ import main
-from experiments.study import picture
-from experiments.study.charts import Line
-from experiments.study.curves import Axis
-from experiments.study.predictors import TESTED
+from experiments.report import picture
+from experiments.report.charts import Line
+from experiments.report.curves import Axis
+from experiments.report.predictors import TESTED
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_study import write_checkpoint
 
@@ -190,7 +190,7 @@ def test_the_picture_is_by_both_ways_or_by_bytes_up(
 
 
 def test_a_report_of_20_runs_costs_less_than_10_seconds_of_cpu(tmp_path: Path) -> None:
-    import client_app.data  # noqa: F401 - torch takes seconds and is not what is timed
+    import client_app.data.examples  # noqa: F401 - torch takes seconds and is not what is timed
 
     data = {
         "dataset": "tests.support.tiny:patterns", "image_size": 8, "partition": "iid",

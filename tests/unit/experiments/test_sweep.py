@@ -22,7 +22,7 @@ from rich.console import Console
 
 from common.errors import RunError
 from experiments.__main__ import main
-from experiments.runs import Run
+from experiments.report.runs import Run
 from experiments.sweep.cells import (
     identify,
     keep_newest,
@@ -43,7 +43,7 @@ from experiments.sweep.runner import (
     holder,
     own,
 )
-from server_app.checkpoint import save_checkpoint
+from server_app.output.checkpoint import save_checkpoint
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_command_line import TINY
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from experiments.presets import Preset
+from experiments.run.presets import Preset
 from experiments.sweep.plan import Cell, Plan, study_names
 
 GRID = """

@@ -14,14 +14,14 @@ from common.errors import ConfigError, RegistrationError, WireError
 from common.parcels import Parcel
 from common.seeding import torch_generator
 from common.wire import Registration
-from server_app.baselines import BASELINES
-from server_app.baselines.base import Upload, mean_vector
-from server_app.baselines.fedgh import FedGH
-from server_app.baselines.fedproto import FedProto
-from server_app.baselines.fedtgp import FedTGP, adaptive_margin, contrast, generated
-from server_app.baselines.method import effective_config
-from server_app.baselines.pfedhn import PFedHN
-from server_app.registry import Client
+from server_app.clients import Client
+from server_app.methods import BASELINES
+from server_app.methods.baseline import effective_config
+from server_app.methods.baseline_base import Upload, mean_vector
+from server_app.methods.fedgh import FedGH
+from server_app.methods.fedproto import FedProto
+from server_app.methods.fedtgp import FedTGP, adaptive_margin, contrast, generated
+from server_app.methods.pfedhn import PFedHN
 from server_app.replies import ReplyDesk
 
 CHECK = ReplyDesk(max_delta_norm=100.0).check_norm

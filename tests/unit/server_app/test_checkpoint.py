@@ -12,9 +12,9 @@ import torch
 
 from common.config import HypernetSection, UpdateSection
 from common.errors import CheckpointError
-from server_app.checkpoint import latest, load_checkpoint, save_checkpoint
-from server_app.hypernet import Hypernetwork
-from server_app.update import ClientUpdate, ServerUpdate
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.hypernet.network import Hypernetwork
+from server_app.output.checkpoint import latest, load_checkpoint, save_checkpoint
 
 
 def save(folder: Path, number: int, *, keep: int = 3) -> Path:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common.config import HypernetSection
-from server_app.hypernet import Hypernetwork
-from server_app.pulls import Pull, global_norm
+from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.pulls import Pull, global_norm
 
 TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)
 

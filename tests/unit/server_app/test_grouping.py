@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from common.config import HypernetSection
-from server_app.grouping import group_order, members_by_group, num_chunks, place, size_class
+from server_app.hypernet.groups import group_order, members_by_group, num_chunks, place, size_class
 
 
 @pytest.mark.parametrize(

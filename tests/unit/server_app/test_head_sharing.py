@@ -9,10 +9,10 @@ from torch import Tensor
 
 from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
-from server_app.hypernet import Hypernetwork
-from server_app.pulls import Pull
-from server_app.similarity import clusters, split_groups
-from server_app.update import ClientUpdate, ServerUpdate
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation.similarity import clusters, split_groups
+from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.pulls import Pull
 
 SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}  # 6, 1, 3, 6 and 3 chunks of 10
 ADAM = UpdateSection(server_lr=0.01, embedding_lr=0.01)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError
-from server_app import heads
-from server_app.heads import HeadGroup
-from server_app.hypernet import Hypernetwork
-from server_app.pulls import Pull
+from server_app.hypernet import heads
+from server_app.hypernet.heads import HeadGroup
+from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.pulls import Pull
 from tests.reference.algorithm import Hyper, ReferenceHypernet
 
 TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)

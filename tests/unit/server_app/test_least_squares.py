@@ -8,10 +8,10 @@ from torch import Tensor
 
 from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import ConfigError
-from server_app.hypernet import Hypernetwork
-from server_app.least_squares import Pace
-from server_app.solve import ridge_rows
-from server_app.update import ClientUpdate, ServerUpdate
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation.least_squares import Pace
+from server_app.aggregation.ridge import ridge_rows
+from server_app.hypernet.network import Hypernetwork
 
 TOY = HypernetSection(
     chunk_size=10, embed_dim=16, hidden_dim=32, embedding_std=2.0, head_init="shared"

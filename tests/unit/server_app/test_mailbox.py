@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from experiments.engines.inprocess import InProcessGrid
-from server_app import blocks as cutting
-from server_app.blocks import blocks
-from server_app.mailbox import PUSH_BATCH, Letter, Mailbox, Ticket
+from experiments.run.engines.inprocess import InProcessGrid
+from server_app.hypernet import blocks as cutting
+from server_app.hypernet.blocks import blocks
+from server_app.transport import PUSH_BATCH, Letter, Mailbox, Ticket
 
 NUM = 20
 

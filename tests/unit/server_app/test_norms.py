@@ -6,12 +6,12 @@ import torch
 from flwr.clientapp import ClientApp
 
 from common.config import RunConfig
-from experiments.engines.inprocess import InProcessGrid
+from experiments.run.engines.inprocess import InProcessGrid
+from server_app.aggregation.adam import ClientUpdate
+from server_app.aggregation.clipping import LEAST, NormClip
 from server_app.app import build_core
-from server_app.norms import LEAST, NormClip
-from server_app.phases import PersonalPhase
+from server_app.methods.phases import PersonalPhase
 from server_app.trips import Roster, RoundTally
-from server_app.update import ClientUpdate
 
 
 def update(client_id: str, norm: float) -> ClientUpdate:

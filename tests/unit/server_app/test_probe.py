@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from common.config import HypernetSection, UpdateSection
-from server_app.diagnostics import StepDiagnostics
-from server_app.hypernet import Hypernetwork
-from server_app.probe import SAMPLE, sample_theta
-from server_app.update import ClientUpdate, ServerUpdate
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation.diagnostics import StepDiagnostics
+from server_app.aggregation.probe import SAMPLE, sample_theta
+from server_app.hypernet.network import Hypernetwork
 
 SHAPE = HypernetSection(
     chunk_size=10, embed_dim=32, hidden_dim=64, embedding_std=2.0, head_init="shared"

@@ -11,8 +11,8 @@ import pytest
 
 from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError
-from server_app.mailbox import Answer, Letter, Mailbox, Ticket
-from server_app.schedule import RoundOutcome, Schedule
+from server_app.scheduler import RoundOutcome, Schedule
+from server_app.transport import Answer, Letter, Mailbox, Ticket
 
 NEVER = 10**9
 LIMIT = 3000

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
-from server_app import heads
-from server_app.hypernet import Hypernetwork
-from server_app.memory import HUGE_BYTES, fresh
-from server_app.pulls import Pull
-from server_app.shared_heads import place_rows
-from server_app.update import ClientUpdate, ServerUpdate
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.hypernet import heads
+from server_app.hypernet.memory import HUGE_BYTES, fresh
+from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.pulls import Pull
+from server_app.hypernet.shared_heads import place_rows
 
 ONE = HypernetSection(
     chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5, head_layout="one"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from common.config import HypernetSection, UpdateSection
 from common.errors import CheckpointError, RegistrationError
-from server_app.hypernet import Hypernetwork
-from server_app.pulls import Pull, global_norm
-from server_app.update import ClientUpdate, ServerUpdate
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.pulls import Pull, global_norm
 from tests.reference.algorithm import (
     Client,
     Hyper,

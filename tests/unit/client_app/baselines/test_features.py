@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client_app.baselines.base import BatchBudget
-from client_app.baselines.features import class_means, head_of, require_head_is_last, tapped
-from client_app.data import ClientData
+from client_app.data.examples import ClientData
+from client_app.methods.base import BatchBudget
+from client_app.methods.features import class_means, head_of, require_head_is_last, tapped
 from client_app.models.registry import MODEL_NAMES, build_model
 from client_app.workshop import ModelKind, Tool, architecture_tag, borrow, draw_theta
 from common.errors import ModelError
-from common.params import FlatModel
+from common.parameters import FlatModel
 from tests.support.tiny import Small
 
 WITHOUT_HEAD = ("squeezenet1_0", "squeezenet1_1")

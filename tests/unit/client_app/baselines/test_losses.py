@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from client_app.baselines.distilled import fd_loss, mutual_loss
-from client_app.baselines.features import Tap
-from client_app.baselines.prototypes import nearest_class, prototype_loss
-from common.baseline_config import BaselineSection
+from client_app.methods.distilled import fd_loss, mutual_loss
+from client_app.methods.features import Tap
+from client_app.methods.prototypes import nearest_class, prototype_loss
+from common.config.baselines import BaselineSection
 
 IMAGES = torch.zeros(3, 1)  # no loss looks at them
 LABELS = torch.tensor([2, 0, 1])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from client_app.warm import frames
-from client_app.warm.frames import Frame, decode, encode, peer_is_me, receive, send
+from client_app.worker import frames
+from client_app.worker.frames import Frame, decode, encode, peer_is_me, receive, send
 from common.errors import WireError
 
 Pair = tuple[socket.socket, socket.socket]

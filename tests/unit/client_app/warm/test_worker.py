@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from client_app.warm import serve
-from client_app.warm.frames import Frame, receive, send
-from client_app.warm.link import Link, Patience, WorkerReplacedError, identity, rebuilt_error
-from client_app.warm.place import LOCK, RECORD, SOCKET, Place, WorkerUnavailableError, start_ticks
-from client_app.warm.serve import Answer, Worker
+from client_app.worker import serve
+from client_app.worker.frames import Frame, receive, send
+from client_app.worker.link import Link, Patience, WorkerReplacedError, identity, rebuilt_error
+from client_app.worker.place import LOCK, RECORD, SOCKET, Place, WorkerUnavailableError, start_ticks
+from client_app.worker.serve import Answer, Worker
 from common.errors import ConfigError, MHpFedHNError
 
 NODE = {"client-id": "a"}

@@ -1,0 +1,209 @@
+"""Decode a source once; afterwards every process maps the same uint8 file.
+
+Layout of a cache entry: `images.npy` (N, channels, size, size) uint8, `labels.npy` (N,) int64,
+`meta.json`. Its name holds a hash of the source's fingerprint, so a changed source is a new entry.
+An entry appears by one rename, complete or not at all, under a lock that dies with its process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from client_app.data.decode import fill
+from client_app.data.source import Examples, Source
+from common.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+CACHE_VARIABLE = "MH_PFEDHN_CACHE"
+LOCK_TIMEOUT_S = 3600.0
+IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
+
+
+@dataclass(frozen=True)
+class DecodedDataset:
+    """A cache entry, opened.
+
+    Attributes
+    ----------
+    folder
+        Where it is; drawn partitions are stored beside the images.
+    images
+        (N, channels, size, size) uint8, memory-mapped read-only.
+    labels
+        (N,) int64, in memory.
+    mean, std
+        Normalisation for each channel, in units of full intensity.
+    """
+
+    folder: Path
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def cache_root(cache_dir: str) -> Path:
+    """Return the cache folder: `cache-dir`, else $MH_PFEDHN_CACHE, else ~/.cache/mh-pfedhn."""
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/mh-pfedhn"
+    return Path(chosen).expanduser().resolve()
+
+
+def open_dataset(
+    source: Source, *, name: str, image_size: int, cache_dir: str = ""
+) -> DecodedDataset:
+    """Open the cache entry of a source, decoding the source first when there is none.
+
+    An entry that is damaged (a file of another size, or changed since and of another checksum) is
+    built again.
+
+    Raises
+    ------
+    DataError
+        The source cannot be read, or the cache folder cannot be written.
+    """
+    identity = [FORMAT, name, image_size, source.fingerprint()]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    safe_name = re.sub(r"[^A-Za-z0-9]+", "-", name)[:40]
+    folder = cache_root(cache_dir) / f"{safe_name}-{image_size}-{digest[:16]}"
+    found = _open_entry(folder)
+    if found is None:
+        with entry_lock(folder):
+            found = _open_entry(folder)
+            if found is None:
+                _build_entry(source, folder, image_size)
+                found = _open_entry(folder)
+    if found is None:
+        raise DataError(
+            f"cache entry {folder} is damaged right after it was written. Check the disk, or set "
+            "cache-dir to a folder on another one."
+        )
+    return found
+
+
+@contextmanager
+def entry_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a cache entry, across processes and threads.
+
+    Raises
+    ------
+    DataError
+        The folder cannot be written, or another process holds the lock for over an hour.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock", timeout=LOCK_TIMEOUT_S):
+            yield
+    except Timeout as error:
+        raise DataError(
+            f"another process has held {folder}.lock for over {LOCK_TIMEOUT_S:.0f} s. If none is "
+            "decoding, remove the file."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache {folder.parent}: {error}. Set cache-dir (or "
+            f"${CACHE_VARIABLE}) to a folder that this process can write, with enough space."
+        ) from error
+
+
+def _build_entry(source: Source, folder: Path, image_size: int) -> None:
+    started = time.monotonic()
+    examples = source.read(image_size)
+    count = len(examples.labels)
+    if not count:
+        raise DataError(f"{folder.name}: the data set has no examples.")
+    log.info("decoding %d pictures once into %s", count, folder)
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    draft.mkdir()
+    try:
+        _write_entry(examples, draft, image_size)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    log.info("decoded %d pictures in %.1f s", count, time.monotonic() - started)
+
+
+def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
+    shape = (len(examples.labels), len(examples.mean), image_size, image_size)
+    images = np.lib.format.open_memmap(draft / IMAGES, mode="w+", dtype=np.uint8, shape=shape)
+    fill(images, examples.read_example)
+    images.flush()
+    del images
+    np.save(draft / LABELS, examples.labels, allow_pickle=False)
+    meta = {
+        "num_classes": examples.num_classes,
+        "mean": examples.mean,
+        "std": examples.std,
+        "files": {name: _file_facts(draft / name) for name in (IMAGES, LABELS)},
+    }
+    (draft / META).write_text(json.dumps(meta, indent=1))
+
+
+def _open_entry(folder: Path) -> DecodedDataset | None:
+    """Open a cache entry; None when there is none or it is damaged."""
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / META).read_text())
+        for name in (IMAGES, LABELS):
+            _check_file(folder / name, meta["files"][name])
+        return DecodedDataset(
+            folder=folder,
+            images=np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False),
+            labels=np.load(folder / LABELS, allow_pickle=False),
+            num_classes=int(meta["num_classes"]),
+            mean=tuple(meta["mean"]),
+            std=tuple(meta["std"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("cache entry %s is damaged (%s); building it again", folder, error)
+        return None
+
+
+def _file_facts(path: Path) -> dict[str, int]:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    facts = path.stat()
+    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "crc32": _crc32(path)}
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    """Raise ValueError when a file is not the one that was written.
+
+    The checksum is computed only when the time differs (the cache was copied, or somebody wrote),
+    because every client process comes through here.
+    """
+    facts = path.stat()
+    if facts.st_size != expected["size"]:
+        raise ValueError(f"{path.name} has {facts.st_size} bytes, not {expected['size']}")
+    if facts.st_mtime_ns != expected["mtime_ns"] and _crc32(path) != expected["crc32"]:
+        raise ValueError(f"{path.name} has another checksum")
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

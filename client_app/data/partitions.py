@@ -1,0 +1,197 @@
+"""The share of one client: drawn once for a run, stored beside the images, read by all.
+
+A stored partition is `partition-<hash>.npz`: all index arrays one after the other, and where each
+begins. The hash covers everything that the draw depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client_app.data.cache import DecodedDataset, entry_lock
+from client_app.data.catalogue import (
+    CATALOGUE,
+    OWN_CLASSES_PER_CLIENT,
+    OWN_DIRICHLET_ALPHA,
+)
+from client_app.data.splits import Indices, split_dirichlet, split_pathological, thin_out
+from common.config.client import ClientSection
+from common.errors import ConfigError, DataError, unknown_name
+from common.seeding import numpy_generator
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+WHOLE = "none"
+PUBLISHED = ("pathological", "dirichlet")
+# `partitioners.LIBRARY` has the classes; importing that costs seconds, the names are wanted sooner
+LIBRARY_NAMES = (
+    "iid", "linear", "square", "exponential", "size", "shard", "inner-dirichlet", "natural-id",
+    "library-dirichlet", "library-pathological",
+)  # fmt: skip
+PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, *LIBRARY_NAMES)
+
+
+def client_indices(
+    dataset: DecodedDataset, section: ClientSection, *, partition_id: int, seed: int
+) -> Indices:
+    """Return the rows that one client owns, ascending (M_i,), at most `max-client-examples`.
+
+    With partition "none" a client owns all rows, whatever its partition_id.
+
+    Raises
+    ------
+    ConfigError
+        The partition is unknown, its settings cannot be used, or there is no such client.
+    DataError
+        The partition cannot be drawn from this data.
+    """
+    most = section.max_client_examples
+    if most == 1:
+        raise ConfigError(
+            "max-client-examples = 1, but a client needs one example to train and one to test. Set "
+            "it to 2 or more, or to 0 for everything that the client has."
+        )
+    rows = _share(dataset, section, partition_id, seed)
+    if not most or len(rows) <= most:
+        return rows
+    client = WHOLE if section.partition == WHOLE else str(partition_id)
+    rng = numpy_generator(seed, "max-client-examples", client_id=client)
+    return rows[thin_out(dataset.labels[rows], most=most, rng=rng)]
+
+
+def _share(
+    dataset: DecodedDataset, section: ClientSection, partition_id: int, seed: int
+) -> Indices:
+    """Return all rows of one client: read, or drawn and stored for everybody."""
+    if section.partition == WHOLE:
+        return np.arange(len(dataset.labels), dtype=np.int64)
+    settings = _settings(section)
+    count = section.num_partitions
+    if not 0 <= partition_id < count:
+        raise ConfigError(
+            f"partition-id = {partition_id} is not in 0..{count - 1} (num-partitions = {count}). "
+            "A participant with data of its own sets partition = 'none' instead."
+        )
+    digest = hashlib.sha256(json.dumps([FORMAT, settings, count, seed]).encode()).hexdigest()
+    path = dataset.folder / f"partition-{digest[:16]}.npz"
+    share = _read_share(path, partition_id)
+    if share is None:
+        with entry_lock(dataset.folder):
+            share = _read_share(path, partition_id)
+            if share is None:
+                parts = _draw(dataset, settings, count, seed)
+                _write_parts(path, parts)
+                share = parts[partition_id]
+    return share
+
+
+def _settings(section: ClientSection) -> dict[str, Any]:
+    """Return what a draw depends on, with the published values filled in."""
+    name = section.partition
+    if name not in PARTITION_NAMES:
+        raise ConfigError(unknown_name("partition", name, PARTITION_NAMES))
+    options = _options(section)
+    if name in LIBRARY_NAMES:
+        return {"partition": name, "options": options}
+    if options:
+        raise ConfigError(
+            f"partition {name!r} takes no partition-options, got {options}. Its settings are "
+            "classes-per-client, dirichlet-alpha and min-client-examples."
+        )
+    spec = CATALOGUE.get(section.dataset)
+    if name == "pathological":
+        default = spec.classes_per_client if spec else OWN_CLASSES_PER_CLIENT
+        return {"partition": name, "classes_per_client": section.classes_per_client or default}
+    alpha = spec.dirichlet_alpha if spec else OWN_DIRICHLET_ALPHA
+    return {
+        "partition": name,
+        "alpha": section.dirichlet_alpha or alpha,
+        "min_examples": section.min_client_examples,
+    }
+
+
+def _options(section: ClientSection) -> dict[str, Any]:
+    try:
+        options = json.loads(section.partition_options or "{}")
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"partition-options = {section.partition_options!r} is not JSON: {error}."
+        ) from error
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"partition-options = {section.partition_options!r} must be a JSON object, for "
+            'instance {"num_shards_per_partition": 2}.'
+        )
+    return options
+
+
+def _draw(
+    dataset: DecodedDataset, settings: dict[str, Any], num_clients: int, seed: int
+) -> list[Indices]:
+    name, labels = settings["partition"], dataset.labels
+    if 2 * num_clients > len(labels):
+        raise DataError(
+            f"{num_clients} clients need at least {2 * num_clients} examples (one to train and "
+            f"one to test each), the data has {len(labels)}. Use fewer clients (num-partitions)."
+        )
+    rng = numpy_generator(seed, "partition")
+    if name == "pathological":
+        classes = settings["classes_per_client"]
+        parts = split_pathological(
+            labels, num_clients=num_clients, classes_per_client=classes, rng=rng
+        )
+    elif name == "dirichlet":
+        alpha, least = settings["alpha"], settings["min_examples"]
+        parts = split_dirichlet(
+            labels, num_clients=num_clients, alpha=alpha, min_examples=least, rng=rng
+        )
+    else:
+        from client_app.data.partitioners import split_by_library
+
+        parts = split_by_library(
+            name, labels, num_clients=num_clients, seed=seed, options=settings["options"]
+        )
+    _require_two_each(name, parts)
+    sizes = [len(part) for part in parts]
+    log.info("%s: %d clients, %d to %d examples", name, num_clients, min(sizes), max(sizes))
+    return parts
+
+
+def _require_two_each(name: str, parts: list[Indices]) -> None:
+    sizes = np.array([len(part) for part in parts])
+    if sizes.min() < 2:
+        poorest = int(sizes.argmin())
+        raise DataError(
+            f"{name}: client {poorest} of {len(parts)} would have {sizes[poorest]} example(s); "
+            f"every client needs one to train and one to test. The data allows fewer clients than "
+            "num-partitions with these settings: use fewer clients, or give each more classes."
+        )
+
+
+def _read_share(path: Path, partition_id: int) -> Indices | None:
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            starts = stored["starts"]
+            rows: Indices = stored["rows"][starts[partition_id] : starts[partition_id + 1]]
+            return rows
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, EOFError) as error:
+        log.warning("%s is damaged (%s); drawing the partition again", path, error)
+        return None
+
+
+def _write_parts(path: Path, parts: list[Indices]) -> None:
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    draft = path.with_name(f".{path.name}")
+    with draft.open("wb") as file:
+        np.savez(file, rows=np.concatenate(parts), starts=starts)
+    draft.replace(path)

@@ -1,0 +1,255 @@
+"""The published data sets: embedded, from the Hugging Face hub, or from a local folder.
+
+Formats: parquet as the hub has it (a column of {"bytes", "path"} structs and a column of integer
+labels), and IDX, the format of MNIST. Only the official train split is read (method.md).
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client_app.data.catalogue import CATALOGUE, DatasetSpec
+from client_app.data.decode import decode_picture, resize_array
+from client_app.data.source import Examples, Source, file_identity
+from common.errors import DataError, listing
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("fine_label", "label")
+IDX_PARTS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+
+
+def find_local_files(dataset: str, data_dir: str) -> Source:
+    """Find the train split under data-dir.
+
+    Looked at, in this order: the folders data-dir/<dataset>, data-dir/<name on the hub> and
+    data-dir itself; in each, train*.parquet, then the same one folder deeper (data-dir itself:
+    only in `data`), then IDX files.
+
+    Raises
+    ------
+    DataError
+        There is no such file, or a shard of several is missing.
+    """
+    root = Path(data_dir).expanduser().resolve()
+    spec = CATALOGUE[dataset]
+    hub_name = spec.hub_id.rpartition("/")[2]
+    for folder in (root / dataset, root / hub_name, root):
+        deeper = "data/train*.parquet" if folder == root else "*/train*.parquet"
+        for pattern in ("train*.parquet", deeper):
+            files = sorted(folder.glob(pattern))
+            if files:
+                return ParquetSource(dataset, tuple(_whole(files)))
+        pair = _idx_pair(folder, spec.idx_prefix)
+        if pair:
+            return IdxSource(dataset, *pair)
+    raise DataError(
+        f"no {dataset} in data-dir {root}: expected {dataset}/train.parquet or "
+        f"{dataset}/train-00000-of-00001.parquet, as {spec.hub_id} on the Hugging Face hub has it. "
+        "Give the absolute path of the folder, or leave data-dir empty to download."
+    )
+
+
+@dataclass(frozen=True)
+class DigitsSource:
+    """The 1,797 handwritten digits that scikit-learn ships: 8x8, grey, 17 levels."""
+
+    def fingerprint(self) -> list[Any]:
+        """Return a constant: the pictures are part of the package."""
+        return ["scikit-learn digits"]
+
+    def read(self, image_size: int) -> Examples:
+        """Scale the levels 0..16 to 0..255 and open."""
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        levels = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+        spec = CATALOGUE["digits"]
+        return Examples(
+            labels.astype(np.int64), spec.num_classes, spec.mean, spec.std,
+            lambda index: resize_array(levels[index], image_size=image_size),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Local parquet files in the hub's format."""
+
+    dataset: str
+    files: tuple[Path, ...]
+
+    def fingerprint(self) -> list[Any]:
+        """Return path, size and modification time of every file."""
+        return ["parquet", *(file_identity(path) for path in self.files)]
+
+    def read(self, image_size: int) -> Examples:
+        """Read the encoded pictures into memory (90 MB for CIFAR) and open."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        where = str(self.files[0])
+        try:
+            names = pq.read_schema(self.files[0]).names
+            columns = [_column(names, IMAGE_COLUMNS, where), _column(names, LABEL_COLUMNS, where)]
+            table = pa.concat_tables(pq.read_table(path, columns=columns) for path in self.files)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"cannot read {listing(self.files)}: {error}") from error
+        return _table_examples(table, CATALOGUE[self.dataset], where=where, image_size=image_size)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the Hugging Face hub, downloaded by the library `datasets`.
+
+    The fingerprint is the repository's name: remove the cache to follow a change of it.
+    """
+
+    dataset: str
+
+    def fingerprint(self) -> list[Any]:
+        """Return the repository's name."""
+        return ["hub", CATALOGUE[self.dataset].hub_id]
+
+    def read(self, image_size: int) -> Examples:
+        """Download the train split and open."""
+        spec = CATALOGUE[self.dataset]
+        try:
+            if spec.idx_on_hub:
+                return self._download_idx(spec).read(image_size)
+            table = _download_table(spec.hub_id)
+        except (OSError, ValueError) as error:  # ConnectionError and "not found" are OSErrors
+            raise DataError(
+                f"cannot download {self.dataset} ({spec.hub_id}) from the Hugging Face hub: "
+                f"{type(error).__name__}: {error}. Without a connection set data-dir to a folder "
+                f"that holds {self.dataset}/train.parquet."
+            ) from error
+        return _table_examples(table, spec, where=spec.hub_id, image_size=image_size)
+
+    def _download_idx(self, spec: DatasetSpec) -> IdxSource:
+        from huggingface_hub import hf_hub_download
+
+        images, labels = (
+            hf_hub_download(spec.hub_id, f"{spec.idx_prefix}-{part}.gz", repo_type="dataset")
+            for part in IDX_PARTS
+        )
+        return IdxSource(self.dataset, Path(images), Path(labels))
+
+
+@dataclass(frozen=True)
+class IdxSource:
+    """A pair of IDX files (images and labels), gzipped or not."""
+
+    dataset: str
+    images: Path
+    labels: Path
+
+    def fingerprint(self) -> list[Any]:
+        """Return path, size and modification time of both files."""
+        return ["idx", file_identity(self.images), file_identity(self.labels)]
+
+    def read(self, image_size: int) -> Examples:
+        """Read both files into memory and open; transposed pictures are turned upright."""
+        spec = CATALOGUE[self.dataset]
+        pixels, labels = read_idx(self.images, 3), read_idx(self.labels, 1)
+        upright = pixels.transpose(0, 2, 1) if spec.transposed else pixels
+        _check_labels(labels, len(pixels), spec, str(self.labels))
+        return Examples(
+            labels.astype(np.int64), spec.num_classes, spec.mean, spec.std,
+            lambda index: resize_array(upright[index][..., None], image_size=image_size),
+        )  # fmt: skip
+
+
+def read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
+    """Read an IDX file of unsigned bytes with `num_axes` axes.
+
+    Raises
+    ------
+    DataError
+        The header is another one, or the file is longer or shorter than it says.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    header = 4 + 4 * num_axes
+    shape = tuple(int(size) for size in np.frombuffer(data[4:header], dtype=">u4"))
+    if data[:4] != bytes([0, 0, 8, num_axes]) or len(data) - header != int(np.prod(shape)):
+        raise DataError(
+            f"{path} is not a whole IDX file of unsigned bytes with {num_axes} axes: its header "
+            f"is {data[:4].hex()}, its sizes {shape}, its length {len(data)}. Download it again."
+        )
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def _download_table(hub_id: str) -> Any:
+    from datasets import Image, load_dataset
+
+    rows = load_dataset(hub_id, split="train")
+    image = _column(rows.column_names, IMAGE_COLUMNS, hub_id)
+    return rows.cast_column(image, Image(decode=False)).with_format("arrow")[:]
+
+
+def _table_examples(table: Any, spec: DatasetSpec, *, where: str, image_size: int) -> Examples:
+    encoded = table[_column(table.column_names, IMAGE_COLUMNS, where)].combine_chunks()
+    data = encoded.field("bytes")
+    if data.null_count:
+        raise DataError(f"{where}: {data.null_count} pictures have no bytes. Download it again.")
+    labels = table[_column(table.column_names, LABEL_COLUMNS, where)].to_numpy()
+    _check_labels(labels, len(data), spec, where)
+
+    def read_example(index: int) -> NDArray[np.uint8]:
+        pixels = decode_picture(
+            data[index].as_py(), channels=spec.channels, image_size=image_size,
+            name=f"{where}, row {index}",
+        )  # fmt: skip
+        return pixels.transpose(0, 2, 1) if spec.transposed else pixels
+
+    return Examples(labels.astype(np.int64), spec.num_classes, spec.mean, spec.std, read_example)
+
+
+def _column(names: list[str], candidates: tuple[str, ...], where: str) -> str:
+    for name in candidates:
+        if name in names:
+            return name
+    raise DataError(
+        f"{where} has the columns {listing(names)}; expected one named {' or '.join(candidates)}."
+    )
+
+
+def _check_labels(labels: NDArray[Any], count: int, spec: DatasetSpec, where: str) -> None:
+    whole = np.issubdtype(labels.dtype, np.integer)
+    good = whole and len(labels) and labels.min() >= 0 and labels.max() < spec.num_classes
+    if not good or len(labels) != count:
+        span = f"{labels.min()}..{labels.max()}" if len(labels) and whole else f"{labels.dtype}"
+        raise DataError(
+            f"{where}: expected one label from 0 to {spec.num_classes - 1} for each of {count} "
+            f"pictures, got {len(labels)} labels, {span}. Is it another data set?"
+        )
+
+
+def _whole(files: list[Path]) -> list[Path]:
+    """Check that no shard of train-00000-of-00002.parquet is missing."""
+    for path in files:
+        shard = re.search(r"-\d+-of-(\d+)", path.name)
+        if shard and int(shard[1]) != len(files):
+            raise DataError(
+                f"{path.parent} has {len(files)} of the {int(shard[1])} shards that {path.name} "
+                "belongs to. Download the others, and keep other splits elsewhere."
+            )
+    return files
+
+
+def _idx_pair(folder: Path, prefix: str) -> tuple[Path, Path] | None:
+    if not prefix:
+        return None
+    for suffix in ("", ".gz"):
+        images, labels = (folder / f"{prefix}-{part}{suffix}" for part in IDX_PARTS)
+        if images.is_file() and labels.is_file():
+            return images, labels
+    return None

@@ -1,0 +1,52 @@
+"""What a source of pictures is.
+
+A source has a fingerprint that changes when its files do, and is read once, into the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client_app.data.decode import ReadExample
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All examples of a source; pictures are decoded when asked for.
+
+    Attributes
+    ----------
+    labels
+        (N,) int64, 0 to num_classes - 1.
+    read_example
+        Index -> uint8 (channels, image_size, image_size); safe to call from several threads.
+    mean, std
+        Normalisation for each channel, in units of full intensity.
+    """
+
+    labels: NDArray[np.int64]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    read_example: ReadExample
+
+
+class Source(Protocol):
+    """A place that pictures and labels come from."""
+
+    def fingerprint(self) -> list[Any]:
+        """Return JSON-able facts that differ when the content may differ; cheap."""
+
+    def read(self, image_size: int) -> Examples:
+        """Open the source; raise DataError when it does not hold what it should."""
+
+
+def file_identity(path: Path) -> list[Any]:
+    """Return path, size and modification time: what tells that a file has changed."""
+    facts = path.stat()
+    return [str(path), facts.st_size, facts.st_mtime_ns]

@@ -1,0 +1,104 @@
+"""The client of FedProto (arXiv 2105.00243) and FedTGP (arXiv 2401.03230).
+
+Shapes: B batch, C classes, D feature.
+"""
+
+# ruff: noqa: N803, N806 - names carry their shape as a suffix
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from client_app.methods.features import Tap, class_means, tapped
+from client_app.methods.heads import FeatureTrainer
+from client_app.training.loop import TEST_BATCH, Loss, Trained, cross_entropy, logits_of
+from client_app.workshop import Tool
+from common.class_means import ClassMeans
+from common.config.baselines import BaselineSection
+from common.parcels import COUNTS, Arrays, Order
+from common.wire import Evaluation
+
+
+class FedProto(FeatureTrainer):
+    """Draws its features towards the global prototypes; predicts by the nearest one."""
+
+    def fit(self, order: Order, tool: Tool) -> Trained:
+        """Train with the prototypes' term, once there are any."""
+        known = self._prototypes(order, tool)
+        if known is None:
+            return self.train(order, tool, cross_entropy)
+        with tapped(self.head(tool)) as tap:
+            return self.train(order, tool, prototype_loss(tap, *known, self.settings))
+
+    def collect(self, order: Order, tool: Tool) -> Arrays:
+        """Send the mean feature of every class, after training."""
+        return class_means(tool.model.module, self.data, self.head(tool)).arrays()
+
+    @torch.no_grad()
+    def measure(self, order: Order, tool: Tool) -> Evaluation:
+        """Test the nearest prototype and, beside it, the head; the loss is the head's.
+
+        Before there are prototypes the head alone predicts.
+        """
+        started = time.monotonic()
+        known, device = self._prototypes(order, tool), self.participant.device
+        tool.model.module.eval()
+        nearest = by_head = torch.zeros((), dtype=torch.int64, device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        with tapped(self.head(tool)) as tap:
+            for images, labels in self.data.test_batches(TEST_BATCH.get(device.type, 256)):
+                logits = logits_of(tool.model.module, images, self.data.num_classes)
+                chosen = logits.argmax(dim=1)
+                by_head = by_head + (chosen == labels).sum()
+                if known is not None:
+                    chosen = nearest_class(tap.features, *known)
+                nearest = nearest + (chosen == labels).sum()
+                loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+        num_test = self.data.num_test
+        return Evaluation(
+            num_test=num_test,
+            num_correct=int(nearest),
+            test_loss=float(loss) / num_test,
+            seconds=time.monotonic() - started,
+            others={"head": int(by_head)},
+        )
+
+    def _prototypes(self, order: Order, tool: Tool) -> tuple[Tensor, Tensor] | None:
+        """Return the received prototypes (C, D) and which classes have one (C,), or None."""
+        if COUNTS not in order.parcel:
+            return None
+        dim = self.head(tool).layer.in_features
+        received = ClassMeans.read(order.parcel, self.data.num_classes, dim)
+        device = self.participant.device
+        present = torch.from_numpy(received.counts > 0).to(device)
+        return torch.from_numpy(received.means).to(device), present
+
+
+def prototype_loss(
+    tap: Tap, prototypes_CD: Tensor, present_C: Tensor, settings: BaselineSection
+) -> Loss:
+    """Make the loss: cross-entropy + weight times the distance of features to their prototypes.
+
+    "mse" is the mean over batch and entries of the squared difference, "euclid" the mean over the
+    batch of the distance. Examples of classes without a prototype add nothing.
+    """
+
+    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        gaps_BD = (tap.features - prototypes_CD[labels]) * present_C[labels, None]
+        if settings.prototype_distance == "mse":
+            distance = gaps_BD.square().mean()
+        else:
+            distance = torch.linalg.vector_norm(gaps_BD, dim=1).mean()
+        return cross_entropy(images, logits, labels) + settings.prototype_weight * distance
+
+    return loss
+
+
+def nearest_class(features_BD: Tensor, prototypes_CD: Tensor, present_C: Tensor) -> Tensor:
+    """Return the class (B,) whose prototype is nearest, among those that have one."""
+    distances_BC = torch.cdist(features_BD, prototypes_CD)
+    return distances_BC.masked_fill(~present_C, torch.inf).argmin(dim=1)

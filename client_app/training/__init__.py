@@ -1,0 +1,1 @@
+"""Local training, distillation and evaluation on flat parameters."""

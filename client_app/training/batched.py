@@ -1,0 +1,314 @@
+"""Several clients of one architecture trained as one batched call on one device.
+
+Every client has weights, running statistics, examples and an order of its own; what they share is
+the architecture, so one kernel does a step of all of them (torch.func.vmap: convolutions become
+grouped, linear layers batched products). The result is that of training them one by one up to
+float rounding: a short last batch is padded with examples of weight zero, or, where BatchNorm
+would see the padding, taken together only with batches of the same size. Each client's dropout
+masks come from its own generator, in the order in which training it alone draws them.
+
+On a GPU the point is how little the host does: no step waits for the device, and cuDNN tries its
+kernels for the cohort's shapes once.
+
+Shapes: G clients, B batch, P parameters, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from client_app.data.examples import ClientData
+from client_app.models.dropout import MaskFeed, draw_mask, feeding
+from client_app.training.loop import Trained, descend, mixed_precision
+from common.config import DistillSection, TrainingSection
+from common.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of a cohort: theta (P,), its own buffers, its examples, and who shuffles them.
+
+    `dropout` draws its masks, on theta's device; it is not needed where nothing is dropped.
+    """
+
+    theta: Tensor
+    buffers: Mapping[str, Tensor]
+    data: ClientData
+    generator: torch.Generator
+    dropout: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who teaches the whole cohort (`loop.distillation`): frozen, the same for all.
+
+    `module` holds w_g as it was sent.
+    """
+
+    module: nn.Module
+    section: DistillSection
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a member's training left: theta (P,), buffers, and the usual measurements.
+
+    The seconds are the cohort's, divided by its members.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
+    trained: Trained
+
+
+def can_train_together(module: nn.Module) -> bool:
+    """Whether clients with this architecture can be batched: every layer is a known one."""
+    return all(type(layer).__module__.split(".")[0] in KNOWN for layer in module.modules())
+
+
+KNOWN = ("torch", "client_app", "tests")
+"""Packages whose layers are known to be batchable; a participant's own code may not be."""
+
+
+def train_cohort(
+    module: nn.Module,
+    members: Sequence[Member],
+    section: TrainingSection,
+    *,
+    clip: bool = True,
+    teacher: Teacher | None = None,
+) -> list[Outcome]:
+    """Train every member as `client_app.training.loop.train` would, all of them at once.
+
+    Parameters
+    ----------
+    module : the architecture; its own parameters and buffers are not used and do not change.
+    members : their `data` must be on one device and be normalised alike.
+    teacher : whom all of them learn from, beside the labels.
+
+    Returns
+    -------
+    One outcome for each member, in the order given.
+
+    Raises
+    ------
+    ModelError
+        The architecture has layers of the participant's own; train its clients one by one.
+    """
+    if not can_train_together(module):
+        raise ModelError(
+            f"{type(module).__name__} cannot be trained for several clients at once: it has "
+            "layers of your own. Set batched-clients = 0."
+        )
+    started = time.monotonic()
+    order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)
+    cohort = _Cohort(module, [members[i] for i in order], section, clip, teacher)
+    with _tried_kernels():
+        for _ in range(section.local_epochs):
+            cohort.epoch()
+    outcomes = dict(zip(order, cohort.outcomes(started), strict=True))
+    return [outcomes[i] for i in range(len(members))]
+
+
+def cut(theta: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Cut theta (G, P) into the model's parameters, each with a leading G."""
+    pieces = torch.split(theta, [shape.numel() for shape in shapes.values()], dim=1)
+    return {
+        name: piece.view(-1, *shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
+@contextmanager
+def _tried_kernels() -> Iterator[None]:
+    """Let cuDNN try its kernels for each new shape; a cohort has few shapes and many steps."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class _Cohort:
+    """Stacked weights, momenta, buffers and examples; members with most examples come first.
+
+    So the members that still have a batch at some step are always the first ones: no gathering.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        members: Sequence[Member],
+        section: TrainingSection,
+        clip: bool,
+        teacher: Teacher | None,
+    ) -> None:
+        self._module, self._members, self._section, self._clip = module, members, section, clip
+        self._teacher = teacher
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        self._theta = torch.stack([member.theta for member in members])
+        self._momentum = torch.zeros_like(self._theta)
+        names = [name for name, _ in module.named_buffers()]
+        self._buffers = {n: torch.stack([m.buffers[n] for m in members]) for n in names}
+        self._pads = not any(isinstance(m, _BatchNorm) for m in module.modules())
+        self._images = torch.cat([member.data.train_images for member in members])
+        self._labels = torch.cat([member.data.train_labels for member in members])
+        self._counts = [member.data.num_train for member in members]
+        self._loss = torch.zeros(len(members), device=self._theta.device)
+        self._wanted = self._wanted_masks()
+
+    @torch.no_grad()
+    def _wanted_masks(self) -> list[tuple[tuple[int, ...], float]]:
+        """Return what the dropout layers draw in a step, in the order of their calls."""
+        feed = MaskFeed()
+        buffers = {name: stacked[0].clone() for name, stacked in self._buffers.items()}
+        weights = {k: v[0] for k, v in cut(self._theta[:1], self._shapes).items()}
+        with feeding(self._module, feed):
+            self._module.train()
+            images = self._members[0].data.normalise(self._images[:2])
+            functional_call(self._module, (weights, buffers), (images,))
+        return feed.wanted
+
+    def _masks(self, group: slice, width: int, sizes: Sequence[int]) -> list[Tensor]:
+        """Draw the masks (G, B, ...) of a step; padded examples are dropped altogether."""
+        members = self._members[group]
+        masks = [
+            torch.zeros(len(members), width, *shape, device=self._theta.device)
+            for shape, _ in self._wanted
+        ]
+        for i, (member, size) in enumerate(zip(members, sizes, strict=True)):
+            for mask, (_, kept) in zip(masks, self._wanted, strict=True):
+                if member.dropout is None:
+                    raise ValueError("a member of a cohort with dropout needs a generator for it.")
+                draw_mask(mask[i, :size], kept, member.dropout)
+        return masks
+
+    def epoch(self) -> None:
+        """Take every step of one pass over the examples."""
+        self._module.train()
+        size = self._section.batch_size
+        rows = self._shuffled_rows()
+        starts = range(0, max(self._counts), size)
+        sizes = [[min(size, count - first) for count in self._counts] for first in starts]
+        on_device = torch.tensor(sizes, device=rows.device)  # one transfer for all steps
+        for first, step_sizes, counts in zip(starts, sizes, on_device, strict=True):
+            active = [count for count in step_sizes if count > 0]
+            for group in self._groups(active):
+                width = max(active[group])
+                batch = rows[group, first : first + width]
+                self._step(group, batch, counts[group], active[group])
+
+    def _groups(self, sizes: Sequence[int]) -> Iterator[slice]:
+        """Cut the active members into runs that can share a step."""
+        if self._pads:
+            yield slice(0, len(sizes))
+            return
+        start = 0
+        for _, run in groupby(sizes):
+            stop = start + len(list(run))
+            yield slice(start, stop)
+            start = stop
+
+    def _shuffled_rows(self) -> Tensor:
+        """Draw each member's order as `ClientData.batches` does; rows of `_images` (G, most)."""
+        width = -(-max(self._counts) // self._section.batch_size) * self._section.batch_size
+        table = torch.zeros(len(self._counts), width, dtype=torch.int64)
+        offset = 0
+        for row, member, count in zip(table, self._members, self._counts, strict=True):
+            generator = member.generator
+            drawn = torch.randperm(count, generator=generator, device=generator.device)
+            row[:count] = drawn.cpu() + offset
+            row[count:] = offset  # padding: an example of the member's own
+            offset += count
+        return table.to(self._theta.device)
+
+    def _step(
+        self,
+        group: slice,
+        rows_GB: Tensor,  # noqa: N803
+        count: Tensor,
+        sizes: Sequence[int],
+    ) -> None:
+        """Take one SGD step of the members in `group`, in place; `count` is `sizes`, there."""
+        place = torch.arange(rows_GB.shape[1], device=rows_GB.device)
+        share = (place < count[:, None]) / count[:, None]
+        theta = self._theta[group].detach().requires_grad_()
+        masks = self._masks(group, rows_GB.shape[1], sizes)
+        loss = (self._losses(theta, group, rows_GB, masks) * share).sum(dim=1)
+        (gradient,) = torch.autograd.grad(loss.sum(), theta)
+        self._loss[group] += loss.detach() * count
+        self._descend(group, gradient)
+
+    def _losses(
+        self,
+        theta: Tensor,
+        group: slice,
+        rows_GB: Tensor,  # noqa: N803
+        masks: list[Tensor],
+    ) -> Tensor:
+        """Return the loss of every example (G, B)."""
+        data = self._members[0].data
+        images = data.normalise(self._images[rows_GB.flatten()])
+        labels = self._labels[rows_GB].flatten()
+        buffers = {name: stacked[group] for name, stacked in self._buffers.items()}
+
+        def logits(
+            weights: dict[str, Tensor], own: dict[str, Tensor], drops: list[Tensor], batch: Tensor
+        ) -> Tensor:
+            with feeding(self._module, MaskFeed(drops)):
+                found: Tensor = functional_call(self._module, (weights, own), (batch,))
+            return found
+
+        stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
+        with mixed_precision(self._section, images.device):
+            weights = cut(theta, self._shapes)
+            out = vmap(logits)(weights, buffers, masks, stacked_images)
+            out = out.flatten(0, 1).float()
+            losses = functional.cross_entropy(out, labels, reduction="none")
+            if self._teacher is not None:
+                losses = _distilled(losses, out, images, self._teacher)
+        return losses.view(rows_GB.shape)
+
+    @torch.no_grad()
+    def _descend(self, group: slice, gradient: Tensor) -> None:
+        """Clip each member's gradient by its own norm, then SGD with momentum and decay."""
+        s = self._section
+        if self._clip:
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient = gradient * (s.client_clip_norm / (norms + 1e-6)).clamp(max=1.0)
+        descend(self._theta[group], gradient, self._momentum[group], s)
+
+    def outcomes(self, started: float) -> Iterator[Outcome]:
+        """Yield what became of each member, in the cohort's order."""
+        losses = self._loss.tolist()  # waits for the device: now the training is over
+        seconds = (time.monotonic() - started) / len(self._members)
+        for i, count in enumerate(self._counts):
+            yield Outcome(
+                theta=self._theta[i].clone(),
+                buffers={name: stacked[i].clone() for name, stacked in self._buffers.items()},
+                trained=Trained(count, losses[i] / (count * self._section.local_epochs), seconds),
+            )
+
+
+def _distilled(hard: Tensor, logits: Tensor, images: Tensor, teacher: Teacher) -> Tensor:
+    """Mix the cross-entropy of examples with the divergence from the teacher's answer, (G B,)."""
+    alpha, temperature = teacher.section.distill_alpha, teacher.section.distill_temperature
+    teacher.module.eval()
+    with torch.no_grad():
+        target = functional.log_softmax(teacher.module(images).float() / temperature, dim=1)
+    student = functional.log_softmax(logits / temperature, dim=1)
+    divergence = functional.kl_div(student, target, reduction="none", log_target=True).sum(dim=1)
+    return alpha * temperature**2 * divergence + (1 - alpha) * hard
+
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm

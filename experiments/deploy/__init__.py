@@ -1,0 +1,1 @@
+"""What production runs: join, checks, certificates, serve, supervise."""

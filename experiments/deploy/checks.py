@@ -1,0 +1,247 @@
+"""What `mh-pfedhn join` checks before it starts anything, in the order in which things depend."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from common.config import NodeConfig, RunConfig
+from common.config.client import ClientSection
+from common.errors import ConfigError, MHpFedHNError, ModelError, RunError
+from experiments.deploy.join import JoinSettings, find_program
+from experiments.deploy.reach import UnreachableError, check_server
+
+if TYPE_CHECKING:
+    from client_app.data.examples import ClientData
+    from client_app.workshop import Tool
+
+MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[bold red]✗[/]"}
+MIN_FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found; a warning does not keep anybody from joining."""
+
+    detail: str
+    warning: str = ""
+
+
+@dataclass
+class Trial:
+    """The participant as it would train: filled by the checks, each using what came before."""
+
+    settings: JoinSettings
+    section: ClientSection
+    data: ClientData | None = None
+    tool: Tool | None = None
+
+
+Check = Callable[[Trial], Finding]
+
+
+def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -> bool:
+    """Run all checks and print the list; returns whether the participant can join.
+
+    Parameters
+    ----------
+    must_answer
+        Whether a server that cannot be reached is a failure. A SuperNode waits for its server, so
+        it is not when joining.
+    """
+    node = NodeConfig.parse(settings.node)
+    trial = Trial(settings, node.client_section(RunConfig()))
+    checks: dict[str, Check] = {
+        "program": lambda _: check_program(),
+        "state folder": lambda t: check_folder(t.settings.folder),
+        "key": lambda t: check_key(t.settings.key),
+        "data": check_data,
+        "model": check_model,
+        "training": check_training,
+    }
+    good = [_run(name, check, trial, console) for name, check in checks.items()]
+    return all([*good, _run_server(settings, console, must_answer=must_answer)])
+
+
+def _run(name: str, check: Check, trial: Trial, console: Console) -> bool:
+    try:
+        with console.status(f"checking {name}"):
+            found = check(trial)
+    except MHpFedHNError as error:
+        _say(console, "failed", name, str(error))
+        return False
+    except Exception as error:  # a participant's model may raise anything: that is the finding
+        _say(console, "failed", name, f"{type(error).__name__}: {error}")
+        return False
+    _say(console, "warning" if found.warning else "ok", name, f"{found.detail} {found.warning}")
+    return True
+
+
+def _run_server(settings: JoinSettings, console: Console, *, must_answer: bool) -> bool:
+    try:
+        with console.status("checking server"):
+            detail = check_server(settings.server, settings.certificate, settings.insecure)
+    except UnreachableError as error:
+        _say(console, "failed" if must_answer else "warning", "server", str(error))
+        return not must_answer
+    except MHpFedHNError as error:
+        _say(console, "failed", "server", str(error))
+        return False
+    _say(console, "warning" if settings.insecure else "ok", "server", detail)
+    return True
+
+
+def _say(console: Console, status: str, name: str, detail: str) -> None:
+    console.print(
+        f"{MARKS[status]} {name:<13}{escape(detail.strip())}", highlight=False, soft_wrap=True
+    )
+
+
+def check_program() -> Finding:
+    """Find flower-supernode and its version; peers of another minor version refuse each other."""
+    return Finding(f"{find_program()}, Flower {version('flwr')}")
+
+
+def check_folder(folder: Path) -> Finding:
+    """Check that the participant's folder can be written, is closed to others, and has room."""
+    probe = folder / ".probe"
+    try:
+        probe.write_text("x")
+        probe.unlink()
+        folder.chmod(0o700)  # statistics and the final model say something about the data
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written: {error.strerror}. Choose another --state-dir."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    few = f"only {free / 1e6:.0f} MB are free" if free < MIN_FREE_BYTES else ""
+    return Finding(f"{folder}, {free / 1e9:.1f} GB free", few)
+
+
+def check_key(key: Path | None) -> Finding:
+    """Check that the key is what Flower takes: a private key on a NIST curve, OpenSSH format."""
+    make = "Make one: ssh-keygen -t ecdsa -b 384 -N '' -f KEY; send KEY.pub to the operator."
+    if key is None:
+        return Finding("none", "- fine only where the server asks for none (SuperNode auth off)")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    try:
+        content = key.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key} cannot be read: {error.strerror}. {make}") from error
+    if content.startswith((b"ssh-", b"ecdsa-")):
+        raise ConfigError(f"{key} is the public key; give the private one (without .pub).")
+    try:
+        private = load_ssh_private_key(content, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"{key} is no private key in OpenSSH format without passphrase ({error}). {make}"
+        ) from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{key} is a {type(private).__name__}; Flower needs ECDSA. {make}")
+    mode = stat.S_IMODE(key.stat().st_mode)
+    open_to = f"but others can read it (mode {mode:o}): chmod 600 {key}" if mode & 0o077 else ""
+    return Finding(f"{key}, {private.curve.name}", open_to)
+
+
+def check_data(trial: Trial) -> Finding:
+    """Load the data as training would; say how many there are of each class."""
+    from client_app.data.examples import load_client_data
+    from client_app.workshop import pick_device
+
+    section, node = trial.section, NodeConfig.parse(trial.settings.node)
+    trial.data = data = load_client_data(
+        section, partition_id=node.partition_id, seed=0, device=pick_device(section.device)
+    )
+    counts = (data.train_labels.bincount(minlength=data.num_classes)).tolist()
+    size = int(data.train_images.shape[-1])
+    missing = [str(c) for c, count in enumerate(counts) if count == 0]
+    hints = [] if node.dataset else [_unnamed("dataset", section.dataset)]
+    if missing:
+        hints.append(f"- none to train of class {', '.join(missing[:10])}")
+    if counts[0] == 0 and not (data.test_labels == 0).any():
+        hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
+    return Finding(
+        f"{data.num_train} to train and {data.num_test} to test, {data.num_classes} classes "
+        f"{_shortened(counts)}, {data.in_channels} channel(s), {size}x{size}, on "
+        f"{data.train_images.device}",
+        " ".join(hints),
+    )
+
+
+def check_model(trial: Trial) -> Finding:
+    """Build the model for these data; say its size, the one fact about it the server learns."""
+    from client_app.models.registry import model_for_partition
+    from client_app.workshop import ModelKind, borrow
+
+    data, section = _needed(trial.data, "data"), trial.section
+    node = NodeConfig.parse(trial.settings.node)
+    name = model_for_partition(section.models, node.partition_id, section.num_partitions)
+    device = data.train_images.device
+    trial.tool = borrow(ModelKind(name, data.in_channels, data.num_classes, device))
+    count, limit = trial.tool.model.num_parameters, RunConfig().hypernet.max_parameters
+    hints = [] if node.model else [_unnamed("model", name)]
+    if count > limit:
+        hints.append(f"- more than the default limit of a server ({limit:,})")
+    return Finding(f"{name}, {count:,} parameters", " ".join(hints))
+
+
+def check_training(trial: Trial) -> Finding:
+    """Train on a first and a last batch, then classify one picture: what breaks, breaks here."""
+    import torch
+
+    from client_app.training.loop import MomentumSGD, cross_entropy
+
+    data, tool = _needed(trial.data, "data"), _needed(trial.tool, "model")
+    module, training = tool.model.module.train(), RunConfig().training
+    optimizer = MomentumSGD(tool.model.theta, training)
+    batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
+    losses, started = [], time.monotonic()
+    for images, labels in {0: batches[0], -1: batches[-1]}.values():
+        tool.model.zero_grad()
+        logits = module(images)
+        if logits.shape != (len(images), data.num_classes):
+            raise ModelError(
+                f"images {tuple(images.shape)} become {tuple(logits.shape)}; expected "
+                f"({len(images)}, {data.num_classes}): one logit for each class."
+            )
+        loss = cross_entropy(images, logits, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    seconds = (time.monotonic() - started) / 2
+    if not all(torch.isfinite(torch.tensor(losses))) or not tool.model.theta.isfinite().all():
+        raise ModelError(
+            f"the loss of the first batches is {losses}; expected finite numbers. Check the "
+            "model's initialisation and the data for NaN."
+        )
+    with torch.no_grad():
+        module.eval()(batches[0][0][:1])
+    epoch = seconds * len(batches)
+    return Finding(f"loss {losses[0]:.3f}; an epoch of {len(batches)} batches: about {epoch:.1f} s")
+
+
+def _unnamed(key: str, tried: str) -> str:
+    return f"- your settings name no {key}: each run says which, {tried!r} by default"
+
+
+def _needed(value: Any, name: str) -> Any:
+    if value is None:
+        raise RunError(f"not checked: needs the {name}, see above.")
+    return value
+
+
+def _shortened(counts: list[int]) -> str:
+    shown = ", ".join(map(str, counts[:12]))
+    return f"({shown}{', ...' if len(counts) > 12 else ''} to train)"

@@ -1,0 +1,66 @@
+"""`mh-pfedhn serve`: the host of the ServerApp, beside a SuperLink in process isolation.
+
+It is Flower's SuperExec with one difference. Flower starts `flwr-serverapp` for a run and starts it
+again when it has not come back within 30 s: on a machine so busy that imports take longer, the
+processes pile up and no run ever starts. Here Flower is imported before a run comes, and a run is a
+fork of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from experiments.deploy.join import find_program
+from experiments.starter.message import SERVER
+from experiments.starter.program import Starter, install_program
+
+
+def add_serve_parser(commands: Any) -> None:
+    """Add `serve` to the command line."""
+    command = commands.add_parser("serve", help="host the ServerApp of a SuperLink's runs")
+    command.add_argument("--superlink", required=True, metavar="HOST:PORT", help="its address")
+    command.add_argument("--certificate", metavar="CA.crt", help="the federation's CA certificate")
+    command.add_argument("--secret", metavar="FILE", help="the SuperLink's superexec.secret")
+    command.add_argument("--insecure", action="store_true", help="no TLS: tests only")
+    command.set_defaults(command=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Run until stopped; returns 0 when it was told to end, else what Flower's SuperExec says."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mh-pfedhn-serve-")))
+        programs = [str(install_program(folder, SERVER)), str(Path(sys.executable).parent)]
+        path = os.pathsep.join([*programs, os.environ.get("PATH", os.defpath)])
+        env = {**os.environ, "PATH": path}
+        if sys.platform == "linux":
+            stack.enter_context(Starter(folder, env, SERVER))
+        process = subprocess.Popen(_command(args), env=env)
+        stopped = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal stopped
+            stopped = True
+            process.terminate()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        code = process.wait()
+        return 0 if stopped else code
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    command = [find_program("flower-superexec"), "--runtime-api-address", args.superlink]
+    command += ["--parent-pid", str(os.getpid())]  # it ends with us even when we are killed
+    command += ["--insecure"] if args.insecure else []
+    command += ["--root-certificates", args.certificate] if args.certificate else []
+    command += ["--superexec-auth-secret-file", args.secret] if args.secret else []
+    return command

@@ -1,0 +1,191 @@
+"""Keep a participant's SuperNode running until it is told to stop.
+
+A SuperNode ends when its server refuses it, and for up to 60 s after a crash its server still
+believes in the old connection and refuses the new one (exit code 305). It is started again, with
+growing pauses, until Ctrl-C. What no waiting heals (a bad key, another Flower version) ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+
+from experiments.deploy.join import JoinSettings
+from experiments.run.engines.processes import free_port
+from experiments.starter.program import Starter
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
+STEADY_S = 120.0
+STOP_PATIENCE_S = 15.0
+MAX_LOG_BYTES = 10 << 20
+FATAL = {
+    302: "the key cannot be used",
+    303: "a key needs TLS: remove --insecure and give --certificate",
+    304: "the file of trusted entities cannot be used",
+    600: "the server address cannot be used",
+    603: "the certificate cannot be used",
+    606: "the server runs another version of Flower: install the same on both sides",
+}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Supervisor:
+    """Runs one SuperNode, again and again."""
+
+    def __init__(self, settings: JoinSettings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._stop = threading.Event()
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: deque[str] = deque(maxlen=60)
+
+    def run(self) -> int:
+        """Run until Ctrl-C or SIGTERM (0), or until it cannot work (1)."""
+        kept = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        watcher = threading.Thread(target=self._watch_model, daemon=True)
+        watcher.start()
+        try:
+            with self._starter():
+                return self._keep_running()
+        finally:
+            self._stop.set()
+            self._end_process()
+            watcher.join(timeout=5.0)
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def _starter(self) -> AbstractContextManager[object]:
+        """Keep Flower imported between messages, unless nothing is to be kept."""
+        settings = self._settings
+        if not settings.warm or sys.platform != "linux":
+            return nullcontext()
+        return Starter(settings.folder, settings.environment())
+
+    def _keep_running(self) -> int:
+        pause = FIRST_PAUSE_S
+        while not self._stop.is_set():
+            started = time.monotonic()
+            self._run_once()
+            if self._stop.is_set():
+                break
+            code, why = explain(list(self._lines))
+            if code in FATAL:
+                self._say(f"[bold red]stopped[/]: {escape(why)}")
+                return 1
+            if time.monotonic() - started > STEADY_S:
+                pause = FIRST_PAUSE_S
+            self._say(f"[yellow]the SuperNode ended[/]: {escape(why)}; again in {pause:.0f} s")
+            self._stop.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+        self._say("left the federation; what was learned is at the server, what is yours is here: ")
+        self._say(escape(str(self._settings.folder)))
+        return 0
+
+    def _run_once(self) -> None:
+        self._lines.clear()
+        settings, path = self._settings, self._settings.folder / "supernode.log"
+        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+            os.replace(path, path.with_suffix(".log.1"))
+        with path.open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                settings.command(settings.port or free_port()),
+                env=settings.environment(),
+                cwd=settings.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C comes to us alone; we end it in order
+            )
+            if self._stop.is_set():  # the signal came while it was starting
+                self._process.terminate()
+            reader = threading.Thread(target=self._copy, args=(self._process, log), daemon=True)
+            reader.start()
+            while self._process.poll() is None:
+                time.sleep(0.2)
+            self._end_process()  # its SuperExec may outlive it, and hold the pipe
+            reader.join(timeout=5.0)
+
+    def _copy(self, process: subprocess.Popen[str], log: TextIO) -> None:
+        if process.stdout is None:
+            return
+        for line in process.stdout:
+            self._lines.append(line.rstrip())
+            log.write(line)
+            log.flush()
+            self._console.print(escape(_ANSI.sub("", line.rstrip())), highlight=False, style="dim")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop.set()
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            threading.Timer(STOP_PATIENCE_S, self._end_process).start()
+
+    def _end_process(self) -> None:
+        """Kill what is left of the SuperNode's session."""
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return
+        self._process.wait()
+
+    def _watch_model(self) -> None:
+        """Say when a finished run has stored this participant's model."""
+        path = self._settings.folder / "personal_model.json"
+        seen = _changed(path)
+        while not self._stop.wait(1.0):
+            now = _changed(path)
+            if now != seen:
+                seen = now
+                facts = json.loads(path.read_text())
+                where = escape(str(path.with_suffix(".safetensors")))
+                self._say(
+                    f"[bold green]your model[/]: {where}, accuracy {facts['test_accuracy']:.3f} "
+                    f"on your {facts['num_test']} test examples"
+                )
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def explain(lines: list[str]) -> tuple[int, str]:
+    """Return Flower's exit code (0: none seen) and what it means here, from the last log lines."""
+    text = _ANSI.sub("", "\n".join(lines))
+    codes = re.findall(r"Exit Code: (\d+)", text)
+    if not codes:
+        last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
+        return 0, last.strip()
+    code = int(codes[-1])
+    if code in FATAL:
+        return code, f"{FATAL[code]} (exit code {code})"
+    if code == 305:
+        return code, (
+            "the server refused the connection (exit code 305). After a crash that lasts up to "
+            "60 s; if it goes on, the server does not know your key (send its .pub to the "
+            "operator) or another node uses it"
+        )
+    return code, f"exit code {code}"

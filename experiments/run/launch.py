@@ -1,0 +1,265 @@
+"""One run from start to end: folder, data, engine, progress, final status, table and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.markup import escape
+
+from common.config import RunConfig, ScheduleSection
+from common.errors import ConfigError, MHpFedHNError, RunError
+from experiments.report.clients import draw_clients
+from experiments.report.events import require_tensorboard, streamed
+from experiments.report.runs import Run, new_folder, settle
+from experiments.report.terminal import family_table, run_table
+from experiments.run.engines.ray import RayEngine
+from experiments.run.interrupts import terminate_as_interrupt
+from experiments.run.preflight import check_clients
+from experiments.run.presets import EngineSection, Preset
+from experiments.run.progress import follow
+from server_app.output.checkpoint import META, latest
+from server_app.output.figures import draw_curves, read_json
+from server_app.output.snapshot import FOLDER as CHECKPOINTS
+
+FAILED, INTERRUPTED = 1, 130
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+"""Keeps the Hugging Face libraries from asking the hub: the user gave the data."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_TELLING = re.compile(r"^(\S+ \S+ )?(WARNING|ERROR)\b|^[\w.]+(Error|Exception)\b")
+_NOISE = re.compile(
+    r"Since flwr|Exit Code|raised an exception|Manually terminating|Traceback|Run stopped"
+    r"|ray::ClientAppActor|by RayBackend|ClientAppException"
+)
+
+
+class Engine(Protocol):
+    """Runs one federation to its end, or raises."""
+
+    def run(self, config: RunConfig) -> None:
+        """Run; raise when the run did not complete."""
+
+
+class InProcessEngine:
+    """The in-process engine in the form of the others; Flower's log lines go to a file."""
+
+    def __init__(self, engine: EngineSection, *, log: Path) -> None:
+        self._engine = engine
+        self._log = log
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to clean up: threads end with the run."""
+
+    def run(self, config: RunConfig) -> None:
+        """Run to the end; raises what the ServerApp raises."""
+        from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
+
+        engine = self._engine
+        nodes = simulated_nodes(engine.num_clients)
+        with _log_to(self._log):
+            run_inprocess(
+                config,
+                num_clients=engine.num_clients,
+                node_configs=nodes[: engine.num_clients - config.client.absent_clients],
+                workers=engine.workers,
+                batched_clients=engine.batched_clients,
+            )
+
+
+def complete(preset: Preset) -> Preset:
+    """Fill in what only a launch knows: the run's own absolute folder, its name, its clients.
+
+    Raises
+    ------
+    ConfigError
+        The output folder already holds a run, or clients are to stay away from Ray.
+    """
+    run, schedule = preset.config.run, preset.config.schedule
+    if preset.config.client.absent_clients and preset.engine.name != "inprocess":
+        raise ConfigError(
+            f"absent-clients = {preset.config.client.absent_clients} needs engine 'inprocess': "
+            "Flower's simulation starts every node."
+        )
+    folder = Path(run.output_dir) if run.output_dir else new_folder(preset.name)
+    if (folder / "metrics.jsonl").exists() and not run.resume_from:
+        raise ConfigError(
+            f"{folder} already holds a run. Choose another --output-dir, delete the folder, or go "
+            f"on where it stopped: --set resume-from={folder}"
+        )
+    fills: dict[str, str | int] = {
+        "output-dir": str(folder),
+        "run-name": run.run_name or preset.name,
+    }
+    if schedule.min_clients == ScheduleSection().min_clients:
+        # Simulated nodes come online one after the other: without this, round 1 may miss some.
+        fills["min-clients"] = preset.engine.num_clients - preset.config.client.absent_clients
+    return preset.with_config(fills)
+
+
+def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> int:
+    """Run a preset, show its progress and its results; as TensorBoard events too where asked.
+
+    Returns
+    -------
+    0 when the run completed, 1 when it failed, 130 when it was interrupted.
+    """
+    preset = complete(preset)
+    folder = Path(preset.config.run.output_dir)
+    events = streamed(folder) if tensorboard else contextlib.nullcontext()
+    if tensorboard:
+        require_tensorboard()  # before anything is made or started
+    folder.mkdir(parents=True, exist_ok=True)
+    _say_folder(console, folder)
+    with events:
+        code = _run(preset, folder, console)
+    if (folder / "metrics.jsonl").exists():
+        show(folder, console)
+    _say_folder(console, folder)
+    return code
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print the tables of a run and draw its pictures; quiet where there is nothing yet."""
+    try:
+        run = Run.load(folder)
+    except RunError:
+        return
+    console.print()
+    console.print(run_table(run))
+    if run.clients:
+        console.print()
+        console.print(family_table(run))
+    if run.rows:
+        console.print()
+        for path in draw_pictures(run):
+            console.print(f"picture  {path}", highlight=False, soft_wrap=True)
+
+
+def draw_pictures(run: Run) -> list[Path]:
+    """Draw the pictures of a run into its folder, the curves unless the server has done it."""
+    curves = run.folder / "curves.png"
+    metrics = run.folder / "metrics.jsonl"
+    if not curves.exists() or curves.stat().st_mtime < metrics.stat().st_mtime:
+        draw_curves(run.folder)
+    return [curves, *([draw_clients(run)] if run.clients else [])]
+
+
+def open_engine(preset: Preset, log: Path) -> AbstractContextManager[Engine]:
+    """Return the preset's engine as a context; a Ray engine starts its SuperLink on entry."""
+    if preset.engine.name == "inprocess":
+        return InProcessEngine(preset.engine, log=log)
+    return RayEngine(preset.engine, log=log, extra_env=_extra_env(preset.config))
+
+
+def _extra_env(config: RunConfig) -> dict[str, str]:
+    """Return what the run's processes need to know about the user's surroundings."""
+    env = dict(OFFLINE) if config.client.data_dir else {}
+    chosen = (config.client.models, config.client.dataset, config.distill.global_model)
+    if any(":" in name for name in chosen):
+        # Only then: a file of the user's that is called like a library's module would hide it.
+        path = [os.environ.get("PYTHONPATH"), str(Path.cwd())]
+        env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    return env
+
+
+def _run(preset: Preset, folder: Path, console: Console) -> int:
+    config, log = preset.config, folder / "run.log"
+    seed = config.run.seed
+    try:
+        with terminate_as_interrupt(), open_engine(preset, log) as engine:
+            _prepare_data(config, console)
+            check_clients(config, preset.engine)
+            with follow(folder, rounds=config.run.rounds, console=console):
+                engine.run(config)
+            _require_completed(folder)
+    except KeyboardInterrupt as stop:
+        settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}", seed=seed)
+        console.print(f"[bold red]interrupted[/]; {escape(_kept(folder))}", soft_wrap=True)
+        return INTERRUPTED
+    except Exception as error:  # the edge: an engine raises whatever the run raised
+        settle(folder, "failed", f"{type(error).__name__}: {error}", seed=seed)
+        _explain(error, folder, console)
+        return FAILED
+    return 0
+
+
+def _prepare_data(config: RunConfig, console: Console) -> None:
+    if config.client.data_dir:
+        os.environ.update(OFFLINE)
+    with console.status(f"preparing data: {config.client.dataset}"):
+        from client_app.data.examples import prepare_data  # imports torch: seconds
+        from client_app.models.registry import model_for_partition
+
+        model_for_partition(config.client.models, 0, config.client.num_partitions)
+        place = prepare_data(config.client, seed=config.run.seed)
+    console.print(f"data in {place}", highlight=False, soft_wrap=True)
+
+
+def _require_completed(folder: Path) -> None:
+    status = read_json(folder / "summary.json").get("status")
+    if status != "completed":
+        raise RunError(f"the run ended, but its summary says {status!r} instead of 'completed'.")
+
+
+def _kept(folder: Path) -> str:
+    """Say what a stopped run left to go on from."""
+    newest = latest(folder / CHECKPOINTS)
+    if newest is None:
+        return "it had no checkpoint yet (checkpoint-every): nothing is left to go on from"
+    learned = read_json(newest / META)["rows"][-1]["round"]
+    return f"the checkpoint is of round {learned:.0f}: go on with --set resume-from={folder}"
+
+
+def _explain(error: Exception, folder: Path, console: Console) -> None:
+    log = folder / "run.log"
+    if not isinstance(error, MHpFedHNError):
+        with log.open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+    console.print("[bold red]failed[/]", end=" ")
+    console.print(escape(read_json(folder / "summary.json")["reason"]), highlight=False)
+    if lines := error_lines(log):
+        console.print(f"\n[dim]from {log}:[/]", highlight=False, soft_wrap=True)
+        console.print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
+
+
+def error_lines(log: Path, *, limit: int = 8) -> list[str]:
+    """Return the last lines of a log that say why a run failed, without their tracebacks.
+
+    Warnings, errors and the last lines of tracebacks; where there are none, the end of the log.
+    """
+    if not log.is_file():
+        return []
+    text = _ANSI.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if _TELLING.search(line) and not _NOISE.search(line)]
+    return list(dict.fromkeys(telling or lines))[-limit:]
+
+
+def _say_folder(console: Console, folder: Path) -> None:
+    console.print(f"run folder  {folder}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Send Flower's and the project's log lines to a file instead of the terminal."""
+    logger = logging.getLogger("flwr")
+    kept = list(logger.handlers)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [handler]
+    try:
+        yield
+    finally:
+        logger.handlers = kept
+        handler.close()

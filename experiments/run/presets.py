@@ -1,0 +1,226 @@
+"""Experiments as files: a description, where to run (`[engine]`), and run config keys (`[config]`).
+
+A preset is a TOML file in `experiments/configs`; a researcher's own file has the same form. What
+the file leaves out is as `RECOMMENDED` says, or as published where it chooses the published
+`server-rule = "adam"`. A typo anywhere is an error that names the nearest key.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from common.config import RunConfig
+from common.config.section import Scalar, Section
+from common.errors import ConfigError, unknown_name
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PATH_KEYS = ("data-dir", "cache-dir", "output-dir", "state-dir", "resume-from")
+TABLES = ("description", "engine", "config")
+RECOMMENDED: Mapping[str, Scalar] = {
+    "max-in-flight": 0,
+    "buffer-size": 0,
+    "server-rule": "least-squares",
+    "embedding-std": 1.0,
+    "head-init": "zero",
+    "theta-offset": "init",
+    "lr-decay": "cosine",
+    "lr-decay-from": 0.6,
+    "learning-rate": 0.02,
+    "weight-decay": 0.002,
+}
+"""The best setting found from 2 to 50 clients that share heads (docs/parallel.md)."""
+
+
+class EngineSection(Section):
+    """Where an experiment runs and what each client may use.
+
+    `workers` is how many clients compute at once; 0 means as many as the CPUs allow.
+    `batched_clients` of one architecture are trained in one batched call (engine inprocess only);
+    0 trains them one by one, which is faster on a CPU (measured: 2.3 times for the CNN).
+    `client_gpus` may be a fraction: it schedules clients, it does not
+    limit their memory.
+    """
+
+    name: Literal["ray", "inprocess"] = "ray"
+    num_clients: int = Field(10, ge=1)
+    client_cpus: int = Field(1, ge=1)
+    client_gpus: float = Field(0.0, ge=0)
+    workers: int = Field(0, ge=0)
+    batched_clients: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One experiment, ready to run."""
+
+    name: str
+    description: str
+    engine: EngineSection
+    config: RunConfig
+
+    @classmethod
+    def load(cls, name_or_file: str) -> Self:
+        """Read a preset by name, or any TOML file of the same form.
+
+        Raises
+        ------
+        ConfigError
+            No such preset or file, not TOML, an unknown key, or a value out of range.
+        """
+        if name_or_file.endswith(".toml"):
+            path = Path(name_or_file).expanduser()
+        else:
+            path = CONFIGS / f"{name_or_file}.toml"
+            if not path.is_file():
+                raise ConfigError(
+                    unknown_name("preset", name_or_file, preset_names())
+                    + " Or give the path of a .toml file of the same form."
+                )
+        return cls._from_file(path)
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Self:
+        tables = _read_toml(path)
+        for key in tables:
+            if key not in TABLES:
+                raise ConfigError(f"{path.name}: " + unknown_name("table", key, TABLES))
+        engine = parse_engine(_table(tables, "engine", path), where=f"{path.name} [engine]")
+        config = _absolute(_table(tables, "config", path), base=path.parent)
+        published = config.get("server-rule") == "adam"
+        blank = cls(path.stem, str(tables.get("description", "")), engine, RunConfig())
+        try:
+            return blank.with_config(config if published else {**RECOMMENDED, **config})
+        except ConfigError as error:
+            raise ConfigError(f"{path.name} [config]: {error}") from error
+
+    def with_config(self, overrides: Mapping[str, Any]) -> Self:
+        """Return a copy with some run config keys replaced.
+
+        The number of partitions is the number of clients: each client has one.
+
+        Raises
+        ------
+        ConfigError
+            A key is unknown or a value is out of range.
+        """
+        if "num-partitions" in overrides:
+            raise ConfigError(
+                "run config: num-partitions cannot be set here: each client of a simulation has "
+                "one partition. Set the number of clients (--clients N, or num-clients in "
+                "[engine])."
+            )
+        synced = {**overrides, "num-partitions": self.engine.num_clients}
+        return replace(self, config=self.config.with_overrides(synced))
+
+    def changes_from(self, other: Preset) -> dict[str, Scalar]:
+        """Return the settings that differ from those of another preset; where things lie aside."""
+        mine, theirs = (
+            {**p.engine.flat(), **p.config.flat(), "engine": p.engine.name} for p in (self, other)
+        )
+        aside = {"name", "num-partitions", *PATH_KEYS}
+        return {k: v for k, v in mine.items() if k not in aside and v != theirs[k]}
+
+    def with_engine(self, overrides: Mapping[str, Any]) -> Self:
+        """Return a copy with some engine keys replaced; raise ConfigError on a bad one."""
+        engine = parse_engine({**self.engine.flat(), **overrides}, where="engine")
+        return replace(self, engine=engine).with_config({})
+
+    def with_settings(self, assignments: Iterable[str]) -> Self:
+        """Apply `key=value` texts; a key belongs to the run config or to the engine.
+
+        Raises
+        ------
+        ConfigError
+            A text has no "=", a key is unknown (the nearest is named), or a value cannot be used.
+        """
+        pairs = dict(parse_assignment(text) for text in assignments)
+        engine_keys = EngineSection.key_names() - {"name"}
+        known = RunConfig.key_names() | engine_keys
+        for key in pairs:
+            if key not in known:
+                raise ConfigError("--set: " + unknown_name("key", key, known))
+        engine = {k: v for k, v in pairs.items() if k in engine_keys}
+        config = {k: v for k, v in pairs.items() if k not in engine_keys}
+        return self.with_engine(engine).with_config(_absolute(config, base=Path.cwd()))
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the project, sorted."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def parse_engine(flat: Mapping[str, Any], *, where: str) -> EngineSection:
+    """Build the engine section; raise ConfigError naming `where` and the key that is wrong."""
+    for key in flat:
+        if key not in EngineSection.key_names():
+            raise ConfigError(f"{where}: " + unknown_name("key", key, EngineSection.key_names()))
+    try:
+        return EngineSection.model_validate(dict(flat))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{where}: {first['loc'][0]} = {first['input']!r} cannot be used: {first['msg']}."
+        ) from error
+
+
+def to_toml(flat: Mapping[str, Scalar]) -> str:
+    """Write flat keys as TOML, in the form that `flwr run --run-config FILE.toml` reads.
+
+    >>> print(to_toml({"rounds": 3, "data-dir": "/data", "fused": True}), end="")
+    rounds = 3
+    data-dir = "/data"
+    fused = true
+    """
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flat.items())
+
+
+def _toml_value(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        return repr(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+
+
+def parse_assignment(text: str) -> tuple[str, str]:
+    """Split `key=value`; raise ConfigError where there is no "="."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set expects key=value, got {text!r}. Example: --set server-lr=0.001")
+    value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    return key.strip().replace("_", "-"), value
+
+
+def _absolute(config: Mapping[str, Any], *, base: Path) -> dict[str, Any]:
+    """Resolve the paths in a config against `base`: no process of a run has the user's cwd."""
+    paths = {
+        key: str((base / Path(value).expanduser()).resolve())
+        for key, value in config.items()
+        if key in PATH_KEYS and isinstance(value, str) and value
+    }
+    return {**config, **paths}
+
+
+def _table(tables: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path.name}: {name} must be a table: write [{name}] above its keys.")
+    return table
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read experiment file {path}: {error.strerror}.") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error

@@ -1,0 +1,1 @@
+"""Rules that move the hypernetwork along the updates of its clients."""

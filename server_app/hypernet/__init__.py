@@ -1,0 +1,1 @@
+"""The hypernetwork: embeddings, trunk and head groups. Torch only; knows no update rule."""

@@ -1,0 +1,225 @@
+"""Who trains when: two numbers, one mechanism.
+
+`max_in_flight` (F) slots; an update holds its slot from the moment its message is sent until the
+server step that used it. `buffer_size` (M) accepted updates make one server step. So
+
+- (1, 1) is the published sequential algorithm: a client waits for the one before it;
+- (m, m) is a synchronous cohort: m clients share one phi, one step, next cohort;
+- (N, N) is fully parallel: one step a round;
+- (N, m) is buffered asynchronous: a step for every m arrivals; the round still ends with its last.
+
+A round is one pass over the participants. Who holds up others is passed over, that is, gives up its
+slot, when it was asked `round-deadline-s` ago, or when `close-fraction` of the slots have answered:
+then a step is taken with what is there, and the next are asked. A round closes when nobody is left
+to ask or to wait for, and the minimum fraction has answered; with everybody in flight that is its
+deadline. What arrives after that is late, and used in a later round. An answer is used while its
+staleness (server steps since its theta was generated) is at most `max-staleness`; in its own round
+the F / M steps that the schedule itself makes meanwhile are always allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from common.config import ScheduleSection
+from common.log import logger
+from server_app.transport import Answer, Letter, Mailbox
+
+U = TypeVar("U")
+"""What a good reply brings."""
+
+
+class RoundActions(Protocol[U]):
+    """What the schedule asks of a method."""
+
+    @property
+    def num_steps(self) -> int:
+        """Count the server steps taken so far."""
+
+    def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
+        """Generate fresh theta for these clients and wrap it up, each when it is asked for."""
+
+    def accept(self, answer: Answer) -> U | None:
+        """Turn a good answer into an update; None when it is rejected (and logged, counted)."""
+
+    def step(self, updates: Sequence[U]) -> None:
+        """Take one server step."""
+
+
+@dataclass
+class RoundOutcome:
+    """What happened to the participants of one round, in client ids and counts.
+
+    `too_stale` counts good answers of this round or earlier ones that were too old to be used.
+    """
+
+    accepted: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=list)
+    skipped_busy: list[str] = field(default_factory=list)
+    late_used: int = 0
+    late_dropped: int = 0
+    too_stale: int = 0
+    num_steps: int = 0
+
+
+class Schedule:
+    """Runs rounds over a mailbox; messages of stragglers stay in flight from round to round."""
+
+    def __init__(self, section: ScheduleSection, mailbox: Mailbox) -> None:
+        self._section = section
+        self._mailbox = mailbox
+
+    def slots(self, num_participants: int) -> tuple[int, int]:
+        """Resolve (max_in_flight, buffer_size) for this many participants; 0 means all."""
+        in_flight = min(self._section.max_in_flight or num_participants, num_participants)
+        return in_flight, min(self._section.buffer_size or in_flight, in_flight)
+
+    def run_round(
+        self,
+        server_round: int,
+        participants: Sequence[tuple[str, int]],
+        actions: RoundActions[U],
+        *,
+        last: bool = False,
+    ) -> RoundOutcome:
+        """Train every participant once.
+
+        Parameters
+        ----------
+        participants : (client_id, node_id) pairs in the order in which they train.
+        last : whether no round follows: then `close-fraction` does not apply, for whoever is left
+            behind now would miss the final model.
+        """
+        state = _RoundState[U](server_round, list(participants), self.slots(len(participants)))
+        state.enough = 1.0 if last else self._section.close_fraction
+        while not self._closed(state):
+            self._dispatch(state, actions)
+            for answer in self._mailbox.poll():
+                self._receive(state, answer, actions)
+                if len(state.buffer) >= state.buffer_size:
+                    self._step(state, actions)
+            self._pass_over(state, actions)
+        self._mailbox.drop_unsent()
+        if state.buffer:
+            self._step(state, actions)
+        state.outcome.skipped_busy = [client_id for client_id, _ in state.queue]
+        state.outcome.unanswered = sorted(state.pending | state.passed_over)
+        return state.outcome
+
+    def _closed(self, state: _RoundState[U]) -> bool:
+        """Say whether nobody is left to ask or to wait for."""
+        ready = bool(self._ready(state))
+        if not (state.pending or state.passed_over or state.queue):
+            return True
+        if not (state.pending or ready or len(self._mailbox)):
+            return True  # those in the queue are not free, and nothing will free them
+        accepted = len(state.outcome.accepted) / state.num_participants
+        done = accepted + len(state.outcome.failed) / state.num_participants
+        if ready or accepted < self._section.min_fraction:
+            return False
+        if state.enough < 1 and done >= state.enough:
+            return True
+        waited_for = state.pending | state.passed_over | {c for c, _ in state.queue}
+        return self._overdue(state, waited_for) == waited_for
+
+    def _overdue(self, state: _RoundState[U], client_ids: set[str]) -> set[str]:
+        """Return those of these clients that were asked `round-deadline-s` ago."""
+        patience = self._section.round_deadline_s or math.inf
+        now = time.monotonic()
+        return {c for c in client_ids if now - state.asked[c] >= patience}
+
+    def _pass_over(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
+        """Take their slots from clients that hold up others; step with what is there then."""
+        if self._free(state) and self._ready(state):
+            return
+        slow = self._overdue(state, state.pending)
+        fraction = self._section.close_fraction if state.queue else state.enough
+        in_slots = len(state.pending) + len(state.buffer)
+        if fraction < 1 and len(state.buffer) >= fraction * in_slots:
+            slow = set(state.pending)
+        state.pending -= slow
+        state.passed_over |= slow
+        if slow and state.buffer and not state.pending:
+            self._step(state, actions)
+
+    def _free(self, state: _RoundState[U]) -> int:
+        return max(0, state.max_in_flight - len(state.pending) - len(state.buffer))
+
+    def _ready(self, state: _RoundState[U]) -> list[tuple[str, int]]:
+        busy = self._mailbox.busy_nodes()
+        return [pair for pair in state.queue if pair[1] not in busy]
+
+    def _dispatch(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
+        chosen = self._ready(state)[: self._free(state)]
+        if not chosen:
+            return
+        leaving = {client_id for client_id, _ in chosen}
+        state.queue = [pair for pair in state.queue if pair[0] not in leaving]
+        state.pending |= leaving
+        state.asked |= dict.fromkeys(leaving, time.monotonic())
+        letters = actions.letters([client_id for client_id, _ in chosen])
+        # Without a step in between, a letter may as well be made when the grid has use for it.
+        # An asynchronous buffer steps while others train: there theta is that of the dispatch.
+        self._mailbox.send(letters if state.synchronous else list(letters))
+
+    def _receive(self, state: _RoundState[U], answer: Answer, actions: RoundActions[U]) -> None:
+        client_id, on_time = answer.ticket.client_id, answer.ticket.server_round == state.number
+        fresh = self._is_fresh(state, answer, actions.num_steps - answer.ticket.version)
+        update = actions.accept(answer) if fresh else None
+        if on_time:
+            state.pending.discard(client_id)
+            state.passed_over.discard(client_id)
+            (state.outcome.accepted if update else state.outcome.failed).append(client_id)
+        elif update:
+            state.outcome.late_used += 1
+        else:
+            state.outcome.late_dropped += 1
+        if update:
+            state.buffer.append(update)
+
+    def _is_fresh(self, state: _RoundState[U], answer: Answer, staleness: int) -> bool:
+        """Say whether an answer is young enough; one that failed is, for its failure to be told."""
+        bound = self._section.max_staleness
+        if answer.ticket.server_round == state.number:
+            bound = max(bound, -(-state.max_in_flight // state.buffer_size))
+        if answer.content is None or staleness <= bound:
+            return True
+        state.outcome.too_stale += 1
+        logger.warning(
+            "Not used: the %s is %d server steps old; max-staleness allows %d",
+            answer.ticket.source,
+            staleness,
+            bound,
+        )
+        return False
+
+    def _step(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
+        updates, state.buffer = state.buffer, []
+        actions.step(updates)
+        state.outcome.num_steps += 1
+
+
+class _RoundState(Generic[U]):
+    """The moving parts of one round.
+
+    `pending` hold slots, `passed_over` do not any more. `asked` has `time.monotonic()` in seconds,
+    the start of the round for those who have not been asked yet.
+    """
+
+    def __init__(self, number: int, queue: list[tuple[str, int]], slots: tuple[int, int]) -> None:
+        self.number = number
+        self.queue = queue
+        self.num_participants = len(queue)
+        self.enough = 1.0
+        self.max_in_flight, self.buffer_size = slots
+        self.synchronous = self.buffer_size == self.max_in_flight
+        self.pending: set[str] = set()
+        self.passed_over: set[str] = set()
+        self.asked = dict.fromkeys((c for c, _ in queue), time.monotonic())
+        self.buffer: list[U] = []
+        self.outcome = RoundOutcome()
