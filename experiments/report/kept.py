@@ -37,23 +37,23 @@ class Kept:
 
 def seeds_of(run: str) -> tuple[str, ...]:
     """Return the names that seeds 1 to 3 of a run have in the CSV."""
-    return tuple(f"{run}-seed{seed}" for seed in (1, 2, 3))
+    return tuple(f"{run} seed={seed}" for seed in (1, 2, 3))
 
 
 PANELS: Mapping[str, tuple[Kept, ...]] = {
     "CIFAR-100, 10 classes a client": (
-        Kept("MH-pFedHNGD, ten", "mh-pfedhn-gd", seeds_of("cifar100-gd-decay-.002")),
-        Kept("ten at a time", "mh-pfedhn", seeds_of("cifar100-cohort10-decay-.002")),
-        Kept("all, in tens", "async", ("cifar100-async-decay-.002",)),
-        Kept("all at once", "parallel", ("cifar100-parallel-decay-.002",)),
-        Kept("one by one, published", "sequential", ("cifar100-sequential seed 1",)),
-        Kept("Local", "local", ("cifar100-local-decay-.002",)),
+        Kept("MH-pFedHNGD, ten", "mh-pfedhn-gd", seeds_of("cifar100-gd")),
+        Kept("ten at a time", "mh-pfedhn", seeds_of("cifar100-cohort10")),
+        Kept("all, in tens", "async", ("cifar100-async seed=1",)),
+        Kept("all at once", "parallel", ("cifar100-parallel seed=1",)),
+        Kept("one by one, published", "sequential", ("cifar100-sequential seed=1",)),
+        Kept("Local", "local", ("cifar100-cohort10 method=local seed=1",)),
     ),
     "CIFAR-10, 2 classes a client": (
-        Kept("MH-pFedHNGD, ten", "mh-pfedhn-gd", ("cifar10-gd",)),
-        Kept("ten at a time", "mh-pfedhn", ("cifar10-cohort10-by-size",)),
-        Kept("all, in tens", "async", ("cifar10-async",)),
-        Kept("all at once", "parallel", ("cifar10-parallel",)),
+        Kept("MH-pFedHNGD, ten", "mh-pfedhn-gd", ("cifar10-gd seed=1",)),
+        Kept("ten at a time", "mh-pfedhn", ("cifar10-cohort10 seed=1",)),
+        Kept("all, in tens", "async", ("cifar10-async seed=1",)),
+        Kept("all at once", "parallel", ("cifar10-parallel seed=1",)),
     ),
 }
 
