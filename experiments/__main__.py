@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from common.errors import MHpFedHNError
 from experiments.arguments import add_set_option
-from experiments.benchmarks import add_bench_parser
+from experiments.bench import add_bench_parser
 from experiments.deploy.certificates import add_certs_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.serve import add_serve_parser

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from common.errors import ConfigError, unknown_name
-from experiments.benchmarks import PARTS, rounds
+from experiments.bench import PARTS
+from experiments.benchmarks import rounds
 from experiments.benchmarks.batched import batched_training
 from experiments.benchmarks.client import client_step, forward_flops, step_flops
 from experiments.benchmarks.growth import grow

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from experiments.run.engines import processes
-from experiments.run.engines.home import PROJECT_ROOT, child_environment, new_home
+from experiments.run.engines.home import child_environment, new_home
 from experiments.run.engines.ray import parse_status
 
+PROJECT_ROOT = Path(__file__).parents[2]
 FLWR = Path(sys.executable).parent / "flwr"
 
 

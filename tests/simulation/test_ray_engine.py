@@ -16,8 +16,9 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.run.engines import processes
-from experiments.run.engines.home import PROJECT_ROOT, bytecode_cache
+from experiments.run.engines.home import bytecode_cache
 
+PROJECT_ROOT = Path(__file__).parents[2]
 TINY = """
 description = "three architectures on the tiny patterns"
 [engine]

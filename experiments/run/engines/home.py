@@ -8,16 +8,34 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
+from common.config import RunConfig
 from common.errors import RunError
 from experiments.run.engines import processes
+from experiments.run.presets import to_toml
 
-PROJECT_ROOT = Path(__file__).resolve().parents[3]
-NOT_SHIPPED = ("experiments", "tests")
 PREFIX = "mhp-"
+APP_PACKAGES = ("server_app", "client_app", "common")
+APP = """\
+[project]
+name = "mh-pfedhn"
+version = "0.1.0"
+description = "Model-heterogeneous personalised federated learning with a hypernetwork"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "mh-pfedhn"
+
+[tool.flwr.app.components]
+serverapp = "server_app.app:app"
+clientapp = "client_app.app:app"
+
+[tool.flwr.app.config]
+"""
 _LOCAL = "127.0.0.1,localhost"
 
 
@@ -95,27 +113,20 @@ def bytecode_cache(base: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache)}
 
 
-def stage_app(source: Path, target: Path) -> None:
-    """Copy what Flower ships to `target`.
+def stage_app(target: Path) -> None:
+    """Write the Flower app of this installation, a checkout or a wheel, to a new folder `target`.
 
-    `flwr run` walks the whole project folder, virtual environment included, before it packs a few
-    files: seconds for tens of thousands of files.
-
-    Raises
-    ------
-    RunError
-        `source` is not the project folder.
+    `flwr run` packs the folder that holds a pyproject.toml, and overrides only keys of its config
+    table.
     """
-    project = source / "pyproject.toml"
-    if not project.is_file():
-        raise RunError(
-            f"{project} does not exist: Flower runs the project from its folder. Install the clone "
-            "itself (`uv run mh-pfedhn ...` or `pip install -e .` inside it), not a wheel."
-        )
     target.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.name in ("pyproject.toml", "README.md"):
-            shutil.copy(path, target)
-        elif (path / "__init__.py").is_file() and path.name not in NOT_SHIPPED:
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(path, target / path.name, ignore=ignore)
+    for package in APP_PACKAGES:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise RunError(f"package {package!r} is not installed beside {__package__}.")
+        shutil.copytree(
+            spec.submodule_search_locations[0],
+            target / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    (target / "pyproject.toml").write_text(APP + to_toml(RunConfig().flat()), encoding="utf-8")

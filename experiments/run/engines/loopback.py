@@ -18,7 +18,7 @@ from common.config import RunConfig
 from common.errors import RunError
 from experiments.deploy.join import find_program
 from experiments.run.engines import processes
-from experiments.run.engines.home import PROJECT_ROOT, child_environment, stage_app
+from experiments.run.engines.home import child_environment, stage_app
 from experiments.run.engines.ray import parse_status
 from experiments.run.presets import to_toml
 from experiments.starter.program import Starter, install_program
@@ -54,7 +54,7 @@ class Loopback:
             f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
         if not (self.folder / "app").exists():
-            stage_app(PROJECT_ROOT, self.folder / "app")
+            stage_app(self.folder / "app")
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
         try:
             superlink = self.start("superlink", [*command, str(self.port)])

@@ -23,7 +23,6 @@ from common.config import RunConfig
 from common.errors import RunError
 from experiments.run.engines import processes
 from experiments.run.engines.home import (
-    PROJECT_ROOT,
     child_environment,
     new_home,
     remove_abandoned_homes,
@@ -48,8 +47,6 @@ class RayEngine:
         File that receives what ServerApp and clients print.
     extra_env
         Environment variables of the run's processes, beside those that isolate them.
-    app
-        Project folder with `[tool.flwr.app]` in its pyproject.toml.
     """
 
     def __init__(
@@ -58,12 +55,10 @@ class RayEngine:
         *,
         log: Path,
         extra_env: Mapping[str, str] | None = None,
-        app: Path = PROJECT_ROOT,
     ) -> None:
         self._engine = engine
         self._log = log
         self._extra_env = dict(extra_env or {})
-        self._app = app
         self._port = processes.free_port()
         self._started: list[processes.Process] = []
         self.environment: dict[str, str] = {}
@@ -74,7 +69,7 @@ class RayEngine:
         try:
             self.environment = child_environment(os.environ, home=self.home) | self._extra_env
             (self.home / "config.toml").write_text(_connection(self._port), encoding="utf-8")
-            stage_app(self._app, self.home / "app")
+            stage_app(self.home / "app")
             self._superlink_log = self.home / "superlink.log"
             self._superlink = self._start(_superlink_command(self._port), self._superlink_log)
         except BaseException:
@@ -166,7 +161,7 @@ class RayEngine:
 def parse_status(stdout: str) -> str:
     """Return the status of the newest run from `flwr ls --format json`, e.g. "finished:completed".
 
-    "unknown" when there is none, or the answer is not what Flower 1.41 prints.
+    "unknown" when there is none, or the answer is not what Flower prints.
     """
     try:
         runs: list[dict[str, Any]] = json.loads(stdout[stdout.index("{") :])["runs"]

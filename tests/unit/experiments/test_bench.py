@@ -10,7 +10,7 @@ import torch
 
 from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSection
 from common.errors import ConfigError, RunError
-from experiments.benchmarks import add_bench_parser
+from experiments.bench import add_bench_parser
 from experiments.benchmarks.batched import batched_training
 from experiments.benchmarks.child import measure_in_child
 from experiments.benchmarks.machine import Machine

@@ -3,14 +3,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from common.errors import RunError
+from common.config import RunConfig
 from experiments.run.engines import processes
 from experiments.run.engines.home import (
-    PROJECT_ROOT,
     child_environment,
     new_home,
     remove_abandoned_homes,
@@ -18,6 +18,8 @@ from experiments.run.engines.home import (
 )
 from experiments.run.engines.ray import RayEngine, available_cpus, parse_status
 from experiments.run.presets import EngineSection
+
+PROJECT = Path(__file__).parents[3]
 
 
 def test_children_are_isolated_marked_and_quiet(tmp_path: Path) -> None:
@@ -40,16 +42,15 @@ def test_bytecode_is_kept_elsewhere_where_it_may_not_lie_beside_the_sources(tmp_
     assert "PYTHONPYCACHEPREFIX" not in child_environment({}, home=tmp_path)
 
 
-def test_staged_app_is_what_flower_ships(tmp_path: Path) -> None:
-    stage_app(PROJECT_ROOT, tmp_path / "app")
+def test_the_staged_app_holds_the_packages_and_every_key(tmp_path: Path) -> None:
+    stage_app(tmp_path / "app")
     names = {path.name for path in (tmp_path / "app").iterdir()}
-    assert names == {"pyproject.toml", "README.md", "server_app", "client_app", "common"}
+    assert names == {"pyproject.toml", "server_app", "client_app", "common"}
     assert not list((tmp_path / "app").rglob("__pycache__"))
-
-
-def test_folder_without_project_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"pyproject.toml does not exist: Flower runs the project"):
-        stage_app(tmp_path, tmp_path / "app")
+    flower = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flower["config"] == dict(RunConfig().flat())
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    assert flower["components"] == project["tool"]["flwr"]["app"]["components"]
 
 
 @pytest.mark.parametrize(
