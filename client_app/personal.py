@@ -9,8 +9,8 @@ where only torch is installed.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
 from client_app.store import PERSONAL_MODEL, FolderState
+from common.files import PRIVATE, replace_file
 from common.log import logger
 from common.wire import Evaluation
 
@@ -65,14 +66,13 @@ class PersonalModel:
         FolderState(folder).save(PERSONAL_MODEL, self.module.state_dict())
         description = self.describe()
         if self.data.test_rows is not None:
-            draft = folder / f".{TEST_ROWS}.npy"
-            np.save(draft, self.data.test_rows, allow_pickle=False)
-            os.replace(draft, folder / f"{TEST_ROWS}.npy")
+            rows = io.BytesIO()
+            np.save(rows, self.data.test_rows, allow_pickle=False)
+            replace_file(folder / f"{TEST_ROWS}.npy", rows.getvalue(), mode=PRIVATE)
         if program:
             description |= self._export(folder / f"{PERSONAL_MODEL}.pt2")
-        draft = folder / f".{PERSONAL_MODEL}.json"
-        draft.write_text(json.dumps(description, indent=2))
-        os.replace(draft, folder / f"{PERSONAL_MODEL}.json")
+        text = json.dumps(description, indent=2)
+        replace_file(folder / f"{PERSONAL_MODEL}.json", text, mode=PRIVATE)
         return folder / f"{PERSONAL_MODEL}.safetensors"
 
     def describe(self) -> dict[str, Any]:
@@ -126,15 +126,13 @@ def save_program(program: tuple[nn.Module, Tensor], path: Path) -> None:
     dynamic = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
     exported.example_inputs = None  # torch would store it pickled; nobody needs it
-    draft = path.with_name(f".{path.name}")  # torch wants the suffix .pt2
-    try:
-        torch.export.save(exported, draft)
-        again = torch.export.load(draft).module()
-        if not torch.allclose(again(example), module(example), rtol=1e-4, atol=1e-5):
-            raise RuntimeError("the exported program gives other logits than the model")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    packed = io.BytesIO()
+    torch.export.save(exported, packed)
+    packed.seek(0)
+    again = torch.export.load(packed).module()
+    if not torch.allclose(again(example), module(example), rtol=1e-4, atol=1e-5):
+        raise RuntimeError("the exported program gives other logits than the model")
+    replace_file(path, packed.getvalue(), mode=PRIVATE)
 
 
 def _load_line(name: str, data: ClientData) -> str:

@@ -7,7 +7,6 @@ lost when a SuperNode restarts, so deployments always have a folder; everything 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from client_app.folders import safe_name, state_folder
 from common.errors import ConfigError
+from common.files import PRIVATE, replace_file
 
 Tensors = dict[str, Tensor]
 
@@ -103,9 +103,8 @@ class FolderState:
         """Replace a group of tensors, or add a version and drop those that nobody will ask for."""
         full_name = f"{name}@{stamp.server_round:08d}" if stamp else name
         path = self.folder / f"{full_name}.safetensors"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+        replace_file(path, data, mode=PRIVATE)
         if stamp:
             self._prune(name, stamp)
 
@@ -132,7 +131,7 @@ class FolderState:
         for path in self.folder.glob("*.safetensors"):
             if path.name != f"{PERSONAL_MODEL}.safetensors":
                 path.unlink(missing_ok=True)
-        marker.write_text(json.dumps({"id": federation_id}))
+        replace_file(marker, json.dumps({"id": federation_id}))
 
 
 def _read(path: Path) -> Tensors | None:

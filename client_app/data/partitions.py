@@ -7,6 +7,7 @@ begins. The hash covers everything that the draw depends on.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import zipfile
@@ -24,6 +25,7 @@ from client_app.data.catalogue import (
 from client_app.data.splits import Indices, split_dirichlet, split_pathological, thin_out
 from common.config.client import ClientSection
 from common.errors import ConfigError, DataError, unknown_name
+from common.files import replace_file
 from common.seeding import numpy_generator
 
 log = logging.getLogger(__name__)
@@ -191,7 +193,6 @@ def _read_share(path: Path, partition_id: int) -> Indices | None:
 
 def _write_parts(path: Path, parts: list[Indices]) -> None:
     starts = np.cumsum([0, *(len(part) for part in parts)])
-    draft = path.with_name(f".{path.name}")
-    with draft.open("wb") as file:
-        np.savez(file, rows=np.concatenate(parts), starts=starts)
-    draft.replace(path)
+    packed = io.BytesIO()
+    np.savez(packed, rows=np.concatenate(parts), starts=starts)
+    replace_file(path, packed.getvalue())

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from client_app.worker.frames import peer_is_me
 from common.errors import MHpFedHNError
+from common.files import PRIVATE, replace_file
 
 SOCKET, LOCK, RECORD, LOG = "worker.sock", "worker.lock", "worker.json", "worker.log"
 MAX_LOG_BYTES = 1 << 20
@@ -139,7 +140,7 @@ class Place:
             listener.listen(16)
             process = self._spawn(order, listener.fileno())
             record = {"pid": process.pid, "start_ticks": start_ticks(process.pid)}
-            self._write_private(RECORD, json.dumps(record))
+            replace_file(self.folder / RECORD, json.dumps(record), mode=PRIVATE)
             connection = self._try_connect()
         if connection is None:
             raise ConnectionRefusedError("a socket that was just bound refuses connections")
@@ -167,11 +168,6 @@ class Place:
             )
         _children[:] = [child for child in _children if child.poll() is None] + [process]
         return process
-
-    def _write_private(self, name: str, text: str) -> None:
-        draft = self.folder / f"{name}.tmp"
-        draft.write_text(text)
-        os.replace(draft, self.folder / name)
 
     @contextmanager
     def _address(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from common.errors import ConfigError, unknown_name
+from common.files import replace_file
 from experiments.bench import PARTS
 from experiments.benchmarks import rounds
 from experiments.benchmarks.batched import batched_training
@@ -53,10 +54,10 @@ def run_suite(args: argparse.Namespace) -> int:
     for part in [part for part in PARTS if part in parts]:
         console.print(f"measuring: {part}", style="dim")
         results[part] = _measure(part, work, machine, args.repeats)
-        (folder / "bench.json").write_text(json.dumps(results, indent=2))
+        replace_file(folder / "bench.json", json.dumps(results, indent=2))
     if "runtime" in results and "round" in results:
         results["runtime"] |= overhead(results["runtime"], results["round"])
-        (folder / "bench.json").write_text(json.dumps(results, indent=2))
+        replace_file(folder / "bench.json", json.dumps(results, indent=2))
     print_tables(results, console)
     console.print(f"\nfigures in {folder / 'bench.json'}", soft_wrap=True)
     failed = any(failures(results[part]) for part in parts)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError, listing
+from common.files import replace_file
 
 PRIVATE, PUBLIC = 0o600, 0o644
 CA_DAYS, SERVER_DAYS = 3650, 825
@@ -127,12 +127,7 @@ class _Writer:
         if not self.wants(path):
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content())
-        os.replace(temporary, path)
+        replace_file(path, content(), mode=mode)
         self.made.append(path)
 
 

@@ -20,6 +20,7 @@ from rich.markup import escape
 from client_app.folders import state_folder
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, RunError, unknown_name
+from common.files import PRIVATE, replace_file
 from experiments.arguments import add_set_option
 from experiments.run.presets import to_toml
 from experiments.starter.program import install_program
@@ -115,7 +116,7 @@ class JoinSettings:
     def command(self, port: int) -> list[str]:
         """Return the SuperNode's command line; its own API stays on loopback."""
         settings = self.folder / "node-config.toml"
-        settings.write_text(to_toml(self.node))
+        replace_file(settings, to_toml(self.node), mode=PRIVATE)
         command = [find_program(), "--superlink", self.server, "--host", "127.0.0.1"]
         command += ["--port", str(port), "--node-config", str(settings)]
         if self.insecure:

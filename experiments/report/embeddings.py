@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from common.files import replace_file
 from experiments.report.settings import complete_settings
 
 Array = NDArray[np.float64]
@@ -44,10 +44,8 @@ def keep_embeddings(folder: Path) -> bool:
     found = load_embeddings(folder)
     if not found:
         return not (folder / "checkpoint").exists() or _has_none(folder)
-    temporary = folder / (KEPT + ".tmp")
     arrays = {PREFIX + name: a.astype(np.float32) for name, a in found.items()}
-    save_file(arrays, temporary)
-    os.replace(temporary, folder / KEPT)
+    replace_file(folder / KEPT, save(arrays))
     return True
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from common.errors import ConfigError, RunError, unknown_name
+from common.files import replace_file
 from server_app.output.figures import read_json, read_rows
-from server_app.output.run_folder import DEFAULT_ROOT, write_atomically
+from server_app.output.run_folder import DEFAULT_ROOT
 
 ROOT_VARIABLE = "MH_PFEDHN_RUNS"
 
@@ -139,7 +140,7 @@ def settle(folder: Path, status: str, reason: str, *, seed: int) -> None:
     if summary.get("status") == status and summary.get("reason"):
         return  # the server said it better
     text = json.dumps({"seed": seed, **summary, "status": status, "reason": reason}, indent=2)
-    write_atomically(folder / "summary.json", text)
+    replace_file(folder / "summary.json", text)
 
 
 def _read_clients(path: Path) -> tuple[ClientRow, ...]:

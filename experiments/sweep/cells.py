@@ -12,10 +12,10 @@ from typing import Any, Literal
 import psutil
 
 from common.errors import RunError
+from common.files import replace_file
 from experiments.run.engines.processes import is_alive
 from experiments.sweep.plan import Cell
 from server_app.output.figures import read_json, read_rows
-from server_app.output.run_folder import write_atomically
 
 State = Literal["waiting", "running", "cut off", "failed", "completed"]
 
@@ -68,7 +68,7 @@ def write_note(cell: Cell, changes: Mapping[str, Any]) -> None:
     """Replace some keys of the cell's note."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     note = {**read_note(cell.folder), **changes}
-    write_atomically(cell.folder / NOTE, json.dumps(note, indent=2))
+    replace_file(cell.folder / NOTE, json.dumps(note, indent=2))
 
 
 def identify(process: psutil.Process) -> dict[str, float]:

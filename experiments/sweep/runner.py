@@ -18,6 +18,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from common.errors import RunError
+from common.files import replace_file
 from experiments.run.engines.processes import Process, is_alive, start
 from experiments.run.progress import RowTail
 from experiments.sweep import cells
@@ -25,7 +26,6 @@ from experiments.sweep.cells import STATE_FOLDER, identify, standing, write_note
 from experiments.sweep.display import Display
 from experiments.sweep.plan import Cell, Plan
 from server_app.output.figures import read_json
-from server_app.output.run_folder import write_atomically
 
 LOCK, HOLDER = ".sweep.lock", ".sweep.json"
 POLL_S = 0.25
@@ -211,7 +211,7 @@ def own(folder: Path) -> Iterator[None]:
         ) from None
     try:
         mark = {"process": identify(psutil.Process())}
-        write_atomically(folder / HOLDER, json.dumps(mark))
+        replace_file(folder / HOLDER, json.dumps(mark))
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ import safetensors.torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.files import replace_file, sync
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def save_checkpoint(
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
         _write(temporary, tensors, text)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         if temporary is not None:
             _remove([temporary])
@@ -164,15 +164,12 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], meta: str) -> None:
     """Write and flush the files, the manifest last."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(plain, directory / TENSORS)
-    (directory / META).write_text(meta)
-    files = {}
-    for name in (TENSORS, META):
-        _sync(directory / name)
-        files[name] = _fingerprint(directory / name)
+    sync(directory / TENSORS)
+    replace_file(directory / META, meta)
+    files = {name: _fingerprint(directory / name) for name in (TENSORS, META)}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    _sync(directory / MANIFEST)
-    _sync(directory)
+    replace_file(directory / MANIFEST, json.dumps(manifest, indent=2))
+    sync(directory)
 
 
 def _load_one(path: Path) -> Checkpoint:
@@ -237,12 +234,3 @@ def _remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         except OSError as error:
             logger.warning("cannot delete %s: %s", path, error)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

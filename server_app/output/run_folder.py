@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
+from common.files import replace_file
 from common.log import logger
 
 LOCK = ".lock"
@@ -108,7 +109,7 @@ class RunFolder:
         """Start the files, with the rows of the run that is being resumed, if any."""
         self._begun = True
         self._rows = [dict(row) for row in rows]
-        write_atomically(self.path / "config.json", json.dumps(self._config.flat(), indent=2))
+        replace_file(self.path / "config.json", json.dumps(self._config.flat(), indent=2))
         self._write_rows()
         self.note_clients(client_rows)
         self._write_summary("interrupted")
@@ -141,7 +142,7 @@ class RunFolder:
 
     def _write_rows(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)
-        write_atomically(self.path / "metrics.jsonl", lines)
+        replace_file(self.path / "metrics.jsonl", lines)
 
     def _line(self, row: Mapping[str, float], rounds: int) -> str:
         server_round = int(row["round"])
@@ -168,7 +169,7 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(self._client_rows)
         try:
-            write_atomically(self.path / "clients.csv", text.getvalue())
+            replace_file(self.path / "clients.csv", text.getvalue())
         except OSError as error:
             logger.error("clients.csv is not on disk, the run goes on: %s", error)
 
@@ -222,7 +223,7 @@ class RunFolder:
             "bytes_down": sum(int(row["bytes_down"]) for row in self._rows),
             "seconds": time.monotonic() - self._started,
         }
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+        replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
 
     def _families(self) -> list[str]:
         """Name the model families: as the run config lists them, where the sizes agree with it.
@@ -233,13 +234,6 @@ class RunFolder:
         names = [name.strip() for name in self._config.client.models.split(",")]
         sizes = sorted({int(row["num_parameters"]) for row in self._client_rows})
         return names if len(names) == len(sizes) else [f"{size} parameters" for size in sizes]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, newline="")
-    os.replace(temporary, path)
 
 
 def _mb(num_bytes: float) -> str:
