@@ -1,12 +1,13 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from common.files import PRIVATE, replace_file
 
 
-def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     replace_file(path, "one\r\nline ä\n")
     replace_file(path, b"two")
@@ -14,18 +15,20 @@ def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
     assert os.listdir(tmp_path) == ["summary.json"]
 
 
-def test_a_private_file_is_for_its_owner_alone(tmp_path):
+def test_a_private_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("was readable by all")
     replace_file(path, "secret", mode=PRIVATE)
     assert stat.S_IMODE(path.stat().st_mode) == PRIVATE
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file_and_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "state"
     replace_file(path, "old")
 
-    def full(descriptor):
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
