@@ -1,10 +1,10 @@
 """Measure what the warm worker saves: `python -m experiments.benchmarks.worker`.
 
-A real SuperLink and three real SuperNodes on loopback train the published CNN on digits. `off` and
-`on` are the deployment that `mh-pfedhn join` makes with `warm-worker` off and on, and nothing else
-differs; `plain` is Flower's own start of messages. The ways take turns, so that a busy machine hits
-all alike. Times of rounds are what the server wrote into metrics.jsonl. The first round of a run is
-shown apart: it contains the registration and, with the worker, its start.
+A real SuperLink and three real SuperNodes on loopback train the published CNN on digits: the
+deployment that `mh-pfedhn join` makes with `warm-worker` off and on, and nothing else differs. The
+two take turns, so that a busy machine hits both alike. Times of rounds are what the server wrote
+into metrics.jsonl. The first round of a run is shown apart: it contains the registration and, with
+the worker, its start.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
-from experiments.run.engines.loopback import Loopback, MessageStart
+from experiments.run.engines.loopback import Loopback
 
-Mode = Literal["plain", "off", "on"]
-STARTS: dict[Mode, MessageStart] = {"plain": "plain", "off": "lean", "on": "forked"}
+Mode = Literal["off", "on"]
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,8 @@ def run_once(bench: Bench, mode: Mode, folder: Path) -> Path:
                     "partition-id": i,
                     "num-partitions": bench.sites,
                     "state-dir": str(folder / "state"),
-                    "warm-worker": "on" if mode == "on" else "off",
+                    "warm-worker": mode,
                 },
-                start=STARTS[mode],
             )
         loopback.run(config, timeout_s=1800.0)
     return folder / "run" / "metrics.jsonl"

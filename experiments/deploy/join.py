@@ -23,7 +23,6 @@ from common.errors import ConfigError, RunError, unknown_name
 from common.files import PRIVATE, replace_file
 from experiments.arguments import add_set_option
 from experiments.run.presets import to_toml
-from experiments.starter.program import install_program
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
 OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities", "port")
@@ -103,12 +102,6 @@ class JoinSettings:
         return str(self.node["client-id"])
 
     @property
-    def warm(self) -> bool:
-        """Whether processes may stay alive between messages."""
-        section = NodeConfig.parse(self.node).client_section(RunConfig())
-        return section.warm_worker != "off"
-
-    @property
     def folder(self) -> Path:
         """The participant's own folder below the state-dir."""
         return state_folder(str(self.node["state-dir"]), self.client_id)
@@ -131,13 +124,13 @@ class JoinSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment: its own FLWR_HOME, quick polls, no telemetry."""
-        programs = [str(install_program(self.folder)), str(Path(sys.executable).parent)]
+        programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         env = dict(os.environ) | {
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "PATH": os.pathsep.join([*programs, os.environ.get("PATH", os.defpath)]),
+            "PATH": os.pathsep.join(programs),
         }
         if env.get("PYTHONDONTWRITEBYTECODE") and not env.get("PYTHONPYCACHEPREFIX"):
             # a process starts for every message: compiling its imports again would cost seconds

@@ -1,9 +1,6 @@
 """`mh-pfedhn serve`: the host of the ServerApp, beside a SuperLink in process isolation.
 
-It is Flower's SuperExec with one difference. Flower starts `flwr-serverapp` for a run and starts it
-again when it has not come back within 30 s: on a machine so busy that imports take longer, the
-processes pile up and no run ever starts. Here Flower is imported before a run comes, and a run is a
-fork of that.
+It is Flower's SuperExec, which finds the programs beside this Python and ends with this process.
 """
 
 from __future__ import annotations
@@ -13,15 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from experiments.deploy.join import find_program
-from experiments.starter.message import SERVER
-from experiments.starter.program import Starter, install_program
 
 
 def add_serve_parser(commands: Any) -> None:
@@ -36,25 +29,20 @@ def add_serve_parser(commands: Any) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Run until stopped; returns 0 when it was told to end, else what Flower's SuperExec says."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mh-pfedhn-serve-")))
-        programs = [str(install_program(folder, SERVER)), str(Path(sys.executable).parent)]
-        path = os.pathsep.join([*programs, os.environ.get("PATH", os.defpath)])
-        env = {**os.environ, "PATH": path}
-        if sys.platform == "linux":
-            stack.enter_context(Starter(folder, env, SERVER))
-        process = subprocess.Popen(_command(args), env=env)
-        stopped = False
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    env = {**os.environ, "PATH": os.pathsep.join(programs)}
+    process = subprocess.Popen(_command(args), env=env)
+    stopped = False
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal stopped
-            stopped = True
-            process.terminate()
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        process.terminate()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        code = process.wait()
-        return 0 if stopped else code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    code = process.wait()
+    return 0 if stopped else code
 
 
 def _command(args: argparse.Namespace) -> list[str]:

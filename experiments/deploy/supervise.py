@@ -12,11 +12,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -26,7 +24,6 @@ from rich.markup import escape
 
 from experiments.deploy.join import JoinSettings
 from experiments.run.engines.processes import free_port
-from experiments.starter.program import Starter
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
 STEADY_S = 120.0
@@ -59,21 +56,13 @@ class Supervisor:
         watcher = threading.Thread(target=self._watch_model, daemon=True)
         watcher.start()
         try:
-            with self._starter():
-                return self._keep_running()
+            return self._keep_running()
         finally:
             self._stop.set()
             self._end_process()
             watcher.join(timeout=5.0)
             for number, handler in kept.items():
                 signal.signal(number, handler)
-
-    def _starter(self) -> AbstractContextManager[object]:
-        """Keep Flower imported between messages, unless nothing is to be kept."""
-        settings = self._settings
-        if not settings.warm or sys.platform != "linux":
-            return nullcontext()
-        return Starter(settings.folder, settings.environment())
 
     def _keep_running(self) -> int:
         pause = FIRST_PAUSE_S

@@ -46,7 +46,7 @@ def test_three_sites_train_over_tls_and_a_stranger_is_refused(tmp_path: Path) ->
         deployment.start_server()
         for i, (site, model) in enumerate(THREE.items()):
             deployment.register(site)
-            deployment.start_site(site, forked=True, model=model, partition_id=i, num_partitions=6)
+            deployment.start_site(site, model=model, partition_id=i, num_partitions=6)
         make_certs(tmp_path / "strangers", hosts=["127.0.0.1"], sites=["stranger"])
         (tmp_path / "strangers" / "stranger" / "ca.crt").write_bytes(
             (deployment.certs / "site-a" / "ca.crt").read_bytes()

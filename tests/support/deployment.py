@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import psutil
 from common.config import RunConfig
 from experiments.deploy.certificates import make_certs
 from experiments.run.engines.home import bytecode_cache
-from experiments.starter.program import Starter, install_program
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -52,7 +51,6 @@ class Deployment:
         self.port = free_port()
         self.entrance = self.port  # where everybody connects; a test may put a proxy there
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._starters = ExitStack()
         make_certs(self.certs, hosts=["127.0.0.1", "superlink"], sites=sites)
 
     def __enter__(self) -> Deployment:
@@ -61,7 +59,6 @@ class Deployment:
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self.processes)):
             self.kill(name)
-        self._starters.close()
 
     # --- processes -------------------------------------------------------------------------------
 
@@ -89,13 +86,8 @@ class Deployment:
         public = self.certs / "server" / "supernodes" / f"{site}.pub"
         self.flwr("supernode", "register", str(public), CONNECTION, "--name", site)
 
-    def start_site(
-        self, site: str, *, key: str = "", forked: bool = False, **declared: Any
-    ) -> None:
-        """Start a SuperNode; `declared` is its node config, with underscores.
-
-        With `forked` its messages start as those of `join` do, in a fraction of the time.
-        """
+    def start_site(self, site: str, *, key: str = "", **declared: Any) -> None:
+        """Start a SuperNode; `declared` is its node config, with underscores."""
         own = self.certs / (key or site)
         config = {"client-id": site, "state-dir": str(self.folder / "state"), "device": "cpu"}
         config |= {name.replace("_", "-"): value for name, value in declared.items()}
@@ -106,14 +98,7 @@ class Deployment:
             f"--root-certificates {own}/ca.crt --auth-supernode-private-key {own}/supernode",
             f"--host 127.0.0.1 --port {free_port()}",
             last=["--node-config", " ".join(words)],
-            programs=self._start_starter(site) if forked else None,
         )
-
-    def _start_starter(self, site: str) -> Path:
-        own = self.folder / f"{site}-starter"
-        own.mkdir()
-        self._starters.enter_context(Starter(own, self.environment(site)))
-        return install_program(own)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Signal a process and everything it started, in its session or in one of their own."""
@@ -189,21 +174,12 @@ class Deployment:
 
     # --- how -------------------------------------------------------------------------------------
 
-    def _start(
-        self,
-        name: str,
-        *parts: str,
-        last: list[str] | None = None,
-        programs: Path | None = None,
-    ) -> None:
+    def _start(self, name: str, *parts: str, last: list[str] | None = None) -> None:
         words = [*" ".join(parts).split(), *(last or [])]
-        env = self.environment(name)
-        if programs is not None:
-            env["PATH"] = os.pathsep.join([str(programs), env["PATH"]])
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [BIN / words[0], *words[1:]],
-                env=env,
+                env=self.environment(name),
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,

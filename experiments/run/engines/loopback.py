@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from common.config import RunConfig
 from common.errors import RunError
@@ -21,11 +20,8 @@ from experiments.run.engines import processes
 from experiments.run.engines.home import child_environment, stage_app
 from experiments.run.engines.ray import parse_status
 from experiments.run.presets import to_toml
-from experiments.starter.program import Starter, install_program
 
 CONNECTION = "loopback"
-MessageStart = Literal["plain", "lean", "forked"]
-"""Flower's own program; the same with fewer imports; forked from a process that has them."""
 START_TIMEOUT_S = 120.0
 
 
@@ -45,7 +41,6 @@ class Loopback:
         self.port = processes.free_port()
         self._extra_env = dict(extra_env or {})
         self._started: list[processes.Process] = []
-        self._starters = ExitStack()
 
     def __enter__(self) -> Self:
         home = self.folder / "home"
@@ -74,18 +69,13 @@ class Loopback:
     ) -> None:
         self._clean_up()
 
-    def start_node(
-        self, name: str, node_config: Mapping[str, Any], *, start: MessageStart = "plain"
-    ) -> processes.Process:
-        """Start a SuperNode with its own FLWR_HOME; its messages start as `start` says."""
+    def start_node(self, name: str, node_config: Mapping[str, Any]) -> processes.Process:
+        """Start a SuperNode with its own FLWR_HOME."""
         settings = self.folder / f"{name}.toml"
         settings.write_text(to_toml(node_config))
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--host", "127.0.0.1", "--port", str(processes.free_port())]
-        programs = None if start == "plain" else install_program(self.folder / name)
-        if start == "forked":
-            self._starters.enter_context(Starter(self.folder / name, self.environment(name)))
-        return self.start(name, [*command, "--node-config", str(settings)], programs=programs)
+        return self.start(name, [*command, "--node-config", str(settings)])
 
     def run(self, config: RunConfig, *, timeout_s: float = 600.0) -> None:
         """Run a federation to its end.
@@ -112,16 +102,11 @@ class Loopback:
         command = ["flwr", "run", str(self.folder / "app"), CONNECTION, "--stream"]
         return self.start("run", [*command, "--run-config", str(overrides)], home="home")
 
-    def start(
-        self, name: str, command: list[str], *, home: str = "", programs: Path | None = None
-    ) -> processes.Process:
+    def start(self, name: str, command: list[str], *, home: str = "") -> processes.Process:
         """Start one of Flower's programs with FLWR_HOME = folder/name, output in name.log."""
-        env = self.environment(home or name)
-        if programs is not None:
-            env["PATH"] = os.pathsep.join([str(programs), env["PATH"]])
         process = processes.start(
             [find_program(command[0]), *command[1:]],
-            env=env,
+            env=self.environment(home or name),
             log=self.log(name),
             cwd=self.folder,
         )
@@ -150,6 +135,5 @@ class Loopback:
 
     def _clean_up(self) -> None:
         processes.stop_marked(str(self.folder))
-        self._starters.close()
         for process in self._started:
             process.wait(timeout=10.0)

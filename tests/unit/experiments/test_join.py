@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,8 @@ def test_the_environment_is_the_participants_own(tmp_path: Path) -> None:
     assert env["FLWR_HOME"] == str(own.folder / "flwr")
     assert env["FLWR_TELEMETRY_ENABLED"] == "0"
     assert env["PYTHONPATH"].split(os.pathsep)[-1] == str(tmp_path)
-    assert env["PATH"].split(os.pathsep)[0] == str(own.folder / "bin")
+    assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert settings(tmp_path).environment().get("PYTHONPATH") == os.environ.get("PYTHONPATH")
-
-
-def test_nothing_stays_between_messages_without_the_warm_worker(tmp_path: Path) -> None:
-    assert settings(tmp_path).warm
-    assert not settings(tmp_path, **{"warm-worker": "off"}).warm
 
 
 def test_two_joins_in_one_folder_are_refused(tmp_path: Path) -> None:
