@@ -8,14 +8,15 @@ from typing import Any
 
 from common.errors import ConfigError
 
-PARTS = ("server", "client", "batched", "wire", "round", "runtime", "memory", "growth")
+USUAL = ("server", "client", "batched", "wire", "round", "runtime", "memory", "growth")
+PARTS = (*USUAL, "worker", "straggler")
 
 
 def add_bench_parser(commands: Any) -> None:
     """Add `bench` to the command line."""
     command = commands.add_parser("bench", help="measure this machine (needs a checkout)")
     command.add_argument("--quick", action="store_true", help="toy sizes: does it run at all?")
-    command.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
+    command.add_argument("--parts", default=",".join(USUAL), help="some of " + ", ".join(PARTS))
     command.add_argument("--data-dir", metavar="DIR", help="CIFAR-100; else synthetic pictures")
     command.add_argument("--clients", type=int, default=50, metavar="N", help="of a full round")
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="of short timings")

@@ -1,8 +1,12 @@
-"""Part (b): one local step of a client, this project's data path against a DataLoader."""
+"""Client: one local step against a plain DataLoader script, and batched training of many clients.
+
+Batched training (`client_app.training.batched`) is made for GPUs, where a step of one small model
+leaves most of the chip idle; on a CPU the grouped kernels are the slower ones.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,16 +14,39 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
+from client_app.training.batched import Member, train_cohort
 from client_app.training.loop import evaluate, train
 from common.config import TrainingSection
 from common.parameters import FlatModel
-from experiments.benchmarks.clear import moved, reference, train_loader
-from experiments.benchmarks.machine import Machine
+from experiments.benchmarks.clear import BATCH, CLIP_NORM, moved, reference, train_loader
+from experiments.benchmarks.measuring import Machine, Row, attempt, devices, take_turns
 from experiments.benchmarks.synthetic import NUM_CLASSES
-from experiments.benchmarks.timing import take_turns
+
+build = partial(build_model, in_channels=3, num_classes=NUM_CLASSES)
 
 
-def random_client(num_train: int, num_test: int, device: torch.device | str = "cpu") -> ClientData:
+def client_part(names: tuple[str, ...], machine: Machine, repeats: int) -> Row:
+    """Time a step of each model on every device; the figures of the CNN on the CPU come first."""
+    models = {
+        f"{name}/{device}": attempt(client_step, name, device, machine, repeats)
+        for device in devices()
+        for name in names
+    }
+    keys = ("step_seconds", "dataloader_step_seconds", "ratio")
+    return {k: v for k, v in models["cnn/cpu"].items() if k in keys} | {"models": models}
+
+
+def batched_part(num_clients: int, repeats: int, *, quick: bool) -> Row:
+    """Time batched training of CNN clients on every device."""
+    found = {}
+    for device in devices():
+        # Two steps a client tell enough on a CPU; a GPU gets CIFAR-100's twelve.
+        steps = 1 if quick else 12 if device == "cuda" else 2
+        found[f"cnn/{device}"] = attempt(batched_training, num_clients, steps, device, repeats)
+    return found
+
+
+def random_client(num_train: int, num_test: int, device: str = "cpu") -> ClientData:
     """Make a client with random pictures of CIFAR-100's shape."""
     generator = torch.Generator().manual_seed(0)
 
@@ -42,51 +69,86 @@ def random_client(num_train: int, num_test: int, device: torch.device | str = "c
     )
 
 
-def client_step(
-    name: str, machine: Machine, repeats: int, *, device: torch.device, steps: int = 4
-) -> dict[str, Any]:
+def client_step(name: str, device: str, machine: Machine, repeats: int, steps: int = 4) -> Row:
     """Time one step of a model at batch 64 (seconds a step), with the plain script beside it."""
-    batch, section = 64, TrainingSection()
-    data = random_client(batch * steps, batch, device)
-    model = FlatModel(build_model(name, in_channels=3, num_classes=NUM_CLASSES).to(device))
-    plain = build_model(name, in_channels=3, num_classes=NUM_CLASSES).to(device)
-    loader, algorithm = train_loader(data, batch), reference()
-    shuffle = torch.Generator().manual_seed(0)
+    section, algorithm = TrainingSection(batch_size=BATCH), reference()
+    data = random_client(BATCH * steps, BATCH, device)
+    model, plain = FlatModel(build(name).to(device)), build(name).to(device)
+    loader, shuffle = train_loader(data), torch.Generator().manual_seed(0)
 
     def script() -> None:
-        algorithm.local_training(plain, moved(loader, device), hyper=algorithm.Hyper(), clip=50.0)
+        batches = moved(loader, device)
+        algorithm.local_training(plain, batches, hyper=algorithm.Hyper(), clip=CLIP_NORM)
 
     found = take_turns(
         {
             "step": lambda: train(model, data, section, generator=shuffle),
             "dataloader_step": script,
-            "batches": lambda: [None for _ in data.batches(batch, shuffle)],
+            "batches": lambda: [None for _ in data.batches(BATCH, shuffle)],
             "dataloader_batches": lambda: [None for _ in loader],
             "test_batch": lambda: [evaluate(model, data) for _ in range(steps)],
         },
         repeats,
     )
-    result: dict[str, Any] = {
-        f"{key}_seconds": timing.best / steps for key, timing in found.items()
+    row: Row = {f"{key}_seconds": timing.best / steps for key, timing in found.items()}
+    row["ratio"] = row["dataloader_step_seconds"] / row["step_seconds"]
+    if device == "cpu":
+        row["bounds"] = machine.bound(row["step_seconds"], flops=count_flops(name, train=True))
+    return row
+
+
+def count_flops(name: str, *, train: bool) -> float:
+    """Count the operations of a batch of 64: the forward pass, when training also the backward."""
+    model = build(name).train(train)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        logits = model(torch.zeros(BATCH, 3, 32, 32))
+        if train:
+            logits.sum().backward()
+    return float(counter.get_total_flops())
+
+
+def batched_training(num_clients: int, steps: int, device: str, repeats: int) -> Row:
+    """Time one local epoch of `num_clients` CNN clients, `steps` batches of 64 each, both ways.
+
+    Returns
+    -------
+    Seconds of both, their ratio, and `difference`: the largest distance between a client's two
+    results, as a fraction of how far its training went.
+    """
+    data = random_client(BATCH * steps, BATCH, device)
+    module = build("cnn").to(device)
+    model, section = FlatModel(module), TrainingSection(batch_size=BATCH)
+    start = model.theta.detach().clone()
+    buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
+    alone: list[Tensor] = []
+    together: list[Tensor] = []
+
+    def one_by_one() -> None:
+        alone.clear()
+        for client in range(num_clients):
+            model.load(start)
+            for key, buffer in module.named_buffers():
+                buffer.copy_(buffers[key])
+            train(model, data, section, generator=torch.Generator().manual_seed(client))
+            alone.append(model.theta.detach().clone())
+
+    def batched() -> None:
+        members = [
+            Member(start, buffers, data, torch.Generator().manual_seed(client))
+            for client in range(num_clients)
+        ]
+        together[:] = [outcome.theta for outcome in train_cohort(module, members, section)]
+
+    found = take_turns({"one_by_one": one_by_one, "batched": batched}, repeats)
+    apart = [
+        float((one - other).norm() / (one - start).norm())
+        for one, other in zip(alone, together, strict=True)
+    ]
+    return {
+        "num_clients": num_clients,
+        "steps": steps,
+        "one_by_one_seconds": found["one_by_one"].best,
+        "batched_seconds": found["batched"].best,
+        "ratio": found["one_by_one"].best / found["batched"].best,
+        "difference": max(apart),
     }
-    result["ratio"] = result["dataloader_step_seconds"] / result["step_seconds"]
-    if device.type == "cpu":
-        result["bounds"] = machine.bound(result["step_seconds"], flops=step_flops(name, batch))
-    return result
-
-
-def step_flops(name: str, batch: int) -> float:
-    """Count the operations of forward and backward of one batch."""
-    model = build_model(name, in_channels=3, num_classes=NUM_CLASSES)
-    images = torch.zeros(batch, 3, 32, 32)
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return float(counter.get_total_flops())
-
-
-def forward_flops(name: str, batch: int) -> float:
-    """Count the operations of a forward pass of one batch."""
-    model = build_model(name, in_channels=3, num_classes=NUM_CLASSES).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(batch, 3, 32, 32))
-    return float(counter.get_total_flops())

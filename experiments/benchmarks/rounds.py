@@ -1,19 +1,16 @@
-"""Parts (c) and (e): whole rounds of the real apps, by engine and schedule, and their overhead.
+"""Whole rounds of the real apps, by engine and schedule, and what the engines cost by themselves.
 
 The first round of a run pays for start-up (processes, imports, decoding) and the last one for the
 final test of every client; the second of three is reported, in wall seconds and in CPU seconds of
-all processes: those hold on a machine that others use too.
-Overhead is measured with clients that exchange a CNN's parameters but have nothing to compute.
+all processes: those hold on a machine that others use too. The engines' own cost is measured with
+clients that exchange a CNN's parameters and have nothing to compute.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +26,16 @@ from client_app.models.registry import build_model
 from common.config import RunConfig
 from common.errors import RunError
 from experiments.benchmarks.clear import reference_hypernet, reference_round
+from experiments.benchmarks.client import count_flops
+from experiments.benchmarks.measuring import Machine, Row, attempt, devices
 from experiments.run.engines import processes
 from experiments.run.engines.inprocess import run_inprocess
+from experiments.run.engines.ray import RayEngine
+from experiments.run.presets import EngineSection, Preset
 from server_app.hypernet.network import Hypernetwork
 
 HERE = "experiments.benchmarks.synthetic"
+PRESETS = {"parallel": "cifar100-parallel", "sequential": "cifar100-sequential"}
 ROUNDS = 3
 STEADY = 2
 """The round that is reported."""
@@ -48,57 +50,111 @@ class Workload:
     folder: Path
     quick: bool = False
 
-    def config(self, name: str, **settings: Any) -> RunConfig:
-        """Return the run config of one measured run; `settings` have underscores."""
-        real = {"dataset": "cifar100", "data-dir": self.data_dir, "partition": "pathological"}
-        made = {"dataset": f"{HERE}:{'handful_' * self.quick}pictures", "partition": "iid"}
+    def config(self, name: str, schedule: str = "parallel", **settings: Any) -> RunConfig:
+        """Return the config of one measured run: a preset's, and `settings` with underscores."""
+        preset = Preset.load(PRESETS[schedule]).with_engine({"num-clients": self.num_clients})
         flat: dict[str, Any] = {
-            "method": "mh-pfedhn",
-            "models": "cnn",
             "rounds": ROUNDS,
-            "num-partitions": self.num_clients,
             "min-client-examples": 4,
             "min-clients": self.num_clients,
-            "max-in-flight": 0,
-            "buffer-size": 0,
             "checkpoint-every": ROUNDS,
+            "data-dir": self.data_dir,
             "cache-dir": str(self.folder / "cache"),
             "output-dir": str(self.folder / name),
             "device": "cpu",
-            **(real if self.data_dir else made),
-            **({"hidden-dim": 8, "embed-dim": 8} if self.quick else {}),
         }
+        if not self.data_dir:
+            pictures = f"{HERE}:{'handful_' if self.quick else ''}pictures"
+            flat |= {"dataset": pictures, "partition": "iid"}
+        if self.quick:
+            flat |= {"hidden-dim": 8, "embed-dim": 8}
         flat |= {key.replace("_", "-"): value for key, value in settings.items()}
-        return RunConfig.parse(flat)
+        return preset.with_config(flat).config
+
+    def idle(self, name: str, **settings: Any) -> RunConfig:
+        """Return the config of clients that do nothing but exchange vectors."""
+        dataset = f"{HERE}:{'handful' if self.quick else 'few'}_pictures"
+        idle = {"models": f"{HERE}:idle_model", "dataset": dataset, "partition": "iid"}
+        return self.config(name, **idle, data_dir="", batch_size=1024, **settings)
 
 
-SCHEDULES: dict[str, dict[str, Any]] = {
-    # as in the preset cifar100-parallel
-    "parallel": {
-        "max_in_flight": 0,
-        "buffer_size": 0,
-        "server_rule": "least-squares",
-        "head_init": "shared",
-        "embedding_std": 1.0,
-        "shared_gain": 2.0,
-        "server_lr": 0.0,
-        "embedding_lr": 0.0,
-        "evaluation": "fused",
-    },
-    # as published
-    "sequential": {"max_in_flight": 1, "buffer_size": 1},
-}
+def round_part(work: Workload, machine: Machine) -> Row:
+    """Measure a full round by engine and schedule, and the clear sequential implementation.
+
+    The latter comes first: the in-process engine tunes this process's memory allocator. Where there
+    is a GPU, the rows with "gpu" use it for clients and server, and the others the CPU alone.
+    """
+    rows = {"reference": attempt(reference, work)}
+    if "cuda" in devices():
+        gpu = {"device": "cuda", "server_device": "cuda"}
+        rows["reference-gpu"] = attempt(reference, work, "cuda")
+        rows["batched-gpu"] = attempt(batched, work, work.config("batched-gpu", **gpu))
+        config = work.config("inprocess-gpu", **gpu)
+        rows["inprocess-gpu"] = attempt(partial(inprocess, workers=1), work, config)
+    for schedule in PRESETS:
+        name = f"inprocess-{schedule}"
+        rows[name] = attempt(inprocess, work, work.config(name, schedule))
+        if not work.quick:
+            name = f"ray-{schedule}"
+            rows[name] = attempt(ray, work, work.config(name, schedule))
+    result: Row = {
+        "num_clients": work.num_clients,
+        "data": "cifar100" if work.data_dir else "synthetic",
+        "runs": rows,
+    }
+    for name, run, against in (
+        ("reference", "reference", ""),
+        ("ray", "ray-parallel", "reference"),
+        ("inprocess", "inprocess-parallel", "reference"),
+        ("gpu_reference", "reference-gpu", ""),
+        ("gpu_batched", "batched-gpu", "gpu_reference"),
+    ):
+        row = rows.get(run, {})
+        seconds, cpu = row.get("seconds_round", row.get("total")), row.get("cpu_seconds")
+        result |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu}
+        if against and seconds and result[f"{against}_seconds"]:
+            result[f"{name}_ratio"] = result[f"{against}_seconds"] / seconds
+    if not work.quick and result["inprocess_seconds"]:
+        flops = 0.75 * count_flops("cnn", train=True) + 0.25 * count_flops("cnn", train=False)
+        result["bounds"] = machine.bound(result["inprocess_seconds"], flops=50_000 / 64 * flops)
+    return result
 
 
-def inprocess(work: Workload, config: RunConfig, **options: Any) -> dict[str, float]:
+def runtime_part(work: Workload) -> Row:
+    """Measure rounds of idle clients: what the engines cost by themselves, in seconds a round."""
+    found = {"inprocess": attempt(inprocess, work, work.idle("idle"))}
+    if not work.quick:
+        found["ray"] = attempt(ray, work, work.idle("idle-ray"))
+    for row in found.values():
+        if "seconds_round" in row:
+            row["idle_seconds"] = row["seconds_round"] - row["seconds_server"]
+        if "cpu_seconds" in row:
+            row["idle_cpu_seconds"] = row["cpu_seconds"] - row["seconds_server"]
+    return {"engines": found, "bounded_by": "process start, message store, polling"}
+
+
+def overhead(idle: Row, full: Row) -> Row:
+    """Return the share of a full parallel round that an idle round's runtime makes up."""
+    found: Row = {}
+    for engine in ("ray", "inprocess"):
+        row = idle["engines"].get(engine, {})
+        for kind in ("", "cpu_"):
+            cost, total = row.get(f"idle_{kind}seconds"), full.get(f"{engine}_{kind}seconds")
+            if cost is not None and total:
+                found.setdefault(f"overhead_{kind}fraction", cost / total)
+                found.setdefault("overhead_engine", engine)
+    return found
+
+
+def inprocess(work: Workload, config: RunConfig, **options: Any) -> Row:
     """Run on the in-process engine; return the steady round's row."""
     folder = Path(config.run.output_dir)
-    with _quiet(), _cpu_by_round(folder, time.process_time) as cpu:
+    with by_round(folder, time.process_time) as used:
         together = run_inprocess(config, num_clients=work.num_clients, **options)
-    return steady_row(folder) | cpu | {"num_together": together}
+    return _steady(folder, used) | {"num_together": together}
 
 
-def batched(work: Workload, config: RunConfig) -> dict[str, float]:
+def batched(work: Workload, config: RunConfig) -> Row:
     """Run on the in-process engine, all clients of one architecture trained in one batched call.
 
     Raises
@@ -107,41 +163,32 @@ def batched(work: Workload, config: RunConfig) -> dict[str, float]:
         Some were trained one by one after all: that would be another figure.
     """
     row = inprocess(work, config, batched_clients=work.num_clients)
-    asked = work.num_clients * ROUNDS
-    if row["num_together"] < asked:
+    expected = work.num_clients * ROUNDS
+    if row["num_together"] < expected:
         raise RunError(
-            f"{row['num_together']:.0f} of {asked} trainings were batched; the warnings above say "
+            f"{row['num_together']} of {expected} trainings were batched; the warnings above say "
             "why the others were not (memory of the device?)."
         )
     return row
 
 
-def ray(work: Workload, config: RunConfig) -> dict[str, float]:
+def ray(work: Workload, config: RunConfig) -> Row:
     """Run on Flower's simulation engine; return the steady round's row."""
-    engines = importlib.import_module("experiments.run.engines.ray")
-    presets = importlib.import_module("experiments.run.presets")
-    section = presets.EngineSection(name="ray", num_clients=work.num_clients)
-    root = str(Path(__file__).resolve().parents[2])
+    section = EngineSection(name="ray", num_clients=work.num_clients)
     folder = Path(config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    root = str(Path(__file__).resolve().parents[2])
     environment = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    with engines.RayEngine(section, log=folder / "run.log", extra_env=environment) as engine:
-        used = partial(processes.cpu_seconds, engine.environment[processes.MARK])
-        with _cpu_by_round(folder, used) as cpu:
+    with RayEngine(section, log=folder / "run.log", extra_env=environment) as engine:
+        mark = engine.environment[processes.MARK]
+        with by_round(folder, partial(processes.cpu_seconds, mark)) as used:
             engine.run(config)
-    return steady_row(folder) | cpu
+    return _steady(folder, used)
 
 
-def steady_row(folder: Path) -> dict[str, float]:
-    """Return the row of the round that is reported."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    row: dict[str, float] = json.loads(lines[STEADY - 1])
-    return row
-
-
-def reference(work: Workload, device: str = "cpu") -> dict[str, float]:
+def reference(work: Workload, device: str = "cpu") -> Row:
     """Run one round of the clear sequential implementation on the same partitions."""
-    config = work.config("reference")
+    config = work.config("reference", "sequential")
     clients = {
         str(i): load_client_data(
             config.client, partition_id=i, seed=config.run.seed, device=torch.device("cpu")
@@ -149,63 +196,34 @@ def reference(work: Workload, device: str = "cpu") -> dict[str, float]:
         for i in range(work.num_clients)
     }
     first = clients["0"]
-    if device != "cpu":
-        _warm_up(device)
-    build = partial(_build_on, device, in_channels=first.in_channels, num_classes=first.num_classes)
+
+    def build() -> nn.Module:
+        sizes = {"in_channels": first.in_channels, "num_classes": first.num_classes}
+        return build_model("cnn", **sizes).to(device)
+
+    if device != "cpu":  # load the device's libraries before a clock starts
+        pixels = first.train_images[:2].float().to(device)
+        build()(pixels).sum().backward()
     hypernet = Hypernetwork(config.hypernet, seed=config.run.seed)
-    size = sum(p.numel() for p in build().parameters())
     for client_id in clients:
-        hypernet.add_client(client_id, size)
+        hypernet.add_client(client_id, sum(p.numel() for p in build().parameters()))
     return reference_round(reference_hypernet(hypernet, device), clients, build, device)
 
 
-def _warm_up(device: str) -> None:
-    """Load the device's libraries before a clock starts: one convolution and product each way."""
-    layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(4)).to(device)
-    layer(torch.ones(2, 3, 8, 8, device=device)).sum().backward()
-    torch.cuda.synchronize()
-
-
-def _build_on(device: str, *, in_channels: int, num_classes: int) -> nn.Module:
-    return build_model("cnn", in_channels=in_channels, num_classes=num_classes).to(device)
-
-
-def idle_config(work: Workload, name: str) -> RunConfig:
-    """Return the config of clients that do nothing but exchange vectors."""
-    dataset = f"{HERE}:{'handful' if work.quick else 'few'}_pictures"
-    settings = {"models": f"{HERE}:idle_model", "dataset": dataset, "data_dir": ""}
-    settings |= SCHEDULES["parallel"]
-    return work.config(name, partition="iid", batch_size=1024, **settings)
-
-
-def attempt(measure: Any, *arguments: Any) -> dict[str, Any]:
-    """Run a measurement; one that fails is reported as such, the others go on."""
-    started = time.monotonic()
-    try:
-        row: dict[str, Any] = dict(measure(*arguments))
-    except Exception as error:  # the bench's edge: an engine may be absent or not start here
-        row = {
-            "skipped": f"{type(error).__name__}: {str(error)[:300]}",
-            "failed": True,
-            "traceback": traceback.format_exc()[-4000:],
-        }
-    return row | {"seconds_measuring": time.monotonic() - started}
-
-
 @contextmanager
-def _cpu_by_round(folder: Path, used: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Fill in `cpu_seconds` of the steady round: used between two lines of metrics.jsonl."""
-    found: dict[str, float] = {}
-    seen, stop = [0.0], threading.Event()
-    metrics = folder / "metrics.jsonl"
+def by_round(
+    folder: Path, probe: Callable[[], Any], *, every_s: float = 0.05
+) -> Iterator[list[Any]]:
+    """Fill a list with what `probe` returns at the start and whenever a round has ended."""
+    found, stop, metrics = [probe()], threading.Event(), folder / "metrics.jsonl"
 
     def watch() -> None:
-        while not stop.wait(0.05):
+        last = False
+        while not last:
+            last = stop.wait(every_s)
             lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            if lines > len(seen) - 1:
-                seen.append(used())
-                if len(seen) == STEADY + 1:
-                    found["cpu_seconds"] = seen[-1] - seen[-2]
+            if lines > len(found) - 1:
+                found.extend([probe()] * (lines - len(found) + 1))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -216,13 +234,8 @@ def _cpu_by_round(folder: Path, used: Callable[[], float]) -> Iterator[dict[str,
         watcher.join()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep log lines of the runs out of the table."""
-    logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def _steady(folder: Path, used: list[float]) -> Row:
+    """Return the row of the round that is reported, with the CPU seconds that it took."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    row: Row = json.loads(lines[STEADY - 1])
+    return row | {"cpu_seconds": used[STEADY] - used[STEADY - 1]}

@@ -1,159 +1,59 @@
-"""Measure what the warm worker saves: `python -m experiments.benchmarks.worker`.
+"""Worker: what the process saves that keeps torch, data and model loaded between messages.
 
-A real SuperLink and three real SuperNodes on loopback train the published CNN on digits: the
-deployment that `mh-pfedhn join` makes with `warm-worker` off and on, and nothing else differs. The
-two take turns, so that a busy machine hits both alike. Times of rounds are what the server wrote
-into metrics.jsonl. The first round of a run is shown apart: it contains the registration and, with
-the worker, its start.
+A real SuperLink and three real SuperNodes on loopback train the CNN on digits: the deployment that
+`mh-pfedhn join` makes, with `warm-worker` off and on. The two take turns, so that a busy machine
+hits both alike. The first round of a run is kept apart: it holds the registration and, with the
+worker, its start.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal, get_args
 
-from rich.console import Console
-from rich.table import Table
-
-from common.config import RunConfig
+from experiments.benchmarks.measuring import Row
 from experiments.run.engines.loopback import Loopback
+from experiments.run.presets import Preset
 
-Mode = Literal["off", "on"]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is measured."""
-
-    rounds: int
-    sites: int
-    model: str
-    evaluation: str
-
-    def config(self, folder: Path) -> RunConfig:
-        """Return the run config: all sites at once, data prepared once for both ways."""
-        return RunConfig.parse(
-            {
-                "method": "mh-pfedhn",
-                "rounds": self.rounds,
-                "evaluation": self.evaluation,
-                "models": self.model,
-                "dataset": "digits",
-                "partition": "dirichlet",
-                "dirichlet-alpha": 100.0,
-                "num-partitions": self.sites,
-                "output-dir": str(folder),
-                "max-in-flight": 0,
-                "buffer-size": 0,
-                "min-clients": self.sites,
-                "server-lr": 0.001,
-                "embedding-lr": 0.001,
-            }
-        )
+SITES = 3
+TIMEOUT_S = 1800.0
 
 
-@dataclass
-class Timing:
-    """Seconds per round, as the server measured them, over all runs of one way."""
-
-    first: list[float] = field(default_factory=list)
-    later: list[float] = field(default_factory=list)
-    accuracy: float = 0.0
-
-    @property
-    def typical(self) -> float:
-        """Median over all rounds but the first of each run."""
-        return median(self.later)
-
-    def read(self, metrics: Path) -> None:
-        """Take the rounds of one run."""
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        seconds = [row["seconds_round"] for row in rows]
-        self.first.append(seconds[0])
-        self.later.extend(seconds[1:])
-        self.accuracy = rows[-1]["accuracy_micro"]
+def worker_part(folder: Path, *, repeats: int, rounds: int = 5) -> Row:
+    """Measure seconds of a round, as the server sees them, without and with the worker."""
+    runs: dict[str, list[list[float]]] = {"off": [], "on": []}
+    for i in range(repeats):
+        for mode, seconds in runs.items():
+            seconds.append(deployed_rounds(folder / f"worker-{mode}-{i}", mode, rounds))
+    found: Row = {
+        mode: {
+            "first_seconds": median(run[0] for run in seconds),
+            "round_seconds": median(s for run in seconds for s in run[1:]),
+            "seconds": seconds,
+        }
+        for mode, seconds in runs.items()
+    }
+    found["on"]["share"] = found["on"]["round_seconds"] / found["off"]["round_seconds"]
+    return found
 
 
-def run_once(bench: Bench, mode: Mode, folder: Path) -> Path:
-    """Run the deployment once; returns its metrics.jsonl."""
-    config = bench.config(folder / "run")
+def deployed_rounds(folder: Path, mode: str, rounds: int) -> list[float]:
+    """Run a deployment of three sites; return the seconds of each round."""
+    settings = {
+        "method": "mh-pfedhn",
+        "models": "cnn",
+        "evaluation": "fused",
+        "rounds": rounds,
+        "min-clients": SITES,
+        "output-dir": str(folder / "run"),
+    }
+    preset = Preset.load("quickstart").with_engine({"num-clients": SITES}).with_config(settings)
     with Loopback(folder) as loopback:
-        for i in range(bench.sites):
-            loopback.start_node(
-                f"site-{i}",
-                {
-                    "client-id": f"site-{i}",
-                    "partition-id": i,
-                    "num-partitions": bench.sites,
-                    "state-dir": str(folder / "state"),
-                    "warm-worker": mode,
-                },
-            )
-        loopback.run(config, timeout_s=1800.0)
-    return folder / "run" / "metrics.jsonl"
-
-
-def main() -> None:
-    """Measure all ways in turn and print the figures and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--sites", type=int, default=3)
-    parser.add_argument("--model", default="cnn")
-    parser.add_argument("--evaluation", choices=("separate", "fused"), default="fused")
-    parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["off", "on"])
-    args = parser.parse_args()
-    bench = Bench(max(2, args.rounds), args.sites, args.model, args.evaluation)
-    console = Console(width=110)
-    found: dict[Mode, Timing] = {mode: Timing() for mode in args.modes}
-    with tempfile.TemporaryDirectory(prefix="mh-pfedhn-bench-") as folder:
-        for i in range(args.repeat):
-            for mode, timing in found.items():
-                before = os.getloadavg()[0]
-                timing.read(run_once(bench, mode, Path(folder) / f"{mode}-{i}"))
-                console.print(
-                    f"{mode}: {timing.typical:.2f} s a round; load before {before:.1f}",
-                    highlight=False,
-                )
-    console.print(_table(bench, found))
-    if {"on", "off"} <= found.keys():
-        ratio = found["on"].typical / found["off"].typical
-        console.print(f"on / off: {ratio:.2f} (wanted: at most 0.5)", highlight=False)
-    console.print(
-        f"{os.cpu_count()} CPUs, of which this may use {len(os.sched_getaffinity(0))}; "
-        f"load average now {os.getloadavg()[0]:.1f}",
-        highlight=False,
-    )
-
-
-def _table(bench: Bench, found: dict[Mode, Timing]) -> Table:
-    table = Table(
-        title=f"{bench.sites} sites, {bench.model}, digits, evaluation {bench.evaluation}"
-    )
-    for column in (
-        "warm worker",
-        "round, median (s)",
-        "first rounds (s)",
-        "rounds (s)",
-        "accuracy",
-    ):
-        table.add_column(column)
-    for mode, timing in found.items():
-        table.add_row(
-            mode,
-            f"{timing.typical:.2f}",
-            " ".join(f"{s:.1f}" for s in timing.first),
-            " ".join(f"{s:.1f}" for s in timing.later),
-            f"{timing.accuracy:.3f}",
-        )
-    return table
-
-
-if __name__ == "__main__":
-    main()
+        for i in range(SITES):
+            node = {"client-id": f"site-{i}", "partition-id": i, "num-partitions": SITES}
+            node |= {"state-dir": str(folder / "state"), "warm-worker": mode}
+            loopback.start_node(f"site-{i}", node)
+        loopback.run(preset.config, timeout_s=TIMEOUT_S)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [float(json.loads(line)["seconds_round"]) for line in lines]

@@ -2,24 +2,21 @@
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from common.config import HypernetSection, RunConfig, ScheduleSection, UpdateSection
 from common.errors import ConfigError, RunError
 from experiments.bench import add_bench_parser
-from experiments.benchmarks.batched import batched_training
-from experiments.benchmarks.child import measure_in_child
-from experiments.benchmarks.machine import Machine
-from experiments.benchmarks.rounds import SCHEDULES, Workload, attempt, batched
-from experiments.benchmarks.server import least_bytes
-from experiments.benchmarks.suite import clear_runs, earlier, failures, overhead, server
-from experiments.run.presets import Preset
+from experiments.benchmarks.client import batched_training
+from experiments.benchmarks.measuring import Machine, attempt, in_own_process
+from experiments.benchmarks.rounds import Workload, batched, overhead
+from experiments.benchmarks.server import least_bytes, measure
+from experiments.benchmarks.suite import clear_runs, earlier, failures
+from experiments.benchmarks.tables import rows_of
 
-SERVER_KEYS = ScheduleSection.key_names() | HypernetSection.key_names() | UpdateSection.key_names()
+MACHINE = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
 
 
 def bench(*arguments: str) -> int:
@@ -58,8 +55,7 @@ def test_quick_bench_writes_the_promised_keys(
 
 
 def test_batched_clients_are_timed_on_equal_results() -> None:
-    sizes = {"num_clients": 3, "steps": 1}
-    found = batched_training("cnn", 1, **sizes, device=torch.device("cpu"))
+    found = batched_training(3, 1, "cpu", 1)
     assert found["ratio"] == found["one_by_one_seconds"] / found["batched_seconds"]
     assert 0 < found["difference"] < 1e-3
 
@@ -70,11 +66,9 @@ def test_an_unknown_part_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bound_is_the_time_of_the_scarcer_resource() -> None:
-    machine = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
-    bound = machine.bound(4.0, flops=100.0, traffic=10.0)
-    assert bound["bound_seconds"] == 2.0
-    assert bound["distance"] == 2.0
-    assert machine.bound(1.0, flops=1.0, traffic=100.0)["bounded_by"] == "memory traffic"
+    bound = MACHINE.bound(4.0, flops=100.0, traffic=10.0)
+    assert (bound["bound_seconds"], bound["distance"]) == (2.0, 2.0)
+    assert MACHINE.bound(1.0, flops=1.0, traffic=100.0)["bounded_by"] == "memory traffic"
 
 
 def test_memory_is_estimated_before_a_size_is_tried() -> None:
@@ -83,27 +77,24 @@ def test_memory_is_estimated_before_a_size_is_tried() -> None:
     assert least_bytes(10, 11_000_000, "least-squares") < 7e9 < 20e9 < least_bytes(10, 11_000_000)
 
 
-def test_the_target_row_comes_first_and_overhead_is_a_share() -> None:
-    rows = [
-        {"num_clients": 10, "num_parameters": 239_856, "ratio": 1.0},
-        {"num_clients": 50, "num_parameters": 239_856, "ratio": 2.0, "at_rest": {"ratio": 3.0}},
-    ]
-    assert (server(rows)["ratio"], server(rows)["adam_ratio"]) == (3.0, 2.0)
+def test_overhead_is_a_share_and_rows_have_names() -> None:
     idle = {"engines": {"inprocess": {"idle_seconds": 1.0}}}
     assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
     assert overhead({"engines": {}}, {}) == {}
+    size = {"num_clients": 50, "num_parameters": 239_856}
+    assert list(rows_of("server", {"server": {"sizes": [size]}})) == ["50 x 239,856"]
+    assert rows_of("server-gpu", {"server": {"sizes": [size]}}) == {}
 
 
 def test_earlier_parts_of_the_same_machine_are_kept(tmp_path: Path) -> None:
-    machine = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
     path = tmp_path / "bench.json"
-    assert earlier(path, machine, quick=False) == {}
-    path.write_text(json.dumps({"machine": machine.facts(), "quick": False, "wire": {"a": 1}}))
-    assert earlier(path, machine, quick=False)["wire"] == {"a": 1}
-    assert earlier(path, machine, quick=True) == {}
-    assert earlier(path, replace(machine, gpu="H100"), quick=False) == {}
+    assert earlier(path, MACHINE, quick=False) == {}
+    path.write_text(json.dumps({"machine": asdict(MACHINE), "quick": False, "wire": {"a": 1}}))
+    assert earlier(path, MACHINE, quick=False)["wire"] == {"a": 1}
+    assert earlier(path, MACHINE, quick=True) == {}
+    assert earlier(path, replace(MACHINE, gpu="H100"), quick=False) == {}
     path.write_text("{")
-    assert earlier(path, machine, quick=False) == {}
+    assert earlier(path, MACHINE, quick=False) == {}
 
 
 def test_what_failed_is_found_and_too_little_memory_is_no_failure(tmp_path: Path) -> None:
@@ -134,22 +125,8 @@ def test_clients_that_were_not_batched_give_no_batched_figure(
         batched(work, work.config("batched"))
 
 
-def test_the_parallel_round_has_the_settings_of_its_preset() -> None:
-    flat = Preset.load("cifar100-parallel").config.flat()
-    measured = {key.replace("_", "-"): value for key, value in SCHEDULES["parallel"].items()}
-    assert measured.items() <= flat.items()
-    own = {key for key, value in flat.items() if value != RunConfig().flat()[key]}
-    # what moves no second: the length of a run and the size of its steps
-    assert own & SERVER_KEYS - {"lr-decay", "lr-decay-from"} <= measured.keys()
-
-
-def test_a_child_that_fails_says_its_last_words() -> None:
-    row = measure_in_child(
-        "experiments.benchmarks.server", ["1", "100", "1", "1", "no-such-rule", "cpu"]
-    )
+def test_a_measurement_that_fails_in_its_own_process_says_why() -> None:
+    row = in_own_process(measure, 2, 3000, 1, "adam", "no-such-device")
     assert row["failed"]
-    assert "no-such-rule" in row["skipped"]
-    small = measure_in_child(
-        "experiments.benchmarks.server", ["2", "3000", "1", "1", "at-rest", "cpu"]
-    )
-    assert small["parallel_seconds"] > 0
+    assert "no-such-device" in row["skipped"]
+    assert in_own_process(measure, 2, 3000, 1, "at-rest", "cpu")["parallel_seconds"] > 0
