@@ -88,4 +88,4 @@ def _worker(context: Context) -> Link | None:
     if section.warm_worker == "off" or (section.warm_worker == "auto" and not useful):
         return None
     folder = state_folder(section.state_dir, node.identity)
-    return Link.open(context, Path(folder), Patience(idle_s=section.worker_idle_s))
+    return Link.open(context, Path(folder), Patience())

@@ -16,6 +16,8 @@ from server_app.transport import Answer, Letter, Ticket
 
 REGISTRATION_S = 300.0
 """A node that has not said who it is by then must not hold up the others."""
+SETTLE_S = 2.0
+"""A run starts when no node has come for so long."""
 
 
 class Admission:
@@ -42,7 +44,7 @@ class Admission:
         """
         section = self._post.config.schedule
         if not self._settled:
-            self._settle(grid, section.settle_s)
+            self._settle(grid, min(SETTLE_S, section.wait_for_clients_s))
         deadline = time.monotonic() + section.wait_for_clients_s
         while True:
             self._register(grid, server_round)

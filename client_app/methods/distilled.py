@@ -31,6 +31,10 @@ from common.seeding import stream_seed
 from common.wire import Registration
 
 AUXILIARY = "auxiliary_model"
+DISTILL_WEIGHT = 1.0
+"""FD: of the divergence from the classes' mean logits."""
+LABEL_WEIGHTS = (0.5, 0.5)
+"""FML: of the labels, for the own and for the auxiliary model; the rest is the teacher's."""
 
 
 class FD(Trainer):
@@ -49,7 +53,7 @@ class FD(Trainer):
         device = self.participant.device
         logits_CC = torch.from_numpy(received.means).to(device)
         present_C = torch.from_numpy(received.counts > 0).to(device)
-        return self.train(order, tool, fd_loss(logits_CC, present_C, self.settings.fd_weight))
+        return self.train(order, tool, fd_loss(logits_CC, present_C, DISTILL_WEIGHT))
 
     def collect(self, order: Order, tool: Tool) -> Arrays:
         """Send the mean logits of every class, after training."""
@@ -116,7 +120,7 @@ class FML(Trainer):
     def _train_both(self, order: Order, tool: Tool, auxiliary: Tool) -> Trained:
         started, section = time.monotonic(), self.training(order)
         models = (tool.model, auxiliary.model)
-        weights = (self.settings.fml_alpha, self.settings.fml_beta)
+        weights = LABEL_WEIGHTS
         optimizers = [MomentumSGD(model.theta, section) for model in models]
         for model in models:
             model.module.train()

@@ -83,16 +83,13 @@ def prototype_loss(
 ) -> Loss:
     """Make the loss: cross-entropy + weight times the distance of features to their prototypes.
 
-    "mse" is the mean over batch and entries of the squared difference, "euclid" the mean over the
-    batch of the distance. Examples of classes without a prototype add nothing.
+    The distance is the mean over batch and entries of the squared difference. Examples of classes
+    without a prototype add nothing. Differs from paper: there it is the Euclidean distance.
     """
 
     def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         gaps_BD = (tap.features - prototypes_CD[labels]) * present_C[labels, None]
-        if settings.prototype_distance == "mse":
-            distance = gaps_BD.square().mean()
-        else:
-            distance = torch.linalg.vector_norm(gaps_BD, dim=1).mean()
+        distance = gaps_BD.square().mean()
         return cross_entropy(images, logits, labels) + settings.prototype_weight * distance
 
     return loss

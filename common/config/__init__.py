@@ -59,7 +59,6 @@ class ScheduleSection(Section):
     buffer_size: int = Field(1, ge=0)
     min_clients: int = Field(1, ge=1)
     wait_for_clients_s: float = Field(300.0, ge=0)
-    settle_s: float = Field(2.0, ge=0)
     close_fraction: float = Field(1.0, gt=0, le=1)
     min_fraction: float = Field(0.5, ge=0, le=1)
     round_deadline_s: float = Field(0.0, ge=0)
@@ -75,26 +74,17 @@ class HypernetSection(Section):
     `head_init` "torch" draws weights and biases of the heads as the authors do; "shared" sets the
     weights to zero, so that all clients of a group start from one and the same model, the bias;
     "zero" sets both to zero, for clients with a `theta-offset`.
-    `head_layout` "one" shares one head among all chunks of a group
-    (`server_app.hypernet.shared_heads`).
     `head_sharing` says who shares a group (`server_app.hypernet.groups`), "chunks" as published;
-    `sharing_tolerance` is that of "tolerance"; after `sharing_round` "similarity" merges clients
-    while their mean cosine is at least `sharing_similarity`.
-    `generation_precision` is that of the products which emit theta; everything else is float32.
+    `sharing_tolerance` is that of "tolerance".
     """
 
     chunk_size: int = Field(3072, ge=1)
     embed_dim: int = Field(64, ge=1)
     hidden_dim: int = Field(128, ge=1)
-    trunk_layers: int = Field(3, ge=1)
     embedding_std: float = Field(0.002, ge=0)
     head_init: Literal["torch", "shared", "zero"] = "torch"
-    head_layout: Literal["separate", "one"] = "separate"
     head_sharing: HeadSharing = "chunks"
     sharing_tolerance: float = Field(0.25, gt=0)
-    sharing_round: int = Field(5, ge=1)
-    sharing_similarity: float = Field(0.0, ge=-1, le=1)
-    generation_precision: Literal["float32", "bfloat16"] = "float32"
     max_parameters: int = Field(12_000_000, ge=1)
 
 
@@ -108,8 +98,7 @@ class UpdateSection(Section):
     embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
     cheap (`server_app.aggregation.ledger`). -1 for `shared_momentum` or `personal_gain` means what
     fits the
-    number of clients of a head group and of rounds. An update that is s server steps old counts
-    (1 + s)^-staleness-power of a fresh one, and a step of old ones goes less far.
+    number of clients of a head group and of rounds.
     """
 
     server_rule: Literal["adam", "least-squares"] = "adam"
@@ -117,17 +106,10 @@ class UpdateSection(Section):
     shared_momentum: float = Field(BY_SIZE, lt=1)
     personal_gain: float = Field(BY_SIZE)
     kernel_damping: float = Field(1e-3, gt=0)
-    staleness_power: float = Field(0.0, ge=0)
     server_lr: float = Field(2e-4, ge=0)
     embedding_lr: float = Field(2e-4, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    server_clip_norm: float = Field(50.0, gt=0)
-    warmup_rounds: float = Field(0.0, ge=0)
     lr_decay: Literal["none", "cosine"] = "none"
     lr_decay_from: float = Field(0.0, ge=0, lt=1)
-    lr_final_fraction: float = Field(0.05, ge=0, le=1)
 
     @field_validator("shared_momentum", "personal_gain")
     @classmethod
@@ -264,7 +246,6 @@ class NodeConfig(Section):
     client_threads: int | None = Field(None, ge=0)
     state_dir: str | None = None
     warm_worker: Literal["auto", "on", "off"] | None = None
-    worker_idle_s: float | None = Field(None, gt=0)
 
     @classmethod
     def parse(cls, flat: Mapping[str, Any]) -> Self:

@@ -41,7 +41,6 @@ class ClientSection(Section):
     client_threads: int = Field(1, ge=0)
     state_dir: str = ""
     warm_worker: Literal["auto", "on", "off"] = "auto"
-    worker_idle_s: float = Field(600.0, gt=0)
 
 
 class WireSection(Section):

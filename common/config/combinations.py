@@ -9,8 +9,6 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from common.config import RunConfig
 
-MIXED_SIZES = ("padded", "tolerance")
-"""Criteria of head sharing by which clients of different numbers of chunks share."""
 ADAM = "server-rule=adam server-lr=0.003 embedding-lr=0.01 embedding-std=0.3 head-init=torch"
 """Adam with rates that learn in tens of rounds, theta-offset left out."""
 FAR = 500
@@ -73,11 +71,6 @@ def _check_rates(config: RunConfig) -> None:
             "run config: server-lr = 0 with server-rule = 'adam': no head would ever learn. "
             "Set a rate; 0 is for server-rule = 'least-squares', which moves heads without one."
         )
-    if config.hypernet.generation_precision != "float32" and not (u.server_lr or u.embedding_lr):
-        raise ConfigError(
-            "run config: generation-precision = 'bfloat16' is for heads that generate; with "
-            "server-lr = embedding-lr = 0 theta is kept as it is. Set it to 'float32'."
-        )
     if config.run.novel_only and u.embedding_lr * FAR < config.hypernet.embedding_std:
         raise ConfigError(
             f"run config: novel-only with embedding-lr = {u.embedding_lr:g}: embeddings are all "
@@ -85,43 +78,14 @@ def _check_rates(config: RunConfig) -> None:
             f"{config.hypernet.embedding_std:g} (embedding-std) apart. Set embedding-lr = 0.03 "
             "and lr-decay = 'none', say."
         )
-    if config.hypernet.head_sharing == "similarity" and not u.embedding_lr:
-        raise ConfigError(
-            "run config: head-sharing = 'similarity' splits groups by how embeddings move; with "
-            "embedding-lr = 0 the embeddings stand still. Set embedding-lr = 0.01, say."
-        )
 
 
 def _check_sharing(config: RunConfig) -> None:
-    sharing, after = config.hypernet.head_sharing, config.hypernet.sharing_round
-    if sharing == "similarity" and after >= config.run.rounds and not config.is_baseline:
+    tolerant = config.hypernet.head_sharing == "tolerance"
+    if tolerant and config.update.server_rule == "least-squares":
         raise ConfigError(
-            f"run config: head-sharing = 'similarity' splits groups after sharing-round = {after}, "
-            f"and the run ends at rounds = {config.run.rounds}: it would be 'chunks' to its end. "
-            "Set sharing-round below rounds, or head-sharing = 'chunks'."
-        )
-    if config.hypernet.head_layout == "one" and config.update.server_rule == "least-squares":
-        raise ConfigError(
-            "run config: head-layout = 'one' has one head for all chunks; server-rule = "
-            "'least-squares' solves for the head of every chunk. Set head-layout = 'separate', or "
-            f"take Adam with its own rates: --set {ADAM} theta-offset=none"
-        )
-    if sharing not in MIXED_SIZES:
-        return
-    start = f"run config: head-sharing = {sharing!r} lets clients of different sizes share heads"
-    if config.update.server_rule == "least-squares":
-        raise ConfigError(
-            f"{start}; server-rule = 'least-squares' solves for each chunk over the group's "
-            "clients and needs all of them to have it. Share by 'chunks', 'tag', 'own' or "
-            f"'similarity', or take Adam with its own rates: --set {ADAM} theta-offset=none"
-        )
-    if config.hypernet.head_layout == "one":
-        raise ConfigError(
-            f"{start}; head-layout = 'one' tells chunks by places that clients of one size have in "
-            "common. Set head-layout = 'separate'."
-        )
-    if sharing == "padded" and config.run.novel_only:
-        raise ConfigError(
-            f"{start}; with novel-only = true the one group is frozen and cannot grow for a larger "
-            "client. Share by 'chunks', or let everybody learn."
+            "run config: head-sharing = 'tolerance' lets clients of different sizes share heads; "
+            "server-rule = 'least-squares' solves for each chunk over the group's clients, needing "
+            "all of them to have it. Share by 'chunks', 'tag' or 'own', or take Adam with its own "
+            f"rates: --set {ADAM} theta-offset=none"
         )

@@ -16,7 +16,7 @@ Method = Literal[
 
 OWN_METHODS = ("mh-pfedhn", "mh-pfedhn-gd")
 
-HeadSharing = Literal["chunks", "tolerance", "tag", "own", "padded", "similarity"]
+HeadSharing = Literal["chunks", "tolerance", "tag", "own"]
 """Which clients share heads: `server_app.hypernet.groups`."""
 
 Scalar = bool | int | float | str

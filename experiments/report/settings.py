@@ -12,7 +12,7 @@ from common.config import RunConfig, TrainingSection
 INCIDENTAL = frozenset({
     "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",
     "keep-checkpoints", "message-timeout-s", "min-clients", "output-dir", "resume-from",
-    "run-name", "settle-s", "state-dir", "wait-for-clients-s", "warm-worker", "worker-idle-s",
+    "run-name", "state-dir", "wait-for-clients-s", "warm-worker",
 })  # fmt: skip
 """Keys that change no result of a run that completed."""
 

@@ -39,6 +39,10 @@ from server_app.hypernet.pulls import Pull, Pullback, global_norm
 from server_app.output.checkpoint import required_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CLIP_NORM = 50.0
+"""A longer gradient is scaled down to this norm before Adam (method.md)."""
+FINAL_FRACTION = 0.05
+"""Of rates and gains, at the end of their cosine."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,6 @@ class ServerUpdate:
         shared, embeddings = [*hypernet.trunk.parameters()], [nn.Parameter(torch.empty(0))]
         self._adam = torch.optim.Adam(
             [{"params": shared}, {"params": embeddings}],
-            betas=(section.adam_beta1, section.adam_beta2),
-            eps=section.adam_eps,
             fused=True,
         )
 
@@ -90,7 +92,7 @@ class ServerUpdate:
         updates
             At least one. Weight 0 leaves an update out.
         progress
-            Rounds done when the step is taken, fractions included; drives warm-up and decay.
+            Rounds done when the step is taken, fractions included; drives the decay.
 
         Raises
         ------
@@ -99,12 +101,10 @@ class ServerUpdate:
         ValueError
             No update with a positive weight, or a delta of the wrong size.
         """
-        fresh = _sorted(updates)
-        used = [self._aged(update) for update in fresh]
+        used = _sorted(updates)
         total = sum(update.weight for update in used)
         pulls = [Pull(u.client_id, u.delta, u.weight / total) for u in used]
-        age = total / sum(update.weight for update in fresh)
-        return self._descend(pulls, used, progress, age=age)
+        return self._descend(pulls, used, progress)
 
     def step_global(
         self, client_id: str, updates: Sequence[ClientUpdate], *, progress: float
@@ -148,22 +148,21 @@ class ServerUpdate:
     def learning_rates(self, progress: float) -> tuple[float, float]:
         """Return the rates of (heads and trunk, embeddings) after `progress` rounds.
 
-        Linear warm-up, (progress + 1) / (warmup-rounds + 1) up to 1 so that the first step counts,
-        then constant, or a cosine from 1 at lr-decay-from (a fraction of all rounds, or the end of
-        the warm-up) to lr-final-fraction at total_rounds.
+        Constant, or a cosine from 1 at lr-decay-from (a fraction of all rounds) to FINAL_FRACTION
+        at total_rounds.
         """
         factor = self._schedule_factor(progress)
         return self.section.server_lr * factor, self.section.embedding_lr * factor
 
     def _schedule_factor(self, progress: float) -> float:
         s = self.section
-        factor = min(1.0, (progress + 1) / (s.warmup_rounds + 1))
-        begin = max(s.warmup_rounds, s.lr_decay_from * self.total_rounds)
+        factor = 1.0
+        begin = s.lr_decay_from * self.total_rounds
         span = self.total_rounds - begin
         if s.lr_decay == "cosine" and span > 0:
             done = min(max((progress - begin) / span, 0.0), 1.0)
             cosine = (1 + math.cos(math.pi * done)) / 2
-            factor *= s.lr_final_fraction + (1 - s.lr_final_fraction) * cosine
+            factor = FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine
         return factor
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -210,22 +209,17 @@ class ServerUpdate:
         used: Sequence[ClientUpdate],
         progress: float,
         *,
-        age: float = 1.0,
         is_global: bool = False,
     ) -> StepDiagnostics:
-        """Gradient, clip, step; skip it when the gradient is not finite.
-
-        `age` is how much of a step of fresh updates this one is (`staleness-power`).
-        """
+        """Gradient, clip, step; skip it when the gradient is not finite."""
         self._inherit()
         moved = [pull.client_id for pull in pulls]
         before = sample_theta(self.hypernet, moved)
-        shared, own = self.learning_rates(progress)
-        rates = age * shared, age * own
-        pace = Pace(age * self._schedule_factor(progress), self.total_rounds, is_global)
+        rates = self.learning_rates(progress)
+        pace = Pace(self._schedule_factor(progress), self.total_rounds, is_global)
         pullback = self._pull_back(pulls, pace)
         norm = pullback.norm
-        scale = min(1.0, self.section.server_clip_norm / (norm + 1e-6))
+        scale = min(1.0, CLIP_NORM / (norm + 1e-6))
         applied = math.isfinite(norm)
         if applied:
             self._apply(pullback, scale, rates)
@@ -266,11 +260,6 @@ class ServerUpdate:
         heirs = self.hypernet.bank.take_heirs()
         inherit_moments(self._adam, heirs)
         self._least_squares.inherit(heirs)
-
-    def _aged(self, update: ClientUpdate) -> ClientUpdate:
-        """Weigh an update by its staleness: (1 + s)^-staleness-power."""
-        factor = (1.0 + update.staleness) ** -self.section.staleness_power
-        return replace(update, weight=update.weight * factor)
 
     def _without_frozen(self, pullback: Pullback) -> Pullback:
         """Leave the frozen parameters out of the gradient, its norm and the step."""

@@ -9,10 +9,6 @@ that group needs. All of them know counts, tags and embeddings, never an archite
   group has the heads of the largest; key "92".
 - "tag": equally many chunks and an equal tag, which the clients declare; key "79-1f0c...".
 - "own": nobody shares; key "79-<client_id>".
-- "padded": one group for all, with the heads of the largest; it grows with a larger client; "all".
-- "similarity": as "chunks" until `sharing-round`, then split
-  (`server_app.aggregation.similarity`); key "79",
-  and "79-1", "79-2", ... for the parts.
 
 Differs from paper: all but "chunks" (its appendix C.5 compares separate heads).
 """
@@ -37,8 +33,6 @@ def place(section: HypernetSection, client_id: str, chunks: int, tag: str) -> tu
     if sharing == "tolerance":
         heads = size_class(chunks, section.sharing_tolerance)
         return str(heads), heads
-    if sharing == "padded":
-        return ALL, chunks
     if sharing in ("own", "tag"):
         return f"{chunks}-{client_id if sharing == 'own' else tag}", chunks
     return str(chunks), chunks

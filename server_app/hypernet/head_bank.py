@@ -7,7 +7,7 @@ by which the optimiser hands its state on (`server_app.aggregation.inherit`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from common.config import HypernetSection
 from common.seeding import torch_generator
 from server_app.hypernet.groups import ALL, group_order, num_chunks, place
 from server_app.hypernet.heads import HeadGroup
-from server_app.hypernet.shared_heads import SharedHead
 from server_app.output.checkpoint import required_tensor
 
 
@@ -44,15 +43,12 @@ class HeadBank:
         self.groups: dict[str, HeadGroup] = {}
         self._section = section
         self._device = device
-        self._one_head = section.head_layout == "one"
         self._keys: dict[str, str] = {}
         self._heirs: list[Heir] = []
 
     def assign(self, client_id: str, chunks: int, tag: str, *, seed: int) -> None:
         """Give a client its group; make the group, or make it larger, where that is needed."""
         key, heads = place(self._section, client_id, chunks, tag)
-        if self._section.head_sharing == "similarity":
-            key = self._most_popular(key)
         self._keys[client_id] = key
         known = self.groups.get(key)
         if known is None or known.num_chunks < heads:
@@ -72,17 +68,6 @@ class HeadBank:
     def members(self, key: str) -> list[str]:
         """Return the clients of a group, sorted."""
         return sorted(client_id for client_id, own in self._keys.items() if own == key)
-
-    def split(self, key: str, parts: Sequence[Iterable[str]]) -> None:
-        """Leave the first part of a group's clients where they are; give the others a copy each."""
-        group = self.groups[key]
-        for number, clients in enumerate(parts[1:], 1):
-            new_key = f"{key}-{number}"
-            weight, bias = group.weight.detach().clone(), group.bias.detach().clone()
-            copy = self._make(weight, bias, group.num_chunks)
-            self.groups[new_key] = copy
-            self._heirs.append(Heir(key, new_key, group, copy))
-            self._keys |= dict.fromkeys(clients, new_key)
 
     def take_heirs(self) -> list[Heir]:
         """Return, once, the groups that go on from another."""
@@ -110,21 +95,15 @@ class HeadBank:
         s = self._section
         for key in map(str, meta["groups"]):
             chunks = int(meta["heads"][key] if "heads" in meta else key)
-            heads = 1 if self._one_head else chunks
-            shape = (heads, s.hidden_dim, s.chunk_size)
+            shape = (chunks, s.hidden_dim, s.chunk_size)
             weight = required_tensor(tensors, f"heads.{key}.weight", shape)
-            bias = required_tensor(tensors, f"heads.{key}.bias", (heads, s.chunk_size))
+            bias = required_tensor(tensors, f"heads.{key}.bias", (chunks, s.chunk_size))
             own_weight = weight.detach().to(device=self._device, copy=True)
             own_bias = bias.detach().to(device=self._device, copy=True)
             self.groups[key] = self._make(own_weight, own_bias, chunks)
         self._keys = meta.get("keys") or {
             client_id: str(num_chunks(size, s.chunk_size)) for client_id, size in meta["clients"]
         }
-
-    def _most_popular(self, key: str) -> str:
-        """Return the largest part of a split group: nothing is known of a new client yet."""
-        parts = [k for k in self.groups if k == key or k.startswith(f"{key}-")]
-        return min(parts, key=lambda k: (-len(self.members(k)), group_order(k)), default=key)
 
     def _draw(self, key: str, heads: int, seed: int) -> HeadGroup:
         """Make a head group; what it starts from depends on the seed and its key alone."""
@@ -144,8 +123,7 @@ class HeadBank:
         return group
 
     def _draw_heads(self, heads: int, seed: int, purpose: str) -> HeadGroup:
-        draw = SharedHead.draw_one if self._one_head else HeadGroup.draw
-        return draw(
+        return HeadGroup.draw(
             num_chunks=heads,
             chunk_size=self._section.chunk_size,
             hidden_dim=self._section.hidden_dim,
@@ -160,4 +138,4 @@ class HeadBank:
         self._heirs.append(Heir(key, key, old, new))
 
     def _make(self, weight: Tensor, bias: Tensor, chunks: int) -> HeadGroup:
-        return SharedHead(weight, bias, chunks) if self._one_head else HeadGroup(weight, bias)
+        return HeadGroup(weight, bias)

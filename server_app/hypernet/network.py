@@ -29,7 +29,6 @@ from server_app.hypernet.heads import HeadGroup, HeadPullback
 from server_app.hypernet.memory import Scratch
 from server_app.hypernet.parts import Part, parts_of, spread_rows, stack_rows
 from server_app.hypernet.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
-from server_app.hypernet.shared_heads import place_rows
 from server_app.hypernet.trunk import draw_trunk
 from server_app.output.checkpoint import require_same, required_tensor
 
@@ -37,7 +36,7 @@ HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
 """Moves the heads of one group and returns what the trunk is to learn from."""
 
 SHAPE_KEYS = (
-    "chunk-size", "embed-dim", "hidden-dim", "trunk-layers", "head-layout", "head-sharing",
+    "chunk-size", "embed-dim", "hidden-dim", "head-sharing",
 )  # fmt: skip
 
 
@@ -49,7 +48,7 @@ class Hypernetwork:
 
     Attributes
     ----------
-    trunk : Linear(E, H), ReLU, then Linear(H, H), ReLU as often as `trunk_layers` says.
+    trunk : Linear(E, H), ReLU, then Linear(H, H), ReLU twice.
     bank : head groups by key, and who uses which.
     embeddings : v_i (C_i, E) by client_id.
     """
@@ -69,8 +68,6 @@ class Hypernetwork:
         self.embeddings: dict[str, nn.Parameter] = {}
         self._sizes: dict[str, int] = {}
         self._scratch = Scratch(self.device)
-        self._short = section.generation_precision == "bfloat16"
-        self._one_head = section.head_layout == "one"
 
     def add_client(self, client_id: str, num_parameters: int, *, tag: str = "") -> None:
         """Give a client an embedding and a head group, an old or a new one.
@@ -99,17 +96,11 @@ class Hypernetwork:
         self.embeddings[client_id] = nn.Parameter(self._start(client_id).to(self.device))
         self.bank.assign(client_id, self.num_chunks(client_id), tag, seed=self.seed)
 
-    def movement(self, client_id: str) -> Tensor:
-        """Return how far training moved a client's embedding from its start (C, E)."""
-        return self.embeddings[client_id].detach() - self._start(client_id).to(self.device)
-
     def _start(self, client_id: str) -> Tensor:
         """Draw the rows (C, E) that a client's embedding starts from."""
         shape = (self.num_chunks(client_id), self.section.embed_dim)
         generator = torch_generator(self.seed, "embedding", client_id=client_id)
         rows = torch.randn(*shape, generator=generator) * self.section.embedding_std
-        if self._one_head:
-            rows += place_rows(*shape, torch_generator(self.seed, "places"))
         return rows
 
     def remove_client(self, client_id: str) -> None:
@@ -174,9 +165,7 @@ class Hypernetwork:
             features_RH = self.trunk(stack_rows(parts, self.embeddings))
             for part in parts:
                 sizes = [self._sizes[client_id] for client_id in part.client_ids]
-                emitted = part.group.forward(
-                    part.chunk_major(features_RH), sizes, bfloat16=self._short
-                )
+                emitted = part.group.forward(part.chunk_major(features_RH), sizes)
                 thetas |= zip(part.client_ids, emitted, strict=True)
         return {client_id: thetas[client_id] for client_id in client_ids}
 
@@ -313,9 +302,7 @@ class Hypernetwork:
                 "a state is loaded into an empty hypernetwork; this one has clients "
                 f"{listing(self._sizes)}. Make a new one."
             )
-        older = {"head-layout": "separate", "head-sharing": "chunks"}  # these do not say
-        saved = older | meta["section"]
-        require_same(saved, self.section.flat(), SHAPE_KEYS)
+        require_same(meta["section"], self.section.flat(), SHAPE_KEYS)
         self.seed = int(meta["seed"])
         s = self.section
         for name, parameter in self.trunk.named_parameters():

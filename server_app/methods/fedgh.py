@@ -17,6 +17,9 @@ from server_app.clients import Client
 from server_app.methods.baseline_base import Upload
 from server_app.methods.lgfedavg import SharedHead
 
+EPOCHS = 1
+"""The server's passes over the received means in a round."""
+
 
 class FedGH(SharedHead[ClassMeans]):
     """Own features; a head trained by plain SGD on what the clients' classes look like."""
@@ -28,12 +31,12 @@ class FedGH(SharedHead[ClassMeans]):
         return upload
 
     def fold(self, uploads: Sequence[Upload[ClassMeans]], server_round: int) -> None:
-        """Train the head for `fedgh-epochs` passes over all received means."""
+        """Train the head for EPOCHS passes over all received means."""
         features_ND, labels_N = stacked([u.content for u in uploads])  # noqa: N806
         section = self.config.baseline
         head = torch.from_numpy(self.current(uploads[0].client).copy()).requires_grad_()
         generator = torch_generator(self.config.run.seed, "fedgh", server_round=server_round)
-        for _ in range(section.fedgh_epochs):
+        for _ in range(EPOCHS):
             for rows in batches(len(labels_N), self.config.training.batch_size, generator):
                 loss = functional.cross_entropy(logits(head, features_ND[rows]), labels_N[rows])
                 (gradient,) = torch.autograd.grad(loss, head)

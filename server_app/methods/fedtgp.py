@@ -26,6 +26,10 @@ from server_app.methods.fedproto import FedProto, renewed
 from server_app.output.checkpoint import required_tensor
 
 SHAPES = ("points", "weight1", "bias1", "weight2", "bias2")
+EPOCHS = 100
+"""The server's passes over the received means in a round."""
+LARGEST_MARGIN = 100.0
+"""Between prototypes, in units of the features."""
 
 
 class FedTGP(FedProto):
@@ -60,13 +64,13 @@ class FedTGP(FedProto):
         contents: Sequence[ClassMeans],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Take `fedtgp-epochs` passes of plain SGD over the received means."""
+        """Take EPOCHS passes of plain SGD over the received means."""
         section, size = self.config.baseline, self.config.training.batch_size
-        margin = adaptive_margin(pool(contents), section.fedtgp_margin)
+        margin = adaptive_margin(pool(contents), LARGEST_MARGIN)
         features_ND, labels_N = stacked(contents)
         values = {name: x.clone().requires_grad_() for name, x in learned.items()}
         optimizer = torch.optim.SGD(values.values(), lr=section.baseline_server_lr)
-        for _ in range(section.fedtgp_epochs):
+        for _ in range(EPOCHS):
             for rows in batches(len(labels_N), size, generator):
                 loss = contrast(features_ND[rows], labels_N[rows], generated(values), margin)
                 optimizer.zero_grad()

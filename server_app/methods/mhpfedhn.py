@@ -16,7 +16,6 @@ from common import wire
 from common.errors import RunError, WireError
 from common.log import logger
 from common.wire import Evaluation, Registration
-from server_app.aggregation.similarity import split_groups
 from server_app.clients import GLOBAL_ID, Client
 from server_app.hypernet.groups import group_order
 from server_app.methods.phases import Core, GlobalPhase, PersonalPhase, fold_global, theta_letters
@@ -99,16 +98,9 @@ class MHpFedHN:
         return PersonalPhase(self._core, roster, tally, theta)
 
     def close_round(self, server_round: int, tally: RoundTally) -> None:
-        """Fused GD: one server step for w_g, from the deltas that came with the personal ones.
-
-        With head sharing by similarity, head groups are split after the round set for it.
-        """
-        hypernet, run = self._core.config.hypernet, self._core.config.run
+        """Fused GD: one server step for w_g, from the deltas that came with the personal ones."""
         if self._core.trains_global and self._core.config.distill.gd_mode == "fused":
             fold_global(self._core, tally, progress=float(server_round))
-        due = hypernet.head_sharing == "similarity" and server_round == hypernet.sharing_round
-        if due and not run.novel_only:
-            split_groups(self._core.hypernet, hypernet.sharing_similarity)
 
     def letters(self, roster: Roster, message_type: str) -> Iterator[Letter]:
         """Generate fresh weights for evaluation or finish: no local fine-tuning comes between."""

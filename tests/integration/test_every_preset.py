@@ -52,11 +52,8 @@ def small(config: RunConfig, folder: Path, **more: object) -> RunConfig:
         "chunk-size": 64,
         "embed-dim": 8,
         "hidden-dim": 16,
-        "sharing-round": 1,
         "evaluate-every": 1,
-        "fedtgp-epochs": 2,
-        "settle-s": 0.0,
-        "wait-for-clients-s": 1.0,
+        "wait-for-clients-s": 0.0,
         **more,
     }
     return config.with_overrides(overrides)

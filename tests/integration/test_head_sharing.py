@@ -31,18 +31,15 @@ def head_groups(config: RunConfig) -> list[str]:
 @pytest.mark.parametrize(
     ("sharing", "settings", "groups"),
     [
-        ("padded", {"method": "mh-pfedhn-gd"}, ["all"] * 4),
         ("tolerance", {"sharing_tolerance": 1.0}, ["4", "4", "10", "10"]),
         ("own", AT_REST, ["3-0", "3-1", "7-2", "7-3"]),
         ("tag", {**AT_REST, "method": "mh-pfedhn-gd"}, []),
         ("own", LEAST_SQUARES, ["3-0", "3-1", "7-2", "7-3"]),
-        ("similarity", {"sharing_similarity": 1.0}, ["3", "3-1", "7", "7-1"]),
-        ("similarity", {"sharing_similarity": 1.0, **LEAST_SQUARES}, ["3", "3-1", "7", "7-1"]),
     ],
 )
 def test_groups_and_resume(tmp_path: Path, sharing: str, settings: dict, groups: list[str]) -> None:
     whole = tiny_config(
-        tmp_path / "whole", head_sharing=sharing, sharing_round=1, rounds=3, checkpoint_every=1,
+        tmp_path / "whole", head_sharing=sharing, rounds=3, checkpoint_every=1,
         keep_checkpoints=9, models=f"{HERE}:small,{HERE}:wide", num_partitions=4,
         max_in_flight=2, buffer_size=2, **settings,
     )  # fmt: skip

@@ -154,7 +154,7 @@ def test_too_few_are_left_between_rounds(tmp_path: Path) -> None:
     )
     grid = attended_by(lambda look: EVERYBODY if look <= 2 else (0, 3))
     assert why_it_stops(left, grid) == (
-        "round 3: 2 clients are here, and no others came within 1 s; min-clients is 4. Away: "
+        "round 3: 2 clients are here, and no others came within 0 s; min-clients is 4. Away: "
         "1 (last here in round 2), 2 (last here in round 2), 4 (last here in round 2), "
         "5 (last here in round 2). Everything learned so far is in the checkpoint: start them "
         "again, or lower min-clients, then resume with resume-from."

@@ -107,8 +107,7 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
         "embedding-lr": 0.003,
         "learning-rate": 0.05,
         "message-timeout-s": 30.0,
-        "wait-for-clients-s": 1.0,
-        "settle-s": 0.0,
+        "wait-for-clients-s": 0.0,
     }
     settings |= {key.replace("_", "-"): value for key, value in overrides.items()}
     return RunConfig.parse(settings)

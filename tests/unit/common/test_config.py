@@ -81,18 +81,7 @@ def test_keys_of_different_sections_go_together() -> None:
         RunConfig.parse({"head-init": "zero"})
     with pytest.raises(ConfigError, match="absent-clients = 10 of 10 clients leaves nobody"):
         RunConfig.parse({"absent-clients": 10})
-    with pytest.raises(ConfigError, match="embeddings stand still"):
-        RunConfig.parse({**STILL, "head-sharing": "similarity"})
     RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0, "absent-clients": 9})
-
-
-def test_groups_are_split_before_the_run_ends() -> None:
-    similar = {"head-sharing": "similarity", "rounds": 5}
-    with pytest.raises(ConfigError, match=r"sharing-round = 5, .* rounds = 5: it would be"):
-        RunConfig.parse(similar)
-    RunConfig.parse({**similar, "sharing-round": 4})
-    RunConfig.parse({**similar, "head-sharing": "chunks"})
-    RunConfig.parse({**similar, "method": "local"})
 
 
 STILL = {"server-rule": "least-squares", "server-lr": 0, "embedding-lr": 0, "embedding-std": 1}
@@ -101,13 +90,9 @@ STILL = {"server-rule": "least-squares", "server-lr": 0, "embedding-lr": 0, "emb
 def test_somebody_has_to_learn() -> None:
     with pytest.raises(ConfigError, match=r"server-lr = 0 .* no head would ever learn"):
         RunConfig.parse({"server-lr": 0})
-    with pytest.raises(ConfigError, match="generation-precision = 'bfloat16' is for heads"):
-        RunConfig.parse({**STILL, "generation-precision": "bfloat16"})
     with pytest.raises(ConfigError, match="novel-only with embedding-lr = 0"):
         RunConfig.parse({**STILL, "novel-only": True})
     with pytest.raises(ConfigError, match=r"novel-only with embedding-lr = 0.0002: .*Set"):
         RunConfig.parse({"embedding-std": 1.0, "novel-only": True})
     RunConfig.parse({"embedding-std": 1.0, "novel-only": True, "embedding-lr": 0.03})
-    with pytest.raises(ConfigError, match=r"head-layout = 'one' .* server-lr=0.003"):
-        RunConfig.parse({**STILL, "head-layout": "one", "server-lr": 0.1})
     RunConfig.parse(STILL)

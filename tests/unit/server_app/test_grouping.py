@@ -22,8 +22,6 @@ def test_num_chunks_is_the_ceiling(size: int, chunks: int) -> None:
         ("tolerance", ("92", 92)),
         ("tag", ("79-0ff1ce", 79)),
         ("own", ("79-site-a", 79)),
-        ("padded", ("all", 79)),
-        ("similarity", ("79", 79)),
     ],
 )
 def test_criterion_names_the_group_and_its_heads(sharing: str, key: tuple[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
 from server_app.aggregation.adam import ClientUpdate, ServerUpdate
-from server_app.aggregation.similarity import clusters, split_groups
 from server_app.hypernet.network import Hypernetwork
 from server_app.hypernet.pulls import Pull
 
@@ -49,8 +47,6 @@ GROUPS = {
     "tolerance": {"1": "a", "4": "ce", "10": "bd"},
     "tag": {"1-7b": "a", "3-7a": "e", "3-7b": "c", "6-7a": "d", "6-7b": "b"},
     "own": {"1-a": "a", "3-c": "c", "3-e": "e", "6-b": "b", "6-d": "d"},
-    "padded": {"all": "abcde"},
-    "similarity": {"1": "a", "3": "ce", "6": "bd"},
 }
 
 
@@ -85,95 +81,12 @@ def test_nothing_depends_on_the_order_of_arrival(sharing: str) -> None:
         assert torch.equal(parameter, second.named_parameters()[name]), name
 
 
-def test_group_that_grows_keeps_its_heads_and_their_moments() -> None:
-    small = {c: SIZES[c] for c in "ac"}
-    update = ServerUpdate(make("padded", small), ADAM, total_rounds=9)
-    hypernet = update.hypernet
-    update.step(updates(1, "a", "c"), progress=0.0)
-    before, moments = hypernet.generate(["a", "c"]), update.state_dict()[0]
-    hypernet.add_client("b", SIZES["b"])
-    after = update.state_dict()[0]
-    assert hypernet.groups["all"].num_chunks == 6
-    for client_id, theta in hypernet.generate(["a", "c"]).items():
-        assert torch.equal(theta, before[client_id])
-    for part in ("exp_avg", "exp_avg_sq"):
-        for kind in ("weight", "bias"):
-            name = f"adam.{part}.heads.all.{kind}"
-            assert torch.equal(after[name][:3], moments[name])
-            assert after[name][3:].abs().sum() == 0
-    assert after["adam.step.heads.all.weight"].item() == 1
-    update.step(updates(2, "a", "b", "c"), progress=1.0)
-    assert update.state_dict()[0]["adam.step.heads.all.weight"].item() == 2
-    assert len(update._adam.state) == 6 + 2 + 3  # the smaller group's are gone
-
-
 def test_another_tag_is_another_model() -> None:
     hypernet = make("tag")
     assert hypernet.is_same("c", 30, "7b")
     assert not hypernet.is_same("c", 30, "7a")
     assert not hypernet.is_same("c", 31, "7b")
     assert make("chunks").is_same("c", 30, "7a")
-
-
-# similarity
-
-
-def test_clusters_by_mean_cosine() -> None:
-    cosines = np.array(
-        [[1, -0.5, 0.9, 0.1], [-0.5, 1, -0.4, 0.6], [0.9, -0.4, 1, 0.3], [0.1, 0.6, 0.3, 1]]
-    )
-    assert clusters(cosines, 0.95) == [[0], [1], [2], [3]]
-    assert clusters(cosines, 0.5) == [[0, 2], [1, 3]]
-    assert clusters(cosines, 0.0) == [[0, 2], [1, 3]]  # between them: (-.5 + .1 - .4 + .3) / 4
-    assert clusters(cosines, -0.2) == [[0, 1, 2, 3]]
-    assert clusters(np.eye(3), 0.0) == [[0, 1, 2]]
-    assert clusters(np.ones((1, 1)), 0.0) == [[0]]
-
-
-def learned(rule: UpdateSection) -> ServerUpdate:
-    """Four clients of one size; a and b were pulled one way, c and d the other."""
-    hypernet = Hypernetwork(section("similarity"), seed=3)
-    for client_id in "abcd":
-        hypernet.add_client(client_id, 28)
-    update = ServerUpdate(hypernet, rule, total_rounds=9)
-    update.step([ClientUpdate(c, torch.ones(28)) for c in "abcd"], progress=0.0)
-    with torch.no_grad():
-        for client_id, way in zip("abcd", (1.0, 0.9, -1.0, -1.1), strict=True):
-            start = hypernet.embeddings[client_id] - hypernet.movement(client_id)
-            hypernet.embeddings[client_id].copy_(start + way)
-    return update
-
-
-@pytest.mark.parametrize("rule", [ADAM, SOLVED])
-def test_split_changes_nothing_until_the_next_step(rule: UpdateSection) -> None:
-    update = learned(rule)
-    hypernet, before = update.hypernet, update.state_dict()[0]
-    thetas = hypernet.generate(list("abcd"))
-    assert split_groups(hypernet, 0.0) == {"3": [["a", "b"], ["c", "d"]]}
-    assert [hypernet.bank.key(c) for c in "abcd"] == ["3", "3", "3-1", "3-1"]
-    for client_id, theta in hypernet.generate(list("abcd")).items():
-        assert torch.equal(theta, thetas[client_id])
-    after = update.state_dict()[0]
-    state = "adam.exp_avg.heads.3.weight" if rule is ADAM else "least-squares.velocity.3"
-    assert before[state].abs().sum() > 0
-    assert torch.equal(after[state], before[state])
-    assert torch.equal(after[state.replace("3", "3-1", 1)], before[state])
-    heads = hypernet.groups["3"].bias.detach().clone()
-    update.step([ClientUpdate("c", torch.ones(28))], progress=1.0)
-    assert torch.equal(hypernet.groups["3"].bias, heads)
-    assert not torch.equal(hypernet.groups["3-1"].bias, heads)
-
-
-def test_new_client_joins_the_largest_part() -> None:
-    update = learned(ADAM)
-    hypernet = update.hypernet
-    hypernet.add_client("e", 29)
-    assert split_groups(hypernet, 0.0) == {"3": [["a", "b", "e"], ["c", "d"]]}
-    hypernet.remove_client("a")
-    hypernet.remove_client("b")
-    hypernet.add_client("new", 27)
-    assert hypernet.bank.key("new") == "3-1"
-    assert split_groups(hypernet, -1.0) == {}
 
 
 # state
@@ -184,12 +97,10 @@ def test_new_client_joins_the_largest_part() -> None:
 def test_restored_state_goes_on_as_if_nothing_had_happened(
     sharing: str, rule: UpdateSection
 ) -> None:
-    if rule is SOLVED and sharing in ("padded", "tolerance"):
+    if rule is SOLVED and sharing in ("tolerance",):
         pytest.skip("refused by the run config")
     update = ServerUpdate(make(sharing), rule, total_rounds=9)
     update.step(updates(1, *SIZES), progress=0.0)
-    if sharing == "similarity":
-        update.hypernet.bank.split("3", [["c"], ["e"]])
     tensors, meta = update.hypernet.state_dict()
     memory, learning = update.state_dict()
     copied = {name: tensor.clone() for name, tensor in (tensors | memory).items()}
@@ -206,7 +117,7 @@ def test_restored_state_goes_on_as_if_nothing_had_happened(
 def test_older_state_is_shared_by_chunks_and_another_criterion_is_refused() -> None:
     hypernet = make("chunks")
     tensors, meta = hypernet.state_dict()
-    del meta["keys"], meta["heads"], meta["section"]["head-sharing"]
+    del meta["keys"], meta["heads"]
     meta["groups"] = [1, 3, 6]
     again = Hypernetwork(section("chunks"), seed=3)
     again.load_state_dict(tensors, meta)
@@ -215,15 +126,8 @@ def test_older_state_is_shared_by_chunks_and_another_criterion_is_refused() -> N
         Hypernetwork(section("own"), seed=3).load_state_dict(tensors, meta)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"server-rule": "least-squares", "embedding-std": 1.0}, "Share by 'chunks', .*adam"),
-        ({"head-layout": "one"}, "Set head-layout = 'separate'"),
-        ({"novel-only": True}, "the one group is frozen and cannot grow"),
-    ],
-)
-def test_what_does_not_go_with_mixed_sizes_is_explained(changes: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"head-sharing = 'padded' lets clients of .*{message}"):
-        RunConfig.parse({"head-sharing": "padded", **changes})
-    RunConfig.parse({"head-sharing": "own", **changes})
+def test_what_does_not_go_with_mixed_sizes_is_explained() -> None:
+    solved = {"server-rule": "least-squares", "embedding-std": 1.0}
+    with pytest.raises(ConfigError, match=r"'tolerance' lets clients of .*by 'chunks', .*adam"):
+        RunConfig.parse({"head-sharing": "tolerance", **solved})
+    RunConfig.parse({"head-sharing": "own", **solved})

@@ -139,18 +139,6 @@ def test_equal_embeddings_learn_what_is_shared_and_nothing_else() -> None:
         assert_close(got[client_id], -GAIN * (1 + BETA) * mean)
 
 
-def test_an_old_update_weighs_less() -> None:
-    section = SECTION.model_copy(update={"staleness_power": 1.0, "personal_gain": 0.0})
-    update, change = system(section), deltas(1, "c", "d")
-    before = update.hypernet.generate(["a"])["a"]
-    stale = [ClientUpdate("c", change["c"]), ClientUpdate("d", change["d"], staleness=3)]
-    update.step(stale, progress=0.0)
-    mean = (padded(change["c"]) + padded(change["d"]) / 4) / 1.25
-    age = 1.25 / 2  # and the step goes less far than one of two fresh updates
-    expected = -age * GAIN / 2 * (1 + BETA**0.5 / 2) * mean
-    assert_close(update.hypernet.generate(["a"])["a"] - before, expected)
-
-
 def test_shared_heads_start_everybody_from_one_model() -> None:
     thetas = system().hypernet.generate(list("cabd"))
     assert torch.equal(thetas["c"], thetas["b"])

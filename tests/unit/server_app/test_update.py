@@ -149,12 +149,11 @@ def test_gd_rounds_agree_with_the_reference(widths: dict[str, int]) -> None:
 
 def test_the_norm_is_clipped_like_the_reference() -> None:
     widths = WIDTHS["heterogeneous"]
-    section = UPDATE.model_copy(update={"server_clip_norm": 0.01})
-    update, settings = system(widths, section), hyper(server_clip=0.01)
+    update, settings, delta = system(widths), hyper(), torch.full((80,), 5000.0)
     reference = ReferenceHypernet(*update.hypernet.state_dict(), hyper=settings)
-    expected = reference.step({"c": torch.ones(80)}, {"c": 1.0})
-    done = update.step([ClientUpdate("c", torch.ones(80))], progress=0.0)
-    assert done.clip_scale == pytest.approx(0.01 / expected.grad_norms[0], rel=1e-4)
+    expected = reference.step({"c": delta}, {"c": 1.0})
+    done = update.step([ClientUpdate("c", delta)], progress=0.0)
+    assert done.clip_scale == pytest.approx(50 / expected.grad_norms[0], rel=1e-4)
     named = {n: p.detach() for n, p in update.hypernet.named_parameters().items()}
     assert_close(named, expected.phi[0])
 
@@ -248,18 +247,16 @@ def test_clients_added_and_removed_between_steps() -> None:
     assert len(update._adam.state) == len(update.state_dict()[1]["adam"])
 
 
-def test_learning_rates_warm_up_and_decay() -> None:
-    section = UpdateSection(
-        server_lr=1.0, embedding_lr=2.0, warmup_rounds=4, lr_decay="cosine", lr_final_fraction=0.1
-    )
+def test_learning_rates_decay() -> None:
+    section = UpdateSection(server_lr=1.0, embedding_lr=2.0, lr_decay="cosine")
     update = ServerUpdate(Hypernetwork(TOY, seed=0), section, total_rounds=24)
-    rates = [update.learning_rates(progress)[0] for progress in (0, 1, 4, 14, 24, 30)]
-    assert rates == pytest.approx([0.2, 0.4, 1.0, 0.55, 0.1, 0.1])
-    assert update.learning_rates(14)[1] == pytest.approx(1.1)
+    rates = [update.learning_rates(progress)[0] for progress in (0, 12, 24, 30)]
+    assert rates == pytest.approx([1.0, 0.525, 0.05, 0.05])
+    assert update.learning_rates(12)[1] == pytest.approx(1.05)
     late = section.model_copy(update={"lr_decay_from": 0.5})
     update = ServerUpdate(Hypernetwork(TOY, seed=0), late, total_rounds=24)
-    rates = [update.learning_rates(progress)[0] for progress in (0, 4, 12, 18, 24)]
-    assert rates == pytest.approx([0.2, 1.0, 1.0, 0.55, 0.1])
+    rates = [update.learning_rates(progress)[0] for progress in (0, 12, 18, 24)]
+    assert rates == pytest.approx([1.0, 1.0, 0.525, 0.05])
     constant = ServerUpdate(Hypernetwork(TOY, seed=0), UpdateSection(), total_rounds=24)
     assert {constant.learning_rates(p) for p in (0, 5.5, 24)} == {(2e-4, 2e-4)}
 
@@ -275,19 +272,6 @@ def test_diagnostics_of_one_step() -> None:
     assert done.coherence == pytest.approx(1.0)
     assert (done.mean_staleness, done.num_updates, done.applied) == (1.5, 2, True)
     assert (done.learning_rate, done.embedding_learning_rate) == (1e-3, 5e-3)
-
-
-def test_a_step_of_one_old_update_goes_less_far() -> None:
-    far = []
-    for staleness in (0, 3):
-        section = UPDATE.model_copy(update={"staleness_power": 0.5})
-        update = ServerUpdate(Hypernetwork(TOY, seed=0), section, total_rounds=10)
-        update.hypernet.add_client("a", 14)
-        old = ClientUpdate("a", torch.full((14,), 2.0), staleness=staleness)
-        done = update.step([old], progress=0.0)
-        far.append((done.learning_rate, done.embedding_learning_rate, done.gain_factor))
-        assert done.max_staleness == staleness
-    assert far[1] == pytest.approx([rate / 2 for rate in far[0]])
 
 
 def test_resumed_steps_equal_uninterrupted_ones_bitwise() -> None:

@@ -44,22 +44,20 @@ def tapping(features: Tensor) -> Tap:
     return tap
 
 
-@pytest.mark.parametrize(("distance", "weight"), [("mse", 10.0), ("euclid", 0.1)])
-def test_prototype_loss(distance: str, weight: float) -> None:
-    settings = BaselineSection(prototype_distance=distance, prototype_weight=weight)
+def test_prototype_loss() -> None:
+    settings = BaselineSection(prototype_weight=7.0)
     features, prototypes, logits = draw(3, 5), draw(4, 5), draw(3, 4)
     present = torch.tensor([True, False, True, True])  # class 1 has no prototype yet
     loss = prototype_loss(tapping(features), prototypes, present, settings)
     gaps = []
     for x, y in zip(features, LABELS, strict=True):
-        square = float((x - prototypes[y]).square().sum()) if present[y] else 0.0
-        gaps.append(square / 5 if distance == "mse" else math.sqrt(square))
-    expected = slow_cross_entropy(logits) + weight * sum(gaps) / 3
+        gaps.append(float((x - prototypes[y]).square().sum()) / 5 if present[y] else 0.0)
+    expected = slow_cross_entropy(logits) + 7.0 * sum(gaps) / 3
     assert float(loss(IMAGES, logits, LABELS)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_prototype_loss_has_a_finite_gradient_at_the_prototype() -> None:
-    settings = BaselineSection(prototype_distance="euclid")
+    settings = BaselineSection()
     features = draw(4, 5)[LABELS].requires_grad_()
     loss = prototype_loss(tapping(features), draw(4, 5), torch.ones(4, dtype=torch.bool), settings)
     loss(IMAGES, draw(3, 4), LABELS).backward()
