@@ -7,14 +7,15 @@ it to the participant's warm worker where there is one.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from client_app.folders import state_folder
-from client_app.worker.link import Link, Patience
-from client_app.worker.place import WorkerUnavailableError
+from client_app.worker.link import Link, WorkerUnavailableError
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError
 from common.log import logger
@@ -62,7 +63,7 @@ def _answer(message: Message, context: Context) -> RecordDict:
     try:
         link = _worker(context)
         if link is not None:
-            return link.ask(message_type, message.content)
+            return _decode(link.ask(message_type, _encode(message.content)))
     except WorkerUnavailableError as error:
         logger.warning("No warm worker (%s); handling %s in process.", error, message_type)
     from client_app.handlers import answer  # imports torch: seconds
@@ -87,5 +88,31 @@ def _worker(context: Context) -> Link | None:
     useful = bool(node.state_dir) and "torch" not in sys.modules
     if section.warm_worker == "off" or (section.warm_worker == "auto" and not useful):
         return None
-    folder = state_folder(section.state_dir, node.identity)
-    return Link.open(context, Path(folder), Patience())
+    return Link(
+        folder=state_folder(section.state_dir, node.identity) / "worker",
+        function=f"{__name__}:{reply_in_worker.__name__}",
+        context={
+            "run_id": context.run_id,
+            "node_id": context.node_id,
+            "node_config": dict(context.node_config),
+            "run_config": dict(context.run_config),
+        },
+    )
+
+
+def reply_in_worker(facts: dict[str, Any], body: bytes) -> bytes:
+    """Reply to a message that its own process forwarded to the worker."""
+    from client_app.handlers import answer
+
+    message_type = facts.pop("message_type")
+    return _encode(answer(message_type, _decode(body), Context(state=RecordDict(), **facts)))
+
+
+def _encode(content: RecordDict) -> bytes:
+    """Return Flower's protobuf bytes of a message's content."""
+    data: bytes = recorddict_to_proto(content).SerializeToString()
+    return data
+
+
+def _decode(body: bytes) -> RecordDict:
+    return recorddict_from_proto(ProtoRecordDict.FromString(body))

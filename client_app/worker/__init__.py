@@ -1,7 +1,14 @@
 """The warm worker: one local process per participant that keeps torch, data and model loaded.
 
-Flower 1.41 starts a process for every message. That process imports no torch: it forwards the
-message over a Unix socket to the worker (`link`), which is started on demand (`place`) and ends
-when idle (`serve`). Anything that keeps the worker from answering ends with the message being
-handled in the process itself, as if there were no worker.
+Flower starts a process for every message. That process imports no torch: it forwards the message
+over a local socket to the worker (`link`), which is started on demand and ends when idle
+(`process`). Anything that keeps the worker from replying ends with the message being handled in the
+process itself, as if there were no worker.
+
+On the socket go only bytes (`send_bytes`, `recv_bytes`), after both ends have proved that they know
+a key from a file of this user's alone: the request's facts as JSON and its body; back come
+`WORKING` every second, then JSON (empty, or what went wrong), then the reply's body.
 """
+
+WORKING = b"working"
+RECORD = "worker.json"

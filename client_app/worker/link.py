@@ -1,166 +1,226 @@
-"""The message's side: forward it to the worker, wait for the answer, recover from a lost worker."""
+"""The message's side: find or start the worker, forward the message, recover from a lost worker."""
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import json
 import os
-import socket
+import stat
+import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from flwr.app import Context, RecordDict
+import psutil
+from filelock import FileLock
 
-from client_app.worker.frames import Frame, decode, encode, receive, send
-from client_app.worker.place import CODE_ROOT, Place, WorkerOrder, WorkerUnavailableError
+from client_app.worker import RECORD, WORKING
 from common import errors
-from common.errors import MHpFedHNError, WireError
+from common.errors import MHpFedHNError
+from common.files import PRIVATE
 from common.log import logger
 
-WORKER_FOLDER = "worker"
+LOCK, LOG = "worker.lock", "worker.log"
+MAX_LOG_BYTES = 1 << 20
 ATTEMPTS = 2
 """Workers that one message may lose: after that it is handled in process."""
-MAX_TURNS = 6
-"""With the replacements of workers that serve another run; two runs at once take turns."""
+CODE_ROOT = Path(__file__).resolve().parents[2]
+
+_started: list[subprocess.Popen[bytes]] = []
+"""Workers outlive the message that started them: nothing waits for their end."""
 
 
-class WorkerReplacedError(MHpFedHNError):
-    """The worker serves other code or settings and has retired."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(f"worker {pid} was replaced")
-        self.pid = pid
+class WorkerUnavailableError(MHpFedHNError):
+    """The message has to be handled in this process; the text says why."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to wait: for any sign of life (ticks come every 2 s), and idle before it ends."""
+class WorkerRecord:
+    """What a worker writes into its folder: how to reach it, what it serves, which process it is.
 
-    silence_s: float = 120.0
-    idle_s: float = 600.0
+    `created` (seconds since the epoch) tells the process from a later one of the same pid.
+    """
+
+    address: str
+    key: str
+    identity: str
+    pid: int
+    created: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return the record of the worker that runs in a folder; None when there is none."""
+        try:
+            record = cls(**json.loads((folder / RECORD).read_text()))
+            return record if record.is_alive() else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def is_alive(self) -> bool:
+        """Return whether the process runs."""
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 1.0  # two readings of the clock
+            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    def kill(self) -> None:
+        """End the process; whoever waits for a word of it gets an error."""
+        if self.is_alive():
+            with suppress(psutil.Error):
+                process = psutil.Process(self.pid)
+                process.kill()
+                process.wait(timeout=10)
 
 
 @dataclass(frozen=True)
 class Link:
-    """The way from one participant's message to its worker."""
+    """The way from one participant's messages to its worker.
 
-    place: Place
-    context: Context
-    patience: Patience = field(default_factory=Patience)
-
-    @classmethod
-    def open(cls, context: Context, state_folder: Path, patience: Patience) -> Link:
-        """Open the way to the worker that lives in a participant's state folder.
-
-        Raises
-        ------
-        WorkerUnavailableError
-            This machine or folder cannot host one.
-        """
-        return cls(Place.open(state_folder / WORKER_FOLDER), context, patience)
-
-    def ask(self, message_type: str, content: RecordDict) -> RecordDict:
-        """Let the worker answer a message.
-
-        Raises
-        ------
-        WorkerUnavailableError
-            No worker answers; the message can be handled in process.
-        Exception
-            What the handler raised in the worker: same class where it is one of this project or of
-            Python's, same text always.
-        """
-        request = self._request(message_type, content)
-        answer, losses = None, 0
-        for _ in range(MAX_TURNS):
-            try:
-                answer = self._exchange(request)
-            except WorkerReplacedError as error:
-                self.place.retire(error.pid, kill=False)
-            except WireError as error:
-                raise WorkerUnavailableError(str(error)) from error
-            except OSError as error:
-                losses += 1
-                self._recover(error, last=losses == ATTEMPTS)
-            if answer is not None or losses == ATTEMPTS:
-                break
-        if answer is None:
-            raise WorkerUnavailableError(f"{losses} workers lost over one message")
-        if not answer.header["ok"]:
-            raise rebuilt_error(answer.header)
-        return decode(answer.body)
-
-    def _exchange(self, request: Frame) -> Frame:
-        order = WorkerOrder(request.header["identity"], self.patience.idle_s, os.getppid())
-        with self.place.connect(order) as connection:
-            connection.settimeout(self.patience.silence_s)
-            try:
-                send(connection, request)
-            except (BrokenPipeError, ConnectionResetError) as error:
-                answer = _last_words(connection)
-                if answer is None:
-                    raise error
-            else:
-                answer = receive(connection)
-            while answer.header.get("kind") == "tick":
-                answer = receive(connection)
-        if answer.header.get("kind") == "replaced":
-            raise WorkerReplacedError(int(answer.header["pid"]))
-        return answer
-
-    def _recover(self, error: OSError, *, last: bool) -> None:
-        """Get rid of a worker that broke the connection or fell silent."""
-        why = "gave no sign of life" if isinstance(error, TimeoutError) else f"was lost ({error})"
-        then = "handling the message in process" if last else "starting another"
-        logger.warning("The warm worker in %s %s; %s.", self.place.folder, why, then)
-        pid = self.place.running()
-        if pid is not None:
-            self.place.retire(pid, kill=True)
-
-    def _request(self, message_type: str, content: RecordDict) -> Frame:
-        context = self.context
-        facts = {
-            "run_id": context.run_id,
-            "node_id": context.node_id,
-            "node_config": dict(context.node_config),
-            "run_config": dict(context.run_config),
-        }
-        header = {"kind": "message", "message_type": message_type, "identity": identity(facts)}
-        return Frame(header | facts, encode(content))
-
-
-def _last_words(connection: socket.socket) -> Frame | None:
-    """Read what the worker said before it hung up on a request it would not read."""
-    try:
-        return receive(connection)
-    except (OSError, WireError):
-        return None
-
-
-def identity(facts: Mapping[str, Any]) -> str:
-    """Name everything that a worker's answers depend on; another name needs another worker.
-
-    The app's folder holds the hash of its FAB. The run is part of it, so that each run sees the
-    participant's code and data as they are when it starts.
+    Attributes
+    ----------
+    folder
+        The worker's own; made private to this user.
+    function
+        "module:function" that replies in the worker: (facts, body) -> body of the reply.
+    context
+        What every message's reply depends on, JSON-able; another context needs another worker.
+    idle_s
+        Seconds without a message after which the worker ends.
+    silence_s
+        Seconds without a sign of life after which the worker is killed.
     """
-    key = [str(CODE_ROOT), sys.executable, sys.version, sorted(sys.path), facts]
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
+    folder: Path
+    function: str
+    context: Mapping[str, Any]
+    idle_s: float = 600.0
+    silence_s: float = 120.0
 
-def rebuilt_error(header: Mapping[str, Any]) -> Exception:
-    """Make the worker's exception again; the worker's traceback is attached as a note."""
-    name, text = str(header["error"]), str(header["text"])
-    kind = getattr(errors, name, None) or getattr(builtins, name, None)
-    error: Exception = MHpFedHNError(f"{name}: {text}")
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    def ask(self, message_type: str, body: bytes) -> bytes:
+        """Let the worker reply to a message.
+
+        Raises
+        ------
+        WorkerUnavailableError
+            No worker replies; the message can be handled in process.
+        MHpFedHNError
+            What the function raised in the worker: class and text of an error of this project, name
+            and text of any other.
+        """
+        facts = json.dumps({**self.context, "message_type": message_type}).encode()
+        _make_private(self.folder)
+        for attempts_left in reversed(range(ATTEMPTS)):
+            worker = None
+            try:
+                worker = self._worker()
+                return self._exchange(worker, facts, body)
+            except (OSError, EOFError, AuthenticationError) as error:
+                if worker is not None:
+                    worker.kill()
+                logger.warning(
+                    "The warm worker in %s was lost, or silent for %.0f s (%r); %s.",
+                    self.folder,
+                    self.silence_s,
+                    error,
+                    "starting another" if attempts_left else "handling the message in process",
+                )
+        raise WorkerUnavailableError(f"{ATTEMPTS} workers were lost over one message")
+
+    def _exchange(self, worker: WorkerRecord, facts: bytes, body: bytes) -> bytes:
+        with self._kills_if_silent(worker):
+            connection = Client(worker.address, authkey=bytes.fromhex(worker.key))
+        with connection:
+            with self._kills_if_silent(worker):
+                connection.send_bytes(facts)
+                connection.send_bytes(body)
+            head = WORKING
+            while head == WORKING:
+                with self._kills_if_silent(worker):
+                    head = connection.recv_bytes()
+            if failure := json.loads(head):
+                raise _rebuilt_error(failure)
+            return connection.recv_bytes()
+
+    @contextmanager
+    def _kills_if_silent(self, worker: WorkerRecord) -> Iterator[None]:
+        """Kill the worker when the block takes longer than `silence_s`; the block then fails."""
+        timer = threading.Timer(self.silence_s, worker.kill)
+        timer.start()
         try:
-            again = kind(text)
-        except TypeError:  # a class that wants other arguments
-            again = error
-        error = again if str(again) == text else error
-    error.add_note(f"raised in the warm worker:\n{header['traceback']}")
+            yield
+        finally:
+            timer.cancel()
+
+    def _worker(self) -> WorkerRecord:
+        """Return the worker that serves this context; start one where there is none."""
+        identity = self._identity()
+        with FileLock(self.folder / LOCK):
+            worker = WorkerRecord.read(self.folder)
+            if worker is None or worker.identity != identity:
+                self._start(identity)
+                worker = WorkerRecord.read(self.folder)
+        if worker is None:
+            raise WorkerUnavailableError(f"no worker starts; {self.folder / LOG} says why")
+        return worker
+
+    def _start(self, identity: str) -> None:
+        """Start a worker and wait until it can be reached, or has ended."""
+        command = [sys.executable, "-P", "-m", "client_app.worker.process", str(self.folder)]
+        command += [identity, self.function, str(self.idle_s), str(os.getppid())]
+        path = os.pathsep.join([str(CODE_ROOT), *(p for p in sys.path if p)])
+        log = self.folder / LOG
+        mode = "ab" if log.exists() and log.stat().st_size < MAX_LOG_BYTES else "wb"
+        with log.open(mode) as output:
+            log.chmod(PRIVATE)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+        _started.append(process)
+        if process.stdout is not None:
+            with process.stdout as ready:
+                ready.read()  # a worker closes its output when it listens
+
+    def _identity(self) -> str:
+        """Name the code and the context.
+
+        The app's folder holds the hash of its FAB, and the context the run: each run sees the
+        participant's code and data as they are when it starts.
+        """
+        key = [str(CODE_ROOT), sys.executable, sys.version, sorted(sys.path), self.function]
+        return hashlib.sha256(json.dumps([key, self.context], sort_keys=True).encode()).hexdigest()
+
+
+def _make_private(folder: Path) -> None:
+    """Create a folder, or check that it is this user's; close it to others."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+        own = not hasattr(os, "getuid") or facts.st_uid == os.getuid()
+        if not stat.S_ISDIR(facts.st_mode) or not own:
+            raise WorkerUnavailableError(f"{folder} is not a folder of this user")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise WorkerUnavailableError(f"{folder} cannot be prepared: {error}") from error
+
+
+def _rebuilt_error(failure: Mapping[str, str]) -> MHpFedHNError:
+    """Make the worker's error again, with the worker's traceback as a note."""
+    kind = getattr(errors, failure["error"], None)
+    if isinstance(kind, type) and issubclass(kind, MHpFedHNError):
+        error = kind(failure["text"])
+    else:
+        error = MHpFedHNError(f"{failure['error']}: {failure['text']}")
+    error.add_note(f"raised in the warm worker:\n{failure['traceback']}")
     return error

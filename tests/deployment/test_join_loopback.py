@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client_app.worker.place import Place
+from client_app.worker.link import WorkerRecord
 from common.config import RunConfig
 from experiments.examples import my_site
 from tests.support.deployment import REPOSITORY, Deployment, wait_until
@@ -136,19 +136,20 @@ def test_joined_participants_lose_a_worker_and_a_node_and_own_a_model(tmp_path: 
         for site in SITES:
             deployment.register(site)
             processes[site] = stack.enter_context(joined(deployment, site))
-        places = {
-            site: Place(tmp_path / "participants" / site / "state" / site / "worker")
-            for site in SITES
-        }
+
+        def worker(site: str) -> int | None:
+            record = WorkerRecord.read(tmp_path / f"participants/{site}/state/{site}/worker")
+            return record and record.pid
+
         deployment.run(config)
         deployment.wait_for_round(config, 1, PATIENCE_S)
-        pids = {site: place.running() for site, place in places.items()}
+        pids = {site: worker(site) for site in SITES}
         assert None not in pids.values()
         os.kill(pids["site-a"] or 0, signal.SIGKILL)  # the worker: nothing may be lost
         ended = deployment.wait_for_status(config, {"completed", "failed"}, PATIENCE_S)
         assert ended == "completed", deployment.tails()
-        assert places["site-a"].running() not in (None, pids["site-a"])
-        assert places["site-b"].running() == pids["site-b"]  # one process for all messages
+        assert worker("site-a") not in (None, pids["site-a"])
+        assert worker("site-b") == pids["site-b"]  # one process for all messages
         supernode_of(processes["site-b"]).kill()  # join starts another, when it is let in again
         wait_until(
             lambda: deployment.log("site-b").count("SuperNode ID") == 2, PATIENCE_S, "it is back"
@@ -160,4 +161,4 @@ def test_joined_participants_lose_a_worker_and_a_node_and_own_a_model(tmp_path: 
     assert [(row["round"], row["num_accepted"]) for row in rows] == [
         (number, 2) for number in range(1, ROUNDS + 1)
     ]
-    wait_until(lambda: not any(p.running() for p in places.values()), 30, "no worker is left")
+    wait_until(lambda: not any(map(worker, SITES)), 30, "no worker is left")

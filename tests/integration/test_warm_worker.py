@@ -15,26 +15,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app
-from client_app.worker import link as link_module
-from client_app.worker.link import Patience
-from client_app.worker.place import Place
+from client_app.worker.link import WorkerRecord
 from common import wire
 from common.config import TrainingSection
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
 from tests.support import tiny
 from tests.support.tiny import tiny_config
 
 MODEL = f"{tiny.HERE}:normed"
-CRASH_ONCE = "MH_PFEDHN_TEST_CRASH_ONCE"
-
-
-def crashes_once() -> tuple[Any, Any]:
-    """A participant's data whose first call ends its process like a segmentation fault."""
-    marker = Path(os.environ[CRASH_ONCE])
-    if marker.exists():
-        marker.unlink()
-        os._exit(139)
-    return tiny.patterns()
 
 
 def make_context(folder: Path, run_id: int = 1, **node: Any) -> Context:
@@ -59,7 +47,8 @@ def register(context: Context) -> wire.Registration:
 
 
 def worker_pid(folder: Path) -> int | None:
-    return Place(folder / "state" / "a" / "worker").running()
+    worker = WorkerRecord.read(folder / "state" / "a" / "worker")
+    return worker and worker.pid
 
 
 @pytest.fixture(scope="module")
@@ -126,56 +115,6 @@ def test_an_error_in_the_worker_is_the_same_error(home: Path) -> None:
     assert "protocol version 9; expected 1" in found[0][1]
 
 
-def test_a_killed_worker_is_replaced(home: Path) -> None:
-    register(make_context(home))
-    pid = worker_pid(home)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    assert register(make_context(home)).client_id == "a"
-    assert worker_pid(home) not in (None, pid)
-
-
-def test_a_worker_that_hangs_is_killed_and_replaced(
-    home: Path, monkeypatch: pytest.MonkeyPatch, warnings_of: pytest.LogCaptureFixture
-) -> None:
-    register(make_context(home))
-    pid = worker_pid(home)
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    short = Patience(silence_s=0.5)
-    real = link_module.Link._recover
-
-    def patient_again(self: link_module.Link, error: OSError, *, last: bool) -> None:
-        real(self, error, last=last)
-        object.__setattr__(self, "patience", Patience())
-
-    monkeypatch.setattr("client_app.app.Patience", lambda **_: short)
-    monkeypatch.setattr(link_module.Link, "_recover", patient_again)
-    assert register(make_context(home)).client_id == "a"
-    assert worker_pid(home) not in (None, pid)
-    assert "gave no sign of life; starting another" in warnings_of.text
-
-
-def test_a_worker_that_dies_in_a_message_is_replaced_and_the_message_answered(
-    home: Path, monkeypatch: pytest.MonkeyPatch, warnings_of: pytest.LogCaptureFixture
-) -> None:
-    marker = home / "crash"
-    marker.touch()
-    monkeypatch.setenv(CRASH_ONCE, str(marker))
-    context = make_context(home, run_id=2, dataset=f"{__name__}:crashes_once")
-    assert register(context).num_parameters == 116
-    assert not marker.exists()
-    assert "was lost" in warnings_of.text
-    assert worker_pid(home) is not None
-
-
-def test_another_run_gets_another_worker(home: Path) -> None:
-    register(make_context(home, run_id=3))
-    first = worker_pid(home)
-    register(make_context(home, run_id=4))
-    assert worker_pid(home) not in (None, first)
-
-
 def test_without_a_place_for_it_the_message_is_handled_here(
     tmp_path: Path, warnings_of: pytest.LogCaptureFixture
 ) -> None:
@@ -183,7 +122,7 @@ def test_without_a_place_for_it_the_message_is_handled_here(
     folder.mkdir(parents=True)
     (folder / "worker").write_text("in the way")
     assert register(make_context(tmp_path)).client_id == "a"
-    assert "is not a folder of this user" in warnings_of.text
+    assert "worker cannot be prepared" in warnings_of.text
     assert "handling query.register in process" in warnings_of.text
 
 
@@ -195,12 +134,6 @@ def test_on_needs_a_state_dir(tmp_path: Path) -> None:
 def test_auto_gains_nothing_where_torch_is_already_there(tmp_path: Path) -> None:
     assert register(make_context(tmp_path, warm_worker="auto")).client_id == "a"
     assert not (tmp_path / "state" / "a" / "worker").exists()
-
-
-def test_data_errors_come_back_from_the_worker(home: Path) -> None:
-    context = make_context(home, run_id=5, dataset="folder", data_dir=str(home / "nowhere"))
-    with pytest.raises(DataError, match=r"nowhere is not a folder"):
-        register(context)
 
 
 def test_a_messages_process_imports_no_torch() -> None:
