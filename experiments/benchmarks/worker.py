@@ -13,11 +13,10 @@ from pathlib import Path
 from statistics import median
 
 from experiments.benchmarks.measuring import Row
-from experiments.run.engines.loopback import Loopback
+from experiments.run.engines.deployment import Deployment
 from experiments.run.presets import Preset
 
 SITES = 3
-TIMEOUT_S = 1800.0
 
 
 def worker_part(folder: Path, *, repeats: int, rounds: int = 5) -> Row:
@@ -49,11 +48,12 @@ def deployed_rounds(folder: Path, mode: str, rounds: int) -> list[float]:
         "output-dir": str(folder / "run"),
     }
     preset = Preset.load("quickstart").with_engine({"num-clients": SITES}).with_config(settings)
-    with Loopback(folder) as loopback:
+    folder.mkdir(parents=True)
+    with Deployment(log=folder / "run.log") as deployment:
         for i in range(SITES):
             node = {"client-id": f"site-{i}", "partition-id": i, "num-partitions": SITES}
             node |= {"state-dir": str(folder / "state"), "warm-worker": mode}
-            loopback.start_node(f"site-{i}", node)
-        loopback.run(preset.config, timeout_s=TIMEOUT_S)
+            deployment.start_node(f"site-{i}", node)
+        deployment.run(preset.config)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [float(json.loads(line)["seconds_round"]) for line in lines]

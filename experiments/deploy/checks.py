@@ -17,8 +17,9 @@ from rich.markup import escape
 from common.config import NodeConfig, RunConfig
 from common.config.client import ClientSection
 from common.errors import ConfigError, MHpFedHNError, ModelError, RunError
-from experiments.deploy.join import JoinSettings, find_program
 from experiments.deploy.reach import UnreachableError, check_server
+from experiments.deploy.settings import JoinSettings
+from experiments.run.engines.processes import find_program
 
 if TYPE_CHECKING:
     from client_app.data.examples import ClientData
@@ -108,7 +109,7 @@ def _say(console: Console, status: str, name: str, detail: str) -> None:
 
 def check_program() -> Finding:
     """Find flower-supernode and its version; peers of another minor version refuse each other."""
-    return Finding(f"{find_program()}, Flower {version('flwr')}")
+    return Finding(f"{find_program('flower-supernode')}, Flower {version('flwr')}")
 
 
 def check_folder(folder: Path) -> Finding:

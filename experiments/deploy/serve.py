@@ -9,12 +9,10 @@ import argparse
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments.deploy.join import find_program
+from experiments.run.engines.processes import find_program, program_path
 
 
 def add_serve_parser(commands: Any) -> None:
@@ -29,9 +27,7 @@ def add_serve_parser(commands: Any) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Run until stopped; returns 0 when it was told to end, else what Flower's SuperExec says."""
-    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    env = {**os.environ, "PATH": os.pathsep.join(programs)}
-    process = subprocess.Popen(_command(args), env=env)
+    process = subprocess.Popen(_command(args), env={**os.environ, "PATH": program_path()})
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:

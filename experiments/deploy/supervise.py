@@ -22,8 +22,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.deploy.join import JoinSettings
-from experiments.run.engines.processes import free_port
+from experiments.deploy.settings import JoinSettings
+from experiments.run.engines.processes import free_port, kill_session
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
 STEADY_S = 120.0
@@ -127,13 +127,8 @@ class Supervisor:
 
     def _end_process(self) -> None:
         """Kill what is left of the SuperNode's session."""
-        if self._process is None:
-            return
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return
-        self._process.wait()
+        if self._process is not None:
+            kill_session(self._process)
 
     def _watch_model(self) -> None:
         """Say when a finished run has stored this participant's model."""

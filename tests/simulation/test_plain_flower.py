@@ -12,7 +12,7 @@ import pytest
 
 from experiments.run.engines import processes
 from experiments.run.engines.home import child_environment, new_home
-from experiments.run.engines.ray import parse_status
+from experiments.run.engines.superlink import parse_status
 
 PROJECT_ROOT = Path(__file__).parents[2]
 FLWR = Path(sys.executable).parent / "flwr"

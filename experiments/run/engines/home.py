@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -71,33 +70,38 @@ def _base() -> Path:
     return Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
 
 
-def child_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]:
-    """Return the environment of a run's processes: isolated, quiet, quick to start, marked.
+def flower_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]:
+    """Return the environment of Flower's programs: own FLWR_HOME, quiet, quick to start.
 
-    Parameters
-    ----------
-    base
-        The environment to build on; left unchanged.
-    home
-        The run's FLWR_HOME, which is also the mark by which its processes are found.
+    `base` is what to build on, mostly os.environ; it is left unchanged.
     """
-    env = {k: v for k, v in base.items() if k not in ("RAY_ADDRESS", "FLWR_HOME")}
-    env |= {
-        processes.MARK: str(home),
+    env = {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "PATH": processes.program_path(base),
+    }
+    return {**base, **env, **bytecode_cache(base)}
+
+
+def child_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]:
+    """Return the environment of a run's processes: isolated, and marked with the run's FLWR_HOME.
+
+    By the mark `processes.stop_marked` finds them.
+    """
+    env = flower_environment(base, home=home) | {
+        processes.MARK: str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(home),
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_prestart_worker_first_driver": "0",  # Flower's actors cannot use those workers
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
     }
+    env.pop("RAY_ADDRESS", None)
     for key in ("NO_PROXY", "no_proxy"):  # a company's proxy must not see loopback traffic
         env[key] = ",".join(filter(None, [base.get(key), _LOCAL]))
-    return env | bytecode_cache(base)
+    return env
 
 
 def bytecode_cache(base: Mapping[str, str]) -> dict[str, str]:

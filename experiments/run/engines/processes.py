@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import psutil
 
@@ -32,6 +36,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def find_program(name: str) -> str:
+    """Return the path of one of Flower's programs, the one beside this Python before others.
+
+    Raises
+    ------
+    RunError
+        Flower is not installed here.
+    """
+    found = shutil.which(name, path=program_path())
+    if found is None:
+        raise RunError(f"{name} is not installed: `pip install 'flwr==1.42.*'` in this Python.")
+    return found
+
+
+def program_path(base: Mapping[str, str] = os.environ) -> str:
+    """Return the PATH of an environment, before it the programs beside this Python."""
+    return os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
 
 
 def start(command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path) -> Process:
@@ -87,6 +110,16 @@ def quote_end(log: Path, *, lines: int = 15) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     tail = "\n".join(text.strip().splitlines()[-lines:])
     return f"The end of {log}:\n{tail}" if tail else f"{log} is empty."
+
+
+def kill_session(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session, with what is left of that, and wait for it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:  # Windows knows no sessions
+            process.kill()
+    process.wait()
 
 
 def stop_marked(mark: str, *, patience_s: float = 5.0) -> int:

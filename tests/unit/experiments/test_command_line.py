@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,3 +184,18 @@ def test_a_stopped_run_keeps_what_was_learned(
     # the signal may come between a round's row and its checkpoint
     assert 3 <= summary["rounds"] - 1 <= int(found[1]) <= summary["rounds"]
     assert summary["reason"]
+
+
+def test_the_commands_import_where_posix_modules_do_not_exist() -> None:
+    """As on Windows; the libraries are loaded before, for here they need some of them."""
+    code = """
+import filelock, psutil, sys
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import experiments.__main__, experiments.run.launch, experiments.run.engines.ray
+import experiments.deploy.checks, experiments.deploy.supervise
+experiments.__main__.main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "join" in done.stdout

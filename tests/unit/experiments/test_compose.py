@@ -9,7 +9,8 @@ import yaml
 
 from client_app.models.registry import MODEL_NAMES
 from common.config import NodeConfig
-from experiments.deploy.join import add_join_parser, read_settings
+from experiments.deploy.join import add_join_parser
+from experiments.deploy.settings import read_settings
 
 ROOT = Path(__file__).parents[3]
 SITES = ("site-a", "site-b", "site-c")

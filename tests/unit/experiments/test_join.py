@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from filelock import FileLock
 from flwr.common.config import parse_config_args
 from rich.console import Console
 
@@ -17,7 +18,8 @@ from common.config import NodeConfig
 from common.errors import ConfigError, RunError
 from experiments.deploy import checks as join_checks
 from experiments.deploy import join
-from experiments.deploy.join import JoinSettings, add_join_parser, read_settings
+from experiments.deploy.join import add_join_parser
+from experiments.deploy.settings import JoinSettings, read_settings
 from experiments.deploy.supervise import explain
 from experiments.examples import my_site
 from tests.support import tiny
@@ -108,11 +110,13 @@ def test_the_environment_is_the_participants_own(tmp_path: Path) -> None:
 
 
 def test_two_joins_in_one_folder_are_refused(tmp_path: Path) -> None:
-    text = rf"another `mh-pfedhn join` \(process {os.getpid()}\) already runs"
-    with join._only_one(tmp_path), pytest.raises(RunError, match=text), join._only_one(tmp_path):
-        pass
-    with join._only_one(tmp_path):
-        pass
+    words = ["--client-id", "a", "--server", "b:1", "--insecure", "--state-dir", str(tmp_path)]
+    (tmp_path / "a").mkdir()
+    with (
+        FileLock(tmp_path / "a" / "join.lock"),
+        pytest.raises(RunError, match="another `mh-pfedhn join` already runs"),
+    ):
+        join.run_join(arguments(*words))
 
 
 # --- keys ----------------------------------------------------------------------------------------
