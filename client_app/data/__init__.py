@@ -2,6 +2,5 @@
 
 `catalogue` (facts about known data sets) -> `own`, `published` (where the pictures are) ->
 `decode` (pictures to uint8) -> `cache` (decoded once, memory-mapped by all) -> `splits`,
-`partitioners` (who owns what) -> `partitions` (drawn once, stored as index arrays).
-`client_app.data.examples` uses all of it.
+`partitions` (who owns what: drawn once, stored as index arrays) -> `examples`.
 """

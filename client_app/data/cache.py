@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from client_app.data.decode import fill
 from client_app.data.source import Examples, Source
 from common.errors import DataError
+from common.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,10 @@ IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 
 @dataclass(frozen=True)
 class DecodedDataset:
-    """A cache entry, opened.
+    """A cache entry, opened; drawn partitions are stored in its folder too.
 
     Attributes
     ----------
-    folder
-        Where it is; drawn partitions are stored beside the images.
     images
         (N, channels, size, size) uint8, memory-mapped read-only.
     labels
@@ -70,10 +69,7 @@ def cache_root(cache_dir: str) -> Path:
 def open_dataset(
     source: Source, *, name: str, image_size: int, cache_dir: str = ""
 ) -> DecodedDataset:
-    """Open the cache entry of a source, decoding the source first when there is none.
-
-    An entry that is damaged (a file of another size, or changed since and of another checksum) is
-    built again.
+    """Open the cache entry of a source, decoding it first when there is none or it is damaged.
 
     Raises
     ------
@@ -87,15 +83,7 @@ def open_dataset(
     found = _open_entry(folder)
     if found is None:
         with entry_lock(folder):
-            found = _open_entry(folder)
-            if found is None:
-                _build_entry(source, folder, image_size)
-                found = _open_entry(folder)
-    if found is None:
-        raise DataError(
-            f"cache entry {folder} is damaged right after it was written. Check the disk, or set "
-            "cache-dir to a folder on another one."
-        )
+            found = _open_entry(folder) or _build_entry(source, folder, image_size)
     return found
 
 
@@ -124,13 +112,11 @@ def entry_lock(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _build_entry(source: Source, folder: Path, image_size: int) -> None:
+def _build_entry(source: Source, folder: Path, image_size: int) -> DecodedDataset:
     started = time.monotonic()
     examples = source.read(image_size)
-    count = len(examples.labels)
-    if not count:
+    if not len(examples.labels):
         raise DataError(f"{folder.name}: the data set has no examples.")
-    log.info("decoding %d pictures once into %s", count, folder)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
     draft.mkdir()
@@ -141,7 +127,15 @@ def _build_entry(source: Source, folder: Path, image_size: int) -> None:
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    log.info("decoded %d pictures in %.1f s", count, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    log.info("decoded %d pictures into %s in %.1f s", len(examples.labels), folder, seconds)
+    found = _open_entry(folder)
+    if found is None:
+        raise DataError(
+            f"cache entry {folder} is damaged right after it was written. Check the disk, or set "
+            "cache-dir to a folder on another one."
+        )
+    return found
 
 
 def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
@@ -151,13 +145,13 @@ def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
     images.flush()
     del images
     np.save(draft / LABELS, examples.labels, allow_pickle=False)
-    meta = {
-        "num_classes": examples.num_classes,
-        "mean": examples.mean,
-        "std": examples.std,
-        "files": {name: _file_facts(draft / name) for name in (IMAGES, LABELS)},
-    }
-    (draft / META).write_text(json.dumps(meta, indent=1))
+    files = {}
+    for name in (IMAGES, LABELS):
+        sync(path := draft / name)
+        facts = path.stat()
+        files[name] = {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "crc32": _crc32(path)}
+    meta = {"num_classes": examples.num_classes, "mean": examples.mean, "std": examples.std}
+    (draft / META).write_text(json.dumps(meta | {"files": files}, indent=1))
 
 
 def _open_entry(folder: Path) -> DecodedDataset | None:
@@ -181,18 +175,11 @@ def _open_entry(folder: Path) -> DecodedDataset | None:
         return None
 
 
-def _file_facts(path: Path) -> dict[str, int]:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    facts = path.stat()
-    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "crc32": _crc32(path)}
-
-
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
     """Raise ValueError when a file is not the one that was written.
 
-    The checksum is computed only when the time differs (the cache was copied, or somebody wrote),
-    because every client process comes through here.
+    The checksum is computed only when the time differs (the cache was copied, or somebody wrote):
+    every client process comes through here.
     """
     facts = path.stat()
     if facts.st_size != expected["size"]:
@@ -202,8 +189,4 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
 
 
 def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+    return zlib.crc32(np.memmap(path, mode="r").data)

@@ -17,10 +17,8 @@ class DatasetSpec:
         Classes of the official train split; labels are 0 to num_classes - 1.
     mean, std
         Normalisation for each channel, in units of full intensity (0 to 1).
-    classes_per_client
-        Classes a client draws in the published pathological partition.
-    dirichlet_alpha
-        Concentration of the published Dirichlet partition.
+    classes_per_client, dirichlet_alpha
+        What the published partitions take.
     idx_prefix
         Start of the names of the data set's IDX files (the format of MNIST).
     idx_on_hub
@@ -38,11 +36,6 @@ class DatasetSpec:
     idx_prefix: str = ""
     idx_on_hub: bool = False
     transposed: bool = False
-
-    @property
-    def channels(self) -> int:
-        """1 for grey pictures, 3 for RGB."""
-        return len(self.mean)
 
 
 CATALOGUE: dict[str, DatasetSpec] = {
@@ -99,10 +92,7 @@ CATALOGUE: dict[str, DatasetSpec] = {
     ),
 }
 
-# A participant's own pictures: full intensity to [-1, 1], and the hardest published partition.
-OWN_MEAN = 0.5
-OWN_STD = 0.5
-OWN_CLASSES_PER_CLIENT = 2
-OWN_DIRICHLET_ALPHA = 0.1
+OWN = DatasetSpec(hub_id="", num_classes=0, mean=(0.5,), std=(0.5,), dirichlet_alpha=0.1)
+"""A participant's own pictures: full intensity to [-1, 1], and the hardest published partition."""
 
 DATASET_NAMES: tuple[str, ...] = (*CATALOGUE, "folder")

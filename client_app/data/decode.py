@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from common.errors import DataError
 
-# only these parsers ever see a participant's bytes
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Only these parsers ever see a participant's bytes."""
 GREY_MODES = {"1", "L", "I", "F"}
 _CHUNK = 512
 _ORIENTATION = 0x0112  # EXIF tag
@@ -45,23 +45,19 @@ def decode_picture(data: bytes, *, channels: int, image_size: int, name: str) ->
             f"{name} is not a picture that can be read ({error}). Formats: {', '.join(FORMATS)}. "
             "Remove the file or replace it."
         ) from error
-    if picture.size != (image_size, image_size):
-        picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    pixels: Pixels = np.asarray(picture, dtype=np.uint8)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return resize_array(np.atleast_3d(np.asarray(picture, np.uint8)), image_size=image_size)
 
 
 def resize_array(pixels_hwc: Pixels, *, image_size: int) -> Pixels:
     """Resize (H, W, channels), any number of channels, to (channels, image_size, image_size)."""
-    height, width, _ = pixels_hwc.shape
-    if (height, width) == (image_size, image_size):
-        return pixels_hwc.transpose(2, 0, 1)
-    size = (image_size, image_size)
+    pixels, size = pixels_hwc.transpose(2, 0, 1), (image_size, image_size)
+    if pixels.shape[1:] == size:
+        return pixels
     resized = [
-        np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR))
-        for channel in np.ascontiguousarray(pixels_hwc.transpose(2, 0, 1))
+        Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR)
+        for channel in np.ascontiguousarray(pixels)
     ]
-    return np.stack(resized)
+    return np.stack([np.asarray(channel) for channel in resized])
 
 
 def picture_channels(data: bytes) -> int:
@@ -78,7 +74,6 @@ def picture_channels(data: bytes) -> int:
 
 def fill(images: Pixels, read_example: ReadExample) -> None:
     """Write every example into `images` (N, channels, size, size), on a few threads."""
-    spans = range(0, len(images), _CHUNK)
 
     def fill_span(start: int) -> None:
         for index in range(start, min(start + _CHUNK, len(images))):
@@ -86,7 +81,7 @@ def fill(images: Pixels, read_example: ReadExample) -> None:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for done in [pool.submit(fill_span, start) for start in spans]:
+            for done in [pool.submit(fill_span, i) for i in range(0, len(images), _CHUNK)]:
                 done.result()
         finally:  # after an error, do not decode the rest
             pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
 """The examples of one client: source -> partition -> tensors on the device.
 
-Pictures are decoded once into a cache that all client processes map (`datasets.cache`), a client's
-rows are drawn once (`datasets.partitions`), and a batch is an index into tensors that already are
-on the device. Nothing here is done picture by picture.
+Pictures are decoded once into a cache that all client processes map (`cache`), a client's rows are
+drawn once (`partitions`), and a batch is an index into tensors that already are on the device.
+Nothing here is done picture by picture.
 
 Shapes: N examples, B batch, C channels, H = W image size.
 """
@@ -11,31 +11,25 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from client_app.data.cache import DecodedDataset, open_dataset
+from client_app.data.catalogue import CATALOGUE, DATASET_NAMES
+from client_app.data.own import FolderSource, FunctionSource
 from client_app.data.partitions import WHOLE, client_indices
-from client_app.data.select import select_source
+from client_app.data.published import DigitsSource, HubSource, find_local_files
+from client_app.data.source import Source
 from client_app.data.splits import Indices, split_train_test
 from common.config.client import ClientSection
-from common.errors import DataError
+from common.errors import ConfigError, DataError, unknown_name
 from common.seeding import numpy_generator
-
-# keys of the client section that decide which examples a client has
-_DATA_KEYS = (
-    "dataset", "data_dir", "cache_dir", "partition", "num_partitions", "classes_per_client",
-    "dirichlet_alpha", "min_client_examples", "max_client_examples", "partition_options",
-    "test_fraction", "image_size",
-)  # fmt: skip
-_MEMORY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -125,12 +119,8 @@ class ClientData:
 def prepare_data(section: ClientSection, *, seed: int) -> Path:
     """Decode the data set and draw the partition, unless that was done before.
 
-    Safe to call from many processes at once. The command line calls it before a run, so that the
-    first round does not wait.
-
-    Returns
-    -------
-    The folder of the cache entry.
+    Returns the folder of the cache entry. Safe to call from many processes at once. The command
+    line calls it before a run, so that the first round does not wait.
 
     Raises
     ------
@@ -158,41 +148,77 @@ def load_client_data(
 
     Parameters
     ----------
-    section
-        Which data, how divided.
-    partition_id
-        Which client, 0 to num_partitions - 1; anything for partition "none".
-    seed
-        Seed of the run.
-    device
-        Where the tensors go.
+    section : which data, how divided.
+    partition_id : which client, 0 to num_partitions - 1; anything for partition "none".
+    seed : of the run.
+    device : where the tensors go.
 
     Raises
     ------
     ConfigError, DataError
         As `prepare_data`, or the client does not exist or has fewer than two examples.
     """
-    key = (*(getattr(section, name) for name in _DATA_KEYS), partition_id, seed, str(device))
-    with _recent_lock:
-        found = _recent.get(key)
-        if found is None:
-            found = _load(section, partition_id, seed, device)
-            _recent[key] = found
-            while len(_recent) > 1 and sum(d.num_bytes for d in _recent.values()) > _MEMORY_BYTES:
-                _recent.popitem(last=False)
-        _recent.move_to_end(key)
-        return found
+    key = (section, partition_id, seed, device)
+    return LOADED.get(key, lambda: _load(*key))
 
 
-_recent: OrderedDict[tuple[Any, ...], ClientData] = OrderedDict()
-_recent_lock = threading.Lock()
+class LoadedClients:
+    """The clients that were loaded last, of at most `max_bytes` together; shared by all threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._clients: OrderedDict[Hashable, ClientData] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, load: Callable[[], ClientData]) -> ClientData:
+        """Return what is kept under a key, or load and keep it; the oldest go."""
+        with self._lock:
+            if key not in self._clients:
+                self._clients[key] = load()
+            self._clients.move_to_end(key)
+            while len(self._clients) > 1 and self._num_bytes() > self._max_bytes:
+                self._clients.popitem(last=False)
+            return self._clients[key]
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._clients.clear()
+
+    def _num_bytes(self) -> int:
+        return sum(data.num_bytes for data in self._clients.values())
+
+
+LOADED = LoadedClients(max_bytes=512 << 20)
+
+
+def select_source(dataset: str, data_dir: str) -> Source:
+    """Return the source that a client's `dataset` and `data-dir` name.
+
+    Raises
+    ------
+    ConfigError
+        The data set is unknown, or data-dir is missing where it is needed.
+    DataError
+        data-dir does not hold the data set.
+    """
+    if ":" in dataset:
+        return FunctionSource(dataset, data_dir)
+    if dataset == "digits":
+        return DigitsSource()
+    if dataset == "folder":
+        if not data_dir:
+            raise ConfigError("dataset = 'folder' needs data-dir, a folder of class/picture.png.")
+        return FolderSource(Path(data_dir).expanduser().resolve())
+    if dataset not in CATALOGUE:
+        known = unknown_name("dataset", dataset, DATASET_NAMES)
+        raise ConfigError(f"{known} Or 'module:function' for your own.")
+    return find_local_files(dataset, data_dir) if data_dir else HubSource(dataset)
 
 
 def open_examples(section: ClientSection) -> DecodedDataset:
     """Open the decoded pictures and labels of all clients together; raises as `prepare_data`."""
-    source = select_source(section.dataset, section.data_dir)
     return open_dataset(
-        source,
+        select_source(section.dataset, section.data_dir),
         name=section.dataset,
         image_size=section.image_size,
         cache_dir=section.cache_dir,

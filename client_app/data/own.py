@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client_app.data.catalogue import OWN_MEAN, OWN_STD
+from client_app.data.catalogue import OWN
 from client_app.data.decode import ReadExample, decode_picture, picture_channels, resize_array
 from client_app.data.source import Examples, file_identity
 from client_app.plugins import load_callable
@@ -42,8 +42,7 @@ class FolderSource:
         classes = self._classes()
         paths = [path for members in classes.values() for path in members]
         labels = np.repeat(np.arange(len(classes)), [len(m) for m in classes.values()])
-        grey = all(picture_channels(_bytes(path)) == 1 for path in paths)
-        channels = 1 if grey else 3
+        channels = max(picture_channels(_bytes(path)) for path in paths)
 
         def read_example(index: int) -> NDArray[np.uint8]:
             path = paths[index]
@@ -112,40 +111,43 @@ class FunctionSource:
                 f"dataset {self.spec!r} must return (images, labels) when called without "
                 f"arguments; it raised {type(cause).__name__}: {cause}"
             ) from cause
-        images, labels = self._checked(np.asarray(images), np.asarray(labels))
+        images, labels = np.asarray(images), np.asarray(labels)
+        if fault := _fault(images, labels):
+            raise DataError(f"dataset {self.spec!r}: {fault}.")
+        pixels = images.reshape(*images.shape[:3], -1)
         return _own_examples(
-            labels, images.shape[-1],
-            lambda index: resize_array(images[index], image_size=image_size),
-        )  # fmt: skip
+            labels.astype(np.int64),
+            pixels.shape[-1],
+            lambda index: resize_array(pixels[index], image_size=image_size),
+        )
 
-    def _checked(self, images: Any, labels: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise DataError(
-                f"dataset {self.spec!r}: images must be uint8 (N, H, W) or (N, H, W, channels), "
-                f"got {images.dtype} {images.shape}."
-            )
-        if not images.size:
-            raise DataError(f"dataset {self.spec!r} returned no images: {images.shape}.")
-        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
-            raise DataError(
-                f"dataset {self.spec!r}: images {images.shape} look like (N, channels, H, W); "
-                "channels come last: np.moveaxis(images, 1, -1)."
-            )
-        whole = np.issubdtype(labels.dtype, np.integer)
-        if labels.shape != (len(images),) or not whole or labels.min(initial=0) < 0:
-            raise DataError(
-                f"dataset {self.spec!r}: labels must be integers from 0, one for each of the "
-                f"{len(images)} images, got {labels.dtype} {labels.shape}."
-            )
-        return images.reshape(*images.shape[:3], -1), labels.astype(np.int64)
+
+def _fault(images: NDArray[Any], labels: NDArray[Any]) -> str:
+    """Say what is wrong with what a participant's function returned; "" when nothing is."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        return (
+            "images must be uint8 (N, H, W) or (N, H, W, channels), "
+            f"got {images.dtype} {images.shape}"
+        )
+    if not images.size:
+        return f"it returned no images: {images.shape}"
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+        return (
+            f"images {images.shape} look like (N, channels, H, W); channels come last: "
+            "np.moveaxis(images, 1, -1)"
+        )
+    whole = np.issubdtype(labels.dtype, np.integer)
+    if labels.shape != (len(images),) or not whole or labels.min(initial=0) < 0:
+        return (
+            f"labels must be integers from 0, one for each of the {len(images)} images, "
+            f"got {labels.dtype} {labels.shape}"
+        )
+    return ""
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "." and path.is_file()
-    )
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+    return sorted(path for path in found if path.name[0] != ".")
 
 
 def _bytes(path: Path) -> bytes:
@@ -157,6 +159,4 @@ def _bytes(path: Path) -> bytes:
 
 def _own_examples(labels: NDArray[np.int64], channels: int, read_example: ReadExample) -> Examples:
     num_classes = int(labels.max(initial=0)) + 1
-    return Examples(
-        labels, num_classes, (OWN_MEAN,) * channels, (OWN_STD,) * channels, read_example
-    )
+    return Examples(labels, num_classes, OWN.mean * channels, OWN.std * channels, read_example)

@@ -7,6 +7,7 @@ begins. The hash covers everything that the draw depends on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -17,14 +18,10 @@ from typing import Any
 import numpy as np
 
 from client_app.data.cache import DecodedDataset, entry_lock
-from client_app.data.catalogue import (
-    CATALOGUE,
-    OWN_CLASSES_PER_CLIENT,
-    OWN_DIRICHLET_ALPHA,
-)
+from client_app.data.catalogue import CATALOGUE, OWN
 from client_app.data.splits import Indices, split_dirichlet, split_pathological, thin_out
 from common.config.client import ClientSection
-from common.errors import ConfigError, DataError, unknown_name
+from common.errors import ConfigError, DataError, listing, unknown_name
 from common.files import replace_file
 from common.seeding import numpy_generator
 
@@ -33,12 +30,20 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 WHOLE = "none"
 PUBLISHED = ("pathological", "dirichlet")
-# `partitioners.LIBRARY` has the classes; importing that costs seconds, the names are wanted sooner
-LIBRARY_NAMES = (
-    "iid", "linear", "square", "exponential", "size", "shard", "inner-dirichlet", "natural-id",
-    "library-dirichlet", "library-pathological",
-)  # fmt: skip
-PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, *LIBRARY_NAMES)
+LIBRARY = {
+    "iid": "IidPartitioner",
+    "linear": "LinearPartitioner",
+    "square": "SquarePartitioner",
+    "exponential": "ExponentialPartitioner",
+    "size": "SizePartitioner",
+    "shard": "ShardPartitioner",
+    "inner-dirichlet": "InnerDirichletPartitioner",
+    "natural-id": "NaturalIdPartitioner",
+    "library-dirichlet": "DirichletPartitioner",
+    "library-pathological": "PathologicalPartitioner",
+}
+"""Our names for the partitioners of flwr-datasets; importing that library costs seconds."""
+PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, *LIBRARY)
 
 
 def client_indices(
@@ -75,8 +80,7 @@ def _share(
     """Return all rows of one client: read, or drawn and stored for everybody."""
     if section.partition == WHOLE:
         return np.arange(len(dataset.labels), dtype=np.int64)
-    settings = _settings(section)
-    count = section.num_partitions
+    settings, count = _settings(section), section.num_partitions
     if not 0 <= partition_id < count:
         raise ConfigError(
             f"partition-id = {partition_id} is not in 0..{count - 1} (num-partitions = {count}). "
@@ -89,7 +93,7 @@ def _share(
         with entry_lock(dataset.folder):
             share = _read_share(path, partition_id)
             if share is None:
-                parts = _draw(dataset, settings, count, seed)
+                parts = _draw(dataset.labels, settings, count, seed)
                 _write_parts(path, parts)
                 share = parts[partition_id]
     return share
@@ -97,48 +101,41 @@ def _share(
 
 def _settings(section: ClientSection) -> dict[str, Any]:
     """Return what a draw depends on, with the published values filled in."""
-    name = section.partition
+    name, spec = section.partition, CATALOGUE.get(section.dataset, OWN)
     if name not in PARTITION_NAMES:
         raise ConfigError(unknown_name("partition", name, PARTITION_NAMES))
     options = _options(section)
-    if name in LIBRARY_NAMES:
+    if name in LIBRARY:
         return {"partition": name, "options": options}
     if options:
         raise ConfigError(
             f"partition {name!r} takes no partition-options, got {options}. Its settings are "
             "classes-per-client, dirichlet-alpha and min-client-examples."
         )
-    spec = CATALOGUE.get(section.dataset)
     if name == "pathological":
-        default = spec.classes_per_client if spec else OWN_CLASSES_PER_CLIENT
-        return {"partition": name, "classes_per_client": section.classes_per_client or default}
-    alpha = spec.dirichlet_alpha if spec else OWN_DIRICHLET_ALPHA
-    return {
-        "partition": name,
-        "alpha": section.dirichlet_alpha or alpha,
-        "min_examples": section.min_client_examples,
-    }
+        count = section.classes_per_client or spec.classes_per_client
+        return {"partition": name, "classes_per_client": count}
+    alpha = section.dirichlet_alpha or spec.dirichlet_alpha
+    return {"partition": name, "alpha": alpha, "min_examples": section.min_client_examples}
 
 
 def _options(section: ClientSection) -> dict[str, Any]:
+    text = section.partition_options
     try:
-        options = json.loads(section.partition_options or "{}")
+        options = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"partition-options = {section.partition_options!r} is not JSON: {error}."
-        ) from error
+        raise ConfigError(f"partition-options = {text!r} is not JSON: {error}.") from error
     if not isinstance(options, dict):
         raise ConfigError(
-            f"partition-options = {section.partition_options!r} must be a JSON object, for "
-            'instance {"num_shards_per_partition": 2}.'
+            f"partition-options = {text!r} must be a JSON object, for instance "
+            '{"num_shards_per_partition": 2}.'
         )
     return options
 
 
-def _draw(
-    dataset: DecodedDataset, settings: dict[str, Any], num_clients: int, seed: int
-) -> list[Indices]:
-    name, labels = settings["partition"], dataset.labels
+def _draw(labels: Indices, settings: dict[str, Any], num_clients: int, seed: int) -> list[Indices]:
+    """Draw the rows of every client; each has two or more."""
+    name, given = settings["partition"], {k: v for k, v in settings.items() if k != "partition"}
     if 2 * num_clients > len(labels):
         raise DataError(
             f"{num_clients} clients need at least {2 * num_clients} examples (one to train and "
@@ -146,36 +143,62 @@ def _draw(
         )
     rng = numpy_generator(seed, "partition")
     if name == "pathological":
-        classes = settings["classes_per_client"]
-        parts = split_pathological(
-            labels, num_clients=num_clients, classes_per_client=classes, rng=rng
-        )
+        parts = split_pathological(labels, num_clients=num_clients, rng=rng, **given)
     elif name == "dirichlet":
-        alpha, least = settings["alpha"], settings["min_examples"]
-        parts = split_dirichlet(
-            labels, num_clients=num_clients, alpha=alpha, min_examples=least, rng=rng
-        )
+        parts = split_dirichlet(labels, num_clients=num_clients, rng=rng, **given)
     else:
-        from client_app.data.partitioners import split_by_library
-
-        parts = split_by_library(
-            name, labels, num_clients=num_clients, seed=seed, options=settings["options"]
-        )
-    _require_two_each(name, parts)
+        parts = split_by_library(name, labels, num_clients=num_clients, seed=seed, **given)
     sizes = [len(part) for part in parts]
+    if min(sizes) < 2:
+        raise DataError(
+            f"{name}: client {sizes.index(min(sizes))} of {num_clients} would have {min(sizes)} "
+            "example(s); every client needs one to train and one to test. The data allows fewer "
+            "clients than num-partitions with these settings: use fewer clients, or give each "
+            "more classes."
+        )
     log.info("%s: %d clients, %d to %d examples", name, num_clients, min(sizes), max(sizes))
     return parts
 
 
-def _require_two_each(name: str, parts: list[Indices]) -> None:
-    sizes = np.array([len(part) for part in parts])
-    if sizes.min() < 2:
-        poorest = int(sizes.argmin())
-        raise DataError(
-            f"{name}: client {poorest} of {len(parts)} would have {sizes[poorest]} example(s); "
-            f"every client needs one to train and one to test. The data allows fewer clients than "
-            "num-partitions with these settings: use fewer clients, or give each more classes."
-        )
+def split_by_library(
+    name: str, labels: Indices, *, num_clients: int, seed: int, options: dict[str, Any]
+) -> list[Indices]:
+    """Draw a partition with a partitioner of flwr-datasets, by one of the names in `LIBRARY`.
+
+    The number of clients, the seed and the label column are filled in where the partitioner takes
+    them and `options` does not have them.
+
+    Raises
+    ------
+    ConfigError
+        The options are not those of the partitioner, or give another number of clients.
+    DataError
+        The partitioner cannot divide this data.
+    """
+    from datasets import Dataset
+    from flwr_datasets import partitioner as library
+
+    signature = inspect.signature(chosen := getattr(library, LIBRARY[name]))
+    known = signature.parameters.keys()
+    filled = {"num_partitions": num_clients, "partition_by": "label", "seed": seed}
+    merged = {key: value for key, value in filled.items() if key in known} | options
+    where = f"partition {name!r} with partition-options {options}"
+    try:
+        signature.bind(**merged)
+        drawn = chosen(**merged)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}. Options: {listing(sorted(known), 20)}.") from error
+    drawn.dataset = Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
+    try:
+        if drawn.num_partitions != num_clients:
+            raise ConfigError(
+                f"{where} makes {drawn.num_partitions} clients, num-partitions is {num_clients}. "
+                "Make the two equal."
+            )
+        parts = [np.asarray(drawn.load_partition(i)["row"]) for i in range(num_clients)]
+    except (ValueError, KeyError, IndexError) as error:
+        raise DataError(f"{where} cannot divide {len(labels)} examples: {error}") from error
+    return [np.sort(part).astype(np.int64) for part in parts]
 
 
 def _read_share(path: Path, partition_id: int) -> Indices | None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client_app.data.catalogue import CATALOGUE, DatasetSpec
-from client_app.data.decode import decode_picture, resize_array
+from client_app.data.decode import ReadExample, decode_picture, resize_array
 from client_app.data.source import Examples, Source, file_identity
 from common.errors import DataError, listing
 
@@ -39,15 +39,12 @@ def find_local_files(dataset: str, data_dir: str) -> Source:
     """
     root = Path(data_dir).expanduser().resolve()
     spec = CATALOGUE[dataset]
-    hub_name = spec.hub_id.rpartition("/")[2]
-    for folder in (root / dataset, root / hub_name, root):
+    for folder in (root / dataset, root / spec.hub_id.rpartition("/")[2], root):
         deeper = "data/train*.parquet" if folder == root else "*/train*.parquet"
         for pattern in ("train*.parquet", deeper):
-            files = sorted(folder.glob(pattern))
-            if files:
+            if files := sorted(folder.glob(pattern)):
                 return ParquetSource(dataset, tuple(_whole(files)))
-        pair = _idx_pair(folder, spec.idx_prefix)
-        if pair:
+        if pair := _idx_pair(folder, spec.idx_prefix):
             return IdxSource(dataset, *pair)
     raise DataError(
         f"no {dataset} in data-dir {root}: expected {dataset}/train.parquet or "
@@ -70,11 +67,13 @@ class DigitsSource:
 
         pixels, labels = load_digits(return_X_y=True)
         levels = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-        spec = CATALOGUE["digits"]
-        return Examples(
-            labels.astype(np.int64), spec.num_classes, spec.mean, spec.std,
+        return _examples(
+            labels,
+            len(levels),
             lambda index: resize_array(levels[index], image_size=image_size),
-        )  # fmt: skip
+            CATALOGUE["digits"],
+            where="scikit-learn",
+        )
 
 
 @dataclass(frozen=True)
@@ -158,11 +157,13 @@ class IdxSource:
         spec = CATALOGUE[self.dataset]
         pixels, labels = read_idx(self.images, 3), read_idx(self.labels, 1)
         upright = pixels.transpose(0, 2, 1) if spec.transposed else pixels
-        _check_labels(labels, len(pixels), spec, str(self.labels))
-        return Examples(
-            labels.astype(np.int64), spec.num_classes, spec.mean, spec.std,
+        return _examples(
+            labels,
+            len(pixels),
             lambda index: resize_array(upright[index][..., None], image_size=image_size),
-        )  # fmt: skip
+            spec,
+            where=str(self.labels),
+        )
 
 
 def read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
@@ -201,15 +202,31 @@ def _table_examples(table: Any, spec: DatasetSpec, *, where: str, image_size: in
     if data.null_count:
         raise DataError(f"{where}: {data.null_count} pictures have no bytes. Download it again.")
     labels = table[_column(table.column_names, LABEL_COLUMNS, where)].to_numpy()
-    _check_labels(labels, len(data), spec, where)
 
     def read_example(index: int) -> NDArray[np.uint8]:
         pixels = decode_picture(
-            data[index].as_py(), channels=spec.channels, image_size=image_size,
+            data[index].as_py(),
+            channels=len(spec.mean),
+            image_size=image_size,
             name=f"{where}, row {index}",
-        )  # fmt: skip
+        )
         return pixels.transpose(0, 2, 1) if spec.transposed else pixels
 
+    return _examples(labels, len(data), read_example, spec, where=where)
+
+
+def _examples(
+    labels: NDArray[Any], count: int, read_example: ReadExample, spec: DatasetSpec, *, where: str
+) -> Examples:
+    """Check the labels of `count` pictures against what is known of the data set."""
+    whole = np.issubdtype(labels.dtype, np.integer)
+    good = whole and len(labels) and labels.min() >= 0 and labels.max() < spec.num_classes
+    if not good or len(labels) != count:
+        span = f"{labels.min()}..{labels.max()}" if len(labels) and whole else f"{labels.dtype}"
+        raise DataError(
+            f"{where}: expected one label from 0 to {spec.num_classes - 1} for each of {count} "
+            f"pictures, got {len(labels)} labels, {span}. Is it another data set?"
+        )
     return Examples(labels.astype(np.int64), spec.num_classes, spec.mean, spec.std, read_example)
 
 
@@ -220,17 +237,6 @@ def _column(names: list[str], candidates: tuple[str, ...], where: str) -> str:
     raise DataError(
         f"{where} has the columns {listing(names)}; expected one named {' or '.join(candidates)}."
     )
-
-
-def _check_labels(labels: NDArray[Any], count: int, spec: DatasetSpec, where: str) -> None:
-    whole = np.issubdtype(labels.dtype, np.integer)
-    good = whole and len(labels) and labels.min() >= 0 and labels.max() < spec.num_classes
-    if not good or len(labels) != count:
-        span = f"{labels.min()}..{labels.max()}" if len(labels) and whole else f"{labels.dtype}"
-        raise DataError(
-            f"{where}: expected one label from 0 to {spec.num_classes - 1} for each of {count} "
-            f"pictures, got {len(labels)} labels, {span}. Is it another data set?"
-        )
 
 
 def _whole(files: list[Path]) -> list[Path]:
@@ -246,10 +252,8 @@ def _whole(files: list[Path]) -> list[Path]:
 
 
 def _idx_pair(folder: Path, prefix: str) -> tuple[Path, Path] | None:
-    if not prefix:
-        return None
     for suffix in ("", ".gz"):
         images, labels = (folder / f"{prefix}-{part}{suffix}" for part in IDX_PARTS)
-        if images.is_file() and labels.is_file():
+        if prefix and images.is_file() and labels.is_file():
             return images, labels
     return None

@@ -1,7 +1,4 @@
-"""What a source of pictures is.
-
-A source has a fingerprint that changes when its files do, and is read once, into the cache.
-"""
+"""What a source of pictures is: its fingerprint changes when its files do; it is read once."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ class Examples:
     ----------
     labels
         (N,) int64, 0 to num_classes - 1.
-    read_example
-        Index -> uint8 (channels, image_size, image_size); safe to call from several threads.
     mean, std
         Normalisation for each channel, in units of full intensity.
+    read_example
+        Index -> uint8 (channels, image_size, image_size); safe to call from several threads.
     """
 
     labels: NDArray[np.int64]

@@ -1,7 +1,7 @@
 """Who owns which examples: index arrays from labels, numpy alone.
 
 Shapes: M examples, N clients, C classes. Every function is a pure function of its arguments; all
-randomness comes from the generator it is given.
+randomness comes from the generator it is given. Index arrays are int64 and ascending.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from common.errors import ConfigError, DataError
 
 Indices = NDArray[np.int64]
 
-# a held class is divided in proportion to weights from this interval (method.md, "pathological")
 SHARE_RANGE = (0.4, 0.6)
-# bound of the redraws; a draw takes 0.03 to 1.5 ms
+"""Interval of the weights by which a held class is divided (method.md, "pathological")."""
 MAX_DIRICHLET_DRAWS = 10_000
+"""Bound of the redraws; a draw takes 0.03 to 1.5 ms."""
 
 
 def split_pathological(
@@ -26,11 +26,7 @@ def split_pathological(
 
     Every client draws `classes_per_client` different classes, independently of the others; each
     class is divided among those that hold it in proportion to U(0.4, 0.6) weights. A class that
-    nobody drew is not used.
-
-    Returns
-    -------
-    list of (M_i,) int64, ascending, one for each client, disjoint.
+    nobody drew is not used. Returns one disjoint index array (M_i,) for each client.
 
     Raises
     ------
@@ -57,11 +53,8 @@ def split_dirichlet(
     """Draw the published Dirichlet partition: for each class, shares of the clients ~ Dir(alpha).
 
     Redrawn until the smallest client has more than `min_examples` examples. Differs from the
-    authors: at most `MAX_DIRICHLET_DRAWS` times.
-
-    Returns
-    -------
-    list of (M_i,) int64, ascending, one for each client, disjoint, together all examples.
+    authors: at most `MAX_DIRICHLET_DRAWS` times. Returns one disjoint index array (M_i,) for each
+    client; together they have all examples.
 
     Raises
     ------
@@ -75,14 +68,13 @@ def split_dirichlet(
             "clients (num-partitions) or a smaller min-client-examples."
         )
     classes, counts = np.unique(labels, return_counts=True)
-    concentration = np.full(num_clients, alpha)
     best = 0
     for _ in range(MAX_DIRICHLET_DRAWS):
-        weights = rng.dirichlet(concentration, size=len(classes)).T
-        sizes = np.diff(_cuts(weights, counts), axis=0).sum(1)
-        best = max(best, int(sizes.min()))
-        if sizes.min() > min_examples:
+        weights = rng.dirichlet(np.full(num_clients, alpha), size=len(classes)).T
+        smallest = int(np.diff(_cuts(weights, counts), axis=0).sum(1).min())
+        if smallest > min_examples:
             return _divide(labels, classes, weights, rng)
+        best = max(best, smallest)
     raise DataError(
         f"dirichlet: none of {MAX_DIRICHLET_DRAWS} draws with alpha {alpha} gave each of "
         f"{num_clients} clients more than {min_examples} examples; in the best one the smallest "
@@ -96,10 +88,7 @@ def thin_out(labels: Indices, *, most: int, rng: np.random.Generator) -> Indices
 
     Every class gets its exact share rounded down; those with the largest remainders get one more,
     the smaller label first where remainders are equal. Which examples of a class, `rng` decides.
-
-    Returns
-    -------
-    (most,) int64 positions into `labels`, ascending.
+    Returns positions into `labels`.
     """
     classes, counts = np.unique(labels, return_counts=True)
     quotas, remainders = np.divmod(counts * most, len(labels))
@@ -120,10 +109,6 @@ def split_train_test(
     The test part has round(test_fraction M) examples, at least one and at most M - 1. A class that
     has an example to spare but none in the test part swaps one in, for an example of the class
     that has most there.
-
-    Returns
-    -------
-    (train, test) int64 positions into `labels`, ascending.
 
     Raises
     ------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_app.data import examples as data_module
+from client_app.data.examples import LOADED
 from common.config.client import ClientSection
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 
@@ -15,7 +15,7 @@ from tests.unit.client_app.pictures import random_pixels, write_parquet
 @pytest.fixture
 def section(tmp_path: Path) -> ClientSection:
     """300 random pictures of 10 classes, as cifar10, for 6 clients; nothing in memory."""
-    data_module._recent.clear()
+    LOADED.clear()
     labels = np.arange(300) % 10
     write_parquet(tmp_path / "data/cifar10/train.parquet", random_pixels(300, 32, 32, 3), labels)
     return ClientSection(

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from client_app.data import examples as data_module
 from client_app.data.cache import cache_root
-from client_app.data.examples import ClientData, load_client_data, prepare_data
+from client_app.data.examples import (
+    LOADED,
+    ClientData,
+    LoadedClients,
+    load_client_data,
+    prepare_data,
+)
 from common.config.client import ClientSection
 from common.errors import DataError
 from tests.unit.client_app.pictures import random_pixels, write_parquet
@@ -39,18 +44,15 @@ def test_repeated_calls_share_one_object_also_between_threads(section: ClientSec
         thread.join()
     assert len(found) == 4
     assert all(client is found[0] for client in found)
-    # settings that do not touch the data do not load it again
-    assert _load(_with(section, models="mlp", client_threads=3), 2) is found[0]
 
 
-def test_memory_is_bounded_and_drops_the_oldest(
-    section: ClientSection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = _load(section, 0)
-    monkeypatch.setattr(data_module, "_MEMORY_BYTES", first.num_bytes + 1)
-    _load(section, 1)
-    assert len(data_module._recent) == 1
-    assert _load(section, 0) is not first
+def test_memory_is_bounded_and_drops_the_oldest(section: ClientSection) -> None:
+    first, second = _load(section, 0), _load(section, 1)
+    kept = LoadedClients(first.num_bytes + second.num_bytes)
+    for key, data in (("a", first), ("b", second), ("a", second), ("c", second)):
+        assert kept.get(key, lambda data=data: data) is (first if key == "a" else second)
+    assert kept.get("a", lambda: second) is first  # asked for again before "c" came: "b" went
+    assert kept.get("b", lambda: first) is first
 
 
 def test_prepare_is_idempotent_and_decodes_once(section: ClientSection) -> None:
@@ -90,7 +92,7 @@ def test_damaged_cache_is_built_again(
     folder = prepare_data(section, seed=42)
     expected = _load(section, 1)
     damage(folder / name)
-    data_module._recent.clear()
+    LOADED.clear()
     with caplog.at_level(logging.WARNING):
         again = _load(section, 1)
     assert f"{folder} is damaged" in caplog.text
@@ -103,7 +105,7 @@ def test_damaged_partition_is_drawn_again(section: ClientSection, damage: Any) -
     folder = prepare_data(section, seed=42)
     expected = _load(section, 1)
     damage(next(folder.glob("partition-*.npz")))
-    data_module._recent.clear()
+    LOADED.clear()
     assert torch.equal(_load(section, 1).train_images, expected.train_images)
 
 

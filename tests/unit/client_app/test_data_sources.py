@@ -12,9 +12,9 @@ from PIL import Image
 from client_app.data import published
 from client_app.data.catalogue import CATALOGUE, DatasetSpec
 from client_app.data.decode import decode_picture, fill, resize_array
+from client_app.data.examples import select_source
 from client_app.data.own import FolderSource
 from client_app.data.published import HubSource, IdxSource, ParquetSource
-from client_app.data.select import select_source
 from client_app.data.source import Examples
 from common.errors import ConfigError, DataError
 from tests.unit.client_app.pictures import (

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import time
-from types import ModuleType
-
 import numpy as np
 import pytest
 
-from client_app.data.partitions import LIBRARY_NAMES
+from client_app.data.partitions import LIBRARY, split_by_library
 from client_app.data.splits import (
     Indices,
     split_dirichlet,
@@ -18,7 +14,6 @@ from client_app.data.splits import (
     thin_out,
 )
 from common.errors import ConfigError, DataError
-from common.seeding import numpy_generator
 
 BALANCED = np.repeat(np.arange(10), 100)
 
@@ -38,7 +33,7 @@ def _pathological(seed: int = 0, clients: int = 12, classes: int = 2) -> list[In
     )
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_pathological_gives_every_client_its_classes_and_no_stray(seed: int) -> None:
     parts = _pathological(seed, classes=5)
     assert [len(np.unique(BALANCED[part])) for part in parts] == [5] * 12
@@ -71,13 +66,6 @@ def test_splits_are_deterministic_and_depend_on_the_seed() -> None:
 def test_pathological_refuses_more_classes_than_there_are() -> None:
     with pytest.raises(ConfigError, match="classes-per-client = 11, but the data has 10 classes"):
         _pathological(classes=11)
-
-
-def test_splits_of_fifty_thousand_for_two_hundred_are_quick() -> None:
-    labels = _rng().integers(0, 100, 50_000)
-    started = time.perf_counter()
-    split_pathological(labels, num_clients=200, classes_per_client=10, rng=_rng())
-    assert time.perf_counter() - started < 1.0
 
 
 def test_dirichlet_uses_every_example_and_respects_the_minimum() -> None:
@@ -149,7 +137,7 @@ def test_both_sides_keep_an_example(fraction: float) -> None:
     assert len(test) >= 1
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_rare_class_is_tested_when_it_has_one_to_spare(seed: int) -> None:
     labels = np.array([0] * 50 + [1] * 2 + [2])
     train, test = split_train_test(labels, test_fraction=0.25, rng=_rng(seed))
@@ -164,67 +152,28 @@ def test_too_few_examples_to_split(count: int) -> None:
         split_train_test(np.zeros(count, dtype=np.int64), test_fraction=0.25, rng=_rng())
 
 
-# partitioners of flwr-datasets
+# partitioners of flwr-datasets: importing that library takes seconds
+
+LIBRARY_CASES: dict[str, tuple[int, dict[str, object]]] = {
+    "iid": (7, {}),
+    "linear": (7, {}),
+    "square": (4, {}),
+    "exponential": (4, {}),
+    "size": (3, {"partition_sizes": [100, 200, 300]}),
+    "shard": (10, {"num_shards_per_partition": 2}),
+    "inner-dirichlet": (2, {"partition_sizes": [400, 400], "alpha": 1.0}),
+    "natural-id": (10, {}),
+    "library-dirichlet": (5, {"alpha": 1.0}),
+    "library-pathological": (10, {"num_classes_per_partition": 3}),
+}
 
 
-@pytest.fixture(scope="module")
-def partitioners() -> ModuleType:
-    """Import when a test needs it: it costs seconds."""
-    return importlib.import_module("client_app.data.partitioners")
-
-
-def _dataset() -> object:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"label": BALANCED, "row": np.arange(1000)})
-
-
-def test_names_of_the_library_are_complete(partitioners: ModuleType) -> None:
-    assert set(partitioners.LIBRARY) == set(LIBRARY_NAMES)
-
-
-def test_our_partitioners_draw_the_published_splits(partitioners: ModuleType) -> None:
-    from flwr_datasets.partitioner import Partitioner
-
-    pathological = partitioners.PublishedPathologicalPartitioner(
-        num_partitions=12, partition_by="label", classes_per_client=2, seed=7
-    )
-    dirichlet = partitioners.PublishedDirichletPartitioner(
-        num_partitions=8, partition_by="label", alpha=0.5, min_client_examples=20, seed=7
-    )
-    rng = numpy_generator(7, "partition")
-    expected = split_pathological(BALANCED, num_clients=12, classes_per_client=2, rng=rng)
-    pathological.dataset = _dataset()
-    dirichlet.dataset = _dataset()
-    assert isinstance(pathological, Partitioner)
-    assert (pathological.num_partitions, dirichlet.num_partitions) == (12, 8)
-    assert pathological.load_partition(3)["row"] == expected[3].tolist()
-    rng = numpy_generator(7, "partition")
-    expected = split_dirichlet(BALANCED, num_clients=8, alpha=0.5, min_examples=20, rng=rng)
-    assert dirichlet.load_partition(5)["row"] == expected[5].tolist()
-
-
-@pytest.mark.parametrize(
-    ("name", "clients", "options"),
-    [
-        ("iid", 7, {}),
-        ("linear", 7, {}),
-        ("square", 4, {}),
-        ("exponential", 4, {}),
-        ("size", 3, {"partition_sizes": [100, 200, 300]}),
-        ("shard", 10, {"num_shards_per_partition": 2}),
-        ("inner-dirichlet", 2, {"partition_sizes": [400, 400], "alpha": 1.0}),
-        ("natural-id", 10, {}),
-        ("library-dirichlet", 5, {"alpha": 1.0}),
-        ("library-pathological", 10, {"num_classes_per_partition": 3}),
-    ],
-)
+@pytest.mark.parametrize("name", LIBRARY)
 @pytest.mark.filterwarnings("ignore")
-def test_library_partitions_by_name(
-    partitioners: ModuleType, name: str, clients: int, options: dict[str, object]
-) -> None:
+def test_library_partitions_by_name(name: str) -> None:
+    clients, options = LIBRARY_CASES[name]
     first, again = (
-        partitioners.split_by_library(name, BALANCED, num_clients=clients, seed=3, options=options)
+        split_by_library(name, BALANCED, num_clients=clients, seed=3, options=options)
         for _ in range(2)
     )
     assert len(first) == clients
@@ -244,11 +193,7 @@ def test_library_partitions_by_name(
     ],
 )
 def test_library_partition_that_cannot_be_drawn(
-    partitioners: ModuleType,
-    name: str,
-    options: dict[str, object],
-    error: type[Exception],
-    message: str,
+    name: str, options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        partitioners.split_by_library(name, BALANCED, num_clients=3, seed=3, options=options)
+        split_by_library(name, BALANCED, num_clients=3, seed=3, options=options)
