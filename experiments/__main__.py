@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from common.errors import MHpFedHNError
 from experiments.arguments import add_set_option
 from experiments.bench import add_bench_parser
+from experiments.console import make_console, say
 from experiments.deploy.certificates import add_certs_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.serve import add_serve_parser
@@ -32,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.command(args)
     except MHpFedHNError as error:
-        Console(stderr=True).print(
-            f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        say(Console(stderr=True), "error", style="bold red", end=": ")
+        say(Console(stderr=True), str(error))
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
@@ -55,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
         "output-dir": _absolute(args.output_dir),
     }
     asked = preset.with_engine(_given(engine)).with_settings(args.set).with_config(_given(config))
-    console = _console()
-    console.print(f"[bold]{preset.name}[/]: {escape(preset.description)}", highlight=False)
+    console = make_console()
+    say(console, preset.name, style="bold", end=": ")
+    say(console, preset.description)
     changes = [f"{key}={value}" for key, value in asked.changes_from(preset).items()]
     if changes:
-        console.print(escape("but " + ", ".join(changes)), highlight=False)
+        say(console, "but " + ", ".join(changes))
     return launch(asked, console, tensorboard=args.tensorboard)
 
 
@@ -69,7 +69,7 @@ def list_presets(args: argparse.Namespace) -> int:
     from experiments.run.presets import Preset, preset_names
     from experiments.sweep.plan import Plan, study_names
 
-    console = _console()
+    console = make_console()
     console.print(preset_table([Preset.load(name) for name in preset_names()]))
     console.print()
     console.print(study_table([Plan.load(name) for name in study_names()]))
@@ -83,15 +83,15 @@ def show(args: argparse.Namespace) -> int:
     from experiments.run import launch
     from server_app.output.figures import Reference, draw_curves
 
-    console, found = _console(), find_run(args.run)
+    console, found = make_console(), find_run(args.run)
     launch.show(found.folder, console)
     if args.reference:
         reference = Reference.load(Path(args.reference).expanduser())
         path = draw_curves(
             found.folder, reference=reference, target=found.folder / "curves-reference.png"
         )
-        console.print(f"picture  {path}", highlight=False, soft_wrap=True)
-        console.print(f"\nreference: {escape(reference.source)}", highlight=False)
+        say(console, f"picture  {path}")
+        say(console, f"\nreference: {reference.source}")
         console.print(report.reference_table(found, reference))
     return 0
 
@@ -131,11 +131,6 @@ def _add_run(commands: Any) -> None:
     add_set_option(command, "any key of the run config or of [engine]")
     command.add_argument("--tensorboard", action="store_true", help="write event files as well")
     command.set_defaults(command=run)
-
-
-def _console() -> Console:
-    # rich would cut lines for a log file or a pipe to 80 columns.
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _absolute(path: str | None) -> str | None:

@@ -31,6 +31,10 @@ from common.files import replace_file
 PRIVATE, PUBLIC = 0o600, 0o644
 CA_DAYS, SERVER_DAYS = 3650, 825
 RESERVED = ("ca", "server")
+USAGES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+    *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -95,140 +99,114 @@ def make_certs(
                 f"site {site!r}: use up to 63 letters, digits, '.', '_' and '-', starting with a "
                 f"letter or digit, and none of {listing(RESERVED)}."
             )
-    writer = _Writer(force)
-    ca = _authority(folder / "ca", writer)
-    _server(folder / "server", hosts, ca, writer)
+    files = _Files(force)
+    ca = _authority(folder / "ca", files)
+    _server(folder / "server", hosts, ca, files)
     for site in sites:
-        _site(folder, site, ca, writer)
-    return writer.made
+        _site(folder, site, ca, files)
+    return files.made
+
+
+class _Files:
+    """Makes files that are missing, or all of them anew; never a private one readable by others."""
+
+    def __init__(self, force: bool) -> None:
+        self.force = force
+        self.made: list[Path] = []
+
+    def keep(self, path: Path, mode: int, make: Callable[[], bytes]) -> bytes:
+        """Return the content of a file, which is made unless it is there to stay."""
+        if path.exists() and not self.force:
+            return path.read_bytes()
+        content = make()
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(path, content, mode=mode)
+        self.made.append(path)
+        return content
 
 
 @dataclass(frozen=True)
 class _Authority:
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
-
-    @property
-    def pem(self) -> bytes:
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
+    pem: bytes
 
 
-class _Writer:
-    """Writes files that are missing, or all of them; never a private one readable by others."""
-
-    def __init__(self, force: bool) -> None:
-        self.force = force
-        self.made: list[Path] = []
-
-    def wants(self, path: Path) -> bool:
-        return self.force or not path.exists()
-
-    def write(self, path: Path, mode: int, content: Callable[[], bytes]) -> None:
-        if not self.wants(path):
-            return
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, content(), mode=mode)
-        self.made.append(path)
-
-
-def _authority(folder: Path, writer: _Writer) -> _Authority:
+def _authority(folder: Path, files: _Files) -> _Authority:
     """Load the CA, or make one."""
-    key_path, certificate_path = folder / "ca.key", folder / "ca.crt"
-    if not writer.wants(key_path) and not writer.wants(certificate_path):
-        return _Authority(_load_certificate(certificate_path), _load_key(key_path))
-    if not writer.force and (key_path.exists() or certificate_path.exists()):
+    key_path, path = folder / "ca.key", folder / "ca.crt"
+    if not files.force and key_path.exists() != path.exists():
         raise ConfigError(
             f"{folder} has only one of ca.crt and ca.key. Put the other back, or make all anew "
             "with --force (every participant then needs its new ca.crt)."
         )
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "MH-pFedHN federation CA")])
-    builder = _certificate(name, name, key.public_key(), CA_DAYS)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-    authority = _Authority(builder.sign(key, hashes.SHA384()), key)
-    writer.write(key_path, PRIVATE, lambda: _pem(key))
-    writer.write(certificate_path, PUBLIC, lambda: authority.pem)
-    return authority
+    key_pem = files.keep(key_path, PRIVATE, lambda: _pem(_new_key()))
+    key = _load_key(key_path, key_pem, serialization.load_pem_private_key)
+    pem = files.keep(path, PUBLIC, lambda: _certificate("MH-pFedHN federation CA", key))
+    return _Authority(_load_certificate(path, pem), key, pem)
 
 
-def _server(folder: Path, hosts: Sequence[str], ca: _Authority, writer: _Writer) -> None:
-    certificate_path = folder / "server.crt"
-    if not writer.wants(certificate_path):
-        _require_hosts(certificate_path, hosts)
-    key = ec.generate_private_key(ec.SECP384R1())
-    if writer.wants(certificate_path) or writer.wants(folder / "server.key"):
-        (folder / "server.key").unlink(missing_ok=True)
-        certificate_path.unlink(missing_ok=True)
-    writer.write(folder / "ca.crt", PUBLIC, lambda: ca.pem)
-    writer.write(folder / "server.key", PRIVATE, lambda: _pem(key))
-    writer.write(certificate_path, PUBLIC, lambda: _server_certificate(key, hosts, ca))
-    writer.write(folder / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
+def _server(folder: Path, hosts: Sequence[str], ca: _Authority, files: _Files) -> None:
+    key_path, path = folder / "server.key", folder / "server.crt"
+    if path.exists() and not files.force:
+        _require_hosts(path, hosts)
+    if not (path.exists() and key_path.exists()):  # they belong together
+        path.unlink(missing_ok=True)
+        key_path.unlink(missing_ok=True)
+    key = _new_key()
+    files.keep(folder / "ca.crt", PUBLIC, lambda: ca.pem)
+    files.keep(key_path, PRIVATE, lambda: _pem(key))
+    files.keep(path, PUBLIC, lambda: _certificate("MH-pFedHN server", key, hosts=hosts, ca=ca))
+    files.keep(folder / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
 
 
-def _site(folder: Path, site: str, ca: _Authority, writer: _Writer) -> None:
-    own = folder / site
-    private = own / "supernode"
-    key = ec.generate_private_key(ec.SECP384R1()) if writer.wants(private) else _load_ssh(private)
+def _site(folder: Path, site: str, ca: _Authority, files: _Files) -> None:
+    own, ssh = folder / site, serialization.PrivateFormat.OpenSSH
+    private = files.keep(own / "supernode", PRIVATE, lambda: _pem(_new_key(), ssh))
+    key = _load_key(own / "supernode", private, serialization.load_ssh_private_key)
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     line = public + f" {site}\n".encode()
-    writer.write(own / "ca.crt", PUBLIC, lambda: ca.pem)
-    writer.write(private, PRIVATE, lambda: _pem(key, serialization.PrivateFormat.OpenSSH))
-    writer.write(own / "supernode.pub", PUBLIC, lambda: line)
-    writer.write(own / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
-    writer.write(folder / "server" / "supernodes" / f"{site}.pub", PUBLIC, lambda: line)
-
-
-def _server_certificate(
-    key: ec.EllipticCurvePrivateKey, hosts: Sequence[str], ca: _Authority
-) -> bytes:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "MH-pFedHN server")])
-    builder = _certificate(name, ca.certificate.subject, key.public_key(), SERVER_DAYS)
-    authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key())
-    server_auth = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-    builder = builder.add_extension(
-        x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False
-    )
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
-    builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(server_auth, critical=False)
-    builder = builder.add_extension(authority_key, critical=False)
-    return builder.sign(ca.key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+    files.keep(own / "ca.crt", PUBLIC, lambda: ca.pem)
+    files.keep(own / "supernode.pub", PUBLIC, lambda: line)
+    files.keep(own / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
+    files.keep(folder / "server" / "supernodes" / f"{site}.pub", PUBLIC, lambda: line)
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
-) -> x509.CertificateBuilder:
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    hosts: Sequence[str] = (),
+    ca: _Authority | None = None,
+) -> bytes:
+    """Return a certificate for `hosts` that `ca` signs; without a `ca` one that signs others."""
+    signs, signer = ca is None, key if ca is None else ca.key
+    usages = {"key_cert_sign", "crl_sign"} if signs else {"digital_signature"}
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
-    return x509.CertificateBuilder(
+    extensions: list[tuple[x509.ExtensionType, bool]] = [
+        (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
+        (x509.BasicConstraints(ca=signs, path_length=0 if signs else None), True),
+        (x509.KeyUsage(**{usage: usage in usages for usage in USAGES}), True),
+    ]
+    if not signs:
+        issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        extensions += [(names, False), (purpose, False), (issuer_key, False)]
+    builder = x509.CertificateBuilder(
         subject_name=subject,
-        issuer_name=issuer,
-        public_key=key,
+        issuer_name=subject if ca is None else ca.certificate.subject,
+        public_key=key.public_key(),
         serial_number=x509.random_serial_number(),
         not_valid_before=now - timedelta(hours=1),  # clocks differ
-        not_valid_after=now + timedelta(days=days),
-        extensions=[
-            x509.Extension(
-                x509.SubjectKeyIdentifier.oid, False, x509.SubjectKeyIdentifier.from_public_key(key)
-            )
-        ],
+        not_valid_after=now + timedelta(days=CA_DAYS if signs else SERVER_DAYS),
     )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(signer, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
 
 
 def _general_name(host: str) -> x509.GeneralName:
@@ -239,13 +217,18 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _require_hosts(path: Path, hosts: Sequence[str]) -> None:
-    names = _load_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    certificate = _load_certificate(path, path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     found = {str(name.value) for name in names.value}
     if not set(hosts) <= found:
         raise ConfigError(
             f"{path} is for {listing(sorted(found))}; asked for {listing(hosts)}. Delete it to get "
             "a new one from the same CA (participants keep their files), or use --force."
         )
+
+
+def _new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP384R1())
 
 
 def _pem(
@@ -255,25 +238,19 @@ def _pem(
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-def _load_certificate(path: Path) -> x509.Certificate:
+def _load_certificate(path: Path, pem: bytes) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
         raise ConfigError(f"{path} is no readable certificate: {error}") from error
 
 
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    return _elliptic(path, serialization.load_pem_private_key)
-
-
-def _load_ssh(path: Path) -> ec.EllipticCurvePrivateKey:
-    return _elliptic(path, serialization.load_ssh_private_key)
-
-
-def _elliptic(path: Path, load: Callable[[bytes, None], object]) -> ec.EllipticCurvePrivateKey:
+def _load_key(
+    path: Path, pem: bytes, load: Callable[[bytes, None], object]
+) -> ec.EllipticCurvePrivateKey:
     try:
-        key = load(path.read_bytes(), None)
-    except (OSError, ValueError) as error:
+        key = load(pem, None)
+    except ValueError as error:
         raise ConfigError(f"{path} is no readable private key: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path} is not an elliptic curve key, which Flower needs.")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from common.config import NodeConfig, RunConfig
 from common.config.client import ClientSection
 from common.errors import ConfigError, MHpFedHNError, ModelError, RunError
+from experiments.console import say
 from experiments.deploy.reach import UnreachableError, check_server
 from experiments.deploy.settings import JoinSettings
 from experiments.run.engines.processes import find_program
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from client_app.data.examples import ClientData
     from client_app.workshop import Tool
 
-MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[bold red]✗[/]"}
+MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "bold red")}
 MIN_FREE_BYTES = 1 << 30
 
 
@@ -59,8 +59,7 @@ def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -
         Whether a server that cannot be reached is a failure. A SuperNode waits for its server, so
         it is not when joining.
     """
-    node = NodeConfig.parse(settings.node)
-    trial = Trial(settings, node.client_section(RunConfig()))
+    trial = Trial(settings, NodeConfig.parse(settings.node).client_section(RunConfig()))
     checks: dict[str, Check] = {
         "program": lambda _: check_program(),
         "state folder": lambda t: check_folder(t.settings.folder),
@@ -68,9 +67,10 @@ def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -
         "data": check_data,
         "model": check_model,
         "training": check_training,
+        "server": lambda t: check_reach(t.settings, must_answer=must_answer),
     }
-    good = [_run(name, check, trial, console) for name, check in checks.items()]
-    return all([*good, _run_server(settings, console, must_answer=must_answer)])
+    passed = [_run(name, check, trial, console) for name, check in checks.items()]
+    return all(passed)
 
 
 def _run(name: str, check: Check, trial: Trial, console: Console) -> bool:
@@ -87,29 +87,26 @@ def _run(name: str, check: Check, trial: Trial, console: Console) -> bool:
     return True
 
 
-def _run_server(settings: JoinSettings, console: Console, *, must_answer: bool) -> bool:
-    try:
-        with console.status("checking server"):
-            detail = check_server(settings.server, settings.certificate, settings.insecure)
-    except UnreachableError as error:
-        _say(console, "failed" if must_answer else "warning", "server", str(error))
-        return not must_answer
-    except MHpFedHNError as error:
-        _say(console, "failed", "server", str(error))
-        return False
-    _say(console, "warning" if settings.insecure else "ok", "server", detail)
-    return True
-
-
 def _say(console: Console, status: str, name: str, detail: str) -> None:
-    console.print(
-        f"{MARKS[status]} {name:<13}{escape(detail.strip())}", highlight=False, soft_wrap=True
-    )
+    mark, style = MARKS[status]
+    say(console, mark, style=style, end=" ")
+    say(console, f"{name:<13}{detail.strip()}")
 
 
 def check_program() -> Finding:
     """Find flower-supernode and its version; peers of another minor version refuse each other."""
     return Finding(f"{find_program('flower-supernode')}, Flower {version('flwr')}")
+
+
+def check_reach(settings: JoinSettings, *, must_answer: bool) -> Finding:
+    """Find the server; one that is away is a warning, unless it must answer."""
+    try:
+        found = check_server(settings.server, settings.certificate, settings.insecure)
+    except UnreachableError as error:
+        if must_answer:
+            raise
+        return Finding("", str(error))
+    return Finding("", found) if settings.insecure else Finding(found)
 
 
 def check_folder(folder: Path) -> Finding:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from rich.console import Console
-from rich.markup import escape
 
 from common.errors import ConfigError, RunError
 from experiments.arguments import add_set_option
+from experiments.console import make_console, say
 from experiments.deploy.settings import FLAGS, read_settings
 
 CHECKS_FAILED = 1
@@ -40,22 +39,23 @@ def run_join(args: argparse.Namespace) -> int:
     from experiments.deploy.checks import run_checks
     from experiments.deploy.supervise import Supervisor
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = make_console()
     settings = read_settings(args)
     if str(settings.base) not in sys.path:
         sys.path.append(str(settings.base))
     with _hold(settings.folder):
         if not run_checks(settings, console, must_answer=args.check):
-            console.print("[bold red]not joined[/]: correct what failed above, then run it again")
+            say(console, "not joined", style="bold red", end=": ")
+            say(console, "correct what failed above, then run it again")
             return CHECKS_FAILED
         if args.check:
-            console.print("[bold green]ready[/]: without --check this participant joins")
+            say(console, "ready", style="bold green", end=": ")
+            say(console, "without --check this participant joins")
             return 0
-        console.print(
-            f"joining {escape(settings.server)} as {escape(settings.client_id)}; everything of "
-            f"this participant is in {escape(str(settings.folder))}; Ctrl-C leaves",
-            highlight=False,
-            soft_wrap=True,
+        say(
+            console,
+            f"joining {settings.server} as {settings.client_id}; everything of this participant is "
+            f"in {settings.folder}; Ctrl-C leaves",
         )
         return Supervisor(settings, console).run()
 

@@ -20,8 +20,8 @@ from types import FrameType
 from typing import TextIO
 
 from rich.console import Console
-from rich.markup import escape
 
+from experiments.console import say
 from experiments.deploy.settings import JoinSettings
 from experiments.run.engines.processes import free_port, kill_session
 
@@ -73,15 +73,15 @@ class Supervisor:
                 break
             code, why = explain(list(self._lines))
             if code in FATAL:
-                self._say(f"[bold red]stopped[/]: {escape(why)}")
+                self._say(f"stopped: {why}", style="bold red")
                 return 1
             if time.monotonic() - started > STEADY_S:
                 pause = FIRST_PAUSE_S
-            self._say(f"[yellow]the SuperNode ended[/]: {escape(why)}; again in {pause:.0f} s")
+            self._say(f"the SuperNode ended: {why}; again in {pause:.0f} s", style="yellow")
             self._stop.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         self._say("left the federation; what was learned is at the server, what is yours is here: ")
-        self._say(escape(str(self._settings.folder)))
+        self._say(str(self._settings.folder))
         return 0
 
     def _run_once(self) -> None:
@@ -117,7 +117,7 @@ class Supervisor:
             self._lines.append(line.rstrip())
             log.write(line)
             log.flush()
-            self._console.print(escape(_ANSI.sub("", line.rstrip())), highlight=False, style="dim")
+            self._say(_ANSI.sub("", line.rstrip()), style="dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -139,14 +139,14 @@ class Supervisor:
             if now != seen:
                 seen = now
                 facts = json.loads(path.read_text())
-                where = escape(str(path.with_suffix(".safetensors")))
                 self._say(
-                    f"[bold green]your model[/]: {where}, accuracy {facts['test_accuracy']:.3f} "
-                    f"on your {facts['num_test']} test examples"
+                    f"your model: {path.with_suffix('.safetensors')}, accuracy "
+                    f"{facts['test_accuracy']:.3f} on your {facts['num_test']} test examples",
+                    style="bold green",
                 )
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+    def _say(self, text: str, style: str = "") -> None:
+        say(self._console, text, style=style)
 
 
 def _changed(path: Path) -> int:

@@ -10,13 +10,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
 
 from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError, MHpFedHNError, RunError
+from experiments.console import say
 from experiments.report.clients import draw_clients
 from experiments.report.events import require_tensorboard, streamed
 from experiments.report.runs import Run, new_folder, settle
@@ -48,22 +49,19 @@ class Engine(Protocol):
         """Run; raise when the run did not complete."""
 
 
-class InProcessEngine:
+class InProcessEngine(AbstractContextManager["InProcessEngine"]):
     """The in-process engine in the form of the others; Flower's log lines go to a file."""
 
     def __init__(self, engine: EngineSection, *, log: Path) -> None:
         self._engine = engine
         self._log = log
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Nothing to clean up: threads end with the run."""
 
     def run(self, config: RunConfig) -> None:
         """Run to the end; raises what the ServerApp raises."""
-        from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
+        from experiments.run.engines.inprocess import run_inprocess, simulated_nodes  # torch
 
         engine = self._engine
         nodes = simulated_nodes(engine.num_clients)
@@ -116,16 +114,15 @@ def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> in
     """
     preset = complete(preset)
     folder = Path(preset.config.run.output_dir)
-    events = streamed(folder) if tensorboard else contextlib.nullcontext()
     if tensorboard:
         require_tensorboard()  # before anything is made or started
     folder.mkdir(parents=True, exist_ok=True)
-    _say_folder(console, folder)
-    with events:
+    say(console, f"run folder  {folder}")
+    with streamed(folder) if tensorboard else contextlib.nullcontext():
         code = _run(preset, folder, console)
     if (folder / "metrics.jsonl").exists():
         show(folder, console)
-    _say_folder(console, folder)
+    say(console, f"run folder  {folder}")
     return code
 
 
@@ -143,7 +140,7 @@ def show(folder: Path, console: Console) -> None:
     if run.rows:
         console.print()
         for path in draw_pictures(run):
-            console.print(f"picture  {path}", highlight=False, soft_wrap=True)
+            say(console, f"picture  {path}")
 
 
 def draw_pictures(run: Run) -> list[Path]:
@@ -185,7 +182,8 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
             _require_completed(folder)
     except KeyboardInterrupt as stop:
         settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}", seed=seed)
-        console.print(f"[bold red]interrupted[/]; {escape(_kept(folder))}", soft_wrap=True)
+        say(console, "interrupted", style="bold red", end="; ")
+        say(console, _kept(folder))
         return INTERRUPTED
     except Exception as error:  # the edge: an engine raises whatever the run raised
         settle(folder, "failed", f"{type(error).__name__}: {error}", seed=seed)
@@ -197,13 +195,13 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
 def _prepare_data(config: RunConfig, console: Console) -> None:
     if config.client.data_dir:
         os.environ.update(OFFLINE)
-    with console.status(f"preparing data: {config.client.dataset}"):
+    with console.status(escape(f"preparing data: {config.client.dataset}")):
         from client_app.data.examples import prepare_data  # imports torch: seconds
         from client_app.models.registry import model_for_partition
 
         model_for_partition(config.client.models, 0, config.client.num_partitions)
         place = prepare_data(config.client, seed=config.run.seed)
-    console.print(f"data in {place}", highlight=False, soft_wrap=True)
+    say(console, f"data in {place}")
 
 
 def _require_completed(folder: Path) -> None:
@@ -226,11 +224,11 @@ def _explain(error: Exception, folder: Path, console: Console) -> None:
     if not isinstance(error, MHpFedHNError):
         with log.open("a", encoding="utf-8") as file:
             file.write("".join(traceback.format_exception(error)))
-    console.print("[bold red]failed[/]", end=" ")
-    console.print(escape(read_json(folder / "summary.json")["reason"]), highlight=False)
+    say(console, "failed", style="bold red", end=" ")
+    say(console, read_json(folder / "summary.json")["reason"])
     if lines := error_lines(log):
-        console.print(f"\n[dim]from {log}:[/]", highlight=False, soft_wrap=True)
-        console.print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
+        say(console, f"\nfrom {log}:", style="dim")
+        say(console, "\n".join(lines))
 
 
 def error_lines(log: Path, *, limit: int = 8) -> list[str]:
@@ -244,10 +242,6 @@ def error_lines(log: Path, *, limit: int = 8) -> list[str]:
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if _TELLING.search(line) and not _NOISE.search(line)]
     return list(dict.fromkeys(telling or lines))[-limit:]
-
-
-def _say_folder(console: Console, folder: Path) -> None:
-    console.print(f"run folder  {folder}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,17 @@
+"""What the commands print on."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+
+def make_console() -> Console:
+    """Return the console of a command; rich would cut the lines of a file or pipe to 80 columns."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def say(console: Console, text: str, *, style: str = "", end: str = "\n") -> None:
+    """Print text as it stands: no markup in it, no colours of rich's choice, no line breaks."""
+    console.print(text, style=style, end=end, markup=False, highlight=False, soft_wrap=True)
