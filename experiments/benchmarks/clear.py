@@ -82,12 +82,12 @@ def reference_round(
     build: Callable[[], nn.Module],
     device: str = "cpu",
 ) -> Row:
-    """Run one sequential round and a test of everybody; return seconds by part.
+    """Run one sequential round and a test of everybody; return seconds by part, as a run does.
 
     `build` makes a client's model on `device`, where the hypernetwork is too; batches go there one
     by one. The data loaders are made before the clock starts.
     """
-    algorithm, seconds = reference(), {"train": 0.0, "server": 0.0, "evaluate": 0.0}
+    algorithm, seconds = reference(), {"clients": 0.0, "server": 0.0, "evaluate": 0.0}
     loaders = {
         client_id: (
             train_loader(data),
@@ -99,7 +99,7 @@ def reference_round(
     for client_id, (train, _) in loaders.items():
         with _clock(seconds, "server"):
             theta = hypernet.theta(client_id).detach().clone()
-        with _clock(seconds, "train"):
+        with _clock(seconds, "clients"):
             model = algorithm.load_theta(build(), theta)
             batches = moved(train, device)
             algorithm.local_training(model, batches, hyper=hypernet.hyper, clip=CLIP_NORM)
@@ -111,8 +111,9 @@ def reference_round(
             model = algorithm.load_theta(build(), hypernet.theta(client_id)).eval()
             for images, labels in moved(test, device):
                 (model(images).argmax(1) == labels).float().mean()
-    total = sum(seconds.values())
-    return seconds | {"total": total, "cpu_seconds": time.process_time() - started}
+    row = {f"seconds_{part}": spent for part, spent in seconds.items()}
+    total = {"seconds_round": sum(seconds.values()), "cpu_seconds": time.process_time() - started}
+    return row | total
 
 
 def moved(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:

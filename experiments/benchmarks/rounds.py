@@ -36,6 +36,14 @@ from server_app.hypernet.network import Hypernetwork
 
 HERE = "experiments.benchmarks.synthetic"
 PRESETS = {"parallel": "cifar100-parallel", "sequential": "cifar100-sequential"}
+HEADLINES = {
+    "reference": "reference",
+    "ray": "ray-parallel",
+    "inprocess": "inprocess-parallel",
+    "gpu_reference": "reference-gpu",
+    "gpu_batched": "batched-gpu",
+}
+"""The first keys of a measured part, and the runs that they are of."""
 ROUNDS = 3
 STEADY = 2
 """The round that is reported."""
@@ -97,23 +105,20 @@ def round_part(work: Workload, machine: Machine) -> Row:
         if not work.quick:
             name = f"ray-{schedule}"
             rows[name] = attempt(ray, work, work.config(name, schedule))
+    for name, row in rows.items():
+        against = rows["reference-gpu" if name.endswith("gpu") else "reference"]
+        if "seconds_round" in row and "seconds_round" in against:
+            row["ratio"] = against["seconds_round"] / row["seconds_round"]
     result: Row = {
         "num_clients": work.num_clients,
         "data": "cifar100" if work.data_dir else "synthetic",
         "runs": rows,
     }
-    for name, run, against in (
-        ("reference", "reference", ""),
-        ("ray", "ray-parallel", "reference"),
-        ("inprocess", "inprocess-parallel", "reference"),
-        ("gpu_reference", "reference-gpu", ""),
-        ("gpu_batched", "batched-gpu", "gpu_reference"),
-    ):
+    for name, run in HEADLINES.items():
         row = rows.get(run, {})
-        seconds, cpu = row.get("seconds_round", row.get("total")), row.get("cpu_seconds")
-        result |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu}
-        if against and seconds and result[f"{against}_seconds"]:
-            result[f"{name}_ratio"] = result[f"{against}_seconds"] / seconds
+        result[f"{name}_seconds"] = row.get("seconds_round")
+        result[f"{name}_cpu_seconds"] = row.get("cpu_seconds")
+        result[f"{name}_ratio"] = row.get("ratio")
     if not work.quick and result["inprocess_seconds"]:
         flops = 0.75 * count_flops("cnn", train=True) + 0.25 * count_flops("cnn", train=False)
         result["bounds"] = machine.bound(result["inprocess_seconds"], flops=50_000 / 64 * flops)

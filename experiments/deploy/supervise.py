@@ -73,14 +73,14 @@ class Supervisor:
                 break
             code, why = explain(list(self._lines))
             if code in FATAL:
-                self._say(f"stopped: {why}", style="bold red")
+                self._say(f"stopped: {why}", "bold red")
                 return 1
             if time.monotonic() - started > STEADY_S:
                 pause = FIRST_PAUSE_S
-            self._say(f"the SuperNode ended: {why}; again in {pause:.0f} s", style="yellow")
+            self._say(f"the SuperNode ended: {why}; again in {pause:.0f} s", "yellow")
             self._stop.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
-        self._say("left the federation; what was learned is at the server, what is yours is here: ")
+        self._say("left the federation; what was learned is at the server, what is yours is here:")
         self._say(str(self._settings.folder))
         return 0
 
@@ -90,7 +90,7 @@ class Supervisor:
         if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
             os.replace(path, path.with_suffix(".log.1"))
         with path.open("a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 settings.command(settings.port or free_port()),
                 env=settings.environment(),
                 cwd=settings.folder,
@@ -102,22 +102,20 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C comes to us alone; we end it in order
             )
             if self._stop.is_set():  # the signal came while it was starting
-                self._process.terminate()
-            reader = threading.Thread(target=self._copy, args=(self._process, log), daemon=True)
+                process.terminate()
+            reader = threading.Thread(target=self._copy, args=(process.stdout, log), daemon=True)
             reader.start()
-            while self._process.poll() is None:
-                time.sleep(0.2)
+            while process.poll() is None:
+                time.sleep(0.2)  # a wait() would hold back the handlers of signals
             self._end_process()  # its SuperExec may outlive it, and hold the pipe
             reader.join(timeout=5.0)
 
-    def _copy(self, process: subprocess.Popen[str], log: TextIO) -> None:
-        if process.stdout is None:
-            return
-        for line in process.stdout:
+    def _copy(self, lines: TextIO, log: TextIO) -> None:
+        for line in lines:
             self._lines.append(line.rstrip())
             log.write(line)
             log.flush()
-            self._say(_ANSI.sub("", line.rstrip()), style="dim")
+            self._say(_ANSI.sub("", line.rstrip()), "dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -142,7 +140,7 @@ class Supervisor:
                 self._say(
                     f"your model: {path.with_suffix('.safetensors')}, accuracy "
                     f"{facts['test_accuracy']:.3f} on your {facts['num_test']} test examples",
-                    style="bold green",
+                    "bold green",
                 )
 
     def _say(self, text: str, style: str = "") -> None:

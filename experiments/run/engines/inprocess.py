@@ -69,25 +69,6 @@ class InProcessGrid(Grid):
         self._ids = itertools.count(1)
         self._answered = threading.Event()
 
-    def set_run(self, run: Run) -> None:
-        """Accept any run: there is only one."""
-
-    @property
-    def run(self) -> Run:
-        """Flower's run information has no counterpart here."""
-        raise NotImplementedError("The in-process engine has no Flower run.")
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message (deprecated in Flower; kept for the interface)."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes; all are always online."""
         return list(self._contexts)
@@ -123,18 +104,6 @@ class InProcessGrid(Grid):
         done = [i for i in wanted if i in self._futures and self._futures[i].done()]
         return [self._futures.pop(i).result() for i in done]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Push, then pull until every reply is there."""
-        pending = set(self.push_messages(messages))
-        replies: list[Message] = []
-        while pending:
-            for reply in self.pull_messages(pending):
-                pending.discard(reply.metadata.reply_to_message_id)
-                replies.append(reply)
-        return replies
-
     def _deliver(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
@@ -165,6 +134,24 @@ class InProcessGrid(Grid):
         """Stop the workers; what they still do is dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # The rest of Flower's interface, which nothing here uses.
+
+    def set_run(self, run: Run) -> None:
+        """Accept any run: there is only one."""
+
+    @property
+    def run(self) -> Run:
+        """There is no Flower run."""
+        raise NotImplementedError
+
+    def create_message(self, *arguments: Any, **options: Any) -> Message:
+        """Make messages by `Message(...)`."""
+        raise NotImplementedError
+
+    def send_and_receive(self, *arguments: Any, **options: Any) -> Iterable[Message]:
+        """Push and pull instead."""
+        raise NotImplementedError
 
 
 def simulated_nodes(num_clients: int) -> list[dict[str, Any]]:
