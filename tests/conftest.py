@@ -1,4 +1,7 @@
-"""The suite on two cores: which tests share a worker, and how many threads each worker takes."""
+"""The suite on two cores: which tests share a worker, and how many threads each worker takes.
+
+``TEST_ROUNDING=by-shape`` makes products round as on another processor: `tests.support.rounding`.
+"""
 
 import os
 from pathlib import Path
@@ -21,3 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(TESTS)
         group = "processes" if path.parts[0] in ONE_AFTER_THE_OTHER else str(path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+if os.environ.get("TEST_ROUNDING") == "by-shape":
+    from tests.support.rounding import RoundingByShape
+
+    RoundingByShape().__enter__()

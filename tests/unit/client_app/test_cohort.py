@@ -22,6 +22,8 @@ from common.errors import ModelError
 from common.parameters import FlatModel
 from tests.unit.client_app.test_training_speed import draw_theta, pictures
 
+pytestmark = pytest.mark.numeric
+
 COUNTS = (5, 20, 16, 8, 21)  # ragged, one batch, exact batches, and not in order
 SECTION = TrainingSection(batch_size=8, learning_rate=0.02)
 

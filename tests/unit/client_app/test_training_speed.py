@@ -18,6 +18,8 @@ from common.log import logger
 from common.parameters import FlatModel, num_parameters
 from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
 
+pytestmark = pytest.mark.numeric
+
 
 def pictures(num_train: int = 70, num_test: int = 20, classes: int = 10) -> ClientData:
     generator = torch.Generator().manual_seed(3)

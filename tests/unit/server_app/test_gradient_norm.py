@@ -9,6 +9,8 @@ from common.config import HypernetSection
 from server_app.hypernet.network import Hypernetwork
 from server_app.hypernet.pulls import Pull, global_norm
 
+pytestmark = pytest.mark.numeric
+
 TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)
 
 

@@ -12,6 +12,8 @@ from server_app.aggregation.adam import ClientUpdate, ServerUpdate
 from server_app.hypernet.network import Hypernetwork
 from server_app.hypernet.pulls import Pull
 
+pytestmark = pytest.mark.numeric
+
 SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}  # 6, 1, 3, 6 and 3 chunks of 10
 ADAM = UpdateSection(server_lr=0.01, embedding_lr=0.01)
 SOLVED = UpdateSection(server_rule="least-squares", embedding_lr=0.01)

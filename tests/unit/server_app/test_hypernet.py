@@ -15,6 +15,8 @@ from server_app.hypernet.network import Hypernetwork
 from server_app.hypernet.pulls import Pull
 from tests.reference.algorithm import Hyper, ReferenceHypernet
 
+pytestmark = pytest.mark.numeric
+
 TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)
 # one chunk, exact last chunk, ragged last chunk, two clients of one group; not in ascending order
 SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}

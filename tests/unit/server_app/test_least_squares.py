@@ -13,6 +13,8 @@ from server_app.aggregation.least_squares import Pace
 from server_app.aggregation.ridge import ridge_rows
 from server_app.hypernet.network import Hypernetwork
 
+pytestmark = pytest.mark.numeric
+
 TOY = HypernetSection(
     chunk_size=10, embed_dim=16, hidden_dim=32, embedding_std=2.0, head_init="shared"
 )
@@ -136,13 +138,15 @@ def test_equal_embeddings_learn_what_is_shared_and_nothing_else() -> None:
     got = moved(system(shape=shape), change)
     mean = torch.stack([padded(d) for d in change.values()]).mean(0)
     for client_id in change:
-        assert_close(got[client_id], -GAIN * (1 + BETA) * mean)
+        expected = -GAIN * (1 + BETA) * mean[: SIZES[client_id]]
+        # features that rounding alone tells apart are divided by next to nothing
+        torch.testing.assert_close(got[client_id], expected, rtol=0, atol=1e-3)
 
 
 def test_shared_heads_start_everybody_from_one_model() -> None:
     thetas = system().hypernet.generate(list("cabd"))
-    assert torch.equal(thetas["c"], thetas["b"])
-    assert torch.equal(thetas["c"], thetas["d"][:27])
+    assert_close(thetas["c"], thetas["b"])
+    assert_close(thetas["c"], thetas["d"][:27])
 
 
 def test_frozen_groups_stay_and_embeddings_learn() -> None:

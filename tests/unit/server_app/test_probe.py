@@ -12,6 +12,8 @@ from server_app.aggregation.diagnostics import StepDiagnostics
 from server_app.aggregation.probe import SAMPLE, sample_theta
 from server_app.hypernet.network import Hypernetwork
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = HypernetSection(
     chunk_size=10, embed_dim=32, hidden_dim=64, embedding_std=2.0, head_init="shared"
 )
@@ -146,15 +148,16 @@ def test_a_few_chunks_of_a_few_clients_the_last_among_them(rate: float) -> None:
     for client_id in large:
         chunks = whole[client_id].split(10)
         expected = torch.cat([chunks[i] for i in (0, 3, 6, 10, 13, 17, 20, 24)])
-        torch.testing.assert_close(sampled[client_id], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sampled[client_id], expected, rtol=1e-3, atol=1e-3)
     for client_id in sampled.keys() - large:
-        torch.testing.assert_close(sampled[client_id], whole[client_id], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sampled[client_id], whole[client_id], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 def test_without_a_delta_to_compare_with_the_rate_is_zero(value: float) -> None:
     done = go(system({"a": 25}, FOLLOW), {"a": torch.full((25,), value)})
-    assert (done.effective_rate, done.rms_theta_change) == (0.0, 0.0)
+    assert done.effective_rate == 0.0
+    assert done.rms_theta_change == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("rate", [1e-3, 0.0])

@@ -13,6 +13,8 @@ from common.errors import ModelError
 from common.parameters import FlatModel
 from tests.support.tiny import Small
 
+pytestmark = pytest.mark.numeric
+
 WITHOUT_HEAD = ("squeezenet1_0", "squeezenet1_1")
 
 

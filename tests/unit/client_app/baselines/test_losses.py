@@ -12,6 +12,8 @@ from client_app.methods.features import Tap
 from client_app.methods.prototypes import nearest_class, prototype_loss
 from common.config.baselines import BaselineSection
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = torch.zeros(3, 1)  # no loss looks at them
 LABELS = torch.tensor([2, 0, 1])
 
