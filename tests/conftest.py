@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two workers with two threads each would wait for one another. Before anything imports torch.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads of two workers, or of other programs, wait for one another. Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 # Their tests start processes that wait for one another: one after the other, beside the rest.
@@ -24,6 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(TESTS)
         group = "processes" if path.parts[0] in ONE_AFTER_THE_OTHER else str(path)
         item.add_marker(pytest.mark.xdist_group(group))
+
 
 if os.environ.get("TEST_ROUNDING") == "by-shape":
     from tests.support.rounding import RoundingByShape
