@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.deployment import REPOSITORY, Deployment, free_port
+from experiments.run.engines.processes import free_port
+from tests.support.deployment import REPOSITORY, Deployment
 
 NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
 CLOSED = (REPOSITORY / "docker" / "closed-paths.txt").read_text().split()

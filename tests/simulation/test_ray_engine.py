@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import psutil
@@ -17,6 +16,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.run.engines import processes
 from experiments.run.engines.home import bytecode_cache
+from tests.support.deployment import wait_until
 
 PROJECT_ROOT = Path(__file__).parents[2]
 TINY = """
@@ -111,11 +111,8 @@ def test_a_stopped_run_leaves_no_process(
         cwd=PROJECT_ROOT,
         env={**os.environ, **bytecode_cache(os.environ)},
     )
-    metrics, deadline = folder / "metrics.jsonl", monotonic() + 300
-    while not metrics.exists() or not metrics.read_text():
-        assert process.poll() is None
-        assert monotonic() < deadline
-        sleep(0.2)
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text(), 300, "a round is done")
     process.send_signal(number)
     assert process.wait(60) == 130
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"

@@ -19,17 +19,12 @@ import psutil
 
 from common.config import RunConfig
 from experiments.deploy.certificates import make_certs
-from experiments.run.engines.home import bytecode_cache
+from experiments.run.engines.home import flower_environment
+from experiments.run.engines.processes import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 CONNECTION = "loopback"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_until(done: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -192,19 +187,13 @@ class Deployment:
         return home
 
     def environment(self, name: str) -> dict[str, str]:
+        """The environment of a process of this federation."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
-        return kept | {
-            "FLWR_HOME": str(self._home(name)),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        return flower_environment(kept, home=self._home(name)) | {
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONUNBUFFERED": "1",
-            **bytecode_cache(os.environ),  # Flower starts again what has not come after 30 s
         }
 
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
-from time import monotonic
 
 import psutil
 import pytest
 
 from common.errors import RunError
 from experiments.run.engines import processes
+from tests.support.deployment import wait_until
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
 # Its child starts a session of its own, as Flower does, and ignores SIGTERM.
@@ -26,9 +25,7 @@ def start(code: str, mark: str, folder: Path) -> processes.Process:
     env = {**os.environ, processes.MARK: mark}
     command = [sys.executable, "-c", code]
     process = processes.start(command, env=env, log=folder / "log", cwd=folder)
-    deadline = monotonic() + 20
-    while "up" not in (folder / "log").read_text() and monotonic() < deadline:
-        pass
+    wait_until(lambda: "up" in (folder / "log").read_text(), 20, "the process is up")
     return process
 
 
@@ -64,14 +61,6 @@ def test_processes_of_others_are_left_alone(tmp_path: Path) -> None:
         other.wait(5)
 
 
-def test_output_goes_to_the_log(tmp_path: Path) -> None:
-    code = "import sys; print('out'); print('err', file=sys.stderr)"
-    command = [sys.executable, "-c", code]
-    log = tmp_path / "log"
-    processes.start(command, env=dict(os.environ), log=log, cwd=tmp_path).wait(20)
-    assert sorted(log.read_text().split()) == ["err", "out"]
-
-
 def test_missing_program_is_explained(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot start no-such-flwr: .* `uv sync` does it"):
         processes.start(["no-such-flwr"], env={}, log=tmp_path / "log", cwd=tmp_path)
@@ -96,9 +85,3 @@ def test_superlink_that_never_answers_is_given_up(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait(5)
-
-
-def test_free_port_can_be_bound() -> None:
-    port = processes.free_port()
-    command = [sys.executable, "-c", f"import socket; socket.socket().bind(('127.0.0.1', {port}))"]
-    assert subprocess.run(command, check=False).returncode == 0

@@ -38,9 +38,6 @@ def test_pace_is_the_mean_of_the_last_five_rounds_without_the_first() -> None:
     for number in range(3, 7):
         pace.add({"round": number, "seconds_round": 10.0})
     assert pace.add({"round": 7, "seconds_round": 10.0}) == 30.0
-
-
-def test_pace_of_a_single_round_is_nothing_left() -> None:
     assert Pace(rounds=1).add({"round": 1, "seconds_round": 5.0}) == 0.0
 
 
@@ -50,9 +47,6 @@ def test_round_line_says_what_happened() -> None:
         "round  3/40  accuracy  51.2 %  test loss 1.488  train loss 0.667  3.0 MB  10.0 s"
         "  lost 3 clients  left 6:10"
     )
-
-
-def test_round_without_evaluation_has_no_accuracy() -> None:
     line = round_line(metric_row(1, None), rounds=2, left_s=10)
     assert line == "round 1/2  train loss 2.000  3.0 MB  10.0 s  left 0:10"
 
