@@ -25,7 +25,7 @@ USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 only when what was asked is done."""
+    """Run the command line and return its exit status: 0 only when everything was done."""
     args = _parser().parse_args(argv)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own "module:factory" lives where they work
@@ -53,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
         "data-dir": _absolute(args.data_dir),
         "output-dir": _absolute(args.output_dir),
     }
-    asked = preset.with_engine(_given(engine)).with_settings(args.set).with_config(_given(config))
+    chosen = preset.with_engine(_given(engine)).with_settings(args.set).with_config(_given(config))
     console = make_console()
     say(console, preset.name, style="bold", end=": ")
     say(console, preset.description)
-    changes = [f"{key}={value}" for key, value in asked.changes_from(preset).items()]
+    changes = [f"{key}={value}" for key, value in chosen.changes_from(preset).items()]
     if changes:
         say(console, "but " + ", ".join(changes))
-    return launch(asked, console, tensorboard=args.tensorboard)
+    return launch(chosen, console, tensorboard=args.tensorboard)
 
 
 def list_presets(args: argparse.Namespace) -> int:

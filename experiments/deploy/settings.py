@@ -14,7 +14,7 @@ from client_app.folders import state_folder
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, unknown_name
 from common.files import PRIVATE, replace_file
-from experiments.run.engines.home import flower_environment
+from experiments.run.engines.home import flower_environment, own_modules
 from experiments.run.engines.processes import find_program
 from experiments.run.presets import to_toml
 
@@ -130,11 +130,9 @@ class JoinSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment; own code is found beside the settings."""
+        names = [str(self.node.get(key, "")) for key in ("model", "dataset")]
         env = flower_environment(os.environ, home=self.folder / "flwr")
-        if any(":" in str(self.node.get(name, "")) for name in ("model", "dataset")):
-            paths = [os.environ.get("PYTHONPATH"), str(self.base)]
-            env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        return env
+        return env | own_modules(names, self.base)
 
 
 def read_settings(args: argparse.Namespace) -> JoinSettings:

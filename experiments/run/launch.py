@@ -22,6 +22,7 @@ from experiments.report.clients import draw_clients
 from experiments.report.events import require_tensorboard, streamed
 from experiments.report.runs import Run, new_folder, settle
 from experiments.report.terminal import family_table, run_table
+from experiments.run.engines.home import own_modules
 from experiments.run.engines.ray import RayEngine
 from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.preflight import check_clients
@@ -106,7 +107,7 @@ def complete(preset: Preset) -> Preset:
 
 
 def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> int:
-    """Run a preset, show its progress and its results; as TensorBoard events too where asked.
+    """Run a preset, show its progress and its results; with `tensorboard` as its events too.
 
     Returns
     -------
@@ -156,18 +157,10 @@ def open_engine(preset: Preset, log: Path) -> AbstractContextManager[Engine]:
     """Return the preset's engine as a context; a Ray engine starts its SuperLink on entry."""
     if preset.engine.name == "inprocess":
         return InProcessEngine(preset.engine, log=log)
-    return RayEngine(preset.engine, log=log, extra_env=_extra_env(preset.config))
-
-
-def _extra_env(config: RunConfig) -> dict[str, str]:
-    """Return what the run's processes need to know about the user's surroundings."""
-    env = dict(OFFLINE) if config.client.data_dir else {}
-    chosen = (config.client.models, config.client.dataset, config.distill.global_model)
-    if any(":" in name for name in chosen):
-        # Only then: a file of the user's that is called like a library's module would hide it.
-        path = [os.environ.get("PYTHONPATH"), str(Path.cwd())]
-        env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-    return env
+    client = preset.config.client
+    names = (client.models, client.dataset, preset.config.distill.global_model)
+    env = own_modules(names, Path.cwd()) | (OFFLINE if client.data_dir else {})
+    return RayEngine(preset.engine, log=log, extra_env=env)
 
 
 def _run(preset: Preset, folder: Path, console: Console) -> int:

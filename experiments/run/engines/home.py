@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,6 +84,17 @@ def flower_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]
         "PATH": processes.program_path(base),
     }
     return {**base, **env, **bytecode_cache(base)}
+
+
+def own_modules(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Return a PYTHONPATH with `folder` if one of the names is a user's own "module:factory".
+
+    Only then: a file of the user's that is called like a library's module would hide it.
+    """
+    if not any(":" in name for name in names):
+        return {}
+    path = [os.environ.get("PYTHONPATH"), str(folder)]
+    return {"PYTHONPATH": os.pathsep.join(part for part in path if part)}
 
 
 def child_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]:
