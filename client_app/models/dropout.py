@@ -19,17 +19,12 @@ from common.errors import ModelError
 log = logging.getLogger(__name__)
 
 # number of leading axes that get an entry of the mask of their own; 0 means all axes
-_MASK_AXES: dict[type[nn.Module], int] = {
-    nn.Dropout: 0,
-    nn.Dropout1d: 2,
-    nn.Dropout2d: 2,
-    nn.Dropout3d: 2,
-}
+_MASK_AXES = {nn.Dropout: 0, nn.Dropout1d: 2, nn.Dropout2d: 2, nn.Dropout3d: 2}
 
 
 @dataclass
 class MaskFeed:
-    """Stands in for the generators while several clients are trained at once (`cohort.py`).
+    """Stands in for the generators while several clients are trained at once (`training.batched`).
 
     With `masks` the layers use them in the order in which they are called; without, they note in
     `wanted` what they would draw: (shape, rate of those kept), the shape without the batch.
@@ -51,12 +46,7 @@ class MaskFeed:
 class GeneratorDropout(nn.Module):
     """Dropout of rate `p` that draws its mask from `generator`.
 
-    Parameters
-    ----------
-    p
-        Probability that an entry becomes zero; the others are scaled by 1 / (1 - p).
-    mask_axes
-        0 drops single entries; 2 drops whole channels of (B, channels, ...).
+    `mask_axes` 0 drops single entries, 2 drops whole channels of (B, channels, ...).
     """
 
     def __init__(self, p: float, generator: torch.Generator, *, mask_axes: int = 0) -> None:
@@ -116,28 +106,23 @@ def seed_dropout(model: nn.Module, generator: torch.Generator) -> None:
     for path, parent in list(model.named_modules()):
         if isinstance(parent, GeneratorDropout):
             parent.generator = generator
-        elif isinstance(rate := getattr(parent, "dropout", None), float) and rate > 0:
+            continue
+        if isinstance(rate := getattr(parent, "dropout", None), float) and rate > 0:
             log.warning(
                 "%s (%s) applies dropout %s inside: its draws are not seeded and two runs may "
                 "differ. Set it to 0 and add nn.Dropout where needed.",
                 path or "the model", type(parent).__name__, rate,
             )  # fmt: skip
         for name, child in list(parent._modules.items()):
-            if child is not None and not isinstance(child, GeneratorDropout):
-                replacement = _replacement(child, generator)
-                if replacement is not None:
-                    setattr(parent, name, replacement)
+            if isinstance(child, nn.modules.dropout._DropoutNd):
+                setattr(parent, name, _seeded(child, generator))
 
 
-def _replacement(module: nn.Module, generator: torch.Generator) -> nn.Module | None:
-    axes = _MASK_AXES.get(type(module))
-    rate = getattr(module, "p", None)
-    if axes is not None and isinstance(rate, float | int):
-        seeded = GeneratorDropout(float(rate), generator, mask_axes=axes)
-        return seeded.train(module.training)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+def _seeded(layer: nn.modules.dropout._DropoutNd, generator: torch.Generator) -> nn.Module:
+    if type(layer) not in _MASK_AXES:
         raise ModelError(
-            f"{type(module).__name__} draws from torch's global generator and cannot be seeded "
+            f"{type(layer).__name__} draws from torch's global generator and cannot be seeded "
             "per client. Use nn.Dropout, nn.Dropout1d, nn.Dropout2d or nn.Dropout3d."
         )
-    return None
+    seeded = GeneratorDropout(float(layer.p), generator, mask_axes=_MASK_AXES[type(layer)])
+    return seeded.train(layer.training)

@@ -38,14 +38,7 @@ MODEL_NAMES: tuple[str, ...] = tuple(_FAMILIES)
 def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     """Build a client's model with torch's default initialisation, on the CPU, float32.
 
-    Parameters
-    ----------
-    name
-        One of `MODEL_NAMES`, or "module:factory".
-    in_channels
-        Channels of the images.
-    num_classes
-        Entries of the logits.
+    `name` is one of `MODEL_NAMES`, or "module:factory".
 
     Raises
     ------
@@ -67,14 +60,8 @@ def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
 def model_for_partition(models: str, partition_id: int, num_partitions: int) -> str:
     """Choose a client's model: contiguous blocks of clients, in the order of the names.
 
-    Parameters
-    ----------
-    models
-        One name, or several separated by commas (method.md, "Five-model runs").
-    partition_id
-        From 0 to num_partitions - 1; any value when there is only one name.
-    num_partitions
-        How many clients the blocks divide.
+    `models` is one name, or several separated by commas (method.md, "Five-model runs");
+    `partition_id` is from 0 to num_partitions - 1, any value when there is only one name.
 
     Raises
     ------
@@ -105,43 +92,43 @@ def _require_known(name: str, error: type[ModelError] | type[ConfigError]) -> No
 
 def _build_own(spec: str, *, in_channels: int, num_classes: int) -> nn.Module:
     factory = load_callable(spec, key="model", error=ModelError, example="my_models:small_net")
+    sizes = {"in_channels": in_channels, "num_classes": num_classes}
     try:
-        inspect.signature(factory).bind(in_channels=in_channels, num_classes=num_classes)
+        inspect.signature(factory).bind(**sizes)
     except TypeError as cause:
         raise ModelError(
             f"model {spec!r} must accept the keywords in_channels and num_classes: {cause}."
         ) from cause
     try:
-        model = factory(in_channels=in_channels, num_classes=num_classes)
+        model = factory(**sizes)
     except Exception as cause:  # a participant's code may raise anything; name whose it was
         raise ModelError(
             f"model {spec!r} raised {type(cause).__name__} for in_channels={in_channels}, "
             f"num_classes={num_classes}: {cause}"
         ) from cause
-    return _generable(spec, model)
-
-
-def _generable(spec: str, model: object) -> nn.Module:
-    """Return a user's model when a hypernetwork can generate all of its parameters."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r} returned a {type(model).__name__}, not torch.nn.Module.")
-    parameters = list(model.named_parameters())
+    parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(f"model {spec!r} has no parameters: there is nothing to generate.")
-    for name, parameter in parameters:
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ModelError(
-                f"model {spec!r}: {name} is lazy and has no shape yet. Give every layer its sizes; "
-                "the server must know the number of parameters before the first batch."
-            )
-        if parameter.dtype != torch.float32:
-            raise ModelError(
-                f"model {spec!r}: {name} is {parameter.dtype}, expected float32. Return "
-                "model.float()."
-            )
-        if not parameter.requires_grad:
-            raise ModelError(
-                f"model {spec!r}: {name} has requires_grad=False. The hypernetwork generates every "
-                "parameter; register fixed tensors as buffers instead."
-            )
+    for name, parameter in parameters.items():
+        if fault := _fault(parameter):
+            raise ModelError(f"model {spec!r}: {name} {fault}")
     return model
+
+
+def _fault(parameter: nn.Parameter) -> str:
+    """Say why a hypernetwork cannot generate a parameter; "" when it can."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return (
+            "is lazy and has no shape yet. Give every layer its sizes; the server must know the "
+            "number of parameters before the first batch."
+        )
+    if parameter.dtype != torch.float32:
+        return f"is {parameter.dtype}, expected float32. Return model.float()."
+    if not parameter.requires_grad:
+        return (
+            "has requires_grad=False. The hypernetwork generates every parameter; register fixed "
+            "tensors as buffers instead."
+        )
+    return ""

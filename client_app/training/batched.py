@@ -49,10 +49,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who teaches the whole cohort (`loop.distillation`): frozen, the same for all.
-
-    `module` holds w_g as it was sent.
-    """
+    """Who teaches the whole cohort (`loop.distillation`): w_g as it was sent, the same for all."""
 
     module: nn.Module
     section: DistillSection
@@ -60,23 +57,20 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a member's training left: theta (P,), buffers, and the usual measurements.
-
-    The seconds are the cohort's, divided by its members.
-    """
+    """What a member's training left: theta (P,), buffers; the seconds are its share of them."""
 
     theta: Tensor
     buffers: dict[str, Tensor]
     trained: Trained
 
 
+KNOWN = ("torch", "client_app", "tests")
+"""Packages whose layers are known to be batchable; a participant's own code may not be."""
+
+
 def can_train_together(module: nn.Module) -> bool:
     """Whether clients with this architecture can be batched: every layer is a known one."""
     return all(type(layer).__module__.split(".")[0] in KNOWN for layer in module.modules())
-
-
-KNOWN = ("torch", "client_app", "tests")
-"""Packages whose layers are known to be batchable; a participant's own code may not be."""
 
 
 def train_cohort(
@@ -87,17 +81,13 @@ def train_cohort(
     clip: bool = True,
     teacher: Teacher | None = None,
 ) -> list[Outcome]:
-    """Train every member as `client_app.training.loop.train` would, all of them at once.
+    """Train every member as `loop.train` would, all of them at once; returns in their order.
 
     Parameters
     ----------
     module : the architecture; its own parameters and buffers are not used and do not change.
     members : their `data` must be on one device and be normalised alike.
     teacher : whom all of them learn from, beside the labels.
-
-    Returns
-    -------
-    One outcome for each member, in the order given.
 
     Raises
     ------
