@@ -1,4 +1,4 @@
-"""Tiny files in the formats that the data sources read, with known content."""
+"""Random pictures: as files in the formats that the data sources read, and as a client's data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
+
+from client_app.data.examples import ClientData
+from common.parameters import num_parameters
 
 REPOSITORY = Path(__file__).parents[3]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
@@ -46,3 +51,30 @@ def write_idx(path: Path, values: NDArray[np.uint8]) -> Path:
     data = header + values.tobytes()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
+
+
+def client_data(num_train: int = 70, num_test: int = 20, classes: int = 10) -> ClientData:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(count: int) -> Tensor:
+        images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def labels(count: int) -> Tensor:
+        return torch.randint(classes, (count,), generator=generator)
+
+    return ClientData(
+        train_images=draw(num_train),
+        train_labels=labels(num_train),
+        test_images=draw(num_test),
+        test_labels=labels(num_test),
+        mean=torch.tensor([0.5, 0.4, 0.3]),
+        std=torch.tensor([0.2, 0.25, 0.3]),
+        num_classes=classes,
+        in_channels=3,
+    )
+
+
+def draw_theta(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.rand(num_parameters(model), generator=generator) - 0.5) * 0.18

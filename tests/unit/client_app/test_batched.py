@@ -20,7 +20,7 @@ from client_app.training.loop import cross_entropy, distillation, evaluate, trai
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 from common.parameters import FlatModel
-from tests.unit.client_app.test_training_speed import draw_theta, pictures
+from tests.unit.client_app.pictures import client_data, draw_theta
 
 pytestmark = pytest.mark.numeric
 
@@ -31,7 +31,7 @@ SECTION = TrainingSection(batch_size=8, learning_rate=0.02)
 def clients(device: str = "cpu") -> list[ClientData]:
     found = []
     for shift, count in enumerate(COUNTS):
-        whole = pictures()
+        whole = client_data()
         found.append(
             replace(
                 whole,

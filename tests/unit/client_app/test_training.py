@@ -1,5 +1,7 @@
-"""What makes local training cheap must not change what it computes."""
+"""Local training against torch's own, and against a clear reference; what it costs a process."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -8,49 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client_app.data.examples import ClientData
 from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
-from client_app.training.loop import evaluate, train, warn_of_slow_bfloat16
+from client_app.training.loop import MomentumSGD, evaluate, train, warn_of_slow_bfloat16
+from common.allocator import keep_freed_memory
 from common.config import TrainingSection
 from common.log import logger
-from common.parameters import FlatModel, num_parameters
+from common.parameters import FlatModel
 from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
+from tests.unit.client_app.pictures import client_data, draw_theta
 
 pytestmark = pytest.mark.numeric
 
 
-def pictures(num_train: int = 70, num_test: int = 20, classes: int = 10) -> ClientData:
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(count: int) -> Tensor:
-        images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def labels(count: int) -> Tensor:
-        return torch.randint(classes, (count,), generator=generator)
-
-    return ClientData(
-        train_images=draw(num_train),
-        train_labels=labels(num_train),
-        test_images=draw(num_test),
-        test_labels=labels(num_test),
-        mean=torch.tensor([0.5, 0.4, 0.3]),
-        std=torch.tensor([0.2, 0.25, 0.3]),
-        num_classes=classes,
-        in_channels=3,
-    )
-
-
-def draw_theta(model: nn.Module) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return (torch.rand(num_parameters(model), generator=generator) - 0.5) * 0.18
-
-
 @pytest.mark.parametrize("name", ["cnn", "resnet10"])
 def test_local_training_equals_the_reference(name: str) -> None:
-    data, section = pictures(), TrainingSection(batch_size=32)
+    data, section = client_data(), TrainingSection(batch_size=32)
     model = FlatModel(build_model(name, in_channels=3, num_classes=10))
     clear = build_model(name, in_channels=3, num_classes=10)
     theta = draw_theta(clear)
@@ -62,6 +38,24 @@ def test_local_training_equals_the_reference(name: str) -> None:
     torch.testing.assert_close(model.theta.detach(), read_theta(clear), rtol=0, atol=1e-5)
     for mine, theirs in zip(model.module.buffers(), clear.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_sgd_descends_as_torchs_does() -> None:
+    section = TrainingSection.model_validate(
+        {"learning-rate": 0.1, "momentum": 0.8, "weight-decay": 0.01}
+    )
+    ours = torch.randn(50, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    descent = MomentumSGD(ours, section)
+    torchs = torch.optim.SGD([theirs], lr=0.1, momentum=0.8, weight_decay=0.01)
+    start = ours.detach().clone()
+    for step in range(20):
+        for theta in (ours, theirs):
+            theta.grad = (theta.detach() - 1.0) * (1 + step % 3)
+        descent.step()
+        torchs.step()
+    assert not torch.allclose(ours, start, atol=0.1)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def relu_first_cnn(model: CNN, images: Tensor) -> Tensor:
@@ -83,7 +77,7 @@ def test_pooling_before_relu_changes_no_bit(
     name: str, published: Callable[[nn.Module, Tensor], Tensor]
 ) -> None:
     model = build_model(name, in_channels=3, num_classes=10).eval()  # no dropout in the way
-    images, labels = next(pictures().batches(16, torch.Generator().manual_seed(0)))
+    images, labels = next(client_data().batches(16, torch.Generator().manual_seed(0)))
     images[0] = -3.0  # whole windows below zero, and ties
     results = []
     for forward in (model, lambda x: published(model, x)):
@@ -121,7 +115,7 @@ def test_backward_overwrites_the_flat_gradient() -> None:
 def test_evaluation_does_not_depend_on_the_size_of_its_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, data = FlatModel(build_model("cnn", in_channels=3, num_classes=10)), pictures()
+    model, data = FlatModel(build_model("cnn", in_channels=3, num_classes=10)), client_data()
     found = []
     for size in (64, 7):
         monkeypatch.setattr("client_app.training.loop.TEST_BATCH", {"cpu": size})
@@ -139,7 +133,7 @@ def test_mixed_precision_goes_where_float32_goes(name: str) -> None:
         start = draw_theta(model.module)
         model.load(start)
         section = TrainingSection(batch_size=16, training_precision=precision)
-        trained = train(model, pictures(), section, generator=torch.Generator().manual_seed(1))
+        trained = train(model, client_data(), section, generator=torch.Generator().manual_seed(1))
         assert model.theta.dtype == torch.float32
         changes.append((start - model.theta.detach(), trained.loss))
     (exact, exact_loss), (mixed, mixed_loss) = changes
@@ -167,3 +161,45 @@ def test_a_processor_that_is_slow_in_bfloat16_is_named_once(
         warn_of_slow_bfloat16(device)
     assert [record.message.count("float32") for record in caplog.records] == [2] * warnings
     warn_of_slow_bfloat16.cache_clear()
+
+
+# in a process of its own: a message's
+
+IN_A_PROCESS = """
+import sys, torch
+from client_app.training.loop import evaluate, train
+from client_app.workshop import ModelKind, borrow
+from common.config import TrainingSection
+from tests.unit.client_app.pictures import client_data
+
+torch.set_num_threads(1)
+tool = borrow(ModelKind("cnn", 3, 10, torch.device("cpu")))
+data, generator = client_data(num_train=640), torch.Generator().manual_seed(0)
+
+def epochs(count):
+    for _ in range(count):
+        train(tool.model, data, TrainingSection(), generator=generator)
+"""
+
+
+def run_in_a_process(code: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS + code], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+def test_training_does_not_import_torchs_compiler() -> None:
+    """It costs seconds, and a client without a warm worker would pay them for every message."""
+    found = "[name for name in sys.modules if name.startswith(('torch._dynamo', 'sympy'))]"
+    code = f"epochs(1); evaluate(tool.model, data); print({found})"
+    assert run_in_a_process(code) == "[]"
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="not glibc")
+def test_an_epoch_asks_the_system_for_no_memory() -> None:
+    """Without `keep_freed_memory` five take 65,000 pages and more; 77,456 measured."""
+    faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    code = f"import resource; epochs(3); before = {faults}; epochs(5); print({faults} - before)"
+    assert int(run_in_a_process(code)) < 5 * 500
