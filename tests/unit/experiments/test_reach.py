@@ -1,46 +1,21 @@
 """Is the federation's server the one its certificate names: every answer, and what is wrong."""
 
-import datetime
-import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from common.errors import ConfigError
+from experiments.deploy import certificates
 from experiments.deploy.reach import ServerError, UnreachableError, check_server, split_address
 from tests.support.one_line_server import OneLineServer
 
 
-def make_certificate(folder: Path, *, days: int = 30, name: str = "127.0.0.1") -> Path:
-    """Write a self-signed certificate for an address, and its key; returns the certificate."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    san = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(name))])
-    built = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=60))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(san, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "server.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return folder / "server.pem"
+def make(folder: Path, host: str = "127.0.0.1") -> tuple[Path, Path]:
+    """Make a federation's keys; returns the server's certificate and the CA's."""
+    certificates.make_certs(folder, hosts=[host], sites=[])
+    return folder / "server" / "server.crt", folder / "ca" / "ca.crt"
 
 
 @pytest.fixture
@@ -57,33 +32,37 @@ def serve() -> Iterator[Any]:
 
 
 def test_a_server_with_the_right_certificate(serve: Any, tmp_path: Path) -> None:
-    certificate = make_certificate(tmp_path)
+    certificate, ca = make(tmp_path)
     address = serve(certificate)
-    assert check_server(address, certificate, insecure=False) == (
-        f"{address} answers, certificate verified, valid for 30 days"
+    days = certificates.SERVER_DAYS
+    assert check_server(address, ca, insecure=False) == (
+        f"{address} answers, certificate verified, valid for {days} days"
     )
 
 
-def test_certificates_that_do_not_verify(serve: Any, tmp_path: Path) -> None:
-    good = make_certificate(tmp_path / "good")
+def test_certificates_that_do_not_verify(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, ca = make(tmp_path / "good")
     with pytest.raises(ServerError, match="was not issued by your CA file"):
-        check_server(serve(make_certificate(tmp_path / "other")), good, insecure=False)
+        check_server(serve(make(tmp_path / "other")[0]), ca, insecure=False)
     with pytest.raises(ServerError, match="Set certificate to the federation's ca"):
         check_server(serve(good), None, insecure=False)
-    old = make_certificate(tmp_path / "old", days=-1)
-    with pytest.raises(ServerError, match="certificate has expired"):
-        check_server(serve(old), old, insecure=False)
-    elsewhere = make_certificate(tmp_path / "elsewhere", name="10.1.2.3")
+    elsewhere, its_ca = make(tmp_path / "elsewhere", "10.1.2.3")
     with pytest.raises(ServerError, match="is for another name"):
-        check_server(serve(elsewhere), elsewhere, insecure=False)
+        check_server(serve(elsewhere), its_ca, insecure=False)
     with pytest.raises(ConfigError, match="It must be the federation's CA certificate"):
         check_server(serve(good), tmp_path / "none", insecure=False)
+    monkeypatch.setattr(certificates, "SERVER_DAYS", 0)  # it ends as it is made
+    old, its_ca = make(tmp_path / "old")
+    with pytest.raises(ServerError, match="certificate has expired"):
+        check_server(serve(old), its_ca, insecure=False)
 
 
 def test_tls_and_plain_are_not_mixed_up(serve: Any, tmp_path: Path) -> None:
-    certificate = make_certificate(tmp_path)
+    certificate, ca = make(tmp_path)
     with pytest.raises(ServerError, match="no TLS there"):
-        check_server(serve(), certificate, insecure=False)
+        check_server(serve(), ca, insecure=False)
     with pytest.raises(ServerError, match="TLS"):
         check_server(serve(certificate), None, insecure=True)
     assert "WITHOUT TLS" in check_server(serve(), None, insecure=True)
