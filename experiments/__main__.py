@@ -19,7 +19,6 @@ from experiments.deploy.join import add_join_parser
 from experiments.deploy.serve import add_serve_parser
 from experiments.report.command import add_study_parsers
 from experiments.report.events import add_tensorboard_parser
-from experiments.sweep.command import add_sweep_parser
 
 USAGE_ERROR = 2
 
@@ -65,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
 def list_presets(args: argparse.Namespace) -> int:
     """List the presets, and the studies."""
+    from experiments.report.plan import Plan, study_names
     from experiments.report.terminal import preset_table, study_table
     from experiments.run.presets import Preset, preset_names
-    from experiments.sweep.plan import Plan, study_names
 
     console = make_console()
     console.print(preset_table([Preset.load(name) for name in preset_names()]))
@@ -109,7 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
     command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
     command.set_defaults(command=show)
-    add_sweep_parser(commands)
     add_study_parsers(commands)
     add_tensorboard_parser(commands)
     add_join_parser(commands)

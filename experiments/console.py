@@ -7,9 +7,9 @@ import sys
 from rich.console import Console
 
 
-def make_console() -> Console:
+def make_console(*, wide: bool = False) -> Console:
     """Return the console of a command; rich would cut the lines of a file or pipe to 80 columns."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=170 if wide else 120)
 
 
 def say(console: Console, text: str, *, style: str = "", end: str = "\n") -> None:

@@ -1,22 +1,26 @@
-"""`mh-pfedhn compare RUN...` and `mh-pfedhn report DIR`."""
+"""`mh-pfedhn compare RUN...`, `mh-pfedhn report DIR` and `mh-pfedhn sweep FILE`."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
+import shlex
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from rich.console import Console
+from common.config.section import Scalar
+from common.errors import ConfigError
+from experiments.arguments import add_set_option
+from experiments.console import make_console, say
+from experiments.run.presets import parse_assignment, resolve_paths
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 MAPS = 6
 
 
 def add_study_parsers(commands: Any) -> None:
-    """Add `compare` and `report` to the command line."""
+    """Add `compare`, `report` and `sweep` to the command line."""
     command = commands.add_parser("compare", help="runs side by side: a table and a picture")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, names, or sweeps")
     command.add_argument("--output", metavar="FILE.png", help="the picture; default compare.png")
@@ -31,17 +35,26 @@ def add_study_parsers(commands: Any) -> None:
         "--maps", type=int, default=MAPS, metavar="N", help=f"maps of embeddings, default {MAPS}"
     )
     command.set_defaults(command=report)
+    command = commands.add_parser("sweep", help="run a grid of settings and seeds; resumable")
+    command.add_argument("file", metavar="STUDY|FILE.toml", help="see `mh-pfedhn list`")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at the same time")
+    command.add_argument("--background", action="store_true", help="detach, and write a log")
+    command.add_argument("--status", action="store_true", help="show how far it is, run nothing")
+    command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
+    command.add_argument("--output-dir", metavar="DIR", default="", help="folder of its cells")
+    add_set_option(command, "settings of all cells, over those of the file")
+    command.set_defaults(command=sweep)
 
 
 def compare(args: argparse.Namespace) -> int:
     """Print the comparison of some runs, and draw their accuracy."""
-    from experiments.report.curves import TRAFFIC
-    from experiments.report.groups import load_named
-    from experiments.report.picture import draw_comparison
+    from experiments.report.figures import draw_comparison
+    from experiments.report.groups import load_study
+    from experiments.report.lines import TRAFFIC
     from experiments.report.tables import rich_table
 
-    console = _console()
-    study = load_named(args.runs)
+    console = make_console(wide=True)
+    study = load_study(args.runs)
     console.print(rich_table(study))
     console.print(
         "[dim]last round unless said otherwise; per cent; mean ± standard error over seeds; "
@@ -49,7 +62,7 @@ def compare(args: argparse.Namespace) -> int:
     )
     path = Path(args.output or "compare.png").expanduser().absolute()
     if draw_comparison(study, path, traffic=TRAFFIC[args.bytes]):
-        console.print(f"picture  {path}", highlight=False, soft_wrap=True)
+        say(console, f"picture  {path}")
     return 0
 
 
@@ -57,20 +70,46 @@ def report(args: argparse.Namespace) -> int:
     """Write report.html and report.md into the folder of the runs."""
     os.environ.update(OFFLINE)  # label overlap needs data that is here: nothing is downloaded
     from experiments.report.groups import load_study
-    from experiments.report.page import default_source, write_report
+    from experiments.report.page import write_report
     from experiments.report.tables import rich_table
 
-    started, console = perf_counter(), _console()
+    started, console = perf_counter(), make_console(wide=True)
     folder = Path(args.folder).expanduser().resolve()
-    study = load_study(folder)
-    page, table = write_report(study, default_source(folder), num_maps=args.maps)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder. Give the folder that holds the runs.")
+    study = load_study([str(folder)])
+    paths = write_report(folder, study, num_maps=args.maps)
     console.print(rich_table(study))
     seconds = perf_counter() - started
-    console.print(f"\n{len(study.members)} runs in {seconds:.1f} s", highlight=False)
-    for path in (page, table):
-        console.print(f"written  {path}", highlight=False, soft_wrap=True)
+    say(console, f"\n{len(study.runs)} runs in {seconds:.1f} s")
+    for path in paths:
+        say(console, f"written  {path}")
     return 0
 
 
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=170)
+def sweep(args: argparse.Namespace) -> int:
+    """Run a sweep, here or in the background, or show how far it is."""
+    from experiments.report import sweep as runner
+    from experiments.report.plan import Plan
+
+    console = make_console(wide=True)
+    common: dict[str, Scalar] = dict(parse_assignment(text) for text in args.set)
+    common |= {"data-dir": args.data_dir} if args.data_dir else {}
+    plan = Plan.load(args.file, resolve_paths(common, base=Path.cwd()), args.output_dir)
+    if args.status:
+        return runner.show_status(plan, console)
+    if not args.background:
+        return runner.Sweep(plan, console, jobs=max(1, args.jobs)).run()
+    again = [args.file]
+    again += ["--data-dir", args.data_dir] if args.data_dir else []
+    again += ["--output-dir", args.output_dir] if args.output_dir else []
+    again += ["--set", *args.set] if args.set else []
+    pid, log = runner.detach(plan, [*again, "--jobs", str(args.jobs)])
+    say(
+        console,
+        f"{len(plan.cells)} cells run in the background as process {pid}\n"
+        f"log     {log}\n"
+        f"status  mh-pfedhn sweep {shlex.join(again)} --status\n"
+        f"stop    kill {pid}    (the same command goes on where it was)",
+    )
+    return 0

@@ -1,9 +1,8 @@
-"""The embeddings that a hypernetwork has learned, from a run's checkpoint; and their map."""
+"""The embeddings that a hypernetwork has learned, and what the labels of clients have in common."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from common.config.client import ClientSection
+from common.errors import DataError
 from common.files import replace_file
+from experiments.report.runs import Run
 from experiments.report.settings import complete_settings
 
 Array = NDArray[np.float64]
@@ -29,24 +31,21 @@ def load_embeddings(folder: Path) -> dict[str, Array]:
     Only they are read of a checkpoint that may be gigabytes. {} where the run has none (a method
     without a hypernetwork, or no checkpoint yet) or they cannot be read.
     """
-    newest = sorted((folder / "checkpoint").glob("checkpoint-*/tensors.safetensors"))
-    for path in (*reversed(newest), folder / KEPT):
-        if path.is_file() and (found := _read(path)):
-            return found
-    return {}
+    paths = [*_checkpoints(folder), folder / KEPT]
+    return next((found for path in paths if (found := _read(path))), {})
 
 
 def keep_embeddings(folder: Path) -> bool:
     """Store the embeddings beside the checkpoint; return whether the checkpoint may go.
 
-    The client ids are not lost: they are the tensors' names.
+    It may unless one cannot be read. The client ids are not lost: they are the tensors' names.
     """
-    found = load_embeddings(folder)
-    if not found:
-        return not (folder / "checkpoint").exists() or _has_none(folder)
-    arrays = {PREFIX + name: a.astype(np.float32) for name, a in found.items()}
-    replace_file(folder / KEPT, save(arrays))
-    return True
+    found = [_read(path) for path in _checkpoints(folder)]
+    newest = next((embeddings for embeddings in found if embeddings), None)
+    if newest:
+        arrays = {PREFIX + name: a.astype(np.float32) for name, a in newest.items()}
+        replace_file(folder / KEPT, save(arrays))
+    return bool(newest) or None not in found
 
 
 def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
@@ -56,23 +55,19 @@ def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[
     learned, so that a map of the raw values shows the dice. The global model's embedding is left
     out. A run whose embeddings stood still (`embedding-lr = 0`) has learned none: {}.
     """
-    from common.seeding import torch_generator  # imports torch: seconds
+    import torch  # takes seconds
+
+    from common.seeding import torch_generator
     from server_app.clients import GLOBAL_ID
 
     full = complete_settings(config)
     moved = {}
     for client_id, value in embeddings.items():
-        if client_id == GLOBAL_ID:
-            continue
-        generator = torch_generator(int(full["seed"]), "embedding", client_id=client_id)
-        rows = _normal_rows(value.shape, generator)
-        moved[client_id] = value - float(full["embedding-std"]) * rows
+        if client_id != GLOBAL_ID:
+            generator = torch_generator(int(full["seed"]), "embedding", client_id=client_id)
+            rows = torch.randn(*value.shape, generator=generator).numpy()
+            moved[client_id] = value - float(full["embedding-std"]) * rows
     return moved if any(np.abs(value).max() > STILL for value in moved.values()) else {}
-
-
-def in_order(client_ids: Iterable[str]) -> list[str]:
-    """Sort client ids, numbers by their value."""
-    return sorted(client_ids, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
 
 
 def alignment(moved: Mapping[str, Array], names: Sequence[str]) -> Array:
@@ -80,9 +75,8 @@ def alignment(moved: Mapping[str, Array], names: Sequence[str]) -> Array:
 
     Chunk by chunk, over the chunks that both have: a larger model has more.
     """
-    count = len(names)
-    cosines = np.eye(count)
-    for i in range(count):
+    cosines = np.eye(len(names))
+    for i in range(len(names)):
         for j in range(i):
             shared = min(len(moved[names[i]]), len(moved[names[j]]))
             a, b = (moved[names[k]][:shared].ravel() for k in (i, j))
@@ -105,23 +99,80 @@ def principal_axes(similarity: Array) -> tuple[Array, tuple[float, float]]:
     centre = np.eye(count) - 1.0 / count
     values, vectors = np.linalg.eigh(centre @ similarity @ centre)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    total = float(values.sum())
-    places = np.zeros((count, 2))
-    for axis in range(min(2, count)):
-        column = vectors[:, axis] * np.sqrt(values[axis])
-        places[:, axis] = column if column[np.abs(column).argmax()] >= 0 else -column
-    shares = [float(value) / total if total > 0 else 0.0 for value in (*values, 0.0)[:2]]
-    return places, (shares[0], shares[1])
+    places = vectors[:, :2] * np.sqrt(values[:2])
+    signs = np.sign(np.take_along_axis(places, np.abs(places).argmax(axis=0)[None], axis=0))
+    shares = values[:2] / (values.sum() or 1.0)
+    return places * np.where(signs == 0, 1.0, signs), (float(shares[0]), float(shares[1]))
 
 
-def _normal_rows(shape: tuple[int, ...], generator: Any) -> Array:
-    """Draw the standard normal rows from which the hypernetwork starts."""
-    import torch
+def label_shares(run: Run, clients: Sequence[str]) -> Array:
+    """Return each client's label distribution (clients, classes); rows sum to 1.
 
-    return np.asarray(torch.randn(*shape, generator=generator).numpy(), np.float64)
+    Known where the data is, so in a simulation.
+
+    Raises
+    ------
+    MHpFedHNError
+        The data is not on this machine, or clients are not the partitions of a simulation.
+    """
+    from client_app.data.examples import open_examples  # imports torch: seconds
+    from client_app.data.partitions import client_indices
+
+    keys = ClientSection.key_names()
+    section = ClientSection.model_validate({k: v for k, v in run.config.items() if k in keys})
+    if not all(c.isdecimal() and int(c) < section.num_partitions for c in clients):
+        raise DataError("these clients brought data of their own; their labels are not known here.")
+    dataset = open_examples(section)
+    counts = np.zeros((len(clients), dataset.num_classes))
+    for place, client in enumerate(clients):
+        rows = client_indices(dataset, section, partition_id=int(client), seed=run.seed)
+        counts[place] = np.bincount(dataset.labels[rows], minlength=dataset.num_classes)
+    shares: Array = counts / counts.sum(axis=1, keepdims=True)
+    return shares
 
 
-def _read(path: Path) -> dict[str, Array]:
+def overlap(shares: Array) -> Array:
+    """Return the overlap of every two clients (clients, clients), 0 (no common label) to 1 (equal).
+
+    The sum over labels of the smaller share: 1 minus the total variation distance.
+    """
+    smaller: Array = np.minimum(shares[:, None, :], shares[None, :, :]).sum(axis=2)
+    return smaller
+
+
+def ordering(overlaps: Array) -> Array:
+    """Give each client a number from 0 to 1 such that clients with common labels are near.
+
+    The first axis of classical multidimensional scaling of the distances 1 - overlap.
+    """
+    axis = principal_axes(-0.5 * (1.0 - overlaps) ** 2)[0][:, 0]
+    spread = axis.max() - axis.min()
+    return (axis - axis.min()) / spread if spread > 1e-12 else np.full(len(axis), 0.5)
+
+
+def rank_correlation(a: Array, b: Array) -> float | None:
+    """Return Spearman's rank correlation of two vectors; ties share their mean rank.
+
+    None where one of them is constant.
+    """
+    ranks = [_ranks(values) - (len(values) - 1) / 2 for values in (a, b)]
+    scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum()) / scale if scale > 0 else None
+
+
+def _ranks(values: Array) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    means: Array = (np.cumsum(counts) - 1 - (counts - 1) / 2.0)[inverse]
+    return means
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the tensor files of a run's checkpoints, the newest first."""
+    return sorted((folder / "checkpoint").glob("checkpoint-*/tensors.safetensors"), reverse=True)
+
+
+def _read(path: Path) -> dict[str, Array] | None:
+    """Read the embeddings in a file, which may hold none; None where it cannot be read."""
     try:
         with safe_open(path, framework="numpy") as tensors:
             names = [key for key in tensors.keys() if key.startswith(PREFIX)]  # noqa: SIM118
@@ -129,13 +180,4 @@ def _read(path: Path) -> dict[str, Array]:
                 key[len(PREFIX) :]: np.asarray(tensors.get_tensor(key), np.float64) for key in names
             }
     except (OSError, SafetensorError, ValueError):
-        return {}
-
-
-def _has_none(folder: Path) -> bool:
-    """Whether every checkpoint of a run can be read and holds no embeddings."""
-    files = list((folder / "checkpoint").glob("checkpoint-*/meta.json"))
-    try:
-        return bool(files) and not any("hypernet" in json.loads(f.read_text()) for f in files)
-    except (OSError, ValueError):
-        return False
+        return None

@@ -6,30 +6,24 @@ The package `tensorboard` is not a dependency of the project and is imported onl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from common.errors import ConfigError
-from experiments.report.runs import find_run
+from experiments.console import make_console, say
+from experiments.report.runs import Run, find_run
 from experiments.run.progress import RowTail
-from server_app.output.figures import read_json
 
 FOLDER = "tensorboard"
 POLL_S = 1.0
 GROUPS = {
-    "accuracy": "accuracy",
-    "test": "loss",
-    "train": "loss",
-    "bytes": "traffic",
-    "seconds": "seconds",
-    "num": "clients",
-}
+    "accuracy": "accuracy", "test": "loss", "train": "loss", "bytes": "traffic",
+    "seconds": "seconds", "num": "clients",
+}  # fmt: skip
 
 
 def add_tensorboard_parser(commands: Any) -> None:
@@ -45,20 +39,20 @@ def add_tensorboard_parser(commands: Any) -> None:
 def convert(args: argparse.Namespace) -> int:
     """Write the rounds of some runs as event files, a folder for each run."""
     require_tensorboard()
-    logdir, console = Path(args.logdir).expanduser().absolute(), Console(width=140)
+    logdir, console = Path(args.logdir).expanduser().absolute(), make_console()
     for name in args.runs:
         run = find_run(name)
         target = logdir / run.name
         for old in target.glob("events.out.tfevents.*"):
             old.unlink()  # a second conversion replaces the first
         with _writer(target) as writer:
-            write_rows(writer, list(run.rows), started=_started(run.folder, run.rows))
-        console.print(f"{len(run.rows)} rounds  {target}", highlight=False, soft_wrap=True)
-    console.print(f"look  tensorboard --logdir {logdir}", highlight=False, soft_wrap=True)
+            write_rows(writer, run.rows, started=_started(run))
+        say(console, f"{len(run.rows)} rounds  {target}")
+    say(console, f"look  tensorboard --logdir {logdir}")
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def streamed(folder: Path) -> Iterator[None]:
     """Write a run's rounds as event files into its own folder while the block runs.
 
@@ -68,8 +62,17 @@ def streamed(folder: Path) -> Iterator[None]:
         TensorBoard is not installed; before anything runs.
     """
     require_tensorboard()
-    done, target = threading.Event(), folder / FOLDER
-    thread = threading.Thread(target=_stream, args=(folder, target, done), daemon=True)
+    done, tail = threading.Event(), RowTail(folder / "metrics.jsonl")
+
+    def stream() -> None:
+        with _writer(folder / FOLDER) as writer:
+            last = False
+            while not last:
+                last = done.wait(POLL_S)  # once more after the end: the last round's row
+                if rows := tail.new_rows():
+                    write_rows(writer, rows)
+
+    thread = threading.Thread(target=stream, daemon=True)
     thread.start()
     try:
         yield
@@ -78,7 +81,9 @@ def streamed(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def write_rows(writer: Any, rows: list[Mapping[str, Any]], *, started: float | None = None) -> None:
+def write_rows(
+    writer: Any, rows: Sequence[Mapping[str, Any]], *, started: float | None = None
+) -> None:
     """Write every number of some rows under a readable name, by round.
 
     `started` (seconds since 1970) puts the rounds at the time at which they happened.
@@ -115,28 +120,12 @@ def require_tensorboard() -> Any:
     return SummaryWriter
 
 
-@contextmanager
-def _writer(target: Path) -> Iterator[Any]:
-    writer = require_tensorboard()(log_dir=str(target))
-    try:
-        yield writer
-    finally:
-        writer.close()
+def _writer(target: Path) -> contextlib.closing[Any]:
+    return contextlib.closing(require_tensorboard()(log_dir=str(target)))
 
 
-def _stream(folder: Path, target: Path, done: threading.Event) -> None:
-    tail = RowTail(folder / "metrics.jsonl")
-    with _writer(target) as writer:
-        last = False
-        while not last:
-            last = done.wait(POLL_S)  # once more after the end: the last round's row
-            if rows := tail.new_rows():
-                write_rows(writer, list(rows))
-
-
-def _started(folder: Path, rows: tuple[Mapping[str, Any], ...]) -> float | None:
+def _started(run: Run) -> float | None:
     """Estimate when a run started: its summary was written when its last round ended."""
-    if not read_json(folder / "summary.json"):
+    if not run.summary:
         return None
-    ended = (folder / "summary.json").stat().st_mtime
-    return ended - sum(float(row.get("seconds_round", 0.0)) for row in rows)
+    return (run.folder / "summary.json").stat().st_mtime - run.total("seconds_round")

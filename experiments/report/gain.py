@@ -9,9 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.report.groups import Group, Member, Stat, Study, changed_at
+from experiments.report.groups import Group, Stat, Study
 from experiments.report.runs import Run
-from experiments.report.settings import complete_settings, data_settings, local_settings
+from experiments.report.settings import (
+    complete_settings,
+    data_settings,
+    local_command,
+    local_settings,
+)
 
 LOCAL = "local"
 
@@ -53,8 +58,26 @@ class Unmatched:
     """
 
     label: str
-    member: Member
+    run: Run
     differs: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def why(self) -> str:
+        """The reason in words."""
+        if not self.differs:
+            return "no Local run has the same data, models and seed"
+        said = [f"{key} {theirs} instead of {own}" for key, (own, theirs) in self.differs.items()]
+        return f"the nearest Local run has {', '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Local runs that would help: whom, which seeds, why, and the command for the first seed."""
+
+    labels: str
+    seeds: tuple[int, ...]
+    why: str
+    command: str
 
 
 def gains_over_local(study: Study) -> tuple[list[GroupGain], list[Unmatched]]:
@@ -64,75 +87,72 @@ def gains_over_local(study: Study) -> tuple[list[GroupGain], list[Unmatched]]:
     alone (`experiments.report.settings.local_settings`) are the same; of several the newest is
     taken.
     """
-    alone = _local_runs(study)
+    alone: dict[str, list[Run]] = {}
+    runs = [run for group in study.groups if group.method == LOCAL for run in group.counted]
+    for run in sorted(runs, key=Run.changed_at, reverse=True):
+        alone.setdefault(_identity(run), []).append(run)
     gains: list[GroupGain] = []
     unmatched: list[Unmatched] = []
     for group in study.groups:
-        if group.method == LOCAL:
-            continue
         clients: list[ClientGain] = []
-        for member in group.counted:
-            other, differs = _fitting(member, alone.get(_identity(member), []))
+        for run in () if group.method == LOCAL else group.counted:
+            other, differs = _fitting(run, alone.get(_identity(run), []))
             if other is None:
-                unmatched.append(Unmatched(group.label, member, differs))
+                unmatched.append(Unmatched(group.label, run, differs))
             else:
-                clients += _client_gains(member, other.run)
-        if clients:
-            gains.append(_summed_up(group, clients))
+                clients += _client_gains(run, other)
+        if mean := _over_seeds(clients):
+            families = sorted({client.family for client in clients})
+            found = {f: _over_seeds([c for c in clients if c.family == f]) for f in families}
+            by_family = {family: stat for family, stat in found.items() if stat}
+            gains.append(GroupGain(group, tuple(clients), mean, by_family))
     return gains, unmatched
 
 
-def _local_runs(study: Study) -> dict[str, list[Member]]:
-    """Return the completed runs of Local by data, models and seed, the newest first."""
-    found: dict[str, list[Member]] = {}
-    members = [m for group in study.groups if group.method == LOCAL for m in group.counted]
-    for member in sorted(members, key=lambda m: changed_at(m.run), reverse=True):
-        found.setdefault(_identity(member), []).append(member)
-    return found
+def missing_runs(unmatched: Sequence[Unmatched]) -> list[Missing]:
+    """Sum up what is missing: one entry for all runs that differ in their seed alone."""
+    found: dict[tuple[str, str], list[Unmatched]] = {}
+    for item in unmatched:
+        pattern = local_command(item.run).replace(f"--seed {item.run.seed}", "--seed SEED")
+        found.setdefault((pattern, item.why), []).append(item)
+    missing = []
+    for (pattern, why), items in found.items():
+        labels = "; ".join(dict.fromkeys(item.label for item in items))
+        seeds = tuple(sorted({item.run.seed for item in items}))
+        command = pattern.replace("--seed SEED", f"--seed {seeds[0]}")
+        missing.append(Missing(labels, seeds, why, command))
+    return missing
 
 
-def _fitting(
-    member: Member, alone: Sequence[Member]
-) -> tuple[Member | None, dict[str, tuple[Any, Any]]]:
+def _fitting(run: Run, alone: Sequence[Run]) -> tuple[Run | None, dict[str, tuple[Any, Any]]]:
     """Return the Local run that fits a run, or None and how the nearest one differs."""
-    wanted = local_settings(member.run.config)
-    nearest: dict[str, tuple[Any, Any]] = {}
+    wanted = local_settings(run.config)
+    differences = []
     for other in alone:
-        theirs = local_settings(other.run.config)
+        theirs = local_settings(other.config)
         differs = {k: (v, theirs[k]) for k, v in wanted.items() if v != theirs[k]}
         if not differs:
             return other, {}
-        nearest = differs if not nearest or len(differs) < len(nearest) else nearest
-    return None, nearest
+        differences.append(differs)
+    return None, min(differences, key=len, default={})
 
 
-def _summed_up(group: Group, clients: Sequence[ClientGain]) -> GroupGain:
-    families = sorted({client.family for client in clients})
-    by_family = {f: _over_seeds([c for c in clients if c.family == f]) for f in families}
-    return GroupGain(group, tuple(clients), _over_seeds(clients), by_family)
-
-
-def _client_gains(member: Member, alone: Run) -> list[ClientGain]:
+def _client_gains(run: Run, alone: Run) -> list[ClientGain]:
     before = {client.client_id: client.accuracy for client in alone.clients}
-    families = member.run.families()
+    families = run.families()
     return [
-        ClientGain(
-            member.seed, c.client_id, families[c.client_id], c.accuracy - before[c.client_id]
-        )
-        for c in member.run.clients
+        ClientGain(run.seed, c.client_id, families[c.client_id], c.accuracy - before[c.client_id])
+        for c in run.clients
         if c.client_id in before
     ]
 
 
-def _over_seeds(clients: Sequence[ClientGain]) -> Stat:
-    seeds = sorted({client.seed for client in clients})
-    means = [Stat.of(c.gain for c in clients if c.seed == seed) for seed in seeds]
-    stat = Stat.of(mean.mean for mean in means if mean is not None)
-    if stat is None:
-        raise ValueError("no client, no gain")  # callers have at least one
-    return stat
+def _over_seeds(clients: Sequence[ClientGain]) -> Stat | None:
+    means = (Stat.of(c.gain for c in clients if c.seed == seed)
+             for seed in sorted({client.seed for client in clients}))  # fmt: skip
+    return Stat.of(mean.mean for mean in means if mean)
 
 
-def _identity(member: Member) -> str:
-    full: Mapping[str, Any] = complete_settings(member.run.config)
-    return repr((sorted(data_settings(full).items()), full["models"], member.seed))
+def _identity(run: Run) -> str:
+    data = sorted(data_settings(run.config).items())
+    return repr((data, complete_settings(run.config)["models"], run.seed))

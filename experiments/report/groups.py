@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Self
 
-from common.errors import ConfigError, MHpFedHNError, RunError, listing
-from experiments.report.runs import Run, find_run
+from common.errors import RunError, listing
+from experiments.report.looks import method_label, method_place
+from experiments.report.runs import Run, find_run, is_run, run_folders
 from experiments.report.settings import complete_settings, digest, essential
-from experiments.sweep.cells import process_of, read_note
-from server_app.output.figures import METHODS
 
-DEEPEST = 4
 NAMED_KEYS = 3
-RUN_FILES = ("summary.json", "metrics.jsonl")
+LONGEST_VALUE = 24
 
 
 @dataclass(frozen=True)
@@ -43,80 +40,45 @@ class Stat:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One run of a group: how it ended, and why it does not count, where it does not."""
-
-    run: Run
-    note: Mapping[str, Any]
-    left_out: str = ""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return int(self.run.config.get("seed", self.run.summary.get("seed", 0)))
-
-    @cached_property
-    def status(self) -> str:
-        """How the run ended; "running" where a sweep's process is still at work on it."""
-        status = str(self.run.summary.get("status", "unknown"))
-        running = status != "completed" and process_of(self.note) is not None
-        return "running" if running else status
-
-    @property
-    def rounds(self) -> int:
-        """Rounds that are on disk."""
-        return int(self.run.rows[-1]["round"]) if self.run.rows else 0
-
-    @property
-    def asked_rounds(self) -> int:
-        """Rounds that the run was to have."""
-        return int(self.run.config.get("rounds", self.rounds))
-
-    def last(self, key: str) -> float | None:
-        """Return a value of the last evaluated round."""
-        return _number((self.run.summary.get("last") or {}).get(key))
-
-    def best(self, key: str) -> float | None:
-        """Return a value of the round with the best micro accuracy."""
-        return _number((self.run.summary.get("best") or {}).get(key))
-
-    def total(self, key: str) -> float:
-        """Add a column of all rounds up; a resumed run's summary times its last part alone."""
-        return sum(_number(row.get(key)) or 0.0 for row in self.run.rows)
-
-
-@dataclass(frozen=True)
 class Group:
     """Runs that differ in their seed alone.
 
-    `settings` are what decides the result and is not the default. Only `counted` members enter
-    means: completed, one for each seed.
+    `settings` are what decides the result and is not the default. Only `counted` runs enter means:
+    completed, one for each seed.
     """
 
     label: str
     short: str
-    method: str
     settings: Mapping[str, Any]
-    members: tuple[Member, ...]
+    runs: tuple[Run, ...]
 
     @property
-    def counted(self) -> tuple[Member, ...]:
-        """The members that enter means."""
-        return tuple(member for member in self.members if not member.left_out)
-
-    @property
-    def left_out(self) -> tuple[Member, ...]:
-        """The members that do not: unfinished, failed, or a seed that is there twice."""
-        return tuple(member for member in self.members if member.left_out)
-
-    def stat(self, value: Callable[[Member], float | None]) -> Stat | None:
-        """Return mean and standard error of a value over the seeds."""
-        return Stat.of(value(member) for member in self.counted)
+    def method(self) -> str:
+        """The name of the method."""
+        return str(self.settings["method"])
 
     @property
     def key(self) -> str:
         """A short name of the settings."""
-        return digest(dict(self.settings))
+        return digest(self.settings)
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs that enter means."""
+        return tuple(run for run in self.runs if not run.left_out)
+
+    @property
+    def left_out(self) -> tuple[Run, ...]:
+        """The runs that do not: unfinished, failed, or a seed that is there twice."""
+        return tuple(run for run in self.runs if run.left_out)
+
+    def stat(self, value: Callable[[Run], float | None]) -> Stat | None:
+        """Return mean and standard error of a value over the seeds."""
+        return Stat.of(value(run) for run in self.counted)
+
+    def last(self, key: str) -> Stat | None:
+        """Return mean and standard error of a value of the last evaluated round."""
+        return self.stat(lambda run: run.last(key))
 
 
 @dataclass(frozen=True)
@@ -127,114 +89,99 @@ class Study:
     unreadable: tuple[str, ...] = ()
 
     @property
-    def members(self) -> list[Member]:
+    def runs(self) -> list[Run]:
         """All runs."""
-        return [member for group in self.groups for member in group.members]
+        return [run for group in self.groups for run in group.runs]
 
 
-def load_study(folder: Path) -> Study:
-    """Load every run below a folder (or the one that it is).
+def load_study(names: Sequence[str]) -> Study:
+    """Load runs by their folders or names; a folder of runs stands for all of them.
 
     Raises
     ------
-    RunError
-        There is none.
+    RunError, ConfigError
+        A run by name is not there, or there is no run at all.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder. Give the folder that holds the runs.")
-    folders, unreadable, runs = _run_folders(folder, DEEPEST), [], []
-    for path in folders:
-        try:
-            runs.append(Run.load(path))
-        except MHpFedHNError as error:
-            unreadable.append(str(error))
+    folders: dict[Path, None] = {}
+    for name in names:
+        path = Path(name).expanduser().resolve()
+        single = is_run(path) or not path.is_dir()
+        folders |= dict.fromkeys([find_run(name).folder] if single else run_folders(path))
     if not folders:
         raise RunError(
-            f"no run below {folder}: no folder there holds summary.json or metrics.jsonl. A sweep "
-            "writes its runs below its output-dir."
+            f"no run below {listing(names)}: no folder there holds summary.json or metrics.jsonl. "
+            "A sweep writes its runs below its output-dir."
         )
+    runs, unreadable = [], []
+    for folder in folders:
+        try:
+            runs.append(Run.load(folder))
+        except RunError as error:
+            unreadable.append(str(error))
     return Study(group_runs(runs), tuple(unreadable))
-
-
-def load_named(names: Sequence[str]) -> Study:
-    """Load runs by their folders or names; a folder of runs stands for all of them."""
-    runs: list[Run] = []
-    for name in names:
-        path = Path(name).expanduser()
-        many = path.is_dir() and not any((path / file).is_file() for file in RUN_FILES)
-        runs += [Run.load(p) for p in _run_folders(path.resolve(), DEEPEST)] if many else []
-        if not many:
-            runs.append(find_run(name))
-    if not runs:
-        raise RunError(f"no run in {listing(names)}.")
-    unique = {run.folder: run for run in runs}
-    return Study(group_runs(list(unique.values())))
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
     """Group runs that differ in their seed alone; name the groups by what tells them apart."""
-    found: dict[str, tuple[dict[str, Any], list[Member]]] = {}
+    found: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:
         settings = essential(run.config)
         settings.pop("seed", None)
-        method = complete_settings(run.config)["method"]
-        settings["method"] = run.summary.get("method", method) if not run.config else method
-        member = Member(run, read_note(run.folder))
-        found.setdefault(digest(settings), (settings, []))[1].append(member)
-    drafts = sorted(found.values(), key=lambda item: _order(item[0], item[1]))
-    names = _names([(s, members) for s, members in drafts])
+        settings["method"] = run.method
+        found.setdefault(digest(settings), (settings, []))[1].append(run)
+    drafts = sorted(found.values(), key=lambda draft: _order(*draft))
     return tuple(
-        Group(label, short, str(settings["method"]), settings, _judge(members))
-        for (settings, members), (label, short) in zip(drafts, names, strict=True)
+        Group(label, short, settings, _judged(members))
+        for (settings, members), (label, short) in zip(drafts, _names(drafts), strict=True)
     )
 
 
-def _judge(members: Sequence[Member]) -> tuple[Member, ...]:
-    """Say of each member whether it counts: completed, and the newest one of its seed."""
-    newest_first = sorted(members, key=lambda m: changed_at(m.run), reverse=True)
+def _judged(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Say of each run whether it counts: completed, and the newest one of its seed."""
     seen: set[int] = set()
     judged = []
-    for member in newest_first:
+    for run in sorted(runs, key=Run.changed_at, reverse=True):
         reason = ""
-        if member.status != "completed":
-            reason = f"{member.status} after round {member.rounds} of {member.asked_rounds}"
-        elif member.seed in seen:
-            reason = f"an older run of seed {member.seed}"
+        if run.status != "completed":
+            reason = f"{run.status} after round {run.rounds_done} of {run.rounds_planned}"
+        elif run.seed in seen:
+            reason = f"an older run of seed {run.seed}"
         else:
-            seen.add(member.seed)
-        judged.append(Member(member.run, member.note, reason))
-    return tuple(sorted(judged, key=lambda m: (m.seed, bool(m.left_out), m.run.name)))
+            seen.add(run.seed)
+        judged.append(replace(run, left_out=reason))
+    return tuple(sorted(judged, key=lambda run: (run.seed, bool(run.left_out), run.name)))
 
 
-def _names(drafts: Sequence[tuple[Mapping[str, Any], Sequence[Member]]]) -> list[tuple[str, str]]:
+Draft = tuple[Mapping[str, Any], Sequence[Run]]
+
+
+def _names(drafts: Sequence[Draft]) -> list[tuple[str, str]]:
     """Return (label, short label) of each group: the variant or method, and what differs."""
-    folders = [members[0].run.folder.name for _, members in drafts if len(members) == 1]
-    crowded = len(_differing([settings for settings, _ in drafts])) > NAMED_KEYS
-    from_sweep = any(member.note.get("variant") for _, members in drafts for member in members)
-    if crowded and not from_sweep and len(set(folders)) == len(drafts):
-        return [(name, name) for name in folders]  # more differs than a label can hold
-    bases = [_base(settings, members) for settings, members in drafts]
+    every = [settings for settings, _ in drafts]
+    folders = {runs[0].name for _, runs in drafts if len(runs) == 1}
+    from_sweep = any(run.variant for _, runs in drafts for run in runs)
+    if len(_differing(every)) > NAMED_KEYS and not from_sweep and len(folders) == len(drafts):
+        return [(runs[0].name, runs[0].name) for _, runs in drafts]  # too much for a label
+    bases = [_base(*draft) for draft in drafts]
+    one_base = len(set(bases)) == 1
     names = []
-    for (settings, _), base in zip(drafts, bases, strict=True):
-        rivals = [s for (s, _), b in zip(drafts, bases, strict=True) if b == base]
-        keys = [k for k in _differing(rivals) if k != "method" or len(set(bases)) == 1]
+    for settings, base in zip(every, bases, strict=True):
+        rivals = [s for s, b in zip(every, bases, strict=True) if b == base]
+        keys = [k for k in _differing(rivals) if k != "method" or one_base][:NAMED_KEYS]
         full = complete_settings(settings)
-        shown = [f"{key} {_brief(full.get(key))}" for key in keys[:NAMED_KEYS]]
-        values = [_brief(full.get(key)) for key in keys[:NAMED_KEYS]]
-        brief = ["/".join(values)] if values else []
-        many = len(set(bases)) > 1 or not brief  # with one method alone its name says nothing
-        names.append((", ".join([base, *shown]), " ".join([base, *brief] if many else brief)))
-    for place, (label, short) in enumerate(names):
-        if sum(label == other for other, _ in names) > 1:
-            mark = digest(dict(drafts[place][0]))
-            names[place] = (f"{label} ({mark})", f"{short} ({mark})")
-    return names
+        values = [_brief(full.get(key)) for key in keys]
+        label = ", ".join([base, *(f"{k} {v}" for k, v in zip(keys, values, strict=True))])
+        joined = "/".join(values)  # with one method alone its name says nothing
+        names.append((label, joined if joined and one_base else f"{base} {joined}".rstrip()))
+    labels = [label for label, _ in names]
+    marks = [f" ({digest(s)})" if labels.count(label) > 1 else ""
+             for s, label in zip(every, labels, strict=True)]  # fmt: skip
+    return [(long + mark, short + mark) for (long, short), mark in zip(names, marks, strict=True)]
 
 
-def _base(settings: Mapping[str, Any], members: Sequence[Member]) -> str:
-    method = str(settings["method"])
-    variants = {str(member.note.get("variant", "")) for member in members} - {""}
-    return variants.pop() if len(variants) == 1 else METHODS.get(method, method)
+def _base(settings: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    variants = {run.variant for run in runs} - {""}
+    return variants.pop() if len(variants) == 1 else method_label(settings["method"])
 
 
 def _differing(many: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -243,36 +190,13 @@ def _differing(many: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({repr(settings.get(key)) for settings in full}) > 1]
 
 
-def _order(settings: Mapping[str, Any], members: Sequence[Member]) -> tuple[Any, ...]:
-    method = str(settings["method"])
-    known = list(METHODS)
-    place = known.index(method) if method in known else len(known)
-    variant = max((str(m.note.get("variant", "")) for m in members), default="")
+def _order(settings: Mapping[str, Any], runs: Sequence[Run]) -> tuple[Any, ...]:
     values = [(k, (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)))
               for k, v in sorted(settings.items())]  # fmt: skip
-    return (place, method, variant, values)
-
-
-def _run_folders(folder: Path, depth: int) -> list[Path]:
-    if any((folder / name).is_file() for name in RUN_FILES):
-        return [folder]
-    if depth == 0:
-        return []
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    return [found for path in inner for found in _run_folders(path, depth - 1)]
-
-
-def changed_at(run: Run) -> float:
-    """Return when a run last wrote, in seconds since the epoch; 0 where nothing is there."""
-    return max((p.stat().st_mtime for name in RUN_FILES if (p := run.folder / name).is_file()),
-               default=0.0)  # fmt: skip
-
-
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if usable else None
+    variant = max(run.variant for run in runs)
+    return (method_place(settings["method"]), variant, values)
 
 
 def _brief(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else text[:23] + "…"
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from common.errors import MHpFedHNError
-from experiments.report.charts import MapAxes, MapPoint, map_chart
 from experiments.report.embeddings import (
+    Array,
     alignment,
-    in_order,
+    label_shares,
     learned,
     load_embeddings,
+    ordering,
+    overlap,
     principal_axes,
+    rank_correlation,
 )
-from experiments.report.groups import Member, Study
-from experiments.report.labels import label_shares, ordering, overlap, rank_correlation
-from experiments.report.looks import family_looks, scale_colour
+from experiments.report.figures import DARK_INK, WHITE, Dot, draw_map, inline_svg
+from experiments.report.groups import Study
+from experiments.report.looks import LIGHT, family_looks
+from experiments.report.runs import Run, client_order
 
-Array = NDArray[np.float64]
-
+HEIGHT_IN = 4.8
 LINKS_PER_CLIENT = 2
 FEWEST_PAIRS = 6
 SMALLEST = 3
 """Fewer clients make no map."""
+BRIGHT = 0.55
+"""From here on the scale's colours want dark writing."""
+SCALE = [to_hex(colormaps["cividis"](i / 6)) for i in range(7)]
+"""From little to much, told apart by lightness alone."""
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """One run's map, drawn twice; `by_labels` is empty, and `why` says why, without the data."""
+    """One run's map as SVG, drawn twice; `by_labels` is empty, and `why` says why, without data.
+
+    `families` is {architecture: index of its colour}.
+    """
 
     title: str
     by_family: str
-    families: tuple[tuple[str, int], ...]
-    by_labels: str
-    why: str
+    families: Mapping[str, int]
     findings: tuple[str, ...]
+    by_labels: str = ""
+    why: str = ""
 
 
 def embedding_maps(study: Study, *, limit: int) -> tuple[list[EmbeddingMap], list[str]]:
@@ -51,78 +64,72 @@ def embedding_maps(study: Study, *, limit: int) -> tuple[list[EmbeddingMap], lis
     maps: list[EmbeddingMap] = []
     passed_over: list[str] = []
     for group in study.groups:
-        for member in group.counted:
-            moved = learned(load_embeddings(member.run.folder), member.run.config)
+        for run in group.counted:
+            moved = learned(load_embeddings(run.folder), run.config)
             if len(moved) < SMALLEST:
                 continue
             if len(maps) < limit:
-                maps.append(_draw(member, f"{group.label}, seed {member.seed}", moved))
+                maps.append(_map_of(run, f"{group.label}, seed {run.seed}", moved))
             else:
                 passed_over.append(group.label)
             break
     return maps, passed_over
 
 
-def _draw(member: Member, title: str, moved: dict[str, Array]) -> EmbeddingMap:
-    names = in_order(moved)
-    sizes = [len(moved[name]) for name in names]
+def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
+    names = sorted(moved, key=client_order)
+    sizes = np.array([len(moved[name]) for name in names])
     cosines = alignment(moved, names)
     places, shares = principal_axes(cosines)
-    known = member.run.families()
+
+    def drawn(dots: Sequence[Dot], links: Mapping[tuple[int, int], float], colouring: str) -> str:
+        def draw(axes: Axes) -> None:
+            draw_map(axes, places, dots, shares, links)
+
+        return inline_svg(draw, height_in=HEIGHT_IN, title=f"Embeddings of {title}, {colouring}")
+
+    known = run.families()
     families = [known.get(name, "unknown") for name in names]
     looks = family_looks(families)
-    dots = [
-        MapPoint(x, y, looks[family].colour, name, f"client {name}: {family}")
-        for (x, y), name, family in zip(places.tolist(), names, families, strict=True)
-    ]
-    axes = MapAxes(f"Embeddings of {title}, by architecture", shares)
-    by_family = map_chart(dots, axes)
-    findings = _by_family(cosines, families)
-    legend = tuple((family, look.colour) for family, look in looks.items())
+    dots = [Dot(name, LIGHT[looks[family].colour], f"client {name}: {family}")
+            for name, family in zip(names, families, strict=True)]  # fmt: skip
+    by_family = drawn(dots, {}, "by architecture")
+    legend = {family: look.colour for family, look in looks.items()}
+    findings = _of_families(cosines, np.array(families))
     try:
-        overlaps = overlap(label_shares(member.run, names))
+        overlaps = overlap(label_shares(run, names))
     except MHpFedHNError as error:
-        return EmbeddingMap(title, by_family, legend, "", str(error), tuple(findings))
-    findings += _by_labels(cosines, overlaps, sizes)
-    by_labels = _label_map(places, names, overlaps, MapAxes(title, shares))
-    return EmbeddingMap(title, by_family, legend, by_labels, "", tuple(findings))
+        return EmbeddingMap(title, by_family, legend, tuple(findings), why=str(error))
+    findings += _of_labels(cosines, overlaps, sizes)
+    by_labels = drawn(_label_dots(names, overlaps), _links(overlaps), "by label overlap")
+    return EmbeddingMap(title, by_family, legend, tuple(findings), by_labels)
 
 
-def _label_map(
-    places: Array,
-    names: Sequence[str],
-    overlaps: Array,
-    axes: MapAxes,
-) -> str:
-    order = ordering(overlaps)
+def _label_dots(names: Sequence[str], overlaps: Array) -> list[Dot]:
     dots = []
-    for i, name in enumerate(names):
-        others = [j for j in np.argsort(-overlaps[i], kind="stable") if j != i][:LINKS_PER_CLIENT]
-        near = ", ".join(f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in others)
-        colour = scale_colour(float(order[i]))
-        tip = f"client {name}: labels overlap most with clients {near}"
-        x, y = places[i].tolist()
-        dots.append(MapPoint(x, y, colour, name, tip, light=bool(order[i] > 0.55)))
-    title = f"Embeddings of {axes.title}, by label overlap"
-    return map_chart(dots, MapAxes(title, axes.shares), links=_links(overlaps))
+    for i, share in enumerate(ordering(overlaps)):
+        near = [f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in _nearest(overlaps, i)]
+        tip = f"client {names[i]}: labels overlap most with clients {', '.join(near)}"
+        mark = DARK_INK if share > BRIGHT else WHITE
+        dots.append(Dot(names[i], to_hex(colormaps["cividis"](share)), tip, mark))
+    return dots
 
 
-def _links(overlaps: Array) -> list[tuple[int, int, float]]:
-    """Return the pairs that are among each other's closest in labels, with their overlap."""
-    count = len(overlaps)
-    found = {}
-    for i in range(count):
-        others = [int(j) for j in np.argsort(-overlaps[i], kind="stable") if j != i]
-        for j in others[:LINKS_PER_CLIENT]:
-            if overlaps[i, j] > 0:
-                found[min(i, j), max(i, j)] = float(overlaps[i, j])
-    return [(i, j, weight) for (i, j), weight in sorted(found.items())]
+def _nearest(overlaps: Array, i: int) -> list[int]:
+    """Return the clients whose labels overlap most with those of client i."""
+    others = [int(j) for j in np.argsort(-overlaps[i], kind="stable") if j != i]
+    return others[:LINKS_PER_CLIENT]
 
 
-def _by_family(cosines: Array, families: Sequence[str]) -> list[str]:
+def _links(overlaps: Array) -> dict[tuple[int, int], float]:
+    """Return the pairs of which one is among the other's closest in labels, with their overlap."""
+    pairs = {(min(i, j), max(i, j)) for i in range(len(overlaps)) for j in _nearest(overlaps, i)}
+    return {pair: float(overlaps[pair]) for pair in sorted(pairs) if overlaps[pair] > 0}
+
+
+def _of_families(cosines: Array, families: NDArray[np.str_]) -> list[str]:
     upper = np.triu_indices(len(cosines), 1)
-    kinds = np.array(families)
-    same = kinds[upper[0]] == kinds[upper[1]]
+    same = families[upper[0]] == families[upper[1]]
     if same.all() or not same.any():
         return []
     alike, other = cosines[upper][same].mean(), cosines[upper][~same].mean()
@@ -132,19 +139,15 @@ def _by_family(cosines: Array, families: Sequence[str]) -> list[str]:
     ]
 
 
-def _by_labels(cosines: Array, overlaps: Array, sizes: Sequence[int]) -> list[str]:
+def _of_labels(cosines: Array, overlaps: Array, sizes: NDArray[np.int_]) -> list[str]:
     """Correlate directions with labels, apart for pairs that share heads and pairs that do not."""
     upper = np.triu_indices(len(cosines), 1)
-    counts = np.array(sizes)
-    equal = counts[upper[0]] == counts[upper[1]]
+    equal = sizes[upper[0]] == sizes[upper[1]]
     parts = []
     for mask, which in ((equal, "of equal size, which share heads"), (~equal, "of different size")):
-        count = int(mask.sum())
-        if count < FEWEST_PAIRS:
+        if (count := int(mask.sum())) < FEWEST_PAIRS:
             continue
         found = rank_correlation(cosines[upper][mask], overlaps[upper][mask])
         if found is not None:
             parts.append(f"{found:+.2f} over the {count} pairs {which}")
-    if not parts:
-        return []
-    return [f"Rank correlation of direction and label overlap: {'; '.join(parts)}."]
+    return [f"Rank correlation of direction and label overlap: {'; '.join(parts)}."] * bool(parts)

@@ -1,22 +1,32 @@
-"""Read a run folder: config.json, metrics.jsonl, clients.csv, summary.json (design.md, Outputs)."""
+"""Read run folders: config.json, metrics.jsonl, clients.csv, summary.json (docs/design.md)."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 from common.errors import ConfigError, RunError, unknown_name
 from common.files import replace_file
+from experiments.run.engines.processes import is_alive
 from server_app.output.figures import read_json, read_rows
 from server_app.output.run_folder import DEFAULT_ROOT
 
 ROOT_VARIABLE = "MH_PFEDHN_RUNS"
+RUN_FILES = ("summary.json", "metrics.jsonl")
+NOTE = "cell.json"
+"""What a sweep notes about a run of its own: variant, grid values, command, process."""
+DEEPEST = 4
+CLOCK_SLACK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -32,24 +42,24 @@ class ClientRow:
     @classmethod
     def parse(cls, row: Mapping[str, str]) -> Self:
         """Build it from the text columns; other columns are left alone."""
-        return cls(
-            client_id=row["client_id"],
-            num_parameters=int(row["num_parameters"]),
-            num_train=int(row["num_train"]),
-            num_test=int(row["num_test"]),
-            accuracy=float(row["accuracy"]),
-        )
+        parameters, train, test = (int(row[f"num_{k}"]) for k in ("parameters", "train", "test"))
+        return cls(row["client_id"], parameters, train, test, float(row["accuracy"]))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left on disk. Parts that were never written are empty."""
+    """What a run left on disk. Parts that were never written are empty.
+
+    `left_out` says why a comparison does not count the run; empty where it does.
+    """
 
     folder: Path
-    config: Mapping[str, Any]
-    rows: tuple[Mapping[str, Any], ...]
-    clients: tuple[ClientRow, ...]
-    summary: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[Mapping[str, Any], ...] = ()
+    clients: tuple[ClientRow, ...] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
+    left_out: str = ""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -60,17 +70,21 @@ class Run:
         RunError
             The folder holds no run, or a file in it cannot be understood.
         """
-        if not any((folder / name).is_file() for name in ("summary.json", "metrics.jsonl")):
-            raise RunError(
-                f"{folder} holds no run: neither summary.json nor metrics.jsonl is in it."
-            )
+        if not is_run(folder):
+            raise RunError(f"{folder} holds no run: neither {' nor '.join(RUN_FILES)} is in it.")
+        return cls.read(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read what there is in a folder, which may be nothing yet; raise RunError as `load`."""
         try:
             return cls(
-                folder=folder,
-                config=read_json(folder / "config.json"),
-                rows=tuple(read_rows(folder / "metrics.jsonl")),
-                clients=_read_clients(folder / "clients.csv"),
-                summary=read_json(folder / "summary.json"),
+                folder,
+                read_json(folder / "config.json"),
+                tuple(read_rows(folder / "metrics.jsonl")),
+                _read_clients(folder / "clients.csv"),
+                read_json(folder / "summary.json"),
+                read_json(folder / NOTE),
             )
         except (OSError, ValueError, KeyError) as error:
             raise RunError(
@@ -81,6 +95,55 @@ class Run:
     def name(self) -> str:
         """The name by which `show` finds the run: its folder's."""
         return self.folder.name
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run; one that ended before it had a config is known by its summary."""
+        return int(self.config.get("seed", self.summary.get("seed", 0)))
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return str(self.config.get("method") or self.summary.get("method") or "unknown")
+
+    @property
+    def variant(self) -> str:
+        """The variant of the sweep that started the run, or ""."""
+        return str(self.note.get("variant", ""))
+
+    @cached_property
+    def status(self) -> str:
+        """How the run ended; "running" where a sweep's process is still at work on it."""
+        status = str(self.summary.get("status", "unknown"))
+        running = status != "completed" and process_of(self.note) is not None
+        return "running" if running else status
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds that are on disk."""
+        return int(self.rows[-1]["round"]) if self.rows else 0
+
+    @property
+    def rounds_planned(self) -> int:
+        """Rounds that the run was to have."""
+        return int(self.config.get("rounds", self.rounds_done))
+
+    def last(self, key: str) -> float | None:
+        """Return a value of the last evaluated round."""
+        return _number((self.summary.get("last") or {}).get(key))
+
+    def best(self, key: str) -> float | None:
+        """Return a value of the round with the best micro accuracy."""
+        return _number((self.summary.get("best") or {}).get(key))
+
+    def total(self, key: str) -> float:
+        """Add a column of all rounds up; a resumed run's summary times its last part alone."""
+        return sum(_number(row.get(key)) or 0.0 for row in self.rows)
+
+    def changed_at(self) -> float:
+        """Return when the run last wrote, in seconds since the epoch; 0 where nothing is there."""
+        paths = [self.folder / name for name in RUN_FILES]
+        return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
     def families(self) -> dict[str, str]:
         """Say which architecture each client has: {client_id: name}.
@@ -94,6 +157,21 @@ class Run:
         if blocks and len(sizes) == len({name for name, _ in sizes}):
             return blocks
         return {c.client_id: f"{c.num_parameters:,} parameters" for c in self.clients}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
+def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+    """Find the run folders at or below a folder, in order of their names."""
+    if is_run(folder):
+        yield folder
+    elif depth and folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from run_folders(path, depth - 1)
 
 
 def output_root() -> Path:
@@ -143,16 +221,33 @@ def settle(folder: Path, status: str, reason: str, *, seed: int) -> None:
     replace_file(folder / "summary.json", text)
 
 
+def process_mark(process: psutil.Process) -> dict[str, float]:
+    """Name a process for a later session: its id, and when it started, for ids are used again."""
+    return {"pid": process.pid, "started": process.create_time()}
+
+
+def process_of(note: Mapping[str, Any]) -> psutil.Process | None:
+    """Return the process that was noted, if it is still running and still the same."""
+    mark = note.get("process") or {}
+    try:
+        process = psutil.Process(int(mark["pid"]))
+        same = abs(process.create_time() - float(mark["started"])) < CLOCK_SLACK_S
+    except (KeyError, ValueError, psutil.Error):
+        return None
+    return process if same and is_alive(process) else None
+
+
+def client_order(client_id: str) -> tuple[int, int, str]:
+    """Return the sort key of a client id: numbers by their value, before all others."""
+    return (0, int(client_id), "") if client_id.isdecimal() else (1, 0, client_id)
+
+
 def _read_clients(path: Path) -> tuple[ClientRow, ...]:
     if not path.is_file():
         return ()
     with path.open(newline="", encoding="utf-8") as file:
         rows = [ClientRow.parse(row) for row in csv.DictReader(file)]
-    return tuple(sorted(rows, key=lambda row: _natural(row.client_id)))
-
-
-def _natural(client_id: str) -> tuple[int, int, str]:
-    return (0, int(client_id), "") if client_id.isdecimal() else (1, 0, client_id)
+    return tuple(sorted(rows, key=lambda row: client_order(row.client_id)))
 
 
 def _by_partition(config: Mapping[str, Any], clients: tuple[ClientRow, ...]) -> dict[str, str]:
@@ -166,3 +261,8 @@ def _by_partition(config: Mapping[str, Any], clients: tuple[ClientRow, ...]) -> 
     from client_app.models.registry import model_for_partition  # imports torch: seconds
 
     return {c.client_id: model_for_partition(models, int(c.client_id), count) for c in clients}
+
+
+def _number(value: Any) -> float | None:
+    usable = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if usable else None

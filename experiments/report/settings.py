@@ -1,13 +1,19 @@
-"""Which settings make two runs the same experiment, and which only say where and how it ran."""
+"""Which settings make two runs the same experiment, and the command that makes a run again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, TrainingSection
+from experiments.report.runs import Run
+from experiments.run.presets import Preset, preset_names
 
 INCIDENTAL = frozenset({
     "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",
@@ -23,15 +29,17 @@ DATA_KEYS = (
 )  # fmt: skip
 """Keys that, with the seed, decide which examples a client has."""
 
-
 LOCAL_KEYS = (
     "rounds", *sorted(TrainingSection.key_names()), "evaluation", "evaluate-every",
 )  # fmt: skip
 """Keys that, with the data, the models and the seed, decide what a client reaches alone."""
 
+NOT_SET = (INCIDENTAL - {"data-dir"}) | {"num-partitions", "seed"}
+"""Keys that a command that repeats a run does not set, or not by `--set`."""
+
 
 def complete_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the defaults of keys that a config.json, written by older code, does not have."""
+    """Fill in the defaults of keys that a config.json, written by other code, does not have."""
     return {**RunConfig().flat(), **flat}
 
 
@@ -41,13 +49,7 @@ def essential(flat: Mapping[str, Any]) -> dict[str, Any]:
     Keys that the code gains later do not change it, as long as their default keeps the behaviour.
     """
     default = RunConfig().flat()
-    kept = {
-        key: value
-        for key, value in flat.items()
-        if key not in INCIDENTAL and value != default.get(key)
-    }
-    if flat.get("server-rule") == "least-squares":  # their defaults were others once
-        kept |= {key: flat[key] for key in ("shared-momentum", "personal-gain") if key in flat}
+    kept = {k: v for k, v in flat.items() if k not in INCIDENTAL and v != default.get(k)}
     own_data = flat.get("dataset") == "folder" or ":" in str(flat.get("dataset", ""))
     if own_data and flat.get("data-dir"):
         kept["data-dir"] = flat["data-dir"]  # here the folder is the data, not a copy of it
@@ -79,3 +81,62 @@ def local_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
     if kept["evaluation"] == "fused" or kept["rounds"] % kept["evaluate-every"] == 0:
         kept["evaluate-every"] = 1
     return kept
+
+
+def run_command(run: Run) -> str:
+    """Return a command that repeats a run: a sweep's own, or the nearest preset's with changes."""
+    noted = run.note.get("command")
+    return str(noted) if noted else _nearest(complete_settings(run.config))
+
+
+def local_command(run: Run) -> str:
+    """Return a command that makes the Local run which another run is to be compared with."""
+    alone = {**complete_settings(run.config), "method": "local"}
+    return _nearest(alone, {*DATA_KEYS, *LOCAL_KEYS, "method", "models"})
+
+
+def sweep_command(run: Run) -> str:
+    """Return the sweep that a run belongs to, "" where it was started alone."""
+    file = run.note.get("file")
+    return f"mh-pfedhn sweep {short_path(Path(file))}" if file else ""
+
+
+def value_text(value: Any) -> str:
+    """Write a value as it stands behind `--set key=`.
+
+    >>> value_text(True), value_text(0.02), value_text("cnn,mlp")
+    ('true', '0.02', 'cnn,mlp')
+    """
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def short_path(path: Path) -> str:
+    """Write a path as a person here would type it: below the working folder, or below home."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
+            return prefix + (str(path.relative_to(base)) or ".")
+    return min(os.path.relpath(path), str(path), key=len)
+
+
+def _nearest(full: Mapping[str, Any], keys: Iterable[str] | None = None) -> str:
+    """Write the command of settings; only `keys` (None: all) need to be as they say."""
+    wanted = (set(full) if keys is None else set(keys)) - NOT_SET
+    known = _preset_settings()
+    changes = {
+        name: {k: full[k] for k in full if k in wanted and k in base and full[k] != base[k]}
+        for name, base in known.items()
+    }
+    own = str(full["run-name"])
+    name = own if own in changes else min(changes, key=lambda n: (len(changes[n]), n))
+    words = ["mh-pfedhn", "run", name]
+    if full["num-partitions"] != known[name]["num-partitions"]:
+        words += ["--clients", str(full["num-partitions"])]
+    words += ["--seed", str(full["seed"])]
+    if changes[name]:
+        words += ["--set", *(f"{k}={value_text(v)}" for k, v in changes[name].items())]
+    return shlex.join(words)
+
+
+@cache
+def _preset_settings() -> dict[str, dict[str, Any]]:
+    return {name: dict(Preset.load(name).config.flat()) for name in preset_names()}

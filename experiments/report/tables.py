@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
+from common.methods import METHODS
 from experiments.report.groups import Group, Stat, Study
-from experiments.report.predictors import PREFIX, other_names
+from experiments.report.looks import method_label
+from experiments.report.runs import Run
+from experiments.report.settings import complete_settings
 from experiments.run.progress import clock
 
 Cell = Callable[[Group], str]
 NONE = "-"
+OTHER_PREFIX = "accuracy_micro_"
+ERRORS = "Mean ± standard error over seeds; only completed runs, one for each seed."
 
 
 @dataclass(frozen=True)
@@ -26,71 +31,59 @@ class Column:
 
 
 def _share(key: str) -> Cell:
-    return lambda group: percent(group.stat(lambda member: member.last(key)))
+    return lambda group: percent(group.last(key))
 
 
-def _megabytes(key: str) -> Cell:
-    return lambda group: number(group.stat(lambda m: m.total(key) / 1e6), digits=1)
+def _total(key: str, *, size: float, digits: int) -> Cell:
+    return lambda group: number(group.stat(lambda run: run.total(key) / size), digits=digits)
 
 
-def _best_round(group: Group) -> str:
-    found = [m.best("round") for m in group.counted]
-    rounds = sorted(int(value) for value in found if value is not None)
-    if not rounds:
-        return NONE
-    return str(rounds[0]) if rounds[0] == rounds[-1] else f"{rounds[0]}-{rounds[-1]}"
+def _span(value: Callable[[Run], float | None]) -> Cell:
+    """Write a whole number, or the smallest and the largest over the seeds."""
+
+    def cell(group: Group) -> str:
+        found = sorted(int(v) for run in group.counted if (v := value(run)) is not None)
+        return "-".join(str(v) for v in dict.fromkeys((found[0], found[-1]))) if found else NONE
+
+    return cell
 
 
-def _last_round(group: Group) -> str:
-    rounds = sorted({member.rounds for member in group.counted})
-    return "-".join(str(r) for r in dict.fromkeys((rounds[0], rounds[-1]))) if rounds else NONE
-
-
-def _seconds(group: Group) -> str:
-    return number(group.stat(lambda member: member.total("seconds_round")), digits=0)
-
-
-def _others(group: Group) -> str:
-    cells = [f"{name} {_share(PREFIX + name)(group)}" for name in other_names(group)]
-    return ", ".join(cells) or NONE
+def _other_predictors(group: Group) -> str:
+    keys = {key for run in group.counted for key in run.summary.get("last") or {}}
+    names = sorted(k.removeprefix(OTHER_PREFIX) for k in keys if k.startswith(OTHER_PREFIX))
+    return ", ".join(f"{name} {_share(OTHER_PREFIX + name)(group)}" for name in names) or NONE
 
 
 COLUMNS: tuple[Column, ...] = (
+    Column("method / variant", "", lambda group: group.label),
     Column("micro", "last round: correct of all test examples, %", _share("accuracy_micro")),
+    Column("other predictor", "last round: micro accuracy of what else the method predicts with: "
+           "the head (FedProto, FedTGP), the model before its epoch (global: FedAvg + "
+           "fine-tuning), %", _other_predictors),
     Column("macro", "last round: mean of the clients' accuracies, %", _share("accuracy_macro")),
     Column("std", "last round: standard deviation over clients, points", _share("accuracy_std")),
     Column("worst 10 %", "last round: mean of the worst tenth of the clients, %",
            _share("accuracy_worst10")),
     Column("best", "micro accuracy of the best round, chosen on the test examples: optimistic, %",
-           lambda g: percent(g.stat(lambda m: m.best("accuracy_micro")))),
-    Column("best at", "the round of it", _best_round),
-    Column("rounds", "rounds of the run", _last_round),
-    Column("MB up", "all clients to the server, whole run", _megabytes("bytes_up")),
-    Column("MB down", "server to all clients, whole run", _megabytes("bytes_down")),
-    Column("seconds", "wall clock of all rounds", _seconds),
+           lambda group: percent(group.stat(lambda run: run.best("accuracy_micro")))),
+    Column("best at", "the round of it", _span(lambda run: run.best("round"))),
+    Column("rounds", "rounds of the run", _span(lambda run: run.rounds_done)),
+    Column("MB up", "all clients to the server, whole run", _total("bytes_up", size=1e6, digits=1)),
+    Column("MB down", "server to all clients, whole run", _total("bytes_down", size=1e6, digits=1)),
+    Column("seconds", "wall clock of all rounds", _total("seconds_round", size=1, digits=0)),
+    Column("seeds", "completed runs with different seeds", lambda group: str(len(group.counted))),
 )  # fmt: skip
-OTHERS = Column(
-    "other predictor",
-    "last round: micro accuracy of what else the method predicts with: the head (FedProto, "
-    "FedTGP), the model before its epoch (global: FedAvg + fine-tuning), %",
-    _others,
-)
-SEEDS = Column("seeds", "completed runs with different seeds", lambda g: str(len(g.counted)))
 
 
-def columns(study: Study) -> tuple[Column, ...]:
-    """Return the columns of the page and of Markdown: other predictors only where there are any."""
-    some = any(other_names(group) for group in study.groups)
-    return (COLUMNS[0], OTHERS, *COLUMNS[1:]) if some else COLUMNS
+def columns(study: Study) -> list[Column]:
+    """Return the columns of a study's table: other predictors only where there are any."""
+    some = any(_other_predictors(group) != NONE for group in study.groups)
+    return [c for c in COLUMNS if some or c.cell is not _other_predictors]
 
 
 def status(group: Group) -> str:
-    """Say which runs of a group are not in its means, and why.
-
-    An older run of a seed that is there twice is not a fault, and not counted.
-    """
-    words = [f"seed {m.seed}: {m.left_out}" for m in group.left_out]
-    return "; ".join(words) or "completed"
+    """Say which runs of a group are not in its means, and why."""
+    return "; ".join(f"seed {run.seed}: {run.left_out}" for run in group.left_out) or "completed"
 
 
 def percent(stat: Stat | None) -> str:
@@ -116,55 +109,66 @@ def number(stat: Stat | None, *, digits: int) -> str:
     if stat is None:
         return NONE
     text = f"{stat.mean:,.{digits}f}"
-    error = "" if stat.error is None else f"{stat.error:,.{digits}f}"
     exact = stat.error is None or stat.error < 1e-9
-    return text if exact else f"{text} ± {error}"
+    return text if exact else f"{text} ± {stat.error:,.{digits}f}"
 
 
 def rich_table(study: Study) -> Table:
     """Return the comparison for the terminal."""
+    shown = columns(study)
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("method / variant", overflow="fold")
-    for column in (*COLUMNS, SEEDS):
+    table.add_column(shown[0].header, overflow="fold")
+    for column in shown[1:]:
         table.add_column(column.header, justify="right", no_wrap=True)
     for group in study.groups:
-        cells = [column.cell(group) for column in (*COLUMNS, SEEDS)]
-        table.add_row(f"[bold]{escape(group.label)}[/]", *cells)
-        for member in group.left_out:
-            table.add_row(f"  [yellow]seed {member.seed}: {escape(member.left_out)}[/]")
+        label, *cells = (column.cell(group) for column in shown)
+        table.add_row(f"[bold]{escape(label)}[/]", *cells)
+        for run in group.left_out:
+            table.add_row(f"  [yellow]seed {run.seed}: {escape(run.left_out)}[/]")
+    for fault in study.unreadable:
+        table.add_row(f"[red]{escape(fault)}[/]")
     return table
 
 
 def markdown(study: Study, *, source: str) -> str:
     """Return the comparison as Markdown: the table, what the columns mean, what is left out."""
     shown = columns(study)
-    header = ["method / variant", *(c.header for c in shown), "seeds", "status"]
-    lines = [_row(header), _row(["---", *["---:"] * (len(shown) + 1), "---"])]
-    for group in study.groups:
-        cells = [column.cell(group) for column in shown]
-        lines.append(_row([group.label, *cells, SEEDS.cell(group), status(group)]))
-    meanings = [f"- {c.header}: {c.meaning}" for c in (*shown, SEEDS)]
+    rows = [[*(column.cell(group) for column in shown), status(group)] for group in study.groups]
+    header = [*(column.header for column in shown), "status"]
+    rule = ["---", *["---:"] * (len(shown) - 1), "---"]
+    meanings = [f"- {column.header}: {column.meaning}" for column in shown[1:]]
     unreadable = [f"- cannot be read: {fault}" for fault in study.unreadable]
     return "\n".join([
-        *lines, "", "Mean ± standard error over seeds; only completed runs, one for each seed.",
-        "", *meanings, *unreadable, "", f"Made by `{source}`.", "",
+        *map(_row, (header, rule, *rows)), "", ERRORS, "", *meanings, *unreadable, "",
+        f"Made by `{source}`.", "",
     ])  # fmt: skip
 
 
-def run_rows(study: Study) -> list[tuple[str, ...]]:
-    """Return a row for each run: name, seed, status, accuracy, rounds, time, command."""
-    rows: list[tuple[str, ...]] = []
-    for group in study.groups:
-        for member in group.members:
-            last, resumed = member.last("accuracy_micro"), member.note.get("resumed_after")
-            state = member.status + (f", resumed after round {resumed[-1]}" if resumed else "")
-            rows.append((
-                group.label, str(member.seed), state,
-                NONE if last is None else f"{100 * last:.1f}",
-                f"{member.rounds}/{member.asked_rounds}",
-                clock(member.total("seconds_round")), member.run.name,
-            ))  # fmt: skip
-    return rows
+def run_row(run: Run, label: str) -> tuple[str, ...]:
+    """Return the cells of one run: name, seed, status, accuracy, rounds, time, folder."""
+    last, resumed = run.last("accuracy_micro"), run.note.get("resumed_after")
+    return (
+        label, str(run.seed),
+        run.status + (f", resumed after round {resumed[-1]}" if resumed else ""),
+        NONE if last is None else f"{100 * last:.1f}",
+        f"{run.rounds_done}/{run.rounds_planned}",
+        clock(run.total("seconds_round")), run.name,
+    )  # fmt: skip
+
+
+def what_is_tested(study: Study) -> str:
+    """Say of the methods in a study what their accuracy is of."""
+    found: dict[str, list[str]] = {}
+    for method in dict.fromkeys(group.method for group in study.groups):
+        known = METHODS.get(method)
+        words = known.tested if known else "what this version does not know"
+        found.setdefault(words, []).append(method_label(method))
+    said = "; ".join(f"{words} ({', '.join(names)})" for words, names in found.items())
+    late = any(complete_settings(run.config)["evaluation"] == "fused" for run in study.runs)
+    return f"Tested is {said}." + late * (
+        ' Runs with evaluation = "fused" are tested when a round begins, so local training is '
+        "that of the rounds before."
+    )
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -9,32 +9,31 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.report.looks import method_label
+from experiments.report.plan import Plan
 from experiments.report.runs import ClientRow, Run
 from experiments.run.presets import Preset
 from experiments.run.progress import clock
-from experiments.sweep.plan import Plan
-from server_app.output.figures import METHODS, Reference
+from server_app.output.figures import Reference
 
 REFERENCE_ROUNDS = (10, 20, 30, 40)
+TOLERANCE = -4
+"""Points below a reference from which on a difference is red."""
 
 
 def preset_table(presets: Sequence[Preset]) -> Table:
     """List presets: name, size, engine and what they show."""
-    table = _table("preset", "clients", "rounds", "engine", "what it shows", numbers=(1, 2))
+    table = table_of("preset", "clients", "rounds", "engine", "what it shows", numbers=(1, 2))
     for preset in presets:
-        table.add_row(
-            f"[bold]{preset.name}[/]",
-            str(preset.engine.num_clients),
-            str(preset.config.run.rounds),
-            preset.engine.name,
-            preset.description,
-        )
+        size, rounds = preset.engine.num_clients, preset.config.run.rounds
+        cells = (str(size), str(rounds), preset.engine.name, preset.description)
+        table.add_row(f"[bold]{preset.name}[/]", *cells)
     return table
 
 
 def study_table(plans: Sequence[Plan]) -> Table:
     """List studies: name, number of runs and what they show; `mh-pfedhn sweep NAME` runs them."""
-    table = _table("study", "runs", "what it shows", numbers=(1,))
+    table = table_of("study", "runs", "what it shows", numbers=(1,))
     for plan in plans:
         table.add_row(f"[bold]{plan.file.stem}[/]", str(len(plan.cells)), plan.description)
     return table
@@ -43,14 +42,16 @@ def study_table(plans: Sequence[Plan]) -> Table:
 def run_table(run: Run) -> Table:
     """Sum a run up: what ran, how well, what it cost."""
     summary, last = run.summary, run.summary.get("last") or {}
-    method = str(summary.get("method", "?"))
     table = Table(title=f"Run {run.name}", title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column()
+    color = "green" if run.status == "completed" else "red"
+    traffic = [f"{float(summary.get(f'bytes_{way}', 0)) / 1e6:,.1f} MB {way}"
+               for way in ("down", "up")]  # fmt: skip
     rows = {
-        "status": _status(summary),
+        "status": f"[{color}]{run.status}[/{color}]",
         "reason": escape(str(summary.get("reason") or "")),
-        "method": METHODS.get(method, method),
+        "method": method_label(run.method),
         "data": str(run.config.get("dataset", "?")),
         "models": ", ".join(dict.fromkeys(run.families().values())) or "?",
         "clients": str(summary.get("num_clients", "?")),
@@ -58,7 +59,7 @@ def run_table(run: Run) -> Table:
         "micro accuracy": _last_and_best(summary),
         "macro accuracy": _macro(last),
         "worst 10 % of clients": percent(last.get("accuracy_worst10")),
-        "traffic": f"{_mb(summary, 'bytes_down')} down, {_mb(summary, 'bytes_up')} up",
+        "traffic": ", ".join(traffic),
         "time": clock(float(summary.get("seconds", 0.0))),
     }
     for name, value in rows.items():
@@ -69,7 +70,7 @@ def run_table(run: Run) -> Table:
 
 def family_table(run: Run) -> Table:
     """Compare the architectures of a run, from the newest evaluation of every client."""
-    table = _table(
+    table = table_of(
         "model", "clients", "parameters", "test examples", "micro", "mean", "worst",
         numbers=range(1, 7),
     )  # fmt: skip
@@ -87,7 +88,7 @@ def family_table(run: Run) -> Table:
 
 def reference_table(run: Run, reference: Reference) -> Table:
     """Compare micro accuracy with a reference curve at rounds 10, 20, 30, 40 and the last one."""
-    table = _table("round", "this run", "reference", "difference (points)", numbers=range(4))
+    table = table_of("round", "this run", "reference", "difference (points)", numbers=range(4))
     own = {int(row["round"]): row.get("accuracy_micro") for row in run.rows}
     theirs = dict(zip(reference.rounds, reference.accuracy, strict=True))
     last = max(own.keys() & theirs.keys(), default=0)
@@ -96,10 +97,17 @@ def reference_table(run: Run, reference: Reference) -> Table:
         if mine is None or other is None:
             continue
         points = 100 * (mine - other)
-        color = "green" if points >= -4 else "red"
-        table.add_row(
-            str(number), percent(mine), percent(other), f"[{color}]{points:+.1f}[/{color}]"
-        )
+        color = "green" if points >= TOLERANCE else "red"
+        difference = f"[{color}]{points:+.1f}[/{color}]"
+        table.add_row(str(number), percent(mine), percent(other), difference)
+    return table
+
+
+def table_of(*columns: str, numbers: Sequence[int]) -> Table:
+    """Return an empty table; the columns whose places are in `numbers` are aligned right."""
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place in numbers else "left", overflow="fold")
     return table
 
 
@@ -110,13 +118,6 @@ def percent(value: float | None) -> str:
     ('52.3 %', '-')
     """
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _table(*columns: str, numbers: Sequence[int]) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place in numbers else "left")
-    return table
 
 
 def _family_cells(clients: Sequence[ClientRow]) -> list[str]:
@@ -133,12 +134,6 @@ def _family_cells(clients: Sequence[ClientRow]) -> list[str]:
     ]
 
 
-def _status(summary: Mapping[str, Any]) -> str:
-    status = str(summary.get("status", "unknown"))
-    color = "green" if status == "completed" else "red"
-    return f"[{color}]{status}[/{color}]"
-
-
 def _last_and_best(summary: Mapping[str, Any]) -> str:
     last, best = summary.get("last"), summary.get("best")
     if not last or not best:
@@ -152,11 +147,5 @@ def _last_and_best(summary: Mapping[str, Any]) -> str:
 def _macro(last: Mapping[str, Any]) -> str:
     if "accuracy_macro" not in last:
         return "-"
-    return (
-        f"{percent(last['accuracy_macro'])}, standard deviation over clients "
-        f"{percent(last.get('accuracy_std'))}"
-    )
-
-
-def _mb(summary: Mapping[str, Any], key: str) -> str:
-    return f"{float(summary.get(key, 0)) / 1e6:,.1f} MB"
+    spread = percent(last.get("accuracy_std"))
+    return f"{percent(last['accuracy_macro'])}, standard deviation over clients {spread}"

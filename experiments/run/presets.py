@@ -91,7 +91,7 @@ class Preset:
             if key not in TABLES:
                 raise ConfigError(f"{path.name}: " + unknown_name("table", key, TABLES))
         engine = parse_engine(_table(tables, "engine", path), where=f"{path.name} [engine]")
-        config = _absolute(_table(tables, "config", path), base=path.parent)
+        config = resolve_paths(_table(tables, "config", path), base=path.parent)
         published = config.get("server-rule") == "adam"
         blank = cls(path.stem, str(tables.get("description", "")), engine, RunConfig())
         try:
@@ -147,7 +147,7 @@ class Preset:
                 raise ConfigError("--set: " + unknown_name("key", key, known))
         engine = {k: v for k, v in pairs.items() if k in engine_keys}
         config = {k: v for k, v in pairs.items() if k not in engine_keys}
-        return self.with_engine(engine).with_config(_absolute(config, base=Path.cwd()))
+        return self.with_engine(engine).with_config(resolve_paths(config, base=Path.cwd()))
 
 
 def preset_names() -> list[str]:
@@ -200,7 +200,7 @@ def parse_assignment(text: str) -> tuple[str, str]:
     return key.strip().replace("_", "-"), value
 
 
-def _absolute(config: Mapping[str, Any], *, base: Path) -> dict[str, Any]:
+def resolve_paths(config: Mapping[str, Any], *, base: Path) -> dict[str, Any]:
     """Resolve the paths in a config against `base`: no process of a run has the user's cwd."""
     paths = {
         key: str((base / Path(value).expanduser()).resolve())

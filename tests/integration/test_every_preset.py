@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from common.config import RunConfig
+from experiments.report.plan import Cell, Plan, study_names
 from experiments.run.presets import Preset, preset_names
-from experiments.sweep.plan import Cell, Plan, study_names
 from server_app.output.run_folder import RunFolder
 from tests.support.tiny import HERE, MIXED, NUM_CLASSES, run_tiny
 

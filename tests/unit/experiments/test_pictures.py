@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunError
-from experiments.report.clients import draw_clients, family_colors
+from experiments.report.clients import draw_clients
+from experiments.report.looks import family_looks
 from experiments.report.runs import Run
 from server_app.output.figures import Reference, column, draw_curves, folder_title
 from server_app.output.step_figures import draw_steps
@@ -81,9 +82,9 @@ def test_run_without_clients_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_families_keep_their_colour_however_many_clients_they_have() -> None:
-    colors = family_colors(["cnn", "cnn", "vgg8", "cnn"])
-    assert list(colors) == ["cnn", "vgg8"]
-    assert colors["cnn"] != colors["vgg8"]
+    looks = family_looks(["cnn", "cnn", "vgg8", "cnn"])
+    assert list(looks) == ["cnn", "vgg8"]
+    assert looks["cnn"] != looks["vgg8"]
 
 
 def test_steps_are_drawn_where_there_are_some(tmp_path: Path) -> None:

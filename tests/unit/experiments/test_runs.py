@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, RunError
-from experiments.report.groups import Member
 from experiments.report.runs import Run, find_run, new_folder, output_root, settle
 from tests.unit.experiments.run_folders import write_clients, write_run
 
@@ -99,7 +98,7 @@ def test_settle_says_how_a_killed_run_ended(tmp_path: Path) -> None:
 
 def test_a_run_without_a_config_is_known_by_its_seed(tmp_path: Path) -> None:
     settle(tmp_path, "failed", "no such data", seed=7)
-    assert Member(Run.load(tmp_path), {}).seed == 7
+    assert Run.load(tmp_path).seed == 7
 
 
 def test_settle_keeps_the_reason_that_the_server_gave(tmp_path: Path) -> None:

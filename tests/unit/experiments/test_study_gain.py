@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import main
-from experiments.report.commands import local_command
 from experiments.report.gain import gains_over_local
 from experiments.report.groups import Stat, load_study
 from experiments.report.runs import Run
-from experiments.report.settings import local_settings
+from experiments.report.settings import local_command, local_settings
 from experiments.run.presets import Preset, preset_names
 from tests.unit.experiments.run_folders import write_seed
 
@@ -27,9 +26,9 @@ def test_gain_over_local_is_paired_by_client_and_seed(tmp_path: Path) -> None:
     write_seed(tmp_path / "h2", seed=2, clients=(0.4, 0.4, 0.4, 0.4))  # +.2
     write_seed(tmp_path / "h3", seed=3)  # no Local run of this seed
     write_seed(tmp_path / "o", seed=1, method="fedavg", classes_per_client=5)  # other data
-    (gain,), unmatched = gains_over_local(load_study(tmp_path))
+    (gain,), unmatched = gains_over_local(load_study([str(tmp_path)]))
     assert gain.group.method == "mh-pfedhn"
-    assert [(run.label, run.member.seed, run.differs) for run in unmatched] == [
+    assert [(run.label, run.run.seed, run.differs) for run in unmatched] == [
         ("MH-pFedHN", 3, {}), ("FedAvg", 1, {}),
     ]  # fmt: skip
     assert (gain.num_better, len(gain.clients)) == (7, 8)
@@ -41,7 +40,7 @@ def test_gain_over_local_is_paired_by_client_and_seed(tmp_path: Path) -> None:
 
 def test_no_local_no_gain(tmp_path: Path) -> None:
     write_seed(tmp_path / "h1")
-    gains, unmatched = gains_over_local(load_study(tmp_path))
+    gains, unmatched = gains_over_local(load_study([str(tmp_path)]))
     assert gains == []
     assert [run.differs for run in unmatched] == [{}]
 
@@ -51,7 +50,7 @@ def test_of_two_locals_the_one_with_the_same_local_training_is_taken(tmp_path: P
     for size, clients in ((16, HIGH), (64, HALF)):
         write_seed(tmp_path / f"l{size}", method="local", batch_size=size, clients=clients)
         write_seed(tmp_path / f"h{size}", batch_size=size, clients=clients)
-    gains, unmatched = gains_over_local(load_study(tmp_path))
+    gains, unmatched = gains_over_local(load_study([str(tmp_path)]))
     assert unmatched == []
     assert [gain.group.settings.get("batch-size", 64) for gain in gains] == [16, 64]
     assert [gain.mean.mean for gain in gains] == [0.0, 0.0]
@@ -68,7 +67,7 @@ def test_no_gain_over_a_local_that_trained_otherwise(
 ) -> None:
     write_seed(tmp_path / "l", method="local", clients=HIGH)
     write_seed(tmp_path / "h", clients=HALF, **{key.replace("-", "_"): value})
-    gains, (run,) = gains_over_local(load_study(tmp_path))
+    gains, (run,) = gains_over_local(load_study([str(tmp_path)]))
     assert gains == []
     assert {k: own for k, (own, _) in run.differs.items()} == {key: value}
 
@@ -80,7 +79,7 @@ def test_of_several_locals_that_fit_the_newest_is_taken(tmp_path: Path) -> None:
     for file in ("summary.json", "metrics.jsonl"):
         os.utime(old / file, (1, 1))
     write_seed(tmp_path / "h", clients=HIGH, server_lr=0.1)
-    (gain,), _ = gains_over_local(load_study(tmp_path))
+    (gain,), _ = gains_over_local(load_study([str(tmp_path)]))
     assert gain.mean.mean == 0.0
 
 

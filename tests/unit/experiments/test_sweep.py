@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -14,35 +13,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from rich.console import Console
 
-from common.errors import RunError
 from experiments.__main__ import main
-from experiments.report.runs import Run
-from experiments.sweep.cells import (
-    identify,
-    keep_newest,
-    process_of,
-    read_note,
-    slim,
-    standing,
-    write_note,
-)
-from experiments.sweep.command import status_table
-from experiments.sweep.display import Display, Forecast
-from experiments.sweep.plan import Cell, Plan
-from experiments.sweep.runner import (
-    Runner,
-    _environment,
-    _require_source,
-    cell_command,
-    holder,
-    own,
-)
+from experiments.report.cells import state_of, tidy, write_note
+from experiments.report.plan import Cell, Plan
+from experiments.report.runs import Run, process_mark, process_of
+from experiments.report.sweep import Sweep, cell_command, environment, holder, own, time_left
 from server_app.output.checkpoint import save_checkpoint
 from tests.unit.experiments.run_folders import write_seed
 from tests.unit.experiments.test_command_line import TINY
@@ -79,43 +61,59 @@ def plan(tmp_path: Path) -> Plan:
     return Plan.load(tmp_path / "s.toml")
 
 
-def run(plan: Plan, command=light) -> tuple[list[Cell], str]:  # noqa: ANN001
+def run(plan: Plan, command=light) -> tuple[int, str]:  # noqa: ANN001
     out = io.StringIO()
-    failed = Runner(plan, Display(Console(file=out, width=200)), jobs=2, command=command).run()
-    return failed, out.getvalue()
+    code = Sweep(plan, Console(file=out, width=200), jobs=2, command=command).run()
+    return code, out.getvalue()
 
 
-def test_a_failing_cell_is_reported_and_the_others_go_on(plan: Plan) -> None:
-    failed, out = run(plan)
-    assert [cell.variant for cell in failed] == ["bad", "bad"]
-    assert "ended with exit status 1: ValueError: out of luck" in out
+def states(plan: Plan) -> list[str]:
+    return [state_of(Run.read(cell.folder)) for cell in plan.cells]
+
+
+def summary(cell: Cell) -> dict[str, Any]:
+    return dict(Run.read(cell.folder).summary)
+
+
+def test_a_failing_cell_is_reported_and_the_others_go_on(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(plan.file), "--status"]) == 0
+    assert "4 cells: 4 waiting" in capsys.readouterr().out
+    code, out = run(plan)
+    assert code == 1
+    assert out.count("ended with exit status 1: ValueError: out of luck") == 2
     assert out.count("done ") == 2
-    states = [standing(cell).state for cell in plan.cells]
-    assert states == ["completed", "completed", "failed", "failed"]
-    note = read_note(plan.cells[0].folder)
+    assert states(plan) == ["completed", "completed", "failed", "failed"]
+    note = Run.read(plan.cells[0].folder).note
     assert (note["variant"], note["seed"], note["grid"]) == ("good", 1, {})
     assert note["command"].startswith("mh-pfedhn run ")
     assert "output-dir" not in note["command"]
+    assert main(["sweep", str(plan.file), "--status"]) == 1
+    out = capsys.readouterr().out
+    assert "4 cells: 2 completed, 2 failed" in out
+    assert "out of luck" in out
+    assert "not running; folder" in out
 
 
 def test_what_is_completed_is_skipped_and_what_failed_is_tried_again(plan: Plan) -> None:
     run(plan)
     before = [(cell.folder / "summary.json").stat().st_mtime_ns for cell in plan.cells[:2]]
-    failed, out = run(plan)
+    _, out = run(plan)
     assert "2 of 4 cells are completed and skipped" in out
-    assert len(failed) == 2
+    assert out.count("out of luck") == 2
     after = [(cell.folder / "summary.json").stat().st_mtime_ns for cell in plan.cells[:2]]
     assert before == after
 
 
 def test_a_cell_cut_off_before_its_first_checkpoint_starts_anew(plan: Plan) -> None:
     cell = plan.cells[0]
-    write_note(cell, {"file": "s.toml"})
+    write_note(cell, file="s.toml")
     write_seed(cell.folder, status="interrupted")
     (cell.folder / "state").mkdir()
-    assert standing(cell).state == "cut off"
+    assert states(plan)[0] == "cut off"
     run(plan)
-    assert json.loads((cell.folder / "summary.json").read_text())["resume"] == "False"
+    assert summary(cell)["resume"] == "False"
     assert not (cell.folder / "state").exists()
     assert not (cell.folder / "clients.csv").exists()
 
@@ -123,10 +121,9 @@ def test_a_cell_cut_off_before_its_first_checkpoint_starts_anew(plan: Plan) -> N
 def test_a_run_of_somebody_else_is_not_touched(plan: Plan) -> None:
     cell = plan.cells[0]
     write_seed(cell.folder, status="interrupted")
-    failed, out = run(plan)
-    assert cell in failed
-    assert "holds a run that no sweep started" in out
-    run(plan)  # nor by the next sweep
+    for _ in range(2):  # nor by the next sweep
+        _, out = run(plan)
+        assert "holds a run that no sweep started" in out
     assert len(Run.load(cell.folder).rows) == 2
 
 
@@ -135,18 +132,18 @@ def test_a_cell_that_a_killed_sweep_left_running_is_followed(plan: Plan) -> None
     wait = f"import time; time.sleep(1.5)\n{CELL}"
     command = [sys.executable, "-S", "-c", wait, str(cell.folder), "good", "orphan"]
     with subprocess.Popen(command) as orphan:
-        write_note(cell, {"process": identify(psutil.Process(orphan.pid))})
-        assert standing(cell).state == "running"
+        write_note(cell, process=process_mark(psutil.Process(orphan.pid)))
+        assert states(plan)[0] == "running"
         _, out = run(plan)
     assert "found running, followed" in out
-    assert json.loads((cell.folder / "summary.json").read_text())["resume"] == "orphan"
+    assert summary(cell)["resume"] == "orphan"
 
 
 def test_status_says_that_a_cell_runs_on_without_its_sweep(
     plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_note(plan.cells[0], {"process": identify(psutil.Process()), "failed": ""})
-    write_note(plan.cells[1], {"process": {"pid": os.getpid(), "started": 1.0}, "failed": ""})
+    write_note(plan.cells[0], process=process_mark(psutil.Process()))
+    write_note(plan.cells[1], process={"pid": os.getpid(), "started": 1.0})
     assert main(["sweep", str(plan.file), "--status"]) == 0
     out = capsys.readouterr().out
     assert "4 cells: 1 running, 1 cut off, 2 waiting" in out
@@ -154,42 +151,22 @@ def test_status_says_that_a_cell_runs_on_without_its_sweep(
 
 
 def test_two_sweeps_cannot_share_a_folder(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(plan.file)
     with own(plan.folder):
         assert holder(plan.folder) == psutil.Process().pid
-        with pytest.raises(RunError, match=r"another sweep \(process \d+\) is at work in"):
-            run(plan)
-        assert main(["sweep", file, "--background"]) == 2
-        assert "another sweep" in capsys.readouterr().err
+        for words in ([], ["--background"]):
+            assert main(["sweep", str(plan.file), *words]) == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"another sweep (process {os.getpid()}) is at work in" in said
     assert holder(plan.folder) is None
-
-
-def test_status_shows_every_cell_and_fails_when_one_failed(
-    plan: Plan, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["sweep", str(plan.file), "--status"]) == 0
-    assert "4 cells: 4 waiting" in capsys.readouterr().out
-    run(plan)
-    assert main(["sweep", str(plan.file), "--status"]) == 1
-    out = capsys.readouterr().out
-    assert "4 cells: 2 completed, 2 failed" in out
-    assert "out of luck" in out
-    assert "not running" in out
-    _, counts = status_table(plan)
-    assert counts == {"completed": 2, "failed": 2}
 
 
 def test_time_left_comes_from_each_variants_own_rounds(plan: Plan) -> None:
     good, _, bad, _ = plan.cells
-    forecast = Forecast(plan.cells)
-    assert forecast.seconds() is None
-    forecast.cost(good, 2, 8.0)
-    assert forecast.seconds() == (2 + 2) * 4.0 + (3 + 3) * 4.0  # nothing known of "bad" yet
-    forecast.cost(bad, 1, 10.0)
-    forecast.at(bad, 1)
-    assert forecast.seconds_of(bad) == 20.0
-    forecast.gone(good)
-    assert forecast.seconds(jobs=2) == (2 * 4.0 + (2 + 3) * 10.0) / 2
+    assert time_left(plan.cells) is None
+    write_seed(good.folder, accuracies=(0.1, 0.2), row={"seconds_round": 4.0})
+    assert time_left(plan.cells) == 2 * 4.0 + (3 + 3) * 4.0  # nothing is known of "bad" yet
+    write_seed(bad.folder, accuracies=(0.1,), row={"seconds_round": 10.0})
+    assert time_left(plan.cells, jobs=2) == (2 * 4.0 + (2 + 3) * 10.0) / 2
 
 
 LIGHT = """
@@ -210,7 +187,7 @@ cache-dir = "cache"
 
 def wait_for_process(cell: Cell, *, timeout_s: float = 120.0) -> psutil.Process:
     end = monotonic() + timeout_s
-    while (found := process_of(read_note(cell.folder))) is None:
+    while (found := process_of(Run.read(cell.folder).note)) is None:
         assert monotonic() < end, f"{cell.name} was not started"
         sleep(0.02)
     return found
@@ -224,9 +201,9 @@ def test_after_kill_9_of_a_sweep_every_cell_completes_exactly_once(tmp_path: Pat
     plan = Plan.load(tmp_path / "s.toml")
     done, orphan, waiting = plan.cells
     before = (write_seed(done.folder) / "summary.json").stat().st_mtime_ns
-    write_note(done, {"file": str(plan.file)})
+    write_note(done, file=str(plan.file))
     command = [sys.executable, "-m", "experiments", "sweep", str(plan.file)]
-    surroundings = {**_environment(), "OMP_NUM_THREADS": "1"}
+    surroundings = {**environment(), "OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=surroundings) as killed:
         try:
@@ -235,8 +212,7 @@ def test_after_kill_9_of_a_sweep_every_cell_completes_exactly_once(tmp_path: Pat
             killed.kill()
     try:
         assert killed.returncode == -9
-        assert standing(orphan).state == "running"
-        assert not waiting.folder.exists()
+        assert states(plan) == ["completed", "running", "waiting"]
         again = subprocess.run(
             command, env=surroundings, capture_output=True, text=True, timeout=300, check=False
         )
@@ -244,14 +220,15 @@ def test_after_kill_9_of_a_sweep_every_cell_completes_exactly_once(tmp_path: Pat
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [standing(cell).state for cell in plan.cells] == ["completed"] * 3
+    assert states(plan) == ["completed"] * 3
     assert (done.folder / "summary.json").stat().st_mtime_ns == before
     assert not (done.folder / "console.log").exists(), "it was run again"
-    assert read_note(orphan.folder)["process"]["pid"] == child.pid, "it was started twice"
+    assert Run.load(orphan.folder).note["process"]["pid"] == child.pid, "it was started twice"
     for cell in (orphan, waiting):
-        assert [row["round"] for row in Run.load(cell.folder).rows] == [1, 2]
+        found = Run.load(cell.folder)
+        assert [row["round"] for row in found.rows] == [1, 2]
         assert (cell.folder / "console.log").read_text().count("first round after") == 1
-        assert read_note(cell.folder)["resumed_after"] == []
+        assert found.note["resumed_after"] == []
 
 
 @pytest.mark.slow
@@ -267,65 +244,52 @@ def test_a_killed_run_is_resumed_from_its_checkpoint(tmp_path: Path) -> None:
         while not list((cell.folder / "checkpoint").glob("checkpoint-*")):
             sleep(0.02)
         with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(int(read_note(cell.folder)["process"]["pid"])).kill()
+            wait_for_process(cell).kill()
 
     threading.Thread(target=kill_after_a_checkpoint, daemon=True).start()
-    failed, out = run(plan, cell_command)
-    assert failed == [cell]
+    code, out = run(plan, cell_command)
+    assert code == 1
     assert "exit status -9" in out
-    cut = standing(cell).server_round
+    cut = Run.load(cell.folder).rounds_done
     assert 5 <= cut < 25
 
-    failed, out = run(plan, cell_command)
-    assert failed == []
+    code, out = run(plan, cell_command)
+    assert code == 0
     assert "resumed " in out
-    assert read_note(cell.folder)["resumed_after"] == [cut]
-    assert "resume-from" not in read_note(cell.folder)["command"]
-    assert [int(row["round"]) for row in Run.load(cell.folder).rows] == list(range(1, 26))
+    found = Run.load(cell.folder)
+    assert found.note["resumed_after"] == [cut]
+    assert "resume-from" not in found.note["command"]
+    assert [int(row["round"]) for row in found.rows] == list(range(1, 26))
     assert not (cell.folder / "checkpoint").exists()
     assert (cell.folder / "embeddings.safetensors").stat().st_size > 0
 
 
-def test_a_checkpoint_that_cannot_be_read_is_kept(plan: Plan) -> None:
-    cell = plan.cells[0]
-    broken = cell.folder / "checkpoint" / "checkpoint-00000001"
-    broken.mkdir(parents=True)
-    (broken / "tensors.safetensors").write_bytes(b"cut")
-    slim(cell)
-    assert broken.exists()
-
-
-def test_a_completed_cell_keeps_its_newest_whole_checkpoint(plan: Plan) -> None:
+def test_a_completed_cell_keeps_what_is_needed_and_what_cannot_be_read(plan: Plan) -> None:
     cell = plan.cells[0]
     folder = cell.folder / "checkpoint"
     for number in range(3):
-        save_checkpoint(folder, tensors={"a": torch.full((4,), float(number))}, meta={})
+        tensors = {"embeddings.a": torch.full((4, 1), float(number))}
+        save_checkpoint(folder, tensors=tensors, meta={})
     os.truncate(folder / "checkpoint-00000003" / "tensors.safetensors", 8)
-    keep_newest(cell)
+    tidy(cell, keep=True)
     assert [path.name for path in folder.iterdir()] == ["checkpoint-00000002"]
-    (folder / "checkpoint-00000002" / "meta.json").write_text("cut")
-    keep_newest(cell)
-    assert len(list(folder.iterdir())) == 1  # nothing whole is left: what is there stays
+    tensors_file = folder / "checkpoint-00000002" / "tensors.safetensors"
+    whole = tensors_file.read_bytes()
+    tensors_file.write_bytes(b"cut")
+    for keep in (True, False):
+        tidy(cell, keep=keep)
+        assert tensors_file.exists()  # nothing whole is left: what is there stays
+    tensors_file.write_bytes(whole)
+    tidy(cell, keep=False)
+    assert not folder.exists()
+    assert (cell.folder / "embeddings.safetensors").exists()
 
 
-def test_a_cell_waits_for_the_one_it_goes_on_from(tmp_path: Path, plan: Plan) -> None:
-    first, other, *_ = plan.cells
-    later = replace(other, after=first.folder)
-    runner = Runner(plan, Display(Console(file=io.StringIO())), jobs=2)
-    queue = [later, first]
-    assert runner._next(queue) is first
-    assert runner._next(queue) is later  # nobody runs the first any more
-    assert runner._next([]) is None
-
-
-def test_a_cell_does_not_go_on_from_one_that_failed(plan: Plan) -> None:
-    first, other, *_ = plan.cells
-    later = replace(other, after=first.folder)
-    with pytest.raises(RunError, match=r"goes on from .* which did not complete"):
-        _require_source(later)
-    first.folder.mkdir(parents=True)
-    (first.folder / "summary.json").write_text('{"status": "interrupted"}')
-    with pytest.raises(RunError, match="did not complete"):
-        _require_source(later)
-    (first.folder / "summary.json").write_text('{"status": "completed"}')
-    _require_source(later)
+def test_a_cell_waits_for_the_one_it_goes_on_from(plan: Plan) -> None:
+    good, other, bad, last = plan.cells
+    later = [replace(other, after=good.folder), replace(last, after=bad.folder)]
+    code, out = run(replace(plan, cells=(*later, good, bad)))
+    assert code == 1
+    assert out.index(f"done      {good.name}") < out.index(f"started   {other.name}")
+    assert f"failed    {last.name}  {last.name} goes on from {bad.name}, which did not" in out
+    assert states(plan) == ["completed", "completed", "failed", "failed"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
+from experiments.report.plan import Cell, Plan, study_names
 from experiments.run.presets import Preset
-from experiments.sweep.plan import Cell, Plan, study_names
 
 GRID = """
 preset = "quickstart"
@@ -101,16 +101,16 @@ def test_paths_are_relative_to_the_sweep_file(tmp_path: Path) -> None:
         ("seeds = [1]", "preset: Field required"),
         ('preset = "quickstart"\n[grid]\nserver-lrr = [1]', "Did you mean 'server-lr'"),
         ('preset = "quickstart"\n[grid]\nrounds = 3', "grid.rounds: Input should be a valid list"),
-        ('preset = "quickstart"\n[grid]\nrounds = []', "grid: rounds has no values"),
+        ('preset = "quickstart"\n[grid]\nrounds = []', "grid.rounds: List should have at least 1"),
         ('preset = "quickstart"\n[grid]\nrounds = [0]', "rounds = '0' cannot be used"),
         ('preset = "quickstart"\n[grid]\nrounds = [3, 3]', "are the same run"),
         ('preset = "quickstart"\n[fixed]\nseed = 1', "seed cannot be set in a sweep: give seeds"),
         ('preset = "quickstart"\n[variants.a]\nrounds = 1\n[variants.b]\nrounds = 1',
          "are the same run"),
         ('preset = "quickstart"\n[variants.a]\nrounds = 1\ngrid = {rounds = [1]}',
-         "rounds is set in variant 'a' and in its grid"),
-        ('preset = "quickstart"\n[variants.a]\ngrid = [1]', "the grid of variant 'a' must be"),
-        ('preset = "quickstart"\ncheckpoints = "all"', "checkpoints: String should match"),
+         "variant 'a': rounds is set by itself and in the grid"),
+        ('preset = "quickstart"\n[variants.a]\ngrid = [1]', "variants.a.grid: Input should be"),
+        ('preset = "quickstart"\ncheckpoints = "all"', "checkpoints: Input should be 'embeddings'"),
         ("preset = ", "is not a TOML file"),
     ],
 )  # fmt: skip
@@ -163,12 +163,14 @@ def test_a_variant_goes_on_from_the_run_of_its_seed(tmp_path: Path) -> None:
     ],
 )
 def test_nothing_to_go_on_from_is_explained(tmp_path: Path, old: str, new: str) -> None:
-    with pytest.raises(ConfigError, match=r"s.toml: variant 'later' comes after .* checkpoints ="):
+    with pytest.raises(
+        ConfigError, match=r"s.toml: variant 'later': it comes after .* checkpoints"
+    ):
         plan_of(tmp_path, CHAIN.replace(old, new))
 
 
 def test_a_variant_that_would_have_no_rounds_left_is_explained(tmp_path: Path) -> None:
-    message = "'later' goes on after round 28 of 'first' and ends at round 28: it would do nothing"
+    message = "'later': it goes on after round 28 of 'first' and ends at round 28: it would do"
     with pytest.raises(ConfigError, match=message):
         plan_of(tmp_path, CHAIN.replace("rounds = 40", "rounds = 28"))
 

@@ -1,0 +1,89 @@
+"""The one table of methods: what each is called, where its two halves are and what it needs.
+
+A line here and one file a side add a method (docs/baselines.md): `<side>/methods/<module>.py` has a
+class of the name given, for server_app and for client_app.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from common.errors import unknown_name
+
+SENT = "the model that the server sends, before local training"
+TUNED = "the model that the server sends, after one more local epoch"
+OWN = "the client's own model, after local training"
+HEAD = "own features after local training, under the head that the server sends"
+PROTOTYPES = "own features after local training, by the nearest prototype that the server sends"
+
+HEAD_SIZES = ("num_classes", "feature_dim")
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method.
+
+    Attributes
+    ----------
+    label : as tables and pictures call it.
+    module, class_name : where its halves are, in `server_app.methods` and `client_app.methods`.
+    tested : what its accuracy is of.
+    look : indices of its colour and dash (`experiments.report.looks`).
+    needs : further fields of `Registration` that every client must fill in.
+    others : further predictors whose accuracy clients report.
+    synchronous : one server step a round, of everybody's replies; else the schedule decides.
+    """
+
+    label: str
+    module: str
+    class_name: str
+    tested: str
+    look: tuple[int, int]
+    needs: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    synchronous: bool = True
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the method is not this project's own."""
+        return self.module != "mhpfedhn"
+
+    def load(self, side: str) -> type[Any]:
+        """Import one half, of "server_app" or "client_app"."""
+        found: type[Any] = getattr(import_module(f"{side}.methods.{self.module}"), self.class_name)
+        return found
+
+
+_FEDPROTO = (HEAD_SIZES, ("head",))
+
+METHODS = {
+    "mh-pfedhn": MethodInfo("MH-pFedHN", "mhpfedhn", "MHpFedHN", SENT, (0, 0), synchronous=False),
+    "mh-pfedhn-gd": MethodInfo(
+        "MH-pFedHNGD", "mhpfedhn", "MHpFedHN", SENT, (1, 0), ("num_global_parameters",),
+        synchronous=False,
+    ),
+    "local": MethodInfo("Local", "base", "Local", OWN, (7, 1)),
+    "fedavg": MethodInfo("FedAvg", "fedavg", "FedAvg", SENT, (2, 0), ("group",)),
+    "fedavg-ft": MethodInfo(
+        "FedAvg + fine-tuning", "fedavg", "FedAvgFineTuned", TUNED, (2, 1), ("group",), ("global",)
+    ),
+    "fedprox": MethodInfo("FedProx", "fedavg", "FedProx", SENT, (2, 2), ("group",)),
+    "fml": MethodInfo("FML", "fedavg", "FML", OWN, (5, 0), ("num_global_parameters",)),
+    "lg-fedavg": MethodInfo("LG-FedAvg", "heads", "LGFedAvg", HEAD, (3, 0), HEAD_SIZES),
+    "fedgh": MethodInfo("FedGH", "heads", "FedGH", HEAD, (3, 1), HEAD_SIZES),
+    "fedproto": MethodInfo("FedProto", "prototypes", "FedProto", PROTOTYPES, (4, 0), *_FEDPROTO),
+    "fedtgp": MethodInfo("FedTGP", "prototypes", "FedTGP", PROTOTYPES, (4, 1), *_FEDPROTO),
+    "fd": MethodInfo("FD", "prototypes", "FD", OWN, (5, 1), ("num_classes",)),
+    "pfedhn": MethodInfo(
+        "pFedHN", "pfedhn", "PFedHN", SENT, (6, 0), ("group",), synchronous=False
+    ),
+}  # fmt: skip
+
+
+def known_method(name: str) -> str:
+    """Return a method's name; raise ValueError that names the nearest where there is none."""
+    if name not in METHODS:
+        raise ValueError(unknown_name("method", name, METHODS).removesuffix("."))
+    return name

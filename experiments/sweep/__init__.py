@@ -1,1 +1,0 @@
-"""Many runs from one file: a grid, variants and seeds; resumable, in the background if wanted."""
