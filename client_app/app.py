@@ -31,13 +31,7 @@ def register(message: Message, context: Context) -> Message:
 
 @app.train("personal")
 def train_personal(message: Message, context: Context) -> Message:
-    """Answer `train.personal`: the change of the personal model (and of w_g when fused)."""
-    return _reply(message, context)
-
-
-@app.train("global")
-def train_global(message: Message, context: Context) -> Message:
-    """Answer `train.global`: the change of w_g."""
+    """Answer `train.personal`: test and train what came; what goes back is the method's affair."""
     return _reply(message, context)
 
 
@@ -66,7 +60,7 @@ def _answer(message: Message, context: Context) -> RecordDict:
             return _decode(link.ask(message_type, _encode(message.content)))
     except WorkerUnavailableError as error:
         logger.warning("No warm worker (%s); handling %s in process.", error, message_type)
-    from client_app.handlers import answer  # imports torch: seconds
+    from client_app.participant import answer  # imports torch: seconds
 
     return answer(message_type, message.content, context)
 
@@ -102,7 +96,7 @@ def _worker(context: Context) -> Link | None:
 
 def reply_in_worker(facts: dict[str, Any], body: bytes) -> bytes:
     """Reply to a message that its own process forwarded to the worker."""
-    from client_app.handlers import answer
+    from client_app.participant import answer
 
     message_type = facts.pop("message_type")
     return _encode(answer(message_type, _decode(body), Context(state=RecordDict(), **facts)))

@@ -1,64 +1,103 @@
-"""One participant: its declarations, its data, its models, what it keeps, and what it does.
+"""One participant, and what it does with each kind of message, whatever the method.
 
-The handlers in `app.py` decode a message, call one method here and encode the result.
+Imports torch; `app.py` decides in which process it runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from flwr.app import Context
-from torch import Tensor, nn
+from flwr.app import Context, RecordDict
+from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
+from client_app.methods.base import Method
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
-from client_app.store import ClientState, FolderState, Stamp, open_state, personal_folder
-from client_app.training.batched import Member
-from client_app.training.loop import Loss, Trained, cross_entropy, distillation, evaluate, train
-from client_app.training.teacher import keep_teacher, kept_teacher, required_teacher
-from client_app.uplink import Memory, largest_with_memory
-from client_app.workshop import (
-    ModelKind,
-    Tool,
-    architecture_tag,
-    borrow,
-    offset_theta,
-    opaque,
-    pick_device,
-)
-from common.compression import Float32
+from client_app.store import ClientState, FolderState, open_state, personal_folder
+from client_app.training.loop import evaluate
+from client_app.workshop import cpu_threads, pick_device
 from common.config import NodeConfig, RunConfig
 from common.config.client import ClientSection
-from common.parameters import delta
-from common.seeding import stream_seed, torch_generator
-from common.wire import Evaluation, Header, Registration, TrainReply, TrainTask
+from common.errors import WireError, unknown_name
+from common.messages import (
+    EVALUATE,
+    EVALUATE_FIRST,
+    FINISH,
+    LOCATION,
+    REGISTER,
+    TRAIN,
+    Evaluation,
+    TrainReply,
+)
+from common.methods import METHODS
+from common.records import Content, Received, encode
 
 
-@dataclass(frozen=True)
-class Role:
-    """One of the two models that a client trains.
+def answer(message_type: str, content: RecordDict, context: Context) -> RecordDict:
+    """Answer one message of the server.
 
-    `tool` is its place in the workshop; `buffers` and `left_out` are the names under which the
-    client keeps what stays here; `clip` says whether the gradient's norm is clipped.
+    Raises
+    ------
+    MHpFedHNError
+        The configuration, the data, the model or the message cannot be used.
     """
+    participant = Participant.open(context)
+    if message_type not in _HANDLERS:
+        raise WireError(unknown_name("message type", message_type, _HANDLERS))
+    with cpu_threads(participant.section.client_threads):
+        try:
+            task = participant.task(content)
+            reply = _HANDLERS[message_type](participant.method(), task)
+        except WireError as error:
+            source = f"{message_type} message to client {participant.client_id}"
+            raise WireError(f"{source}: {error}") from error
+    return encode(task.header, reply, top_k=participant.config.wire.uplink_top_k)
 
-    tool: str
-    buffers: str
-    shuffle: str
-    left_out: str
-    clip: bool
+
+def _register(method: Method, task: Received) -> Content:
+    return Content(method.declare().settings())
 
 
-PERSONAL = Role("personal", "personal_buffers", "shuffle", "left_out", clip=True)
-GLOBAL = Role("global", "global_buffers", "shuffle-global", "global_left_out", clip=False)
-"""w_g is trained without clipping (method.md, Phase 1)."""
+def _train(method: Method, task: Received) -> Content:
+    """Test what came, where that is asked for; train it, keep what stays here, send the rest."""
+    now = task.header.server_round
+    evaluation = None
+    if task.flag(EVALUATE_FIRST):
+        evaluation = method.measure(task, method.ready(task, before=now))
+    tool = method.ready(task, before=now)
+    trained = method.fit(task, tool)
+    method.keep(task, tool)
+    reply = TrainReply(trained.num_examples, trained.loss, trained.seconds, evaluation)
+    return Content(reply.settings(), method.collect(task, tool))
+
+
+def _evaluate(method: Method, task: Received) -> Content:
+    tool = method.ready(task, before=task.header.server_round + 1)
+    return Content(method.measure(task, tool).settings())
+
+
+def _finish(method: Method, task: Received) -> Content:
+    """Store the personal model as a plain torch state_dict, and say where."""
+    tool = method.ready(task, before=task.header.server_round + 1)
+    method.adapt(task, tool)
+    evaluation = evaluate(tool.model, method.data)
+    return Content({LOCATION: method.participant.store(tool.model.module, evaluation)})
+
+
+_HANDLERS: dict[str, Callable[[Method, Received], Content]] = {
+    REGISTER: _register,
+    TRAIN: _train,
+    EVALUATE: _evaluate,
+    FINISH: _finish,
+}
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A client for the duration of one message."""
+    """A client for the duration of one message: its declarations, its data, what it keeps."""
 
     client_id: str
     config: RunConfig
@@ -98,242 +137,27 @@ class Participant:
             head_tag=node.head_tag,
         )
 
-    # --- what it is asked ------------------------------------------------------------------------
+    def method(self) -> Method:
+        """Return the client half of the run's method."""
+        half: Method = METHODS[self.config.run.method].load("client_app")(self)
+        return half
 
-    def register(self) -> Registration:
-        """Say who this is and how large its model is; nothing else unless heads go by tag."""
-        return Registration(
-            client_id=self.client_id,
-            num_parameters=self._tool(PERSONAL).model.num_parameters,
-            num_examples=self.data.num_train,
-            num_global_parameters=self._global_parameters(),
-            group=self._tag(),
-        )
+    def task(self, content: RecordDict) -> Received:
+        """Check a message and forget what belongs to another federation than its own."""
+        task, own = Received(content), self.config.run.method
+        if task.header.method != own:
+            raise WireError(f"it is of method {task.header.method!r:.80}; this run is {own!r}.")
+        self.state.enter_federation(task.header.federation_id)
+        return task
 
-    def train(self, task: TrainTask, source: str) -> TrainReply:
-        """Do what a training message asks: test, train w_g, train the personal model.
+    def store(self, module: nn.Module, evaluation: Evaluation) -> str:
+        """Store the own model with the weights that it holds now; return their path.
 
-        Returns
-        -------
-        Deltas (before minus after) of the weights exactly as they were received.
+        Without a state folder they go below the run's output folder; "" without either.
         """
-        sent = self.teacher_theta(task)
-        seconds = 0.0
-        global_delta = personal_delta = None
-        trained = Trained(self.data.num_train, 0.0, 0.0)
-        if task.train_global and sent is not None:
-            trained = self._train(GLOBAL, task, sent, cross_entropy)
-            global_delta = self._close(GLOBAL, task, sent)
-            seconds += trained.seconds
-        evaluation = self.test_received(task)
-        if task.theta is not None:
-            trained = self._train(PERSONAL, task, task.theta, self._loss(task, sent, source))
-            personal_delta = self._close(PERSONAL, task, task.theta)
-            seconds += trained.seconds
-        return TrainReply(
-            num_examples=trained.num_examples,
-            train_loss=trained.loss,
-            seconds=seconds,
-            server_round=task.header.server_round,
-            delta=personal_delta,
-            global_delta=global_delta,
-            evaluation=evaluation,
-        )
-
-    def test_received(self, task: TrainTask) -> Evaluation | None:
-        """Test theta as it was received, before it is trained, where the task asks for it."""
-        if task.theta is None or not task.evaluate:
-            return None
-        return self._evaluate(task.header, task.theta, task.header.server_round)
-
-    def evaluate(self, header: Header, theta: Float32) -> Evaluation:
-        """Test theta (K_i,) exactly as received, with this client's own BatchNorm statistics."""
-        self.state.enter_federation(header.federation_id)
-        return self._evaluate(header, theta, header.server_round + 1)
-
-    def finish(self, header: Header, theta: Float32) -> str:
-        """Store the personal model as a plain torch state_dict; returns its path, or "" if none.
-
-        Without a state folder it goes below the run's output folder, and nowhere without either.
-        """
-        return self.store(self.evaluate(header, theta))
-
-    def store(self, evaluation: Evaluation) -> str:
-        """Store the weights that the personal model holds now; returns their path, or ""."""
         folder = personal_folder(self.state, self.config.run.output_dir, self.client_id)
         if folder is None:
             return ""
-        personal = PersonalModel(
-            self.model_name, self._tool(PERSONAL).model.module, self.data, evaluation
-        )
+        personal = PersonalModel(self.model_name, module, self.data, evaluation)
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
-
-    # --- trained together with others (in-process engine) ----------------------------------------
-
-    @property
-    def kind(self) -> ModelKind:
-        """What the construction of this client's own model depends on."""
-        return self.kind_of(PERSONAL)
-
-    def kind_of(self, role: Role) -> ModelKind:
-        """What the construction of one of the two models depends on."""
-        name = self.model_name if role is PERSONAL else self.config.distill.global_model
-        sizes = (self.data.in_channels, self.data.num_classes)
-        return ModelKind(name, *sizes, self.device, role.tool)
-
-    def module(self, role: Role) -> nn.Module:
-        """Return this thread's model for a role, whoever's weights it holds now."""
-        return self._tool(role).model.module
-
-    def teacher_theta(self, task: TrainTask) -> Float32 | None:
-        """Return w_g as sent, in this message or earlier in this round; None if unknown."""
-        self.state.enter_federation(task.header.federation_id)
-        if task.global_theta is not None or task.distill is None:
-            return task.global_theta
-        return kept_teacher(self.state, task.header.server_round)
-
-    def teacher(self, task: TrainTask, theta: Float32) -> nn.Module:
-        """Return this thread's teacher with the weights theta."""
-        tool = borrow(replace(self.kind_of(GLOBAL), role="teacher"))
-        return self._ready(tool, theta, "", task.header).model.module
-
-    def placed(self, role: Role, thetas: Float32) -> Tensor:
-        """Return the weights (..., P) that generated thetas stand for, on the device.
-
-        For as many clients of this one's architecture as there are rows, in one transfer.
-        """
-        return self._placed(self._tool(role), thetas)
-
-    def join_cohort(self, role: Role, task: TrainTask, placed: Tensor) -> Member:
-        """Hand over what a batched call needs to test or train one of the client's models.
-
-        `placed` (P,) are its weights on the device.
-        """
-        tool, header = self._tool(role), task.header
-        kept = self._kept_buffers(tool, role.buffers, before=header.server_round)
-        return Member(
-            theta=placed,
-            buffers=tool.fitting(kept),
-            data=self.data,
-            generator=self._shuffler(role.shuffle, header),
-            dropout=torch.Generator(self.device).manual_seed(
-                self._dropout_seed(role.buffers, header)
-            ),
-        )
-
-    # --- how -------------------------------------------------------------------------------------
-
-    def _evaluate(self, header: Header, theta: Float32, before: int) -> Evaluation:
-        tool = self._ready(self._tool(PERSONAL), theta, PERSONAL.buffers, header, before=before)
-        return evaluate(tool.model, self.data)
-
-    def _loss(self, task: TrainTask, teacher_theta: Float32 | None, source: str) -> Loss:
-        if task.distill is None:
-            return cross_entropy
-        sent = required_teacher(teacher_theta, task.header, source)
-        return distillation(self.teacher(task, sent), task.distill)
-
-    def _train(self, role: Role, task: TrainTask, theta: Float32, loss: Loss) -> Trained:
-        tool = self._ready(self._tool(role), theta, role.buffers, task.header)
-        return train(
-            tool.model,
-            self.data,
-            task.training,
-            generator=self._shuffler(role.shuffle, task.header),
-            loss=loss,
-            clip=role.clip,
-        )
-
-    def _close(self, role: Role, task: TrainTask, theta: Float32) -> Float32:
-        """Keep what stays here of a model just trained from theta; returns what goes up."""
-        tool = self._tool(role)
-        change: Float32 = delta(self._placed(tool, theta), tool.model.theta.detach()).cpu().numpy()
-        return self.keep(role, task, theta, tool.buffers(), change)
-
-    def keep(
-        self,
-        role: Role,
-        task: TrainTask,
-        theta: Float32,
-        buffers: dict[str, Tensor],
-        change: Float32,
-    ) -> Float32:
-        """Keep what stays here of a model that was trained; returns what goes up.
-
-        `theta` is what was sent, `change` (P,) the delta: before minus after.
-        """
-        header = task.header
-        if buffers:
-            self.state.save(role.buffers, buffers, stamp=self._stamp(header))
-        if role is GLOBAL and task.theta is None:
-            keep_teacher(self.state, theta, header.server_round)
-        top_k = self.config.wire.uplink_top_k
-        if top_k == 1:
-            return change
-        memory = Memory(self.state, role.left_out, self._stamp(header))
-        return largest_with_memory(change, memory, top_k=top_k, precision=header.precision)
-
-    def _ready(
-        self, tool: Tool, theta: Float32, buffers: str, header: Header, *, before: int = 0
-    ) -> Tool:
-        """Make a borrowed model this client's: its weights, its buffers, its dropout.
-
-        The buffers are the newest from a round earlier than `before`; 0 means than this round.
-        """
-        kept = self._kept_buffers(tool, buffers, before=before or header.server_round)
-        tool.reset(kept, self._dropout_seed(buffers, header))
-        tool.model.load(self._placed(tool, theta))
-        return tool
-
-    def _kept_buffers(self, tool: Tool, name: str, *, before: int) -> dict[str, Tensor] | None:
-        """Return the newest buffers from a round earlier than `before`; None where there are none.
-
-        "" as a name stands for a model whose buffers nobody keeps.
-        """
-        if not name or not tool.fresh_buffers:
-            return None
-        return self.state.load(name, before=before)
-
-    def _dropout_seed(self, buffers: str, header: Header) -> int:
-        seed = self.config.run.seed
-        return stream_seed(seed, f"dropout/{buffers}", header.server_round, self.client_id)
-
-    def _placed(self, tool: Tool, theta: Float32) -> Tensor:
-        """Return the weights that a generated theta (K_i,) stands for, on the device.
-
-        With a `theta-offset` they are the model's own initialisation plus theta. The server learns
-        nothing new from it: who has the same architecture has the same offset.
-        """
-        received = torch.from_numpy(theta).to(self.device)
-        if self.section.theta_offset == "none":
-            return received
-        seed = stream_seed(self.config.run.seed, "theta-offset")
-        kind = tool.kind
-        return received + offset_theta(
-            kind.name, kind.in_channels, kind.num_classes, kind.device, seed
-        )
-
-    def _stamp(self, header: Header) -> Stamp:
-        # Twice: the newest checkpoint may turn out to be damaged.
-        return Stamp(header.server_round, 2 * self.config.run.checkpoint_every)
-
-    def _shuffler(self, purpose: str, header: Header) -> torch.Generator:
-        return torch_generator(
-            self.config.run.seed,
-            purpose,
-            server_round=header.server_round,
-            client_id=self.client_id,
-        )
-
-    def _tool(self, role: Role) -> Tool:
-        return borrow(self.kind_of(role))
-
-    def _global_parameters(self) -> int:
-        return self._tool(GLOBAL).model.num_parameters if self.config.distils else 0
-
-    def _tag(self) -> str:
-        """Return a hash of what the node declared, or of its model; "" unless heads go by tag."""
-        if self.config.hypernet.head_sharing != "tag":
-            return ""
-        return opaque(self.head_tag) if self.head_tag else architecture_tag(self._tool(PERSONAL))

@@ -24,7 +24,7 @@ from client_app.models.registry import build_model
 from client_app.store import PERSONAL_MODEL, FolderState
 from common.files import PRIVATE, replace_file
 from common.log import logger
-from common.wire import Evaluation
+from common.messages import Evaluation
 
 TEST_ROWS = "test_rows"
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from client_app.store import ClientState, Stamp
-from common.compression import Float32, Precision, rounded
-from common.sparse import num_kept, places_of_largest
+from common.compression import Float32, Precision, indices_of_largest, num_kept, rounded
 
 VALUES = "values"
 
@@ -55,7 +54,7 @@ def largest_with_memory(
     Parameters
     ----------
     delta : (P,), all of this round's change; it is not changed.
-    top_k : fraction of the entries that is sent, above 0; see `common.sparse.num_kept`.
+    top_k : fraction of the entries that is sent, above 0; see `common.compression.num_kept`.
     precision : in which the entries travel; what is returned is rounded to it.
 
     Returns
@@ -70,12 +69,12 @@ def largest_with_memory(
         bad = np.flatnonzero(~finite)[:count]
         sent[bad] = wanted[bad]
         return sent
-    places = places_of_largest(wanted, count)
-    values = rounded(wanted[places], precision)
+    indices = indices_of_largest(wanted, count)
+    values = rounded(wanted[indices], precision)
     while not values.all():  # zeros are not sent, and float16 scales blocks of what is
-        places = places[values != 0]
-        values = rounded(wanted[places], precision)
-    sent[places] = values
+        indices = indices[values != 0]
+        values = rounded(wanted[indices], precision)
+    sent[indices] = values
     if np.isfinite(values).all():  # rounding may overflow; what is kept would be lost for good
         memory.keep(wanted - sent)
     return sent

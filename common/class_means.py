@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.compression import Float32
-from common.parcels import COUNTS, Parcel
-
-MEANS = "means"
+from common.errors import WireError
+from common.messages import MEANS
+from common.records import COUNTS, LARGEST, Received
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class ClassMeans:
         return cls(counts, (sums / np.maximum(counts, 1)[:, None]).astype(np.float32))
 
     @classmethod
-    def read(cls, parcel: Parcel, num_classes: int, dim: int) -> Self:
-        """Decode and check; raise WireError where the parcel does not hold what `arrays` makes."""
-        counts = parcel.counts(num_classes)
+    def read(cls, received: Received, num_classes: int, dim: int, *, most: int = LARGEST) -> Self:
+        """Read what `arrays` makes, of at most `most` examples; raise WireError if it is not it."""
+        counts = received.counts(num_classes)
+        if counts.sum() > most:
+            raise WireError(f"counts add up to {counts.sum()}; the client has {most} examples.")
         present = counts > 0
         means = np.zeros((num_classes, dim), dtype=np.float32)
         meaning = f"{dim} entries for each class with a count above 0."
-        found = parcel.vector(MEANS, int(present.sum()) * dim, meaning=meaning)
+        found = received.vector(MEANS, int(present.sum()) * dim, meaning=meaning)
         means[present] = found.reshape(-1, dim)
         return cls(counts, means)
 

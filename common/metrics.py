@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
 
-from common.wire import Evaluation
+from common.messages import Evaluation
 
 
 def weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:

@@ -1,191 +1,225 @@
-"""Checked reading of Flower records: every value by name, kind, range, shape and finiteness.
+"""The one form of every message and reply, whatever the method, and its checked reading.
 
-Each function takes `source`, words such as "train.personal reply of client 3 in round 7", that
-start its error message.
+A message holds two records: `config`, with a header (protocol version, federation, method, round,
+nonce, precision) and settings, and `arrays`, with vectors by name. A reply repeats the header of
+the message that it answers. Both apps build and read Flower records here and nowhere else.
+
+Whatever is read is checked: the kind and range of a setting, and of a vector the dtype, length and
+finiteness of the bytes themselves, never of what is claimed about them. What does not fit raises a
+WireError that says what was expected, what came and what to change; the caller adds from whom.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import TypeVar, get_args
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from common.compression import (
-    WIRE_DTYPES,
-    Float32,
-    Precision,
-    from_bfloat16,
-    from_scaled_float16,
-    num_blocks,
-    to_bfloat16,
-    to_scaled_float16,
-)
-from common.config.section import Section
-from common.errors import WireError, listing
+from common.compression import MODEL_ENTRIES, Float32, Precision, Raw, pack, unpack
+from common.config.section import Scalar, Section
+from common.errors import WireError, listing, unknown_name
 
-CONFIG, ARRAYS, METRICS = "config", "arrays", "metrics"
-_SCALES = "-scales"
+PROTOCOL_VERSION = 2
+
+CONFIG, ARRAYS = "config", "arrays"
+COUNTS = "counts"
+"""Vectors of this name are whole numbers and travel as float32 whatever the precision."""
 
 LARGEST = 10**12
 """No count, loss or duration is larger; sums of what is accepted stay finite."""
+LARGEST_COUNT = 2**24
+"""float32 holds whole numbers up to here exactly."""
 
-
-def encode_vector(name: str, x: Float32, precision: Precision) -> dict[str, Array]:
-    """Encode x (P,) under `name`; float16 adds its scales under `<name>-scales`."""
-    if precision == "bfloat16":
-        return {name: Array(to_bfloat16(x))}
-    if precision == "float16":
-        values, scales = to_scaled_float16(x)
-        return {name: Array(values), name + _SCALES: Array(scales)}
-    return {name: Array(np.ascontiguousarray(x, dtype=np.float32))}
-
-
-MODEL_ENTRIES = (
-    "one entry for each trainable parameter of the client's model. Did the model change after "
-    "registration?"
-)
-
-
-def decode_vector(
-    arrays: ArrayRecord,
-    name: str,
-    *,
-    length: int | None,
-    source: str,
-    meaning: str = MODEL_ENTRIES,
-) -> Float32:
-    """Decode the vector `name` and check it; `length` None accepts any length above 0.
-
-    `meaning` ends the message about a wrong length: what the entries stand for.
-
-    Raises
-    ------
-    WireError
-        The array is missing, cannot be read, or has a wrong dtype, shape, length or value.
-    """
-    raw = read_array(arrays, name, source)
-    precision = WIRE_DTYPES.get(str(raw.dtype))
-    if precision is None:
-        raise WireError(
-            f"{source}: {name} has dtype {raw.dtype}; expected {listing(WIRE_DTYPES)}. "
-            "Convert it to float32 before it is sent."
-        )
-    if raw.ndim != 1 or raw.size == 0 or (length is not None and raw.size != length):
-        wanted = f"({length},)" if length is not None else "a non-empty vector"
-        raise WireError(f"{source}: {name} has shape {raw.shape}; expected {wanted}, {meaning}")
-    x = _to_float32(arrays, name, raw, precision, source)
-    if not np.isfinite(x).all():
-        bad = int(np.count_nonzero(~np.isfinite(x)))
-        raise WireError(
-            f"{source}: {name} has {bad} of {x.size} entries that are NaN or infinite. "
-            "Training diverged there: lower the learning rate or check that client's data."
-        )
-    return x
-
-
-def read_array(arrays: ArrayRecord, name: str, source: str) -> np.ndarray[Any, Any]:
-    """Return an array that must be there, whatever it holds; raise WireError where it is not."""
-    if name not in arrays:
-        raise WireError(f"{source}: array {name!r} is missing; got {listing(arrays) or 'none'}.")
-    try:
-        return arrays[name].numpy()
-    except Exception as error:  # whatever numpy's reader throws at bytes a peer made up
-        raise WireError(f"{source}: {name} cannot be read as an array: {error}.") from error
-
-
-def _to_float32(
-    arrays: ArrayRecord, name: str, raw: np.ndarray[Any, Any], precision: Precision, source: str
-) -> Float32:
-    if precision == "bfloat16":
-        return from_bfloat16(raw)
-    if precision == "float16":
-        scales = read_array(arrays, name + _SCALES, source)
-        if scales.dtype != np.float32 or scales.shape != (num_blocks(raw.size),):
-            raise WireError(
-                f"{source}: {name}{_SCALES} is {scales.dtype} {scales.shape}; "
-                f"expected float32 ({num_blocks(raw.size)},)."
-            )
-        return from_scaled_float16(raw, scales)
-    return cast(Float32, raw)
-
-
-def payload_bytes(content: RecordDict) -> int:
-    """Count the bytes of all arrays in a message, as they travel."""
-    return sum(len(a.data) for record in content.array_records.values() for a in record.values())
-
-
+Settings = Mapping[str, Scalar]
+Arrays = Mapping[str, Float32]
 V = TypeVar("V", bool, int, float, str)
 S = TypeVar("S", bound=Section)
 
 
-def config_of(content: RecordDict, source: str) -> ConfigRecord:
-    """Return the config record."""
-    return cast(ConfigRecord, _record(content.config_records, CONFIG, source))
+@dataclass(frozen=True)
+class Header:
+    """What every message carries, and its reply repeats. `nonce` is drawn for each message."""
+
+    federation_id: str
+    method: str
+    server_round: int
+    nonce: str
+    precision: Precision = "float32"
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return the keys that stand for it."""
+        return {
+            "protocol-version": PROTOCOL_VERSION,
+            "federation-id": self.federation_id,
+            "method": self.method,
+            "server-round": self.server_round,
+            "nonce": self.nonce,
+            "precision": self.precision,
+        }
+
+    def require_repeated(self, reply: Header) -> None:
+        """Raise WireError unless a reply answers the message with this header."""
+        for key, expected in vars(self).items():
+            found = getattr(reply, key)
+            if found != expected:
+                raise WireError(
+                    f"it answers another message: {key.replace('_', '-')} is {found!r:.80}; "
+                    f"expected {expected!r}. The client repeats an old reply, or made this one up."
+                )
 
 
-def arrays_of(content: RecordDict, source: str) -> ArrayRecord:
-    """Return the array record."""
-    return cast(ArrayRecord, _record(content.array_records, ARRAYS, source))
+@dataclass(frozen=True)
+class Content:
+    """What a message says beside its header: settings, and vectors (P,) by name."""
+
+    settings: Settings = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
 
 
-def metrics_of(content: RecordDict, source: str) -> MetricRecord:
-    """Return the metric record."""
-    return cast(MetricRecord, _record(content.metric_records, METRICS, source))
+def encode(header: Header, content: Content, *, top_k: float = 1) -> RecordDict:
+    """Encode a message or a reply; `counts` travel as float32 whatever the precision.
+
+    With `top_k` below 1 the entries of vectors that are not 0 travel alone
+    (`common.compression`).
+    """
+    packed: dict[str, Array] = {}
+    for name, x in content.arrays.items():
+        precision = "float32" if name == COUNTS else header.precision
+        packed |= {k: Array(raw) for k, raw in pack(name, x, precision, top_k=top_k).items()}
+    config = ConfigRecord({**header.settings(), **content.settings})
+    return RecordDict({CONFIG: config, ARRAYS: ArrayRecord(packed)})
 
 
-def _record(records: Mapping[str, Any], name: str, source: str) -> Any:
-    if name not in records:
-        raise WireError(
-            f"{source}: record {name!r} is missing; got {listing(records) or 'none'} of its kind."
+def payload_bytes(content: RecordDict) -> int:
+    """Count the bytes of all arrays in a message, as they travel."""
+    arrays = [a for record in content.array_records.values() for a in record.values()]
+    return sum(len(a.data) for a in arrays if isinstance(a.data, bytes))
+
+
+class Received:
+    """A message or reply that came, read value by value; every read may raise WireError.
+
+    Attributes
+    ----------
+    header : checked when this is made, the protocol version first.
+    """
+
+    def __init__(self, content: RecordDict) -> None:
+        for name, kind in ((CONFIG, ConfigRecord), (ARRAYS, ArrayRecord)):
+            if not isinstance(content.get(name), kind):
+                raise WireError(f"record {name!r} is missing; got {listing(content) or 'none'}.")
+        if len(content) > 2:
+            raise WireError(
+                f"there are other records than {CONFIG} and {ARRAYS}: {listing(content)}."
+            )
+        self._config = content.config_records[CONFIG]
+        self._arrays = content.array_records[ARRAYS]
+        self._unread = set(self._arrays)
+        version = self.value("protocol-version", int)
+        if version != PROTOCOL_VERSION:
+            raise WireError(
+                f"protocol version {version}; expected {PROTOCOL_VERSION}. Install the same "
+                "mh-pfedhn release on the server and on every client."
+            )
+        precision = self.value("precision", str)
+        if precision not in get_args(Precision):
+            raise WireError(unknown_name("precision", precision[:80], get_args(Precision)))
+        self.header = Header(
+            federation_id=self.value("federation-id", str),
+            method=self.value("method", str),
+            server_round=self.value("server-round", int),
+            nonce=self.value("nonce", str),
+            precision=precision,  # type: ignore[arg-type]  # checked above
         )
-    return records[name]
 
+    # --- settings --------------------------------------------------------------------------------
 
-def value_of(config: Mapping[str, Any], key: str, kind: type[V], source: str) -> V:
-    """Return the value of a key that must be there and of exactly this type."""
-    if key not in config:
-        raise WireError(f"{source}: key {key!r} is missing; got {listing(config) or 'none'}.")
-    value = config[key]
-    if type(value) is not kind:
-        raise WireError(f"{source}: {key} = {value!r}; expected {kind.__name__}.")
-    return value
+    def has_setting(self, key: str) -> bool:
+        """Say whether there is such a key."""
+        return key in self._config
 
+    def value(self, key: str, kind: type[V]) -> V:
+        """Return the value of a key that must be there and of exactly this type."""
+        if key not in self._config:
+            raise WireError(f"key {key!r} is missing; got {listing(self._config) or 'none'}.")
+        value = self._config[key]
+        if type(value) is not kind:
+            raise WireError(f"{key} = {value!r:.80}; expected {kind.__name__}.")
+        return value
 
-def count_of(metrics: Mapping[str, Any], key: str, least: int, source: str) -> int:
-    """Return an int of at least `least`."""
-    value = value_of(metrics, key, int, source)
-    if not least <= value <= LARGEST:
-        raise WireError(f"{source}: {key} = {value}; expected {least} to {LARGEST:g}.")
-    return value
+    def flag(self, key: str) -> bool:
+        """Return a switch; it is off where it is not there."""
+        return self.has_setting(key) and self.value(key, bool)
 
+    def count(self, key: str, *, least: int = 0, most: int = LARGEST) -> int:
+        """Return an int from `least` to `most`."""
+        value = self.value(key, int)
+        if not least <= value <= most:
+            raise WireError(f"{key} = {value:.6g}; expected {least} to {most:,}.")
+        return value
 
-def number_of(metrics: Mapping[str, Any], key: str, source: str) -> float:
-    """Return a finite float."""
-    value = value_of(metrics, key, float, source)
-    if not abs(value) <= LARGEST:
-        raise WireError(f"{source}: {key} is {value}; expected a finite number up to {LARGEST:g}.")
-    return value
+    def number(self, key: str) -> float:
+        """Return a finite float."""
+        value = self.value(key, float)
+        if not abs(value) <= LARGEST:
+            raise WireError(f"{key} is {value}; expected a finite number up to {LARGEST:g}.")
+        return value
 
+    def section(self, section: type[S]) -> S:
+        """Rebuild a config section from its keys."""
+        values = {key: self._config[key] for key in section.key_names() if key in self._config}
+        missing = section.key_names() - values.keys()
+        if missing:
+            raise WireError(f"key {listing(sorted(missing))} is missing.")
+        try:
+            return section.model_validate(values)
+        except ValidationError as error:
+            raise WireError(f"{error.errors()[0]['msg']}.") from error
 
-def optional_vector(
-    arrays: ArrayRecord, name: str, length: int | None, source: str
-) -> Float32 | None:
-    """Decode a vector that may be absent."""
-    if name not in arrays:
-        return None
-    return decode_vector(arrays, name, length=length, source=source)
+    # --- vectors ---------------------------------------------------------------------------------
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
 
-def section_of(section: type[S], config: Mapping[str, Any], source: str) -> S:
-    """Rebuild a config section from its keys in a record."""
-    values = {key: config[key] for key in section.key_names() if key in config}
-    missing = section.key_names() - values.keys()
-    if missing:
-        raise WireError(f"{source}: key {listing(sorted(missing))} is missing.")
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise WireError(f"{source}: {error.errors()[0]['msg']}.") from error
+    def vector(
+        self, name: str, length: int, *, top_k: float = 1, meaning: str = MODEL_ENTRIES
+    ) -> Float32:
+        """Return a vector (length,), float32 and finite; see `common.compression.unpack`."""
+        return unpack(name, self._raw, length=length, top_k=top_k, meaning=meaning)
+
+    def counts(self, length: int) -> NDArray[np.int64]:
+        """Return `counts` (length,): whole numbers from 0 to 2^24, not all zero."""
+        x = self.vector(COUNTS, length, meaning="one entry for each class.")
+        if ((x < 0) | (x > LARGEST_COUNT) | (x != np.floor(x))).any() or not x.any():
+            raise WireError(
+                f"counts must be whole numbers from 0 to {LARGEST_COUNT:,}, not all 0; got "
+                f"{x.min():g} to {x.max():g}."
+            )
+        return x.astype(np.int64)
+
+    def require_all_read(self) -> None:
+        """Raise WireError when there are vectors that nobody asked for."""
+        if self._unread:
+            raise WireError(f"nobody asked for array {listing(sorted(self._unread))}.")
+
+    def _raw(self, name: str) -> Raw:
+        """Return an array, read-only, without allocating more than came."""
+        if name not in self._arrays:
+            raise WireError(f"array {name!r} is missing; got {listing(self._arrays) or 'none'}.")
+        self._unread.discard(name)
+        data = self._arrays[name].data
+        try:
+            stream = io.BytesIO(data[:256])
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("it is no .npy file of version 1.0")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            raw: Raw = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+        except Exception as error:  # whatever numpy throws at bytes that a peer made up
+            raise WireError(f"{name} cannot be read as an array: {error}.") from error
+        return raw

@@ -1,34 +1,30 @@
-"""The Flower ServerApp: config -> method -> registry -> rounds -> results."""
+"""The Flower ServerApp: config -> method -> rounds -> results, and what a checkpoint holds."""
 
 from __future__ import annotations
 
 import logging
-import secrets
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import RunConfig
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.log import logger
-from server_app.aggregation.adam import ServerUpdate
-from server_app.aggregation.clipping import NormClip
+from common.methods import METHODS
 from server_app.clients import Registry
-from server_app.hypernet.network import Hypernetwork
 from server_app.methods.base import Method
-from server_app.methods.baseline import BaselineMethod, effective_config
-from server_app.methods.mhpfedhn import MHpFedHN
-from server_app.methods.phases import Core
+from server_app.output.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server_app.output.run_folder import RunFolder, run_folder_path
-from server_app.output.snapshot import restore_server
-from server_app.replies import ReplyDesk
 from server_app.strategy import Rounds
-from server_app.transport import Mailbox
-from server_app.trips import Post
+from server_app.transport import Transport
 
 app = ServerApp()
+
+CHECKPOINTS = "checkpoint"
+"""Name of the folder with checkpoints in a run's folder."""
 
 
 @app.main()
@@ -40,79 +36,143 @@ def main(grid: Grid, context: Context) -> None:
     MHpFedHNError
         The config cannot be used, or too few clients are left. What was learned is on disk.
     """
-    config = effective_config(RunConfig.parse(context.run_config))
-    method, registry = build(config, grid)
+    config = RunConfig.parse(context.run_config)
+    method_class = METHODS[config.run.method].load("server_app")
+    config = method_class.adapted(config)
+    method = method_class(config)
+    transport = Transport(
+        grid,
+        config.run.method,
+        precision=config.wire.wire_precision,
+        timeout_s=config.schedule.message_timeout_s,
+    )
     folder = RunFolder(run_folder_path(config), config)
     logger.info("Results go to %s", folder.path)
     try:
-        _prepare(method, registry, folder).start(grid)
+        registry = Registry(config.hypernet.max_parameters, method.admit)
+        server = Server(method, transport, registry, folder)
+        last = server.begin()
+        Rounds(method, transport, registry, folder, server.save).run(last + 1)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        logger.log(
-            logging.WARNING if stopped else logging.ERROR,
-            "Run stopped: %s: %s",
-            type(error).__name__,
-            error,
-        )
-        folder.close("interrupted" if stopped else "failed", f"{type(error).__name__}: {error}")
+        level = logging.WARNING if stopped else logging.ERROR
+        reason = f"{type(error).__name__}: {error}"
+        logger.log(level, "Run stopped: %s", reason)
+        folder.close("interrupted" if stopped else "failed", reason)
         raise
     folder.close("completed")
 
 
-def build(config: RunConfig, grid: Grid) -> tuple[Method, Registry]:
-    """Build the method that the config names, and a registry that knows its rules."""
-    cap = config.hypernet.max_parameters
-    if not config.is_baseline:
-        return MHpFedHN(build_core(config, grid)), Registry(cap)
-    method = BaselineMethod(build_post(config, grid))
-    return method, Registry(cap, method.baseline.check)
+@dataclass(frozen=True)
+class Server:
+    """What a checkpoint holds: what the method learned, who is who, the rows so far."""
 
+    method: Method[Any]
+    transport: Transport
+    registry: Registry
+    folder: RunFolder
 
-def _prepare(method: Method, registry: Registry, folder: RunFolder) -> Rounds:
-    run = method.post.config.run
-    if run.novel_only and not run.resume_from:
-        raise ConfigError(
-            "novel-only = true, but there is nothing to freeze. Set resume-from to the run whose "
-            "trunk and heads the new clients shall use."
+    def save(self) -> None:
+        """Write a checkpoint; a disk that is full costs the checkpoint, not the run."""
+        run = self.method.config.run
+        tensors, learned = self.method.state_dict()
+        meta = {
+            "federation-id": self.transport.federation_id,
+            "method": run.method,
+            "seed": run.seed,
+            "theta-offset": self.method.config.client.theta_offset,
+            "num-steps": self.method.num_steps,
+            "registry": self.registry.export(),
+            "rejected": dict(self.transport.rejected),
+            "rows": [dict(row) for row in self.folder.rows],
+            "clients": [dict(row) for row in self.folder.client_rows],
+            "learned": learned,
+        }
+        folder = self.folder.path / CHECKPOINTS
+        try:
+            path = save_checkpoint(folder, tensors=tensors, meta=meta, keep=run.keep_checkpoints)
+        except CheckpointError as error:
+            logger.error("No checkpoint this time, the run goes on: %s", error)
+            return
+        logger.info("Checkpoint: %s", path)
+
+    def begin(self) -> int:
+        """Begin the run's folder, from `resume-from` where it is set; return the last round."""
+        run = self.method.config.run
+        if not run.resume_from:
+            if run.novel_only:
+                raise ConfigError(
+                    "novel-only = true, but there is nothing to freeze. Set resume-from to the run "
+                    "whose trunk and heads the new clients shall use."
+                )
+            self.folder.begin()
+            return 0
+        source = Path(run.resume_from).expanduser()
+        nested = source / CHECKPOINTS
+        checkpoint = load_checkpoint(nested if nested.is_dir() else source)
+        _require_same_run(checkpoint, self.method.config)
+        meta = checkpoint.meta
+        self.transport.federation_id = str(meta["federation-id"])
+        self.transport.rejected.update(meta["rejected"])
+        self.registry.restore(meta["registry"])
+        self.method.num_steps = int(meta["num-steps"])
+        self.method.load_state_dict(checkpoint.tensors, meta["learned"])
+        last = int(meta["rows"][-1]["round"])
+        logger.info("Resumed after round %d from %s", last, checkpoint.path)
+        self.folder.begin(meta["rows"], meta["clients"])
+        if last >= run.rounds:
+            self._nothing_left(last)
+        return last
+
+    def _nothing_left(self, last: int) -> None:
+        """Say that a resumed run is over; its models may still have to be handed out."""
+        run = self.method.config.run
+        message = (
+            f"The checkpoint is of round {last} and rounds = {run.rounds}: no round is left. "
+            f"rounds counts from the very beginning; set it above {last}."
         )
-    if not run.resume_from:
-        folder.begin()
-        return Rounds(method, registry, folder)
-    progress = restore_server(Path(run.resume_from).expanduser(), method, registry)
-    folder.begin(progress.rows, progress.client_rows)
-    return Rounds(method, registry, folder, progress.server_round + 1)
+        if run.novel_only:
+            raise ConfigError(message)
+        logger.warning("%s Final models are handed out, nothing else.", message)
 
 
-def build_post(config: RunConfig, grid: Grid) -> Post:
-    """Build the way to the clients."""
-    return Post(
-        config=config,
-        federation_id=secrets.token_hex(8),
-        mailbox=Mailbox(grid, config.schedule.message_timeout_s),
-        desk=ReplyDesk(config.schedule.max_delta_norm),
-    )
+def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Raise CheckpointError where a run cannot go on with what another method or start learned.
 
-
-def build_core(config: RunConfig, grid: Grid) -> Core:
-    """Build the learning state and the way to the clients."""
-    device = _server_device(config.run.server_device)
-    hypernet = Hypernetwork(config.hypernet, seed=config.run.seed, device=device)
-    return Core(
-        **vars(build_post(config, grid)),
-        hypernet=hypernet,
-        update=ServerUpdate(hypernet, config.update, total_rounds=config.run.rounds),
-        norms=NormClip(config.schedule.clip_to_median),
-    )
-
-
-def _server_device(wish: str) -> torch.device:
-    if wish == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wish.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"server-device = {wish!r}, but torch sees no GPU here: use auto or cpu.")
-    try:
-        return torch.device(wish)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"server-device = {wish!r} is no torch device: auto, cpu, cuda."
-        ) from error
+    With theta-offset = "init" the start of every model is drawn from the seed; clients would add
+    another start to what was learned for theirs.
+    """
+    meta, run = checkpoint.meta, config.run
+    if meta["method"] != run.method:
+        raise CheckpointError(
+            f"{checkpoint.path} was written by method {meta['method']}; this run is "
+            f"{run.method}. Set method to the checkpoint's to resume."
+        )
+    offset, seed, wanted = meta["theta-offset"], int(meta["seed"]), config.client.theta_offset
+    if METHODS[run.method].is_baseline:
+        offset = wanted  # it has none
+    if offset != wanted:
+        raise CheckpointError(
+            f"{checkpoint.path} was learned with theta-offset = {offset!r}; this run has "
+            f"{wanted!r}, and every model would be another one. Set theta-offset to {offset!r} to "
+            "resume."
+        )
+    if offset == "init" and seed != run.seed:
+        raise CheckpointError(
+            f"{checkpoint.path} was learned with seed {seed} and theta-offset = 'init': the start "
+            f"that generated values are added to comes from the seed. Set seed to {seed} to "
+            f"resume; it is {run.seed}."
+        )
+    if METHODS[run.method].is_baseline and not config.client.state_dir:
+        logger.warning(
+            "What %s keeps on clients (own models, BatchNorm statistics) is lost where they "
+            "have no state-dir: such a client starts anew. Set state-dir to resume exactly.",
+            run.method,
+        )
+    if seed != run.seed:
+        logger.warning(
+            "The checkpoint's run had seed %s; this one goes on with %d, so it differs from a run "
+            "that was never interrupted.",
+            seed,
+            run.seed,
+        )

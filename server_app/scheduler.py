@@ -12,22 +12,21 @@ A round is one pass over the participants. Who holds up others is passed over, t
 slot, when it was asked `round-deadline-s` ago, or when `close-fraction` of the slots have answered:
 then a step is taken with what is there, and the next are asked. A round closes when nobody is left
 to ask or to wait for, and the minimum fraction has answered; with everybody in flight that is its
-deadline. What arrives after that is late, and used in a later round. An answer is used while its
-staleness (server steps since its theta was generated) is at most `max-staleness`; in its own round
-the F / M steps that the schedule itself makes meanwhile are always allowed.
+deadline. What arrives after that is late, and used in a later round. A reply is used while its
+staleness (server steps since its message was made) is at most `max-staleness`; in its own round the
+F / M steps that the schedule itself makes meanwhile are always allowed.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from common.config import ScheduleSection
 from common.log import logger
-from server_app.transport import Answer, Letter, Mailbox
+from server_app.transport import Arrival, Outgoing, Transport
 
 U = TypeVar("U")
 """What a good reply brings."""
@@ -40,11 +39,11 @@ class RoundActions(Protocol[U]):
     def num_steps(self) -> int:
         """Count the server steps taken so far."""
 
-    def letters(self, client_ids: Sequence[str]) -> Iterator[Letter]:
-        """Generate fresh theta for these clients and wrap it up, each when it is asked for."""
+    def messages(self, client_ids: Sequence[str]) -> Iterator[Outgoing]:
+        """Make the messages to these clients, each with what the server knows when it is asked."""
 
-    def accept(self, answer: Answer) -> U | None:
-        """Turn a good answer into an update; None when it is rejected (and logged, counted)."""
+    def accept(self, arrival: Arrival) -> U | None:
+        """Turn a good reply into an update; None when it is rejected (and logged, counted)."""
 
     def step(self, updates: Sequence[U]) -> None:
         """Take one server step."""
@@ -54,7 +53,7 @@ class RoundActions(Protocol[U]):
 class RoundOutcome:
     """What happened to the participants of one round, in client ids and counts.
 
-    `too_stale` counts good answers of this round or earlier ones that were too old to be used.
+    `too_stale` counts good replies of this round or earlier ones that were too old to be used.
     """
 
     accepted: list[str] = field(default_factory=list)
@@ -68,11 +67,11 @@ class RoundOutcome:
 
 
 class Schedule:
-    """Runs rounds over a mailbox; messages of stragglers stay in flight from round to round."""
+    """Runs rounds over a transport; messages of stragglers stay in flight from round to round."""
 
-    def __init__(self, section: ScheduleSection, mailbox: Mailbox) -> None:
+    def __init__(self, section: ScheduleSection, transport: Transport) -> None:
         self._section = section
-        self._mailbox = mailbox
+        self._transport = transport
 
     def slots(self, num_participants: int) -> tuple[int, int]:
         """Resolve (max_in_flight, buffer_size) for this many participants; 0 means all."""
@@ -97,14 +96,15 @@ class Schedule:
         """
         state = _RoundState[U](server_round, list(participants), self.slots(len(participants)))
         state.enough = 1.0 if last else self._section.close_fraction
+        state.asked = dict.fromkeys((c for c, _ in participants), self._now())
         while not self._closed(state):
             self._dispatch(state, actions)
-            for answer in self._mailbox.poll():
-                self._receive(state, answer, actions)
+            for arrival in self._transport.poll():
+                self._receive(state, arrival, actions)
                 if len(state.buffer) >= state.buffer_size:
                     self._step(state, actions)
             self._pass_over(state, actions)
-        self._mailbox.drop_unsent()
+        self._transport.drop_unsent()
         if state.buffer:
             self._step(state, actions)
         state.outcome.skipped_busy = [client_id for client_id, _ in state.queue]
@@ -116,7 +116,7 @@ class Schedule:
         ready = bool(self._ready(state))
         if not (state.pending or state.passed_over or state.queue):
             return True
-        if not (state.pending or ready or len(self._mailbox)):
+        if not (state.pending or ready or len(self._transport)):
             return True  # those in the queue are not free, and nothing will free them
         accepted = len(state.outcome.accepted) / state.num_participants
         done = accepted + len(state.outcome.failed) / state.num_participants
@@ -130,7 +130,7 @@ class Schedule:
     def _overdue(self, state: _RoundState[U], client_ids: set[str]) -> set[str]:
         """Return those of these clients that were asked `round-deadline-s` ago."""
         patience = self._section.round_deadline_s or math.inf
-        now = time.monotonic()
+        now = self._now()
         return {c for c in client_ids if now - state.asked[c] >= patience}
 
     def _pass_over(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
@@ -147,11 +147,14 @@ class Schedule:
         if slow and state.buffer and not state.pending:
             self._step(state, actions)
 
+    def _now(self) -> float:
+        return self._transport.clock.monotonic()
+
     def _free(self, state: _RoundState[U]) -> int:
         return max(0, state.max_in_flight - len(state.pending) - len(state.buffer))
 
     def _ready(self, state: _RoundState[U]) -> list[tuple[str, int]]:
-        busy = self._mailbox.busy_nodes()
+        busy = self._transport.busy_nodes()
         return [pair for pair in state.queue if pair[1] not in busy]
 
     def _dispatch(self, state: _RoundState[U], actions: RoundActions[U]) -> None:
@@ -161,16 +164,16 @@ class Schedule:
         leaving = {client_id for client_id, _ in chosen}
         state.queue = [pair for pair in state.queue if pair[0] not in leaving]
         state.pending |= leaving
-        state.asked |= dict.fromkeys(leaving, time.monotonic())
-        letters = actions.letters([client_id for client_id, _ in chosen])
-        # Without a step in between, a letter may as well be made when the grid has use for it.
+        state.asked |= dict.fromkeys(leaving, self._now())
+        messages = actions.messages([client_id for client_id, _ in chosen])
+        # Without a step in between, a message may as well be made when the grid has use for it.
         # An asynchronous buffer steps while others train: there theta is that of the dispatch.
-        self._mailbox.send(letters if state.synchronous else list(letters))
+        self._transport.send(messages if state.synchronous else list(messages))
 
-    def _receive(self, state: _RoundState[U], answer: Answer, actions: RoundActions[U]) -> None:
-        client_id, on_time = answer.ticket.client_id, answer.ticket.server_round == state.number
-        fresh = self._is_fresh(state, answer, actions.num_steps - answer.ticket.version)
-        update = actions.accept(answer) if fresh else None
+    def _receive(self, state: _RoundState[U], arrival: Arrival, actions: RoundActions[U]) -> None:
+        client_id, on_time = arrival.pending.client_id, arrival.pending.server_round == state.number
+        fresh = self._is_fresh(state, arrival, actions.num_steps - arrival.pending.version)
+        update = actions.accept(arrival) if fresh else None
         if on_time:
             state.pending.discard(client_id)
             state.passed_over.discard(client_id)
@@ -182,17 +185,17 @@ class Schedule:
         if update:
             state.buffer.append(update)
 
-    def _is_fresh(self, state: _RoundState[U], answer: Answer, staleness: int) -> bool:
-        """Say whether an answer is young enough; one that failed is, for its failure to be told."""
+    def _is_fresh(self, state: _RoundState[U], arrival: Arrival, staleness: int) -> bool:
+        """Say whether a reply is young enough; one that failed is, for its failure to be told."""
         bound = self._section.max_staleness
-        if answer.ticket.server_round == state.number:
+        if arrival.pending.server_round == state.number:
             bound = max(bound, -(-state.max_in_flight // state.buffer_size))
-        if answer.content is None or staleness <= bound:
+        if arrival.content is None or staleness <= bound:
             return True
         state.outcome.too_stale += 1
         logger.warning(
             "Not used: the %s is %d server steps old; max-staleness allows %d",
-            answer.ticket.source,
+            arrival.pending.source,
             staleness,
             bound,
         )
@@ -207,8 +210,8 @@ class Schedule:
 class _RoundState(Generic[U]):
     """The moving parts of one round.
 
-    `pending` hold slots, `passed_over` do not any more. `asked` has `time.monotonic()` in seconds,
-    the start of the round for those who have not been asked yet.
+    `pending` hold slots, `passed_over` do not any more. `asked` has the clock's seconds, the start
+    of the round for those who have not been asked yet.
     """
 
     def __init__(self, number: int, queue: list[tuple[str, int]], slots: tuple[int, int]) -> None:
@@ -220,6 +223,6 @@ class _RoundState(Generic[U]):
         self.synchronous = self.buffer_size == self.max_in_flight
         self.pending: set[str] = set()
         self.passed_over: set[str] = set()
-        self.asked = dict.fromkeys((c for c, _ in queue), time.monotonic())
+        self.asked: dict[str, float] = {}
         self.buffer: list[U] = []
         self.outcome = RoundOutcome()

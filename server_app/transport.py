@@ -1,23 +1,31 @@
-"""Messages in flight: at most one per node, answered in any order, late or never.
+"""Messages in flight: at most one a node, answered in any order, late or never.
 
-One mechanism for Ray, for separate machines and for the in-process engine: push, then poll. A
-reply is matched by the message it answers, never by the node it comes from: errors that the
-SuperLink makes up carry the SuperLink's own node id.
+One mechanism for Ray, for separate machines and for the in-process engine: push, then poll. A reply
+is matched by the message it answers, never by the node it comes from: errors that the SuperLink
+makes up carry the SuperLink's own node id. `Transport.read` is the one place where replies are
+decoded and refused; nothing in a reply can end the run.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from common.records import payload_bytes
+from common.compression import Precision
+from common.errors import MHpFedHNError
+from common.log import logger
+from common.records import Content, Header, Received, encode, payload_bytes
+
+T = TypeVar("T")
 
 PUSH_BATCH = 8
 """Messages pushed at once: the grid holds a second, encoded copy of all of them meanwhile."""
@@ -25,25 +33,45 @@ PUSH_BATCH = 8
 WINDOW_PER_WORKER = 2
 """Messages that lie ready for each worker of a grid that says how many it has."""
 
+NO_ANSWER = "no answer"
+"""How the failure of a node begins that said nothing until its patience was over."""
+
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What Flower raises over a reply that it cannot put together; a lost SuperLink raises others."""
+
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.2
 
 
+class Clock(Protocol):
+    """What the transport needs of `time`; seconds."""
+
+    def monotonic(self) -> float:
+        """Return the time."""
+
+    def sleep(self, seconds: float, /) -> None:
+        """Let time pass."""
+
+
 @dataclass(frozen=True)
-class Ticket:
+class Pending:
     """What the server remembers of one message in flight.
 
-    `version` is the number of server steps taken when its theta was generated; `sent_at` is
-    `time.monotonic()` in seconds. The answer is waited for `patience_s`, the mailbox's time to live
-    if that is shorter.
+    `version` is the number of server steps taken when its arrays were made; `sent_at` is the
+    clock's. The reply is waited for `patience_s`, the transport's time to live if that is shorter.
     """
 
     client_id: str
     node_id: int
     message_type: str
-    server_round: int
+    header: Header
     version: int = 0
     sent_at: float = 0.0
     patience_s: float = math.inf
+
+    @property
+    def server_round(self) -> int:
+        """The round it belongs to."""
+        return self.header.server_round
 
     @property
     def source(self) -> str:
@@ -52,153 +80,224 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class Letter:
+class Outgoing:
     """A message that is about to be sent."""
 
-    ticket: Ticket
+    pending: Pending
     content: RecordDict
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What became of a message: content, or the reason why there is none."""
+class Arrival:
+    """What became of a message: content as it came, or the reason why there is none."""
 
-    ticket: Ticket
+    pending: Pending
     content: RecordDict | None
     failure: str = ""
-    seconds: float = 0.0
 
 
-class Mailbox:
-    """Sends letters and yields answers; counts payload bytes both ways.
+class Transport:
+    """Sends messages, yields what arrives, reads replies; counts payload bytes both ways.
 
     Parameters
     ----------
     grid : Flower's grid, or anything with its push and pull. A grid with an attribute `workers`
-        answers so many messages at a time, and gets letters as it has use for them; others get
-        all letters at once.
+        answers so many messages at a time, and gets messages as it has use for them; others get
+        all at once.
+    method, precision : of every message's header.
     timeout_s : time to live of a message; a node that did not answer by then is given up on.
+
+    Attributes
+    ----------
+    rejected : number of rejected or failed replies by client_id, over the whole run.
+    recent : the last ten reasons.
+    misfits : clients whose content did not fit what they registered, until somebody clears it.
     """
 
-    def __init__(self, grid: Grid, timeout_s: float) -> None:
-        self._grid = grid
-        self._timeout_s = timeout_s
+    def __init__(
+        self,
+        grid: Grid,
+        method: str,
+        *,
+        precision: Precision = "float32",
+        timeout_s: float = math.inf,
+        clock: Clock = time,
+    ) -> None:
+        self.grid = grid
+        self.clock = clock
+        self.federation_id = secrets.token_hex(8)
+        self.bytes_down = self.bytes_up = 0
+        self.rejected: Counter[str] = Counter()
+        self.recent: deque[str] = deque(maxlen=10)
+        self.misfits: set[str] = set()
+        self._method, self._precision, self._timeout_s = method, precision, timeout_s
         self._window = WINDOW_PER_WORKER * int(getattr(grid, "workers", 0)) or math.inf
-        self._unsent: deque[Iterator[Letter]] = deque()
-        self._in_flight: dict[str, Ticket] = {}
-        self._refused: list[Ticket] = []
-        self._kept: list[Answer] = []
+        self._unsent: deque[Iterator[Outgoing]] = deque()
+        self._in_flight: dict[str, Pending] = {}
+        self._ready: list[Arrival] = []
         self._wait_s = _FIRST_WAIT_S
-        self.bytes_down = 0
-        self.bytes_up = 0
 
     def __len__(self) -> int:
         return len(self._in_flight)
 
     def busy_nodes(self) -> set[int]:
         """Return the nodes that have a message in flight."""
-        return {ticket.node_id for ticket in self._in_flight.values()}
+        return {pending.node_id for pending in self._in_flight.values()}
 
-    def send(self, letters: Iterable[Letter]) -> None:
-        """Push letters; those that the grid refuses are answered as failures at the next poll.
+    def message(
+        self,
+        message_type: str,
+        recipient: tuple[str, int],
+        content: Content,
+        *,
+        server_round: int,
+        version: int = 0,
+        patience_s: float = math.inf,
+    ) -> Outgoing:
+        """Make a message to a (client_id, node_id) that is sent now, with a nonce of its own."""
+        nonce = secrets.token_hex(8)
+        header = Header(self.federation_id, self._method, server_round, nonce, self._precision)
+        now = self.clock.monotonic()
+        pending = Pending(*recipient, message_type, header, version, now, patience_s)
+        return Outgoing(pending, encode(header, content))
+
+    def send(self, messages: Iterable[Outgoing]) -> None:
+        """Push messages; those that the grid refuses arrive as failures at the next poll.
 
         A lazy iterable is asked for no more than the grid has use for; `poll` goes on with it.
         """
-        self._unsent.append(iter(letters))
+        self._unsent.append(iter(messages))
         self._push()
         self._wait_s = _FIRST_WAIT_S
 
     def drop_unsent(self) -> None:
-        """Forget the letters that were not pushed yet."""
+        """Forget the messages that were not pushed yet."""
         self._unsent.clear()
 
     def _push(self) -> None:
-        """Push letters, a batch at a time, until the window is full."""
+        """Push messages, a batch at a time, until the window is full."""
         while self._unsent and len(self._in_flight) < self._window:
             part = list(islice(self._unsent[0], PUSH_BATCH))
             if len(part) < PUSH_BATCH:
                 self._unsent.popleft()
             if not part:
                 continue
-            messages = [self._message(letter) for letter in part]
-            accepted = set(self._grid.push_messages(messages))
-            for letter, message in zip(part, messages, strict=True):
+            messages = [self._flower_message(outgoing) for outgoing in part]
+            accepted = set(self.grid.push_messages(messages))
+            for outgoing, message in zip(part, messages, strict=True):
                 if message.metadata.message_id in accepted:
-                    self._in_flight[message.metadata.message_id] = letter.ticket
-                    self.bytes_down += payload_bytes(letter.content)
+                    self._in_flight[message.metadata.message_id] = outgoing.pending
+                    self.bytes_down += payload_bytes(outgoing.content)
                 else:
-                    self._refused.append(letter.ticket)
+                    failure = "the node is unknown or offline"
+                    self._ready.append(Arrival(outgoing.pending, None, failure))
 
-    def _message(self, letter: Letter) -> Message:
+    def _flower_message(self, outgoing: Outgoing) -> Message:
+        pending = outgoing.pending
         return Message(
-            letter.content,
-            letter.ticket.node_id,
-            letter.ticket.message_type,
-            ttl=self._patience_s(letter.ticket),
-            group_id=str(letter.ticket.server_round),
+            outgoing.content,
+            pending.node_id,
+            pending.message_type,
+            ttl=self._patience_s(pending),
+            group_id=str(pending.server_round),
         )
 
-    def poll(self) -> list[Answer]:
-        """Return the answers that are there now; wait a little, and longer each time, if none."""
-        answers = self._kept + [
-            Answer(ticket, None, "the node is unknown or offline") for ticket in self._refused
-        ]
-        self._kept, self._refused = [], []
+    def poll(self) -> list[Arrival]:
+        """Return what has arrived by now; wait a little, and longer each time, if nothing has."""
+        arrivals, self._ready = self._ready, []
         self._push()
-        if self._in_flight:
-            for reply in self._grid.pull_messages(list(self._in_flight)):
-                ticket = self._in_flight.pop(reply.metadata.reply_to_message_id, None)
-                if ticket is not None:
-                    answers.append(self._answer(ticket, reply))
-        answers.extend(self._expired())
-        if answers:
+        arrivals += self._pull(list(self._in_flight))
+        arrivals += self._expired()
+        if arrivals:
             self._wait_s = _FIRST_WAIT_S
         elif self._in_flight:
-            time.sleep(self._wait_s)
+            self.clock.sleep(self._wait_s)
             self._wait_s = min(self._wait_s * 1.3, _LONGEST_WAIT_S)
-        return answers
+        return arrivals
 
-    def exchange(self, letters: Iterable[Letter], *, window: int = 64) -> Iterator[Answer]:
-        """Send letters and yield each answer as it comes, until every one has come or failed.
+    def exchange(self, messages: Iterable[Outgoing], *, window: int = 64) -> Iterator[Arrival]:
+        """Send messages and yield what arrives, until every one was answered or has failed.
 
-        At most `window` of these letters are in flight, so that a lazy iterable of letters never
-        lies in memory as a whole. Answers to other letters are kept for the next `poll`.
+        At most `window` of these messages are in flight, so that a lazy iterable of them never
+        lies in memory as a whole. Replies to other messages are kept for the next `poll`.
         """
-        source, wanted, others = iter(letters), set[Ticket](), list[Answer]()
+        source, wanted, others = iter(messages), set[Pending](), list[Arrival]()
         while True:
             part = list(islice(source, window - len(wanted)))
-            wanted |= {letter.ticket for letter in part}
+            wanted |= {outgoing.pending for outgoing in part}
             self.send(part)
             if not wanted:
                 break
-            for answer in self.poll():
-                if answer.ticket in wanted:
-                    wanted.discard(answer.ticket)
-                    yield answer
+            for arrival in self.poll():
+                if arrival.pending in wanted:
+                    wanted.discard(arrival.pending)
+                    yield arrival
                 else:
-                    others.append(answer)
-        self._kept.extend(others)
+                    others.append(arrival)
+        self._ready += others
 
-    def _answer(self, ticket: Ticket, reply: Message) -> Answer:
-        seconds = time.monotonic() - ticket.sent_at
-        if reply.has_error():
-            reason = str(reply.error.reason)
-            if "ActorDiedError" in reason:
-                reason += (
-                    ". A Ray worker process died, perhaps for lack of memory; Ray repeats this "
-                    "answer for the rest of the run. Resume with fewer clients at once."
-                )
-            return Answer(ticket, None, f"error {reply.error.code}: {reason}", seconds)
-        self.bytes_up += payload_bytes(reply.content)
-        return Answer(ticket, reply.content, seconds=seconds)
+    def _pull(self, message_ids: list[str]) -> list[Arrival]:
+        try:
+            replies = list(self.grid.pull_messages(message_ids)) if message_ids else []
+        except MALFORMED as error:
+            if len(message_ids) > 1:  # one of them cannot be put together: that one is given up on
+                return [arrival for one in message_ids for arrival in self._pull([one])]
+            failure = f"the reply cannot be read: {type(error).__name__}: {error}"
+            return [Arrival(self._in_flight.pop(message_ids[0]), None, failure)]
+        return [arrival for reply in replies for arrival in self._arrived(reply)]
 
-    def _expired(self) -> Iterable[Answer]:
-        now = time.monotonic()
-        for message_id, ticket in list(self._in_flight.items()):
-            patience = self._patience_s(ticket)
-            if now - ticket.sent_at > patience:
+    def _arrived(self, reply: Message) -> list[Arrival]:
+        pending = self._in_flight.pop(reply.metadata.reply_to_message_id, None)
+        if pending is None:
+            return []
+        if not reply.has_error():
+            self.bytes_up += payload_bytes(reply.content)
+            return [Arrival(pending, reply.content)]
+        reason = str(reply.error.reason)
+        if "ActorDiedError" in reason:
+            reason += (
+                ". A Ray worker process died, perhaps for lack of memory; Ray repeats this "
+                "answer for the rest of the run. Resume with fewer clients at once."
+            )
+        return [Arrival(pending, None, f"error {reply.error.code}: {reason}")]
+
+    def _expired(self) -> Iterator[Arrival]:
+        now = self.clock.monotonic()
+        for message_id, pending in list(self._in_flight.items()):
+            patience = self._patience_s(pending)
+            if now - pending.sent_at > patience:
                 del self._in_flight[message_id]
-                yield Answer(ticket, None, f"no answer within {patience:g} s", now - ticket.sent_at)
+                yield Arrival(pending, None, f"{NO_ANSWER} within {patience:g} s")
 
-    def _patience_s(self, ticket: Ticket) -> float:
-        return min(ticket.patience_s, self._timeout_s)
+    def _patience_s(self, pending: Pending) -> float:
+        return min(pending.patience_s, self._timeout_s)
+
+    def read(self, arrival: Arrival, read: Callable[[Received], T]) -> T | None:
+        """Decode a reply with `read`; one that is no good is logged and counted: None.
+
+        Refused, whatever the method, is a reply that answers another message, one that `read`
+        raises over, and one with vectors that `read` has no use for.
+        """
+        pending = arrival.pending
+        if arrival.content is None:
+            self._reject(pending, arrival.failure)
+            return None
+        try:
+            received = Received(arrival.content)
+            pending.header.require_repeated(received.header)
+            found = read(received)
+            received.require_all_read()
+        except Exception as error:  # a peer made the content up: whatever it makes `read` raise
+            self.misfits.add(pending.client_id)
+            known = isinstance(error, MHpFedHNError)
+            self._reject(pending, f"{error}" if known else f"{type(error).__name__}: {error}")
+            return None
+        return found
+
+    def _reject(self, pending: Pending, reason: str) -> None:
+        self.rejected[pending.client_id] += 1
+        text = " ".join(f"{pending.source}: {reason}".split())
+        if len(text) > 1000:  # its start says who, and Ray puts the cause last
+            text = f"{text[:300]} ... {text[-700:]}"
+        self.recent.append(text)
+        logger.warning("Rejected: %s", text)

@@ -14,25 +14,12 @@ ALLOWED = {
     "experiments": set(PACKAGES),
 }
 MEETS_FLOWER = {
-    "server_app/admission.py",
     "server_app/app.py",
-    "server_app/methods/base.py",
-    "server_app/methods/baseline.py",
-    "server_app/methods/mhpfedhn.py",
-    "server_app/methods/phases.py",
-    "server_app/replies.py",
-    "server_app/strategy.py",
     "server_app/transport.py",
-    "server_app/trips.py",
     "client_app/app.py",
-    "client_app/handlers.py",
-    "client_app/methods/handlers.py",
     "client_app/participant.py",
     "client_app/store.py",
-    "common/parcels.py",
     "common/records.py",
-    "common/sparse.py",
-    "common/wire.py",
 }
 
 

@@ -1,6 +1,6 @@
-"""The client half of a baseline: what it receives, how it trains, what it sends, what it keeps.
+"""The client half of a method: what it receives, how it trains, what it keeps and what it sends.
 
-A round is four hops, each of which a baseline may replace: `receive` -> `fit` -> `keep` ->
+A message passes hops, each of which a method may replace: `receive` -> `fit` -> `keep` ->
 `collect`; and `measure` for the test. What is not replaced is Local: one's own model, trained as
 every method trains, of which nothing travels.
 """
@@ -9,34 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice, repeat
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from client_app.participant import Participant
+from client_app.data.examples import ClientData
+from client_app.methods.features import require_head_is_last
 from client_app.store import Stamp
 from client_app.training.loop import Loss, Trained, cross_entropy, evaluate, train
-from client_app.workshop import ModelKind, Tool, borrow, draw_theta
+from client_app.workshop import ModelKind, Tool, architecture_tag, borrow, draw_theta, opaque
 from common.compression import Float32
 from common.config import TrainingSection
-from common.errors import WireError
-from common.parcels import Arrays, Order
+from common.messages import THETA, Evaluation, Registration
+from common.records import Arrays, Received
 from common.seeding import stream_seed, torch_generator
-from common.wire import Evaluation, Registration
 
-OWN, THETA, BUFFER = "own_model", "theta", "buffer/"
+if TYPE_CHECKING:
+    from client_app.participant import Participant
+
+BUFFER = "buffer/"
 
 
-class Trainer:
-    """One baseline on one client, for the duration of one message.
+class Method:
+    """One method on one client, for the duration of one message.
 
     Attributes
     ----------
-    keeps_theta : whether the personal model's weights stay here from round to round; buffers
-        (BatchNorm statistics) always do.
+    own : name under which the client keeps its own model.
+    keeps_theta : whether that model's weights stay here from round to round; buffers (BatchNorm
+        statistics) always do.
     """
 
+    own: ClassVar[str] = "own_model"
     keeps_theta: ClassVar[bool] = True
 
     def __init__(self, participant: Participant) -> None:
@@ -44,109 +49,146 @@ class Trainer:
         self.data = participant.data
         self.settings = participant.config.baseline
 
-    # --- the hooks -------------------------------------------------------------------------------
+    # --- the hops --------------------------------------------------------------------------------
 
-    def declare(self) -> Registration:
-        """Say who this is and how large its model is; some baselines add to it."""
-        return Registration(
-            client_id=self.participant.client_id,
-            num_parameters=borrow(self.kind).model.num_parameters,
-            num_examples=self.data.num_train,
-        )
-
-    def receive(self, order: Order, tool: Tool) -> None:
+    def receive(self, task: Received, tool: Tool) -> None:
         """Overwrite a part or all of the own model with what came; raise WireError if bad."""
 
-    def fit(self, order: Order, tool: Tool) -> Trained:
+    def fit(self, task: Received, tool: Tool) -> Trained:
         """Train the model in place."""
-        return self.train(order, tool, cross_entropy)
+        return self.train(task, tool, cross_entropy)
 
-    def collect(self, order: Order, tool: Tool) -> Arrays:
+    def keep(self, task: Received, tool: Tool) -> None:
+        """Keep what later rounds need, on this client alone."""
+        self.save(self.own, task, tool, theta=self.keeps_theta)
+
+    def collect(self, task: Received, tool: Tool) -> Arrays:
         """Return what goes up after training."""
         return {}
 
-    def measure(self, order: Order, tool: Tool) -> Evaluation:
+    def measure(self, task: Received, tool: Tool) -> Evaluation:
         """Test the model as it is after `receive`."""
         return evaluate(tool.model, self.data)
 
-    def adapt(self, order: Order, tool: Tool) -> None:
+    def adapt(self, task: Received, tool: Tool) -> None:
         """Make the model what this client will use from now on (finish)."""
 
     # --- around them -----------------------------------------------------------------------------
 
-    def ready(self, order: Order, *, before: int) -> Tool:
+    def declare(self) -> Registration:
+        """Say who this is, how large its model is, and what else the method needs to know."""
+        participant, needs = self.participant, self.participant.config.needs
+        tool, num_classes, feature_dim, group = borrow(self.kind), 0, 0, ""
+        if "num_classes" in needs:
+            num_classes = self.data.num_classes
+        if "feature_dim" in needs:
+            images = self.data.normalise(self.data.test_images[:2])
+            head = require_head_is_last(tool.model.module, images, num_classes)
+            feature_dim = head.layer.in_features
+        if "group" in needs:
+            declared = "" if participant.config.is_baseline else participant.head_tag
+            group = opaque(declared) if declared else architecture_tag(tool)
+        shared = "num_global_parameters" in needs
+        return Registration(
+            client_id=participant.client_id,
+            num_parameters=tool.model.num_parameters,
+            num_examples=self.data.num_train,
+            num_global_parameters=borrow(self.global_kind).model.num_parameters if shared else 0,
+            group=group,
+            num_classes=num_classes,
+            feature_dim=feature_dim,
+        )
+
+    def ready(self, task: Received, *, before: int) -> Tool:
         """Load the own model of a round earlier than `before`, or its first weights, and receive.
 
         Raises
         ------
         WireError
-            The message does not hold what this baseline's server sends.
+            The message does not hold what this method's server sends.
         """
         tool = borrow(self.kind)
-        self.load(tool, OWN, order, before=before)
-        self.receive(order, tool)
+        kept = self.load(self.own, task, tool, before=before)
+        if self.keeps_theta or THETA not in task:
+            seed = stream_seed(self.participant.config.run.seed, "first-theta")
+            self.load_theta(tool, kept, seed)
+        self.receive(task, tool)
         return tool
 
-    def load(self, tool: Tool, name: str, order: Order, *, before: int) -> None:
-        """Load a kept model; what is missing or of another size starts as it was drawn."""
-        participant, now = self.participant, order.header.server_round
-        kept: Mapping[str, Tensor] = participant.state.load(name, before=before) or {}
-        buffers = {k.removeprefix(BUFFER): x for k, x in kept.items() if k.startswith(BUFFER)}
-        seed = participant.config.run.seed
-        tool.reset(buffers, stream_seed(seed, f"dropout/{name}", now, participant.client_id))
+    def load(self, name: str, task: Received, tool: Tool, *, before: int) -> Mapping[str, Tensor]:
+        """Give a model its kept buffers, or fresh ones, and seed its dropout."""
+        kept: Mapping[str, Tensor] = self.participant.state.load(name, before=before) or {}
+        tool.reset(buffers_of(kept), self.dropout_seed(name, task))
+        return kept
+
+    def dropout_seed(self, name: str, task: Received) -> int:
+        """Return the seed of what a model drops in this round."""
+        seed, now = self.participant.config.run.seed, task.header.server_round
+        return stream_seed(seed, f"dropout/{name}", now, self.participant.client_id)
+
+    def load_theta(self, tool: Tool, kept: Mapping[str, Tensor], seed: int) -> None:
+        """Load kept weights; what is missing or of another size starts as drawn from the seed.
+
+        The first weights are the same for all clients of one architecture.
+        """
         theta = kept.get(THETA)
         if theta is None or theta.shape != tool.model.theta.shape:
-            theta = self.first_theta(tool, name)
-        tool.model.load(theta.to(participant.device))
+            theta = draw_theta(tool.kind, seed)
+        tool.model.load(theta.to(self.participant.device))
 
-    def first_theta(self, tool: Tool, name: str) -> Tensor:
-        """Draw the first weights: the same for all clients of one architecture."""
-        return draw_theta(self.kind, stream_seed(self.participant.config.run.seed, "first-theta"))
-
-    def keep(self, order: Order, tool: Tool, name: str = OWN, *, theta: bool = True) -> None:
-        """Keep a model for later rounds, on this client alone."""
+    def save(self, name: str, task: Received, tool: Tool, *, theta: bool) -> None:
+        """Keep a model's buffers, and its weights where asked, for later rounds."""
         kept = {BUFFER + key: x for key, x in tool.buffers().items()}
         if theta:
             kept[THETA] = tool.model.theta.detach()
         if kept:
-            # twice, as for the method: the newest checkpoint may turn out to be damaged
-            rounds = 2 * self.participant.config.run.checkpoint_every
-            stamp = Stamp(order.header.server_round, rounds)
-            self.participant.state.save(name, kept, stamp=stamp)
+            self.participant.state.save(name, kept, stamp=self.stamp(task))
 
-    def train(self, order: Order, tool: Tool, loss: Loss) -> Trained:
+    def stamp(self, task: Received) -> Stamp:
+        """Return the stamp of what is kept now."""
+        # twice: the newest checkpoint may turn out to be damaged
+        rounds = 2 * self.participant.config.run.checkpoint_every
+        return Stamp(task.header.server_round, rounds)
+
+    def train(self, task: Received, tool: Tool, loss: Loss) -> Trained:
         """Train as every method does, with a loss."""
-        return train(
-            tool.model,
-            self.data,
-            self.training(order),
-            generator=self.shuffler("shuffle", order),
-            loss=loss,
-        )
+        section, generator = task.section(TrainingSection), self.shuffler("shuffle", task)
+        return train(tool.model, self.data, section, generator=generator, loss=loss)
 
-    def training(self, order: Order) -> TrainingSection:
-        """Return the hyperparameters that the server sent."""
-        if order.training is None:
-            raise WireError(f"{order.parcel.source}: it asks for no training.")
-        return order.training
-
-    def shuffler(self, purpose: str, order: Order) -> torch.Generator:
-        """Make the generator that shuffles the examples; the method's draws the same orders."""
+    def shuffler(self, purpose: str, task: Received) -> torch.Generator:
+        """Make the generator that shuffles the examples; every method draws the same orders."""
         return torch_generator(
             self.participant.config.run.seed,
             purpose,
-            server_round=order.header.server_round,
+            server_round=task.header.server_round,
             client_id=self.participant.client_id,
         )
 
-    def vector(self, order: Order, name: str, length: int) -> Tensor:
+    def vector(self, task: Received, name: str, length: int) -> Tensor:
         """Read a received vector (length,) on the device."""
-        return torch.from_numpy(order.parcel.vector(name, length)).to(self.participant.device)
+        return torch.from_numpy(task.vector(name, length)).to(self.participant.device)
 
     @property
     def kind(self) -> ModelKind:
         """What the construction of the own model depends on."""
-        return self.participant.kind
+        sizes = (self.data.in_channels, self.data.num_classes)
+        return ModelKind(self.participant.model_name, *sizes, self.participant.device)
+
+    @property
+    def global_kind(self) -> ModelKind:
+        """What the construction of the model that all clients share depends on."""
+        sizes = (self.data.in_channels, self.data.num_classes)
+        name = self.participant.config.distill.global_model
+        return ModelKind(name, *sizes, self.participant.device, "global")
+
+
+class Local(Method):
+    """Everything as the base has it."""
+
+
+def buffers_of(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the buffers among what is kept of a model."""
+    return {k.removeprefix(BUFFER): x for k, x in kept.items() if k.startswith(BUFFER)}
 
 
 def as_array(x: Tensor) -> Float32:
@@ -158,9 +200,9 @@ def as_array(x: Tensor) -> Float32:
 class BatchBudget:
     """A client's examples, epoch after epoch, cut off after a number of batches."""
 
-    def __init__(self, participant: Participant, num_batches: int) -> None:
-        self._data, self._num_batches = participant.data, num_batches
-        self.num_train, self.num_classes = self._data.num_train, self._data.num_classes
+    def __init__(self, data: ClientData, num_batches: int) -> None:
+        self._data, self._num_batches = data, num_batches
+        self.num_train, self.num_classes = data.num_train, data.num_classes
 
     def batches(
         self, batch_size: int, generator: torch.Generator

@@ -1,34 +1,51 @@
-"""The clients of FedAvg (McMahan et al. 2017, arXiv 1602.05629) and FedProx (arXiv 1812.06127)."""
+"""The clients of FedAvg (arXiv 1602.05629), FedProx (arXiv 1812.06127) and FML.
+
+Shapes: B batch, C classes.
+"""
+
+# ruff: noqa: N803 - names carry their shape as a suffix
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from client_app.methods.base import THETA, Trainer, as_array
-from client_app.training.loop import Trained, cross_entropy, evaluate, train
-from client_app.workshop import Tool, architecture_tag, borrow
-from common.parcels import Arrays, Order
-from common.wire import Evaluation, Registration
+from client_app.methods.base import Method, as_array
+from client_app.training.loop import (
+    MomentumSGD,
+    Trained,
+    cross_entropy,
+    evaluate,
+    logits_of,
+    mixed_precision,
+    train,
+)
+from client_app.workshop import Tool, borrow
+from common.config import TrainingSection
+from common.messages import THETA, Evaluation
+from common.records import Arrays, Received
+from common.seeding import stream_seed
+
+AUXILIARY = "auxiliary_model"
+LABEL_WEIGHTS = (0.5, 0.5)
+"""FML: of the labels, for the own and for the auxiliary model; the rest is the teacher's."""
 
 
-class FedAvg(Trainer):
+class FedAvg(Method):
     """Trains the model of its group; BatchNorm statistics stay here, as with every method."""
 
     keeps_theta = False
 
-    def declare(self) -> Registration:
-        """Add an opaque tag by which the server groups equal architectures."""
-        return replace(super().declare(), group=architecture_tag(borrow(self.kind)))
-
-    def receive(self, order: Order, tool: Tool) -> None:
+    def receive(self, task: Received, tool: Tool) -> None:
         """Take the group's model; there is none before the first mean."""
-        if THETA in order.parcel:
-            tool.model.load(self.vector(order, THETA, tool.model.num_parameters))
+        if THETA in task:
+            tool.model.load(self.vector(task, THETA, tool.model.num_parameters))
 
-    def collect(self, order: Order, tool: Tool) -> Arrays:
+    def collect(self, task: Received, tool: Tool) -> Arrays:
         """Send the trained model."""
         return {THETA: as_array(tool.model.theta)}
 
@@ -36,24 +53,24 @@ class FedAvg(Trainer):
 class FedAvgFineTuned(FedAvg):
     """FedAvg, tested after one epoch of local training on top of the received model."""
 
-    def measure(self, order: Order, tool: Tool) -> Evaluation:
+    def measure(self, task: Received, tool: Tool) -> Evaluation:
         """Test the model as received, then after the epoch; the latter counts."""
         received = evaluate(tool.model, self.data)
-        self.adapt(order, tool)
+        self.adapt(task, tool)
         tuned = evaluate(tool.model, self.data)
         seconds = received.seconds + tuned.seconds
         return replace(tuned, seconds=seconds, others={"global": received.num_correct})
 
-    def adapt(self, order: Order, tool: Tool) -> None:
+    def adapt(self, task: Received, tool: Tool) -> None:
         """Train one epoch; what it changes is not kept."""
         section = self.participant.config.training.model_copy(update={"local_epochs": 1})
-        train(tool.model, self.data, section, generator=self.shuffler("fine-tune", order))
+        train(tool.model, self.data, section, generator=self.shuffler("fine-tune", task))
 
 
 class FedProx(FedAvg):
     """FedAvg with mu / 2 |theta - theta_received|^2 in the loss."""
 
-    def fit(self, order: Order, tool: Tool) -> Trained:
+    def fit(self, task: Received, tool: Tool) -> Trained:
         """Train with the proximal term."""
         received = tool.model.theta.detach().clone()
         parameters = list(tool.model.module.parameters())
@@ -63,4 +80,71 @@ class FedProx(FedAvg):
             distance = (theta - received).square().sum()
             return cross_entropy(images, logits, labels) + self.settings.fedprox_mu / 2 * distance
 
-        return self.train(order, tool, loss)
+        return self.train(task, tool, loss)
+
+
+class FML(Method):
+    """FML (Shen et al. 2020, arXiv 2006.16765): own and auxiliary model teach each other."""
+
+    def fit(self, task: Received, tool: Tool) -> Trained:
+        """Take both models over the same batches."""
+        return self._train_both(task, tool, self._auxiliary(task))
+
+    def keep(self, task: Received, tool: Tool) -> None:
+        """Keep the own model, and the auxiliary one's BatchNorm statistics."""
+        super().keep(task, tool)
+        self.save(AUXILIARY, task, borrow(self.global_kind), theta=False)
+
+    def collect(self, task: Received, tool: Tool) -> Arrays:
+        """Send the trained auxiliary model."""
+        return {THETA: as_array(borrow(self.global_kind).model.theta)}
+
+    def _auxiliary(self, task: Received) -> Tool:
+        """Load the auxiliary model: as received, or as drawn before the first mean."""
+        tool = borrow(self.global_kind)
+        kept = self.load(AUXILIARY, task, tool, before=task.header.server_round)
+        if THETA in task:
+            tool.model.load(self.vector(task, THETA, tool.model.num_parameters))
+        else:
+            seed = stream_seed(self.participant.config.run.seed, "first-auxiliary")
+            self.load_theta(tool, kept, seed)
+        return tool
+
+    def _train_both(self, task: Received, tool: Tool, auxiliary: Tool) -> Trained:
+        started, section = time.monotonic(), task.section(TrainingSection)
+        models = (tool.model, auxiliary.model)
+        optimizers = [MomentumSGD(model.theta, section) for model in models]
+        for model in models:
+            model.module.train()
+        generator = self.shuffler("shuffle", task)
+        total, seen = torch.zeros((), device=tool.model.theta.device), 0
+        for _ in range(section.local_epochs):
+            for images, labels in self.data.batches(section.batch_size, generator):
+                with mixed_precision(section, images.device):
+                    both = [
+                        logits_of(m.module, images, self.data.num_classes).float() for m in models
+                    ]
+                for i, model in enumerate(models):
+                    value = mutual_loss(both[i], both[1 - i], labels, LABEL_WEIGHTS[i])
+                    model.backward(value)
+                    nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
+                    if i == 0:
+                        total += value.detach() * len(labels)
+                for optimizer in optimizers:
+                    optimizer.step()
+                seen += len(labels)
+        return Trained(self.data.num_train, float(total) / seen, time.monotonic() - started)
+
+
+def mutual_loss(student_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor, weight: float) -> Tensor:
+    """Return weight CE + (1 - weight) KL(teacher || student), batchmean.
+
+    The teacher is detached: it learns from a loss of its own.
+    """
+    divergence = functional.kl_div(
+        functional.log_softmax(student_BC, dim=1),
+        functional.log_softmax(teacher_BC.detach(), dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return weight * functional.cross_entropy(student_BC, labels_B) + (1 - weight) * divergence

@@ -1,4 +1,4 @@
-"""The client of FedProto (arXiv 2105.00243) and FedTGP (arXiv 2401.03230).
+"""The clients of FedProto (arXiv 2105.00243), FedTGP (arXiv 2401.03230) and FD (arXiv 1811.11479).
 
 Shapes: B batch, C classes, D feature.
 """
@@ -13,43 +13,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from client_app.methods.features import Tap, class_means, tapped
-from client_app.methods.heads import FeatureTrainer
+from client_app.methods.base import Method
+from client_app.methods.features import Tap, class_means, head_of, tapped
 from client_app.training.loop import TEST_BATCH, Loss, Trained, cross_entropy, logits_of
 from client_app.workshop import Tool
 from common.class_means import ClassMeans
 from common.config.baselines import BaselineSection
-from common.parcels import COUNTS, Arrays, Order
-from common.wire import Evaluation
+from common.messages import Evaluation
+from common.records import COUNTS, Arrays, Received
+
+DISTILL_WEIGHT = 1.0
+"""FD: of the divergence from the classes' mean logits."""
 
 
-class FedProto(FeatureTrainer):
+class FedProto(Method):
     """Draws its features towards the global prototypes; predicts by the nearest one."""
 
-    def fit(self, order: Order, tool: Tool) -> Trained:
+    def fit(self, task: Received, tool: Tool) -> Trained:
         """Train with the prototypes' term, once there are any."""
-        known = self._prototypes(order, tool)
+        known = self._prototypes(task, tool)
         if known is None:
-            return self.train(order, tool, cross_entropy)
-        with tapped(self.head(tool)) as tap:
-            return self.train(order, tool, prototype_loss(tap, *known, self.settings))
+            return self.train(task, tool, cross_entropy)
+        with tapped(head_of(tool.model.module, self.data.num_classes)) as tap:
+            return self.train(task, tool, prototype_loss(tap, *known, self.settings))
 
-    def collect(self, order: Order, tool: Tool) -> Arrays:
+    def collect(self, task: Received, tool: Tool) -> Arrays:
         """Send the mean feature of every class, after training."""
-        return class_means(tool.model.module, self.data, self.head(tool)).arrays()
+        return class_means(
+            tool.model.module, self.data, head_of(tool.model.module, self.data.num_classes)
+        ).arrays()
 
     @torch.no_grad()
-    def measure(self, order: Order, tool: Tool) -> Evaluation:
+    def measure(self, task: Received, tool: Tool) -> Evaluation:
         """Test the nearest prototype and, beside it, the head; the loss is the head's.
 
         Before there are prototypes the head alone predicts.
         """
         started = time.monotonic()
-        known, device = self._prototypes(order, tool), self.participant.device
+        known, device = self._prototypes(task, tool), self.participant.device
         tool.model.module.eval()
         nearest = by_head = torch.zeros((), dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        with tapped(self.head(tool)) as tap:
+        with tapped(head_of(tool.model.module, self.data.num_classes)) as tap:
             for images, labels in self.data.test_batches(TEST_BATCH.get(device.type, 256)):
                 logits = logits_of(tool.model.module, images, self.data.num_classes)
                 chosen = logits.argmax(dim=1)
@@ -67,15 +72,56 @@ class FedProto(FeatureTrainer):
             others={"head": int(by_head)},
         )
 
-    def _prototypes(self, order: Order, tool: Tool) -> tuple[Tensor, Tensor] | None:
+    def _prototypes(self, task: Received, tool: Tool) -> tuple[Tensor, Tensor] | None:
         """Return the received prototypes (C, D) and which classes have one (C,), or None."""
-        if COUNTS not in order.parcel:
+        if COUNTS not in task:
             return None
-        dim = self.head(tool).layer.in_features
-        received = ClassMeans.read(order.parcel, self.data.num_classes, dim)
+        dim = head_of(tool.model.module, self.data.num_classes).layer.in_features
+        received = ClassMeans.read(task, self.data.num_classes, dim)
         device = self.participant.device
         present = torch.from_numpy(received.counts > 0).to(device)
         return torch.from_numpy(received.means).to(device), present
+
+
+class FedTGP(FedProto):
+    """FedTGP differs on the server alone."""
+
+
+class FD(Method):
+    """Distils from the federation's mean logits of the example's own class."""
+
+    def fit(self, task: Received, tool: Tool) -> Trained:
+        """Train with the distillation term, once there are mean logits."""
+        if COUNTS not in task:
+            return self.train(task, tool, cross_entropy)
+        classes = self.data.num_classes
+        received = ClassMeans.read(task, classes, classes)
+        device = self.participant.device
+        logits_CC = torch.from_numpy(received.means).to(device)
+        present_C = torch.from_numpy(received.counts > 0).to(device)
+        return self.train(task, tool, fd_loss(logits_CC, present_C, DISTILL_WEIGHT))
+
+    def collect(self, task: Received, tool: Tool) -> Arrays:
+        """Send the mean logits of every class, after training."""
+        return class_means(tool.model.module, self.data, None).arrays()
+
+
+def fd_loss(logits_CC: Tensor, present_C: Tensor, weight: float) -> Loss:
+    """Make the loss: cross-entropy + weight KL(softmax(mean logits of the class) || student).
+
+    Examples of classes without mean logits add nothing.
+    """
+    targets_CC = functional.log_softmax(logits_CC, dim=1)
+
+    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        student_BC = functional.log_softmax(logits, dim=1)
+        divergence_BC = functional.kl_div(
+            student_BC, targets_CC[labels], reduction="none", log_target=True
+        )
+        divergence = (divergence_BC * present_C[labels, None]).sum() / len(labels)
+        return cross_entropy(images, logits, labels) + weight * divergence
+
+    return loss
 
 
 def prototype_loss(

@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from client_app.training.batched import Member, cut
-from common.wire import Evaluation
+from common.messages import Evaluation
 
 TESTED_AT_ONCE = {"cpu": 256, "cuda": 8192}
 """By device type: test examples of all members together in one forward pass."""

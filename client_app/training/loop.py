@@ -19,8 +19,8 @@ from client_app.data.examples import ClientData
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 from common.log import logger
+from common.messages import Evaluation
 from common.parameters import FlatModel
-from common.wire import Evaluation
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images (B, ...), logits (B, C), labels (B,)) -> scalar loss."""

@@ -8,15 +8,24 @@ defaults of the sections are the published settings (`method.md`; arXiv 2507.223
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from common.config.baselines import BaselineSection
 from common.config.client import ClientSection, WireSection
 from common.config.combinations import check_together
-from common.config.section import OWN_METHODS, HeadSharing, Method, Scalar, Section, kebab
+from common.config.section import HeadSharing, Scalar, Section, kebab
 from common.errors import ConfigError, unknown_name
+from common.methods import METHODS, known_method
 
 BY_SIZE = -1.0
 """A gain that follows from the number of clients of a head group (`least_squares`)."""
@@ -30,7 +39,7 @@ class RunSection(Section):
     first used it: "auto" binds where the operator registered the SuperNode under a name.
     """
 
-    method: Method = "mh-pfedhn"
+    method: Annotated[str, AfterValidator(known_method)] = "mh-pfedhn"
     rounds: int = Field(40, ge=1)
     seed: int = Field(42, ge=0)
     evaluation: Literal["separate", "fused"] = "separate"
@@ -215,8 +224,14 @@ class RunConfig(BaseModel):
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the method is not ours."""
-        return self.run.method not in OWN_METHODS
+        """Whether the method is not this project's own."""
+        return METHODS[self.run.method].is_baseline
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a registration that every client must fill in, beside its sizes."""
+        by_tag = self.hypernet.head_sharing == "tag" and not self.is_baseline
+        return METHODS[self.run.method].needs + (("group",) if by_tag else ())
 
 
 class NodeConfig(Section):

@@ -1,4 +1,4 @@
-"""The form of every part of the configuration, and the names of the methods."""
+"""The form of every part of the configuration."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ from functools import cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-
-Method = Literal[
-    "mh-pfedhn", "mh-pfedhn-gd",
-    "local", "fedavg", "fedavg-ft", "fedprox", "lg-fedavg", "fedproto", "fedgh", "fd", "fml",
-    "fedtgp", "pfedhn",
-]  # fmt: skip
-"""Ours, and the baselines of docs/baselines.md."""
-
-OWN_METHODS = ("mh-pfedhn", "mh-pfedhn-gd")
 
 HeadSharing = Literal["chunks", "tolerance", "tag", "own"]
 """Which clients share heads: `server_app.hypernet.groups`."""

@@ -28,9 +28,9 @@ from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.preflight import check_clients
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import follow
+from server_app.app import CHECKPOINTS
 from server_app.output.checkpoint import META, latest
 from server_app.output.figures import draw_curves, read_json
-from server_app.output.snapshot import FOLDER as CHECKPOINTS
 
 FAILED, INTERRUPTED = 1, 130
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

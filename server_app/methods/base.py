@@ -1,68 +1,206 @@
-"""What the rounds ask of a method: the hooks that MH-pFedHN and every baseline fill in."""
+"""The server half of a method: what is sent, what is accepted, what is learned, what is saved.
+
+Rounds, registration, refused replies, evaluation, outputs and checkpoints are the same for all.
+docs/baselines.md says how to add one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from flwr.app import RecordDict
+import numpy as np
 from torch import Tensor
 
-from common.wire import Evaluation, Registration
+from common.compression import Float32
+from common.config import RunConfig
+from common.errors import ConfigError, RegistrationError, WireError
+from common.log import logger
+from common.messages import Registration
+from common.methods import METHODS
+from common.records import Arrays, Content, Received
+from server_app.aggregation.diagnostics import StepDiagnostics
 from server_app.clients import Client
-from server_app.scheduler import RoundActions
-from server_app.transport import Letter
-from server_app.trips import Post, Roster, RoundTally
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SYNCHRONOUS = {"max-in-flight": 0, "buffer-size": 0, "max-staleness": 0}
+SHARED_SIZES = ("num_classes", "feature_dim", "num_global_parameters")
+"""What all clients have to agree on where a method needs it."""
 
 
-class Method(Protocol):
-    """The server half of a method: what goes out, what is learned from what comes back."""
+@dataclass(frozen=True)
+class Upload(Generic[T]):
+    """A good reply: what `Method.read` made of it, and how many server steps old it is."""
 
-    @property
-    def post(self) -> Post:
-        """The way to the clients."""
+    client: Client
+    num_examples: int
+    content: T
+    staleness: int = 0
 
-    def require(self, registration: Registration, source: str) -> None:
-        """Raise WireError when a registration lacks something that this method needs."""
+
+class Exchange(Protocol):
+    """A trip of its own: sends everybody in `contents` a training message, reads the replies."""
+
+    def __call__(
+        self,
+        contents: Iterable[tuple[Client, Content]],
+        read: Callable[[Client, Received], R],
+    ) -> list[Upload[R]]:
+        """Return the good replies."""
+
+
+class Method(Generic[T]):
+    """One method on the server; what is not replaced is Local: nothing travels.
+
+    Attributes
+    ----------
+    num_steps : server steps taken so far.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.num_steps = 0
+
+    # --- what is sent ----------------------------------------------------------------------------
+
+    def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
+        """Note who is about to train, in order of client_id; make trips of one's own."""
+
+    def contents(self, clients: Sequence[Client], *, training: bool) -> Iterator[Content]:
+        """Make what goes to each client, when it is asked for: to train, or to test and keep."""
+        for client in clients:
+            yield Content(arrays=self.download(client))
+
+    def download(self, client: Client) -> Arrays:
+        """Return the vectors that go to this client, for training, evaluation and finish."""
+        return {}
+
+    # --- what is accepted ------------------------------------------------------------------------
+
+    def read(self, client: Client, reply: Received) -> T | None:
+        """Read and check what this client sent; any exception refuses the reply."""
+        return None
+
+    def check_norm(self, x: Float32, name: str) -> None:
+        """Raise WireError when the Euclidean norm of a change is beyond `max-delta-norm`."""
+        norm, most = (
+            float(np.linalg.norm(x.astype(np.float64))),
+            self.config.schedule.max_delta_norm,
+        )
+        if norm > most:
+            raise WireError(
+                f"{name} has norm {norm:.3g}; at most {most:.3g} is accepted (max-delta-norm). "
+                "Training diverged there, or the client is faulty."
+            )
+
+    # --- what is learned -------------------------------------------------------------------------
+
+    def learn(
+        self, uploads: Sequence[Upload[T]], *, server_round: int, progress: float
+    ) -> StepDiagnostics | None:
+        """Take one server step on good uploads, at least one, in order of client_id.
+
+        Parameters
+        ----------
+        progress : rounds done so far, the share of this one that has answered included.
+        """
+        return None
+
+    def close_round(self) -> dict[str, float]:
+        """Learn what is left over when everybody has answered; return columns of metrics.jsonl."""
+        return {}
+
+    # --- what is saved ---------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what was learned: tensors, and JSON-able facts."""
+        return {}, {}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; raise CheckpointError where it does not fit."""
+
+    def facts(self, client: Client) -> dict[str, object]:
+        """Return columns of clients.csv that only this method knows."""
+        return {"group": client.group} if "group" in self.config.needs else {}
+
+    # --- who takes part --------------------------------------------------------------------------
+
+    @classmethod
+    def adapted(cls, config: RunConfig) -> RunConfig:
+        """Return the config as the method runs it: most take one step a round, of all replies.
+
+        Raises
+        ------
+        ConfigError
+            The method cannot run with this config.
+        """
+        name, info = config.run.method, METHODS[config.run.method]
+        if info.is_baseline and config.run.novel_only:
+            raise ConfigError(
+                f"novel-only freezes a hypernetwork, and {name} has none that new clients could "
+                "learn against. Set novel-only = false."
+            )
+        if not info.synchronous:
+            return config
+        if config.schedule.max_in_flight or config.schedule.buffer_size:
+            logger.info("%s is synchronous: max-in-flight and buffer-size become 0 (all)", name)
+        return config.with_overrides(SYNCHRONOUS)
+
+    def admit(self, registration: Registration, known: Collection[Client]) -> None:
+        """Check a registration by itself and against everybody else's.
+
+        Raises
+        ------
+        RegistrationError
+            It lacks something, declares absurd sizes, or cannot take part with the others.
+        """
+        name, needs = self.config.run.method, self.config.needs
+        who = f"client {registration.client_id}"
+        for need in needs:
+            if not getattr(registration, need):
+                raise RegistrationError(
+                    f"{who}: {need} is missing, which {name} needs. Start the client with the run "
+                    "config of this federation."
+                )
+        cap = self.config.hypernet.max_parameters
+        for what, size in self.sizes(registration).items():
+            if size > cap:
+                raise RegistrationError(
+                    f"{who}: {what} of {size:,} numbers; at most {cap:,} (max-parameters)."
+                )
+        for shared in (name for name in SHARED_SIZES if name in needs):
+            mine = getattr(registration, shared)
+            agreed = next((getattr(client, shared) for client in known), mine)
+            if mine != agreed:
+                raise RegistrationError(
+                    f"{who} has {shared} = {mine:,}; the federation's is {agreed:,}. {name} shares "
+                    "vectors of that size: all clients need the same global-model and number of "
+                    "classes, and models whose last layers are alike."
+                )
+
+    def sizes(self, registration: Registration) -> dict[str, int]:
+        """Return what the server may have to hold for such a client beside its model, by name."""
+        head = registration.num_classes * (registration.feature_dim + 1)
+        return {"a head": head, "a shared model": registration.num_global_parameters}
 
     def welcome(self, client: Client) -> None:
         """Take note of a client that was just admitted: new, back, or with another model."""
 
     def learners(self, clients: list[Client]) -> list[Client]:
-        """Return those who train.
+        """Return those who train; raise RunError when nobody does."""
+        return clients
 
-        Raises
-        ------
-        RunError
-            Nobody does.
-        """
 
-    def open_round(self, roster: Roster, tally: RoundTally) -> RoundActions[Any]:
-        """Do what comes before the personal training, trips included; return that training."""
+class Local(Method[None]):
+    """Nothing travels: the bar that decides whether federation helped at all."""
 
-    def phase(self, roster: Roster, tally: RoundTally) -> RoundActions[Any]:
-        """Return the personal training of a round without any trip of its own."""
 
-    def close_round(self, server_round: int, tally: RoundTally) -> None:
-        """Fold in what is left over when everybody has answered."""
-
-    def letters(self, roster: Roster, message_type: str) -> Iterator[Letter]:
-        """Make everyone's message for evaluation or finish, lazily."""
-
-    def decode_evaluation(self, content: RecordDict, source: str) -> Evaluation:
-        """Decode and check a reply to `evaluate.personal`."""
-
-    def facts(self, client_id: str) -> dict[str, object]:
-        """Return columns of clients.csv that only this method knows."""
-
-    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the learning state: tensors, and JSON-able facts."""
-
-    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Load an exported state.
-
-        Raises
-        ------
-        CheckpointError
-            It does not fit.
-        """
+def mean_vector(uploads: Sequence[Upload[Float32]]) -> Float32:
+    """Return the mean of vectors (P,), weighted by examples, summed in float64 in their order."""
+    total = np.zeros(uploads[0].content.shape)
+    for upload in uploads:
+        total += upload.num_examples * upload.content.astype(np.float64)
+    return (total / sum(upload.num_examples for upload in uploads)).astype(np.float32)

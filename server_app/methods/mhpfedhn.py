@@ -1,77 +1,85 @@
-"""MH-pFedHN and MH-pFedHNGD (arXiv 2507.22330): what their rounds send, fold and save.
+"""MH-pFedHN and MH-pFedHNGD (arXiv 2507.22330): the server half.
 
-One round reads like the paper: (GD) train and fold w_g; generate and train the personal models;
-pull their changes back through the hypernetwork. It knows counts and vectors, no architecture.
+Generate every client's parameters; pull the changes that come back through the hypernetwork. GD
+adds a global model w_g, generated from an embedding of its own, that all clients train and distil
+from: in a trip of its own before the personal one, as published, or in the same (`gd-mode`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import RecordDict
+import torch
 from torch import Tensor
 
-from common import wire
-from common.errors import RunError, WireError
+from common.compression import Float32
+from common.config import RunConfig
+from common.errors import ConfigError, RunError
 from common.log import logger
-from common.wire import Evaluation, Registration
+from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
+from common.records import Content, Received
+from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation.clipping import NormClip
+from server_app.aggregation.diagnostics import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
+from server_app.hypernet.blocks import blocks
 from server_app.hypernet.groups import group_order
-from server_app.methods.phases import Core, GlobalPhase, PersonalPhase, fold_global, theta_letters
-from server_app.transport import Letter
-from server_app.trips import Post, Roster, RoundTally, without_busy
+from server_app.hypernet.network import Hypernetwork
+from server_app.methods.base import Exchange, Method, Upload
 
 
-class MHpFedHN:
-    """Hosts the hypernetwork; one `server_app.methods.base.Method`.
+@dataclass(frozen=True)
+class Deltas:
+    """The changes of a client's personal model (K_i,), and where it trained it of w_g (K_g,)."""
 
-    Parameters
+    personal: Float32
+    shared: Float32 | None = None
+
+
+class MHpFedHN(Method[Deltas]):
+    """Hosts the hypernetwork and the rule that moves it.
+
+    Attributes
     ----------
-    core : hypernetwork, its optimiser, the mailbox to the clients.
+    hypernet, rule, clip : network, update rule, and the clip of deltas to their group's median.
     """
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    @property
-    def post(self) -> Post:
-        """The way to the clients."""
-        return self._core
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        device = _server_device(config.run.server_device)
+        self.hypernet = Hypernetwork(config.hypernet, seed=config.run.seed, device=device)
+        self.rule = ServerUpdate(self.hypernet, config.update, total_rounds=config.run.rounds)
+        self.clip = NormClip(config.schedule.clip_to_median)
+        self._frozen_clients: set[str] = set()
+        self._global_theta: Float32 | None = None
+        self._global_updates: dict[str, ClientUpdate] = {}
+        self._global_step: StepDiagnostics | None = None
+        self._holders: set[str] = set()  # clients that have this round's w_g already
+        self._server_round = 0
+        # w_g does not learn when only new clients do
+        trains = config.distils and not config.run.novel_only
+        self._own_trip = trains and config.distill.gd_mode == "separate"
+        self._fused = trains and config.distill.gd_mode == "fused"
 
     # --- who takes part --------------------------------------------------------------------------
 
-    def require(self, registration: Registration, source: str) -> None:
-        """Raise WireError when GD runs and the client names no global model of a sane size."""
-        config = self._core.config
-        cap = config.hypernet.max_parameters
-        if config.distils and not 1 <= registration.num_global_parameters <= cap:
-            raise WireError(
-                f"{source}: num-global-parameters = {registration.num_global_parameters}; with "
-                f"{config.run.method} 1 to {cap:,} are accepted. Start the client with "
-                "the run config of this federation."
-            )
-        if config.hypernet.head_sharing == "tag" and not registration.group:
-            raise WireError(
-                f"{source}: there is no tag, and head-sharing = 'tag' groups clients by it. Start "
-                "the client with the run config of this federation."
-            )
-
     def welcome(self, client: Client) -> None:
         """Give a client an embedding of its size, unless it has one; GD: v_g with the first."""
-        hypernet, client_id, tag = self._core.hypernet, client.client_id, client.group
+        hypernet, client_id, tag = self.hypernet, client.client_id, client.group
         if hypernet.has_client(client_id):
             if hypernet.is_same(client_id, client.num_parameters, tag):
                 return
             hypernet.remove_client(client_id)
-            self._core.frozen_clients.discard(client_id)
+            self._frozen_clients.discard(client_id)
         hypernet.add_client(client_id, client.num_parameters, tag=tag)
-        if self._core.config.distils and not hypernet.has_client(GLOBAL_ID):
+        if self.config.distils and not hypernet.has_client(GLOBAL_ID):
             hypernet.add_client(GLOBAL_ID, client.num_global_parameters, tag=GLOBAL_ID)
 
     def learners(self, clients: list[Client]) -> list[Client]:
         """Return those who train: everybody, or in a novel-only run the new clients alone."""
-        learners = [c for c in clients if c.client_id not in self._core.frozen_clients]
+        learners = [c for c in clients if c.client_id not in self._frozen_clients]
         if not learners:
             raise RunError(
                 f"novel-only, but all {len(clients)} clients that are present are part of the "
@@ -79,80 +87,144 @@ class MHpFedHN:
             )
         return learners
 
-    # --- a round ---------------------------------------------------------------------------------
+    # --- what is sent ----------------------------------------------------------------------------
 
-    def open_round(self, roster: Roster, tally: RoundTally) -> PersonalPhase:
-        """Run phase 1 of GD where it is a trip of its own; return the personal phase."""
-        core = self._core
-        if not core.config.distils:
-            return PersonalPhase(core, roster, tally)
-        theta = core.generate([GLOBAL_ID])[GLOBAL_ID]
-        if core.trains_global and core.config.distill.gd_mode == "separate":
-            free = without_busy(roster, core.mailbox.busy_nodes())
-            GlobalPhase(core, free, tally, theta).run()
-        return PersonalPhase(core, roster, tally, theta, frozenset(tally.global_deltas))
+    def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
+        """Generate w_g; with a trip of its own send it, and learn from what comes back."""
+        self._server_round = server_round
+        self._holders, self._global_updates, self._global_step = set(), {}, None
+        if not self.config.distils:
+            return
+        ((_, self._global_theta),) = self._thetas([GLOBAL_ID])
+        if self._own_trip:
+            content = Content({TRAIN_GLOBAL: True}, {GLOBAL_THETA: self._global_theta})
+            uploads = exchange(((client, content) for client in clients), self._read_global)
+            self._holders = {upload.client.client_id for upload in uploads}
+            self._global_updates = _weighted((upload, upload.content) for upload in uploads)
+            self._learn_global(server_round - 1.0)
 
-    def phase(self, roster: Roster, tally: RoundTally) -> PersonalPhase:
-        """Return the personal phase; with GD everyone gets w_g along with theta."""
-        theta = self._core.generate([GLOBAL_ID])[GLOBAL_ID] if self._core.config.distils else None
-        return PersonalPhase(self._core, roster, tally, theta)
+    def contents(self, clients: Sequence[Client], *, training: bool) -> Iterator[Content]:
+        """Generate theta with the phi of the moment; to train, w_g goes to whoever lacks it."""
+        settings: dict[str, Any] = {}
+        if training and self.config.distils:
+            settings = {TRAIN_GLOBAL: self._fused, DISTIL: True, **self.config.distill.flat()}
+        for client_id, theta in self._thetas([client.client_id for client in clients]):
+            arrays = {THETA: theta}
+            if settings and self._global_theta is not None and client_id not in self._holders:
+                arrays[GLOBAL_THETA] = self._global_theta
+            yield Content(settings, arrays)
 
-    def close_round(self, server_round: int, tally: RoundTally) -> None:
-        """Fused GD: one server step for w_g, from the deltas that came with the personal ones."""
-        if self._core.trains_global and self._core.config.distill.gd_mode == "fused":
-            fold_global(self._core, tally, progress=float(server_round))
+    def _thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:
+        """Generate theta (K_i,) of clients, a block at a time, each when it is asked for."""
+        for block in blocks(client_ids, self.hypernet.num_parameters):
+            for client_id, theta in self.hypernet.generate(block).items():
+                yield client_id, theta.cpu().numpy()
 
-    def letters(self, roster: Roster, message_type: str) -> Iterator[Letter]:
-        """Generate fresh weights for evaluation or finish: no local fine-tuning comes between."""
-        return theta_letters(self._core, roster, message_type)
+    # --- what is accepted ------------------------------------------------------------------------
 
-    def decode_evaluation(self, content: RecordDict, source: str) -> Evaluation:
-        """Decode test counts."""
-        return wire.decode_evaluation(content, source)
+    def read(self, client: Client, reply: Received) -> Deltas:
+        """Read the client's delta, and that of w_g where it was asked for."""
+        shared = self._read_global(client, reply) if self._fused else None
+        size = self.hypernet.num_parameters(client.client_id)
+        return Deltas(self._delta(reply, DELTA, size), shared)
 
-    def facts(self, client_id: str) -> dict[str, object]:
-        """Return the client's number of chunks, and its head group where that says more."""
-        hypernet = self._core.hypernet
-        facts: dict[str, object] = {"num_chunks": hypernet.num_chunks(client_id)}
-        if hypernet.section.head_sharing != "chunks":
-            facts["head_group"] = hypernet.bank.key(client_id)
-        return facts
+    def _read_global(self, client: Client, reply: Received) -> Float32:
+        return self._delta(reply, GLOBAL_DELTA, self.hypernet.num_parameters(GLOBAL_ID))
 
-    # --- checkpoints -----------------------------------------------------------------------------
+    def _delta(self, reply: Received, name: str, size: int) -> Float32:
+        delta = reply.vector(name, size, top_k=self.config.wire.uplink_top_k)
+        self.check_norm(delta, name)
+        return delta
 
-    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export phi, embeddings and Adam's state."""
-        phi, hypernet_meta = self._core.hypernet.state_dict()
-        adam, update_meta = self._core.update.state_dict()
-        meta = {
-            "hypernet": hypernet_meta,
-            "update": update_meta,
-            "norms": self._core.norms.export(),
-            "frozen": self._frozen(),
-        }
-        return phi | adam, meta
+    # --- what is learned -------------------------------------------------------------------------
 
-    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Load an exported state into an empty hypernetwork; novel-only freezes it."""
-        self._core.hypernet.load_state_dict(tensors, meta["hypernet"])
-        self._core.update.load_state_dict(tensors, meta["update"])
-        self._core.norms.restore(meta["norms"])
-        if self._core.config.run.novel_only:
-            self._freeze(meta["frozen"])
+    def learn(
+        self, uploads: Sequence[Upload[Deltas]], *, server_round: int, progress: float
+    ) -> StepDiagnostics:
+        """Take one step of the rule along J^T delta of these clients."""
+        shared = [(u, u.content.shared) for u in uploads if u.content.shared is not None]
+        self._global_updates |= _weighted(shared)
+        updates = [
+            ClientUpdate(
+                u.client.client_id, torch.from_numpy(u.content.personal), staleness=u.staleness
+            )
+            for u in uploads
+        ]
+        usual = self.clip.clip_all(updates, self.hypernet.group_key)
+        return self.rule.step(usual, progress=progress)
 
-    def _frozen(self) -> dict[str, Any] | None:
-        if not self._core.config.run.novel_only:
-            return None
-        groups = sorted(self._core.update.frozen_groups, key=group_order)
-        return {"clients": sorted(self._core.frozen_clients), "groups": groups}
+    def close_round(self) -> dict[str, float]:
+        """Fused GD: one step for w_g, from the deltas that came with the personal ones."""
+        if self._fused:
+            self._learn_global(float(self._server_round))
+        return global_diagnostics(self._global_step)
+
+    def _learn_global(self, progress: float) -> None:
+        """Take ONE server step on sum_i (n_i / sum n) J_g^T delta_g,i (method.md, Phase 1)."""
+        updates = list(self._global_updates.values())
+        if updates:
+            self._global_step = self.rule.step_global(GLOBAL_ID, updates, progress=progress)
+            self.num_steps += 1
+
+    # --- what is saved ---------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return phi, embeddings and the state of the rule and of the clip."""
+        phi, network = self.hypernet.state_dict()
+        state, rule = self.rule.state_dict()
+        frozen = None
+        if self.config.run.novel_only:
+            groups = sorted(self.rule.frozen_groups, key=group_order)
+            frozen = {"clients": sorted(self._frozen_clients), "groups": groups}
+        facts = {"hypernet": network, "update": rule, "norms": self.clip.export()}
+        return phi | state, facts | {"frozen": frozen}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Load them into an empty hypernetwork; novel-only freezes what is there."""
+        self.hypernet.load_state_dict(tensors, facts["hypernet"])
+        self.rule.load_state_dict(tensors, facts["update"])
+        self.clip.restore(facts["norms"])
+        if self.config.run.novel_only:
+            self._freeze(facts["frozen"])
 
     def _freeze(self, before: Mapping[str, Any] | None) -> None:
         """Freeze all there is; a novel-only run that is resumed freezes what it froze before."""
-        core = self._core
-        core.frozen_clients |= set(before["clients"] if before else core.hypernet.clients())
-        core.update.freeze(map(str, before["groups"]) if before else core.hypernet.groups)
+        hypernet = self.hypernet
+        self._frozen_clients |= set(before["clients"] if before else hypernet.clients())
+        self.rule.freeze(map(str, before["groups"]) if before else hypernet.groups)
         logger.info(
             "Trunk, %d head groups and %d embeddings are frozen: only new clients learn",
-            len(core.update.frozen_groups),
-            len(core.frozen_clients),
+            len(self.rule.frozen_groups),
+            len(self._frozen_clients),
         )
+
+    def facts(self, client: Client) -> dict[str, object]:
+        """Return the client's number of chunks, and its head group where that says more."""
+        hypernet, client_id = self.hypernet, client.client_id
+        facts: dict[str, object] = {"num_chunks": hypernet.num_chunks(client_id)}
+        if hypernet.section.head_sharing != "chunks":
+            facts["head_group"] = hypernet.group_key(client_id)
+        return facts
+
+
+def _weighted(deltas: Iterable[tuple[Upload[Any], Float32]]) -> dict[str, ClientUpdate]:
+    """Return the updates of w_g by client, weighted by examples."""
+    return {
+        upload.client.client_id: ClientUpdate(
+            upload.client.client_id, torch.from_numpy(delta), weight=float(upload.num_examples)
+        )
+        for upload, delta in deltas
+    }
+
+
+def _server_device(wish: str) -> torch.device:
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wish.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"server-device = {wish!r}, but torch sees no GPU here: use auto or cpu.")
+    try:
+        return torch.device(wish)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"server-device = {wish!r} is no torch device: auto, cpu, cuda."
+        ) from error

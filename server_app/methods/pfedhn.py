@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from common.compression import Float32
 from common.config import RunConfig
 from common.errors import ConfigError, RegistrationError
-from common.parcels import Arrays, Parcel
+from common.messages import DELTA, THETA, Registration
+from common.records import Arrays, Received
 from common.seeding import torch_generator
-from common.wire import Registration
 from server_app.clients import Client
-from server_app.methods.baseline_base import Baseline, CheckNorm, Upload
+from server_app.methods.base import Exchange, Method, Upload
 from server_app.output.checkpoint import required_tensor
 
 HIDDEN, LAYERS = 100, 4
@@ -33,31 +33,29 @@ CLIP_NORM, MOMENTUM, WEIGHT_DECAY = 50.0, 0.9, 1e-3
 ONE = "pfedhn generates the weights of ONE architecture"
 
 
-class PFedHN(Baseline[Float32]):
+class PFedHN(Method[Float32]):
     """Pulls deltas back through the hypernetwork; SGD with momentum on all that took part."""
 
-    needs = frozenset({"group"})
-    synchronous = False
-
-    def __init__(self, config: RunConfig, check_norm: CheckNorm) -> None:
-        super().__init__(config, check_norm)
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
         self._net: nn.Sequential | None = None
         self._embed_dim = 0
         self._embeddings: dict[str, nn.Parameter] = {}
         self._momenta: dict[str, Tensor] = {}
 
     @classmethod
-    def validate(cls, config: RunConfig) -> None:
+    def adapted(cls, config: RunConfig) -> RunConfig:
         """Refuse a run config that names several models."""
         if "," in config.client.models:
             raise ConfigError(
                 f"{ONE}, but models = {config.client.models!r}. Name one model, or use "
                 "method = 'mh-pfedhn', which has a head group for each size."
             )
+        return super().adapted(config)
 
-    def check(self, registration: Registration, known: Collection[Client]) -> None:
+    def admit(self, registration: Registration, known: Collection[Client]) -> None:
         """Refuse a client whose architecture is not everybody else's."""
-        super().check(registration, known)
+        super().admit(registration, known)
         mine = (registration.group, registration.num_parameters)
         for other in known:
             if (other.group, other.num_parameters) != mine:
@@ -67,7 +65,7 @@ class PFedHN(Baseline[Float32]):
                     f"({other.num_parameters:,}). Use method = 'mh-pfedhn' for several."
                 )
 
-    def open_round(self, clients: Sequence[Client]) -> None:
+    def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
         """Build the hypernetwork for the clients of the first round; embed those who are new."""
         if self._net is None:
             self._build(clients[0].num_parameters, 1 + len(clients) // 4)
@@ -95,7 +93,7 @@ class PFedHN(Baseline[Float32]):
         """Return the client's generated weights."""
         with torch.no_grad():
             theta: Float32 = self._generate([client.client_id])[0].numpy()
-        return {"theta": theta}
+        return {THETA: theta}
 
     def _generate(self, client_ids: Sequence[str]) -> Tensor:
         """Return theta (M, K)."""
@@ -103,13 +101,13 @@ class PFedHN(Baseline[Float32]):
         theta_MK: Tensor = self._net(torch.stack([self._embeddings[c] for c in client_ids]))
         return theta_MK
 
-    def read(self, client: Client, parcel: Parcel) -> Float32:
+    def read(self, client: Client, reply: Received) -> Float32:
         """Read the change of the model, before minus after."""
-        delta = parcel.vector("delta", client.num_parameters)
-        self.check_norm(delta, "delta", parcel.source)
+        delta = reply.vector(DELTA, client.num_parameters)
+        self.check_norm(delta, DELTA)
         return delta
 
-    def fold(self, uploads: Sequence[Upload[Float32]], server_round: int) -> None:
+    def learn(self, uploads: Sequence[Upload[Float32]], **_: object) -> None:
         """Take one step along the mean of J^T delta (one upload: as published)."""
         theta_MK = self._generate([upload.client.client_id for upload in uploads])
         delta_MK = torch.stack([torch.from_numpy(upload.content) for upload in uploads])
@@ -131,10 +129,10 @@ class PFedHN(Baseline[Float32]):
         net = {f"net.{name}": p for name, p in self._net.named_parameters()}
         return net | {f"embedding.{c}": self._embeddings[c] for c in sorted(client_ids)}
 
-    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the hypernetwork, the embeddings and SGD's momenta."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the hypernetwork, the embeddings and SGD's momenta."""
         if self._net is None:
-            return {}, {"pfedhn": None}
+            return {}, {}
         tensors = {name: p.detach() for name, p in self._named(self._embeddings).items()}
         tensors |= {f"momentum.{name}": x for name, x in self._momenta.items()}
         facts = {
@@ -143,12 +141,11 @@ class PFedHN(Baseline[Float32]):
             "clients": list(self._embeddings),
             "momenta": list(self._momenta),
         }
-        return tensors, {"pfedhn": facts}
+        return tensors, facts
 
-    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Load them."""
-        facts = meta["pfedhn"]
-        if facts is None:
+        if not facts:
             return
         self._build(facts["num-parameters"], facts["embed-dim"])
         for client_id in facts["clients"]:

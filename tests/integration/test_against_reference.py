@@ -12,8 +12,8 @@ from torch import nn
 from client_app.data.examples import ClientData, load_client_data
 from common.config import NodeConfig, RunConfig
 from common.seeding import numpy_generator, torch_generator
+from server_app.clients import GLOBAL_ID
 from server_app.hypernet.network import Hypernetwork
-from server_app.methods.phases import GLOBAL_ID
 from tests.reference.algorithm import Client, Hyper, ReferenceHypernet, one_round_gd, one_round_hn
 from tests.support import tiny
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config

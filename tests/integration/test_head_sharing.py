@@ -79,4 +79,6 @@ def test_tags_are_declared_or_made_of_the_model_and_never_the_name(
     assert sent["0"] == sent["1"] != sent["2"] == sent["3"]
     assert all(len(tag) == 16 and int(tag, 16) >= 0 for tag in sent.values())
     assert head_groups(config) == [f"3-{sent[c]}" for c in "0123"]
-    assert [line for line in logged.lines if "there is no tag, and head-sharing = 'tag'" in line]
+    assert [
+        line for line in logged.lines if "client 4: group is missing, which mh-pfedhn needs" in line
+    ]

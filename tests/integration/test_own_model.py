@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from client_app.personal import PersonalModel
-from common.wire import Evaluation
+from common.messages import Evaluation
 from experiments.examples import my_site
 from tests.support.tiny import run_tiny, tiny_config
 

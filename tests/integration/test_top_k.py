@@ -52,7 +52,7 @@ def spoil(change: Callable[[np.ndarray], np.ndarray]) -> Wrapped:
         trains = message.metadata.message_type == "train.personal"
         if trains and context.node_config["partition-id"] == 2:
             arrays = reply.content["arrays"]
-            arrays["delta-places"] = Array(change(arrays["delta-places"].numpy()))
+            arrays["delta-indices"] = Array(change(arrays["delta-indices"].numpy()))
         return reply
 
     return Wrapped(handle)
@@ -61,9 +61,12 @@ def spoil(change: Callable[[np.ndarray], np.ndarray]) -> Wrapped:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda gaps: gaps + np.uint16(20), "delta-places reaches entry"),
-        (lambda gaps: np.zeros_like(gaps), "delta-places has a gap of 0: an entry twice"),
-        (lambda gaps: gaps[:-1], "delta has shape (2,); expected (1,), one value for each place"),
+        (lambda gaps: gaps + np.uint16(20), "delta-indices reaches entry"),
+        (lambda gaps: np.zeros_like(gaps), "delta-indices has a gap of 0: an entry twice"),
+        (
+            lambda gaps: gaps[:-1],
+            "delta has shape (2,); expected (1,), one value for each position",
+        ),
     ],
 )
 def test_bad_places_are_refused_and_never_reach_phi(

@@ -16,9 +16,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app
 from client_app.worker.link import WorkerRecord
-from common import wire
 from common.config import TrainingSection
 from common.errors import ConfigError
+from common.messages import REGISTER, Evaluation, Registration
+from common.records import Content, Header, Received, encode
 from tests.support import tiny
 from tests.support.tiny import tiny_config
 
@@ -41,9 +42,11 @@ def ask(context: Context, message_type: str, content: RecordDict) -> RecordDict:
     return app(message, context).content
 
 
-def register(context: Context) -> wire.Registration:
-    content = wire.encode_query(wire.Header("f", 1))
-    return wire.decode_registration(ask(context, "query.register", content), "reply")
+HEADER = Header("f", "mh-pfedhn", 1, "n")
+
+
+def register(context: Context) -> Registration:
+    return Registration.read(Received(ask(context, REGISTER, encode(HEADER, Content()))))
 
 
 def worker_pid(folder: Path) -> int | None:
@@ -71,8 +74,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
 
 def train_content() -> RecordDict:
     theta = np.random.default_rng(0).normal(0, 0.1, size=116).astype(np.float32)
-    task = wire.TrainTask(wire.Header("f", 1), TrainingSection(batch_size=16), theta, evaluate=True)
-    return wire.encode_train_task(task)
+    settings = {**TrainingSection(batch_size=16).flat(), "evaluate": True}
+    return encode(HEADER, Content(settings, {"theta": theta}))
 
 
 def test_messages_share_one_worker_and_its_answers_are_those_of_the_process(home: Path) -> None:
@@ -84,16 +87,9 @@ def test_messages_share_one_worker_and_its_answers_are_those_of_the_process(home
     assert pid not in (None, os.getpid())
     cold = make_context(home, warm_worker="off", state_dir=str(home / "cold"))
     replies.append(ask(cold, "train.personal", train_content()))
-    first, second = (
-        wire.decode_train_reply(r, num_parameters=116, num_global_parameters=0, source="s")
-        for r in replies
-    )
-    assert first.delta is not None
-    assert second.delta is not None
-    assert np.array_equal(first.delta, second.delta)
-    assert first.evaluation is not None
-    assert second.evaluation is not None
-    assert first.evaluation.num_correct == second.evaluation.num_correct
+    first, second = map(Received, replies)
+    assert np.array_equal(first.vector("delta", 116), second.vector("delta", 116))
+    assert Evaluation.read(first).num_correct == Evaluation.read(second).num_correct
     warm, plain = (
         list((home / place / "a").glob("personal_buffers@*.safetensors"))
         for place in ("state", "cold")
@@ -104,7 +100,7 @@ def test_messages_share_one_worker_and_its_answers_are_those_of_the_process(home
 
 
 def test_an_error_in_the_worker_is_the_same_error(home: Path) -> None:
-    bad = wire.encode_query(wire.Header("f", 1))
+    bad = encode(HEADER, Content())
     bad.config_records["config"]["protocol-version"] = 9
     found = []
     for mode in ("on", "off"):
@@ -112,7 +108,7 @@ def test_an_error_in_the_worker_is_the_same_error(home: Path) -> None:
             ask(make_context(home, warm_worker=mode), "query.register", bad)
         found.append((type(caught.value), str(caught.value)))
     assert found[0] == found[1]
-    assert "protocol version 9; expected 1" in found[0][1]
+    assert "protocol version 9; expected 2" in found[0][1]
 
 
 def test_without_a_place_for_it_the_message_is_handled_here(

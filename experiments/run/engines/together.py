@@ -15,113 +15,100 @@ import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from client_app.participant import GLOBAL, PERSONAL, Participant, Role
-from client_app.training.batched import (
-    Outcome,
-    Teacher,
-    can_train_together,
-    train_cohort,
-)
+from client_app.methods.mhpfedhn import PERSONAL, MHpFedHN, Role
+from client_app.participant import Participant
+from client_app.training.batched import Outcome, Teacher, can_train_together, train_cohort
 from client_app.training.batched_evaluation import evaluate_cohort
-from common import wire
+from client_app.workshop import borrow
 from common.compression import Float32
+from common.config import DistillSection, TrainingSection
 from common.errors import MHpFedHNError
+from common.messages import DISTIL, EVALUATE_FIRST, TRAIN, Evaluation, TrainReply
 from common.parameters import delta
-from common.wire import Evaluation, TrainReply, TrainTask
+from common.records import Content, Received, encode
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A client that can join a batched call; `global_theta` is w_g as it was sent, if at all."""
+    """A client that can join a batched call; `teacher` is w_g as it was sent, if at all."""
 
-    place: int
-    participant: Participant
-    task: TrainTask
-    global_theta: Float32 | None
+    position: int
+    method: MHpFedHN
+    task: Received
+    teacher: Float32 | None
 
     @property
     def starts(self) -> dict[Role, Float32]:
         """What is to be trained, in this order, and from which weights."""
-        found = {}
-        if self.task.train_global and self.global_theta is not None:
-            found[GLOBAL] = self.global_theta
-        if self.task.theta is not None:
-            found[PERSONAL] = self.task.theta
-        return found
+        return {role: self.method.start(role, self.task) for role in self.method.roles(self.task)}
+
+    @property
+    def distill(self) -> DistillSection | None:
+        """How it distils, if it does."""
+        return self.task.section(DistillSection) if self.task.flag(DISTIL) else None
 
     @property
     def kind(self) -> Hashable:
         """What clients must have in common to be trained by one call."""
-        task, section = self.task, self.participant.section
-        sent = None if self.global_theta is None else sha256(self.global_theta.data).digest()
-        models = tuple(self.participant.kind_of(role) for role in self.starts)
-        alike = (task.training, task.distill, task.evaluate, section.theta_offset)
-        return models, self.participant.data.looks, sent, alike
+        task, participant = self.task, self.method.participant
+        sent = None if self.teacher is None else sha256(self.teacher.data).digest()
+        models = tuple(self.method.kind_of(role) for role in self.starts)
+        training, tests = task.section(TrainingSection), task.flag(EVALUATE_FIRST)
+        alike = (training, self.distill, tests, participant.section.theta_offset)
+        return models, participant.data.looks, sent, alike
 
     def fits(self) -> bool:
-        """Whether all that it trains can be batched, and has the length that its model takes."""
-        for role, theta in self.starts.items():
-            module = self.participant.module(role)
-            if theta.size != sum(p.numel() for p in module.parameters()):
-                return False
-            if not can_train_together(module):
-                return False
-        return bool(self.starts)
+        """Whether all that it trains can be batched."""
+        kinds = (self.method.kind_of(role) for role in self.starts)
+        return all(can_train_together(borrow(kind).model.module) for kind in kinds)
 
 
 def answer_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict | None]:
     """Answer training messages; None stands where the caller has to do it one by one."""
     answers: list[RecordDict | None] = [None] * len(pairs)
     groups: dict[Hashable, list[_Ready]] = {}
-    for place, (message, context) in enumerate(pairs):
-        ready = _open(place, message, context)
+    for position, (message, context) in enumerate(pairs):
+        ready = _open(position, message, context)
         if ready is not None:
             groups.setdefault(ready.kind, []).append(ready)
     for group in groups.values():
         if len(group) > 1:
             for ready, content in zip(group, _train(group), strict=True):
-                answers[ready.place] = content
+                answers[ready.position] = content
     return answers
 
 
-def _open(place: int, message: Message, context: Context) -> _Ready | None:
-    if message.metadata.message_type not in (wire.TRAIN_PERSONAL, wire.TRAIN_GLOBAL):
+def _open(position: int, message: Message, context: Context) -> _Ready | None:
+    if message.metadata.message_type != TRAIN:
         return None
     try:
         participant = Participant.open(context)
         if participant.config.is_baseline:
             return None
-        source = f"{message.metadata.message_type} message to client {participant.client_id}"
-        task = wire.decode_train_task(message.content, source)
-        ready = _Ready(place, participant, task, participant.teacher_theta(task))
+        task, method = participant.task(message.content), MHpFedHN(participant)
+        ready = _Ready(position, method, task, method.teacher_theta(task))
+        return ready if ready.fits() else None
     except MHpFedHNError:
         return None  # raised again, and reported, when it is answered by itself
-    untaught = task.distill is not None and ready.global_theta is None
-    return ready if ready.fits() and not untaught else None
 
 
 def _train(group: Sequence[_Ready]) -> list[RecordDict]:
     found = {role: _cohort(group, role) for role in group[0].starts}
     replies = []
     for i, ready in enumerate(group):
+        method, task, arrays = ready.method, ready.task, {}
+        for role, shared in found.items():
+            method.keep_buffers(role, task, shared.outcomes[i].buffers)
+            arrays[role.delta] = method.sent_up(role, task, shared.changes[i])
         last = list(found.values())[-1].outcomes[i].trained
-        sent_up = {
-            role: ready.participant.keep(
-                role, ready.task, ready.starts[role], shared.outcomes[i].buffers, shared.changes[i]
-            )
-            for role, shared in found.items()
-        }
         reply = TrainReply(
             num_examples=last.num_examples,
             train_loss=last.loss,
             seconds=sum(shared.outcomes[i].trained.seconds for shared in found.values()),
-            server_round=ready.task.header.server_round,
-            delta=sent_up.get(PERSONAL),
-            global_delta=sent_up.get(GLOBAL),
             evaluation=found[PERSONAL].evaluations[i] if PERSONAL in found else None,
         )
-        precision, top_k = ready.task.header.precision, ready.participant.config.wire.uplink_top_k
-        replies.append(wire.encode_train_reply(reply, precision, top_k=top_k))
+        top_k = method.participant.config.wire.uplink_top_k
+        replies.append(encode(task.header, Content(reply.settings(), arrays), top_k=top_k))
     return replies
 
 
@@ -140,27 +127,16 @@ def _cohort(group: Sequence[_Ready], role: Role) -> _Shared:
     Their weights go to the device, and their deltas come from there, in one transfer each.
     """
     first = group[0]
-    module = first.participant.module(role)
-    starts = first.participant.placed(role, np.stack([r.starts[role] for r in group]))
-    members = [
-        r.participant.join_cohort(role, r.task, start)
-        for r, start in zip(group, starts, strict=True)
-    ]
+    module = borrow(first.method.kind_of(role)).model.module
+    starts = first.method.placed(role, np.stack([r.starts[role] for r in group]))
+    members = [r.method.member(role, r.task, x) for r, x in zip(group, starts, strict=True)]
     evaluations: list[Evaluation | None] = [None] * len(group)
-    if role is PERSONAL and first.task.evaluate:
+    if role is PERSONAL and first.task.flag(EVALUATE_FIRST):
         evaluations[:] = evaluate_cohort(module, members)
-    outcomes = train_cohort(
-        module,
-        members,
-        first.task.training,
-        clip=role.clip,
-        teacher=_teacher(first) if role is PERSONAL else None,
-    )
+    teacher, distill = None, first.distill
+    if role is PERSONAL and first.teacher is not None and distill is not None:
+        teacher = Teacher(first.method.teacher(first.teacher), distill)
+    section = first.task.section(TrainingSection)
+    outcomes = train_cohort(module, members, section, clip=role.clip, teacher=teacher)
     trained = torch.stack([outcome.theta for outcome in outcomes])
     return _Shared(outcomes, list(delta(starts, trained).cpu().numpy()), evaluations)
-
-
-def _teacher(ready: _Ready) -> Teacher | None:
-    if ready.global_theta is None or ready.task.distill is None:
-        return None
-    return Teacher(ready.participant.teacher(ready.task, ready.global_theta), ready.task.distill)

@@ -3,15 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flwr.clientapp import ClientApp
 
 from common.config import RunConfig
-from experiments.run.engines.inprocess import InProcessGrid
 from server_app.aggregation.adam import ClientUpdate
 from server_app.aggregation.clipping import LEAST, NormClip
-from server_app.app import build_core
-from server_app.methods.phases import PersonalPhase
-from server_app.trips import Roster, RoundTally
+from server_app.clients import Client
+from server_app.methods.base import Upload
+from server_app.methods.mhpfedhn import Deltas, MHpFedHN
 
 pytestmark = pytest.mark.numeric
 
@@ -92,25 +90,25 @@ def test_the_one_median_of_an_older_checkpoint_is_left_out() -> None:
     assert clip.export() == {"9": [3.0] * LEAST}
 
 
-def test_a_personal_phase_lets_a_large_client_be_among_small_ones() -> None:
+def test_a_step_lets_a_large_client_be_among_small_ones() -> None:
     """Eight of 30 parameters, and one of 3000 whose honest deltas are ten times as long."""
-    config = RunConfig.parse({"clip-to-median": 3.0, "chunk-size": 10, "embed-dim": 4})
-    core = build_core(config, InProcessGrid(ClientApp(), {}))
-    ids = [f"small {i}" for i in range(8)]
-    for client_id in ids:
-        core.hypernet.add_client(client_id, 30)
-    core.hypernet.add_client("large", 3000)
-    tally = RoundTally()
-    phase = PersonalPhase(core, Roster(1, dict.fromkeys([*ids, "large"], 0)), tally)
+    method = MHpFedHN(RunConfig.parse({"clip-to-median": 3.0, "chunk-size": 10, "embed-dim": 4}))
+    sizes = {**{f"small {i}": 30 for i in range(8)}, "large": 3000}
+    clients = {name: Client(name, size, 1) for name, size in sizes.items()}
+    for client in clients.values():
+        method.welcome(client)
 
-    def norm_after(*updates: ClientUpdate) -> float:
+    def norm_after(norms: dict[str, float]) -> float:
         """The norm over all deltas that reached the hypernetwork."""
-        phase.step(updates)
-        entries = sum(u.delta.numel() for u in updates)
-        return tally.diagnostics[-1].rms_delta * math.sqrt(entries)
+        uploads = [
+            Upload(clients[name], 1, Deltas(sized(name, norm, sizes[name]).delta.numpy()))
+            for name, norm in norms.items()
+        ]
+        step = method.learn(uploads, server_round=1, progress=1.0)
+        return step.rms_delta * math.sqrt(sum(sizes[name] for name in norms))
 
-    honest = [*(sized(c, 1.0, 30) for c in ids), sized("large", 10.0, 3000)]
+    honest = {name: 10.0 if name == "large" else 1.0 for name in sizes}
     for _ in range(LEAST + 1):
-        assert norm_after(*honest) == pytest.approx(math.sqrt(8 + 100))
-    assert norm_after(sized("small 0", 1e3, 30)) == pytest.approx(3.0)  # three medians of its group
-    assert norm_after(sized("large", 1e3, 3000)) == pytest.approx(30.0)
+        assert norm_after(honest) == pytest.approx(math.sqrt(8 + 100))
+    assert norm_after({"small 0": 1e3}) == pytest.approx(3.0)  # three medians of its group
+    assert norm_after({"large": 1e3}) == pytest.approx(30.0)

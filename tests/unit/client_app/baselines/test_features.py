@@ -97,14 +97,9 @@ def test_class_means_of_features_and_of_logits() -> None:
         assert not found.means[3].any()
 
 
-class OnlyData:
-    def __init__(self) -> None:
-        self.data = toy_data()
-
-
 @pytest.mark.parametrize("count", [1, 3, 11])
 def test_batch_budget_gives_exactly_so_many_batches(count: int) -> None:
-    budget = BatchBudget(OnlyData(), count)  # type: ignore[arg-type]
+    budget = BatchBudget(toy_data(), count)
     sizes = [len(y) for _, y in budget.batches(32, torch.Generator().manual_seed(0))]
     assert sizes == ([32, 32, 6] * 4)[:count]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from client_app.methods.distilled import fd_loss, mutual_loss
 from client_app.methods.features import Tap
-from client_app.methods.prototypes import nearest_class, prototype_loss
+from client_app.methods.fedavg import mutual_loss
+from client_app.methods.prototypes import fd_loss, nearest_class, prototype_loss
 from common.config.baselines import BaselineSection
 
 pytestmark = pytest.mark.numeric

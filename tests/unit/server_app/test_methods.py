@@ -1,31 +1,25 @@
-"""The arithmetic of the baselines' servers against slow, clear references."""
+"""The arithmetic of the methods' servers against slow, clear references."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
 from torch import nn
 
 from common.class_means import ClassMeans
 from common.config import RunConfig
 from common.errors import ConfigError, RegistrationError, WireError
-from common.parcels import Parcel
+from common.messages import Registration
+from common.methods import METHODS
+from common.records import Content, Header, Received, encode
 from common.seeding import torch_generator
-from common.wire import Registration
 from server_app.clients import Client
-from server_app.methods import BASELINES
-from server_app.methods.baseline import effective_config
-from server_app.methods.baseline_base import Upload, mean_vector
-from server_app.methods.fedgh import FedGH
-from server_app.methods.fedproto import FedProto
-from server_app.methods.fedtgp import FedTGP, adaptive_margin, contrast, generated
+from server_app.methods.base import Method, Upload, mean_vector
+from server_app.methods.heads import FedGH
+from server_app.methods.mhpfedhn import Deltas
 from server_app.methods.pfedhn import PFedHN
-from server_app.replies import ReplyDesk
-
-CHECK = ReplyDesk(max_delta_norm=100.0).check_norm
-SOURCE = "train.personal reply of client a in round 1"
+from server_app.methods.prototypes import FedProto, FedTGP, adaptive_margin, contrast, generated
 
 
 def client(client_id: str, **facts: object) -> Client:
@@ -34,7 +28,6 @@ def client(client_id: str, **facts: object) -> Client:
         client_id=client_id,
         node_id=1,
         num_examples=10,
-        last_seen_round=1,
         **{"num_global_parameters": 5, **sizes, **facts},
     )
 
@@ -44,12 +37,26 @@ def config(method: str, **settings: object) -> RunConfig:
     return RunConfig.parse({"method": method, **flat})
 
 
-def make(method: str, **settings: object) -> object:
-    return BASELINES[method](config(method, **settings), CHECK)
+def adapted(name: str, **settings: object) -> RunConfig:
+    return METHODS[name].load("server_app").adapted(config(name, **settings))
 
 
-def parcel(**arrays: np.ndarray) -> Parcel:
-    return Parcel(ArrayRecord({k: Array(x) for k, x in arrays.items()}), SOURCE)
+def make(name: str, **settings: object) -> Method:
+    return METHODS[name].load("server_app")(config(name, max_delta_norm=100.0, **settings))
+
+
+def learn(server: Method, uploads: list[Upload], server_round: int) -> None:
+    server.learn(uploads, server_round=server_round, progress=float(server_round))
+
+
+def open_round(server: Method, clients: list[Client]) -> None:
+    for one in clients:
+        server.welcome(one)
+    server.open_round(1, clients, lambda *_: [])
+
+
+def reply(**arrays: np.ndarray) -> Received:
+    return Received(encode(Header("fed", "m", 1, "n"), Content(arrays=arrays)))
 
 
 def means(rng: np.random.Generator, classes: list[int], dim: int = 3) -> ClassMeans:
@@ -58,7 +65,12 @@ def means(rng: np.random.Generator, classes: list[int], dim: int = 3) -> ClassMe
 
 
 def test_mean_vector_is_the_weighted_mean() -> None:
-    found = mean_vector([np.float32([1, 2]), np.float32([5, 10])], [3, 1])
+    found = mean_vector(
+        [
+            Upload(client("a"), 3, np.float32([1, 2])),
+            Upload(client("b"), 1, np.float32([5, 10])),
+        ]
+    )
     assert found.tolist() == [2.0, 4.0]
     assert found.dtype == np.float32
 
@@ -77,12 +89,12 @@ def test_fedavg_averages_inside_each_group_and_nowhere_else() -> None:
         Upload(other, 10, np.full(6, 7, np.float32)),
         Upload(smaller, 10, np.full(2, 9, np.float32)),
     ]
-    server.fold(uploads, 1)
+    learn(server, uploads, 1)
     assert server.download(a)["theta"].tolist() == [2.0] * 6
     assert server.download(b)["theta"].tolist() == [2.0] * 6
     assert server.download(other)["theta"].tolist() == [7.0] * 6
     assert server.download(smaller)["theta"].tolist() == [9.0] * 2
-    server.fold(uploads[1:2], 2)  # a did not answer
+    learn(server, uploads[1:2], 2)  # a did not answer
     assert server.download(a)["theta"].tolist() == [5.0] * 6
     assert server.download(other)["theta"].tolist() == [7.0] * 6
 
@@ -91,9 +103,9 @@ def test_fedavg_limits_the_change_of_a_model_not_its_norm() -> None:
     server = make("fedavg")
     far = np.full(6, 1e3, np.float32)
     with pytest.raises(WireError, match=r"theta has norm 2.45e\+03; at most 100 is accepted"):
-        server.read(client("a"), parcel(theta=far))
-    server.fold([Upload(client("a"), 1, far)], 1)
-    assert server.read(client("a"), parcel(theta=far + 1)).tolist() == [1001.0] * 6
+        server.read(client("a"), reply(theta=far))
+    learn(server, [Upload(client("a"), 1, far)], 1)
+    assert server.read(client("a"), reply(theta=far + 1)).tolist() == [1001.0] * 6
 
 
 # --- heads and prototypes ------------------------------------------------------------------------
@@ -105,7 +117,7 @@ def test_lg_fedavg_averages_heads_by_examples() -> None:
     assert first.shape == (4 * 3 + 4,)
     assert np.abs(first).max() <= 3**-0.5
     up = [Upload(client(c), n, first + d) for c, n, d in (("a", 1, 1.0), ("b", 3, 2.0))]
-    server.fold(up, 1)
+    learn(server, up, 1)
     np.testing.assert_allclose(server.download(client("b"))["head"], first + 1.75, atol=1e-6)
 
 
@@ -113,8 +125,8 @@ def test_fedproto_weights_by_counts_and_keeps_classes_that_did_not_come() -> Non
     server: FedProto = make("fedproto")
     one = ClassMeans(np.array([3, 0, 2, 0]), np.float32([[1, 1, 1], [0, 0, 0], [5, 5, 5], [0] * 3]))
     two = ClassMeans(np.array([1, 0, 0, 0]), np.float32([[5, 5, 5], [0] * 3, [0] * 3, [0] * 3]))
-    server.fold([Upload(client("a"), 5, one), Upload(client("b"), 1, two)], 1)
-    server.fold([Upload(client("b"), 1, two)], 2)
+    learn(server, [Upload(client("a"), 5, one), Upload(client("b"), 1, two)], 1)
+    learn(server, [Upload(client("b"), 1, two)], 2)
     sent = server.download(client("a"))
     assert sent["counts"].tolist() == [1, 0, 1, 0]  # who is there, not how many
     assert sent["means"].tolist() == [5, 5, 5, 5, 5, 5]
@@ -143,7 +155,7 @@ def test_fedgh_trains_the_head_as_torch_would() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(layer(features[rows]), labels[rows]).backward()
         optimizer.step()
-    server.fold(uploads, 9)
+    learn(server, uploads, 9)
     expected = torch.cat([layer.weight.reshape(-1), layer.bias]).detach().numpy()
     np.testing.assert_allclose(server.download(client("a"))["head"], expected, atol=1e-6)
     assert np.abs(expected - head).max() > 0.01
@@ -175,11 +187,11 @@ def test_fedtgp_learns_prototypes_nearest_to_their_own_class() -> None:
     for name in "abc":
         seen = (centres + 0.1 * rng.normal(size=(4, 16))).astype(np.float32)
         uploads.append(Upload(client(name), 9, ClassMeans.of(seen, np.arange(4), 4)))
-    server.fold(uploads, 1)
+    learn(server, uploads, 1)
     prototypes = server.prototypes.means
     distances = np.linalg.norm(centres[:, None] - prototypes[None], axis=2)
     assert distances.argmin(axis=1).tolist() == [0, 1, 2, 3]
-    np.testing.assert_array_equal(prototypes, generated(server._learned).numpy())
+    np.testing.assert_array_equal(prototypes, generated(server.learned).numpy())
 
 
 # --- pFedHN --------------------------------------------------------------------------------------
@@ -209,7 +221,7 @@ class PerLayerHeads(nn.Module):
 def test_pfedhn_is_the_hypernetwork_with_a_head_for_each_layer() -> None:
     server: PFedHN = make("pfedhn")
     clients = [client(c) for c in "abcdefgh"]
-    server.open_round(clients)
+    open_round(server, clients)
     assert server._embeddings["a"].shape == (1 + 8 // 4,)
     reference = PerLayerHeads(server, [4, 2])
     embedding = nn.Parameter(server._embeddings["b"].detach().clone())
@@ -226,17 +238,17 @@ def test_pfedhn_is_the_hypernetwork_with_a_head_for_each_layer() -> None:
         norm = nn.utils.clip_grad_norm_(parameters, 50.0)
         assert (float(norm) > 50) == (step == 1)
         optimizer.step()
-        server.fold([Upload(clients[1], 10, delta.numpy())], 1)
+        learn(server, [Upload(clients[1], 10, delta.numpy())], 1)
     theta = torch.cat(reference(embedding)).detach().numpy()
     np.testing.assert_allclose(server.download(clients[1])["theta"], theta, atol=1e-5)
 
 
 def test_pfedhn_says_what_to_use_for_several_architectures() -> None:
     with pytest.raises(ConfigError, match=r"ONE architecture, but models = 'cnn,mlp'.*'mh-pfedhn'"):
-        effective_config(config("pfedhn", models="cnn,mlp"))
+        adapted("pfedhn", models="cnn,mlp")
     server: PFedHN = make("pfedhn")
     with pytest.raises(RegistrationError, match=r"client z has another \(7 parameters\) than .* a"):
-        server.check(Registration("z", 7, 10, group="aa"), [client("a")])
+        server.admit(Registration("z", 7, 10, group="aa"), [client("a")])
 
 
 # --- what holds for all --------------------------------------------------------------------------
@@ -250,33 +262,37 @@ def uploads_for(method: str, clients: list[Client]) -> list[Upload]:
         content: object = rng.normal(size=size).astype(np.float32)
         if method in ("fedproto", "fedgh", "fedtgp", "fd"):
             content = means(rng, [0, 2, 2], 4 if method == "fd" else 3)
+        if method.startswith("mh-"):
+            content = Deltas(content, None)
         made.append(Upload(c, 10, None if method == "local" else content))
     return made
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", METHODS)
 def test_restored_server_goes_on_as_if_nothing_had_happened(method: str) -> None:
     clients = [client("a"), client("b")]
     whole, again = make(method), make(method)
-    whole.open_round(clients)
-    whole.fold(uploads_for(method, clients), 1)
-    tensors, meta = whole.export()
-    again.restore({name: x.clone() for name, x in tensors.items()}, meta)
+    open_round(whole, clients)
+    learn(whole, uploads_for(method, clients), 1)
+    tensors, meta = whole.state_dict()
+    again.load_state_dict({name: x.clone() for name, x in tensors.items()}, meta)
     for server in (whole, again):
-        server.open_round(clients)
-        server.fold(uploads_for(method, clients)[1:], 2)
+        open_round(server, clients)
+        learn(server, uploads_for(method, clients)[1:], 2)
     for c in clients:
-        first, second = whole.download(c), again.download(c)
+        first, second = (
+            next(server.contents([c], training=False)).arrays for server in (whole, again)
+        )
         assert first.keys() == second.keys()
         assert bool(first) == (method != "local")
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_server_that_learned_nothing_can_be_saved(method: str) -> None:
-    tensors, meta = make(method).export()
-    make(method).restore(tensors, meta)
+    tensors, meta = make(method).state_dict()
+    make(method).load_state_dict(tensors, meta)
 
 
 @pytest.mark.parametrize(
@@ -305,9 +321,9 @@ def test_registration_must_bring_what_the_method_needs(
     good = Registration(
         "a", 6, 10, num_global_parameters=5, group="aa", num_classes=4, feature_dim=3
     )
-    make(method).require(good, SOURCE)
-    with pytest.raises(WireError) as caught:
-        make(method).require(replace(good, **change), SOURCE)
+    make(method).admit(good, [])
+    with pytest.raises(RegistrationError) as caught:
+        make(method).admit(replace(good, **change), [])
     assert message in str(caught.value)
 
 
@@ -316,17 +332,17 @@ def test_clients_must_agree_on_what_they_share() -> None:
     with pytest.raises(
         RegistrationError, match="client z has feature_dim = 8; the federation's is 3"
     ):
-        make("fedproto").check(other, [client("a")])
-    make("fedavg").check(other, [client("a")])  # shares no features
+        make("fedproto").admit(other, [client("a")])
+    make("fedavg").admit(replace(other, group="aa"), [client("a")])  # shares no features
 
 
 def test_synchronous_baselines_fold_everybody_at_once_whatever_the_preset_says() -> None:
-    section = effective_config(config("fedavg", max_in_flight=1, buffer_size=1)).schedule
+    section = adapted("fedavg", max_in_flight=1, buffer_size=1).schedule
     assert (section.max_in_flight, section.buffer_size, section.max_staleness) == (0, 0, 0)
-    assert effective_config(config("pfedhn")).schedule.max_in_flight == 1
-    assert effective_config(config("mh-pfedhn")) == config("mh-pfedhn")
+    assert adapted("pfedhn").schedule.max_in_flight == 1
+    assert adapted("mh-pfedhn") == config("mh-pfedhn")
 
 
 def test_novel_only_is_for_hypernetworks() -> None:
     with pytest.raises(ConfigError, match="novel-only freezes a hypernetwork, and fedavg has none"):
-        effective_config(config("fedavg", novel_only=True))
+        adapted("fedavg", novel_only=True)

@@ -1,0 +1,195 @@
+"""MH-pFedHN and MH-pFedHNGD on the client (arXiv 2507.22330): train what was generated for it.
+
+The change goes back; BatchNorm statistics stay. With GD the client also trains a copy of the global
+model w_g, and distils from w_g as it was sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from client_app.methods.base import BUFFER, Method, buffers_of
+from client_app.training.batched import Member
+from client_app.training.loop import Loss, Trained, cross_entropy, distillation, train
+from client_app.uplink import Memory, largest_with_memory
+from client_app.workshop import ModelKind, Tool, borrow, offset_theta
+from common.compression import Float32
+from common.config import DistillSection, TrainingSection
+from common.errors import WireError
+from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
+from common.parameters import delta
+from common.records import Arrays, Received
+from common.seeding import stream_seed
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Role:
+    """One of the two models that a client trains.
+
+    `theta` and `delta` are its vectors in messages; under `buffers` and `left_out` the client keeps
+    what stays here; `clip` says whether the gradient's norm is clipped.
+    """
+
+    theta: str
+    delta: str
+    buffers: str
+    shuffle: str
+    left_out: str
+    clip: bool
+
+
+PERSONAL = Role(THETA, DELTA, "personal_buffers", "shuffle", "left_out", clip=True)
+GLOBAL = Role(
+    GLOBAL_THETA, GLOBAL_DELTA, "global_buffers", "shuffle-global", "global_left_out", clip=False
+)
+"""w_g is trained without clipping (method.md, Phase 1)."""
+
+
+class MHpFedHN(Method):
+    """Trains the personal model and, with GD, w_g: in one message or in two."""
+
+    # --- the hops --------------------------------------------------------------------------------
+
+    def ready(self, task: Received, *, before: int) -> Tool:
+        """Load what was generated: the personal model, or w_g where the trip is w_g's alone."""
+        return self._ready(self.roles(task)[-1], task, before)
+
+    def fit(self, task: Received, tool: Tool) -> Trained:
+        """Train w_g where asked, then the personal model where it came."""
+        *before, last = self.roles(task)
+        now, seconds = task.header.server_round, 0.0
+        for role in before:
+            seconds += self._train(role, task, self._ready(role, task, now)).seconds
+        trained = self._train(last, task, tool)
+        return replace(trained, seconds=seconds + trained.seconds)
+
+    def keep(self, task: Received, tool: Tool) -> None:
+        """Keep BatchNorm statistics, and w_g as sent where the personal model comes later."""
+        for role in self.roles(task):
+            self.keep_buffers(role, task, borrow(self.kind_of(role)).buffers())
+
+    def collect(self, task: Received, tool: Tool) -> Arrays:
+        """Return the changes, before minus after."""
+        sent_up = {}
+        for role in self.roles(task):
+            model = borrow(self.kind_of(role)).model
+            start = self.placed(role, self.start(role, task))
+            change: Float32 = delta(start, model.theta.detach()).cpu().numpy()
+            sent_up[role.delta] = self.sent_up(role, task, change)
+        return sent_up
+
+    # --- also used where several clients are trained at once -------------------------------------
+
+    def roles(self, task: Received) -> list[Role]:
+        """Return what a message is about, the personal model last."""
+        found = [GLOBAL] if task.flag(TRAIN_GLOBAL) else []
+        return [*found, PERSONAL] if THETA in task or not found else found
+
+    def start(self, role: Role, task: Received) -> Float32:
+        """Return the generated theta (P,) of one of the models."""
+        return task.vector(role.theta, borrow(self.kind_of(role)).model.num_parameters)
+
+    def placed(self, role: Role, thetas: Float32) -> Tensor:
+        """Return the weights (..., P) that generated thetas stand for, on the device.
+
+        With a `theta-offset` they are the model's own initialisation plus theta. The server learns
+        nothing new from it: who has the same architecture has the same offset. Several clients of
+        one architecture may come in one transfer.
+        """
+        received = torch.from_numpy(thetas).to(self.participant.device)
+        if self.participant.section.theta_offset == "none":
+            return received
+        seed, kind = self.participant.config.run.seed, self.kind_of(role)
+        sizes = (kind.name, kind.in_channels, kind.num_classes, kind.device)
+        return received + offset_theta(*sizes, stream_seed(seed, "theta-offset"))
+
+    def keep_buffers(self, role: Role, task: Received, buffers: dict[str, Tensor]) -> None:
+        """Keep a model's buffers; where w_g came alone, also w_g for the trip that follows."""
+        state = self.participant.state
+        if buffers:
+            kept = {BUFFER + name: x for name, x in buffers.items()}
+            state.save(role.buffers, kept, stamp=self.stamp(task))
+        if THETA not in task:
+            theta, now = torch.from_numpy(self.start(GLOBAL, task)), task.header.server_round
+            state.save(TEACHER, {"theta": theta, "round": torch.tensor(now)})
+
+    def sent_up(self, role: Role, task: Received, change: Float32) -> Float32:
+        """Return what of a change (P,) goes up: with top-k its largest entries, 0 elsewhere."""
+        top_k = self.participant.config.wire.uplink_top_k
+        if top_k == 1:
+            return change
+        memory = Memory(self.participant.state, role.left_out, self.stamp(task))
+        precision = task.header.precision
+        return largest_with_memory(change, memory, top_k=top_k, precision=precision)
+
+    def teacher_theta(self, task: Received) -> Float32 | None:
+        """Return w_g (K_g,) as sent in this message, or earlier in this round; None without."""
+        if GLOBAL_THETA in task:
+            return self.start(GLOBAL, task)
+        if not task.flag(DISTIL):
+            return None
+        kept = self.participant.state.load(TEACHER)
+        if kept is None or int(kept["round"]) != task.header.server_round:
+            raise WireError(
+                f"there is no teacher for round {task.header.server_round}. The server sends w_g "
+                "to clients that did not train it; give this client a state-dir if it restarts "
+                "within a round."
+            )
+        theta: Float32 = kept["theta"].numpy()
+        return theta
+
+    def teacher(self, theta: Float32) -> nn.Module:
+        """Return this thread's teacher with the weights theta (K_g,)."""
+        tool = borrow(replace(self.global_kind, role="teacher"))
+        tool.reset(None, 0)
+        tool.model.load(self.placed(GLOBAL, theta))
+        return tool.model.module
+
+    def member(self, role: Role, task: Received, placed: Tensor) -> Member:
+        """Hand over what a batched call needs to test or train one of the client's models.
+
+        `placed` (P,) are its weights on the device.
+        """
+        tool, device = borrow(self.kind_of(role)), self.participant.device
+        kept = self.participant.state.load(role.buffers, before=task.header.server_round) or {}
+        return Member(
+            theta=placed,
+            buffers=tool.fitting(buffers_of(kept)),
+            data=self.data,
+            generator=self.shuffler(role.shuffle, task),
+            dropout=torch.Generator(device).manual_seed(self.dropout_seed(role.buffers, task)),
+        )
+
+    def kind_of(self, role: Role) -> ModelKind:
+        """What the construction of one of the two models depends on."""
+        return self.kind if role is PERSONAL else self.global_kind
+
+    # --- how -------------------------------------------------------------------------------------
+
+    def _ready(self, role: Role, task: Received, before: int) -> Tool:
+        """Make a borrowed model this client's: its buffers, its dropout, its weights."""
+        tool = borrow(self.kind_of(role))
+        self.load(role.buffers, task, tool, before=before)
+        tool.model.load(self.placed(role, self.start(role, task)))
+        return tool
+
+    def _train(self, role: Role, task: Received, tool: Tool) -> Trained:
+        return train(
+            tool.model,
+            self.data,
+            task.section(TrainingSection),
+            generator=self.shuffler(role.shuffle, task),
+            loss=self._loss(task) if role is PERSONAL else cross_entropy,
+            clip=role.clip,
+        )
+
+    def _loss(self, task: Received) -> Loss:
+        theta = self.teacher_theta(task)
+        if theta is None or not task.flag(DISTIL):
+            return cross_entropy
+        return distillation(self.teacher(theta), task.section(DistillSection))

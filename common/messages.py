@@ -1,0 +1,134 @@
+"""The kinds of messages, the names in them, and what the settings of each kind of reply say.
+
+`common.records` has their form. A message to train brings the keys of the run config's training
+section, to distil those of the distill section too; its vectors are the method's own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from common.config.section import Scalar
+from common.errors import WireError
+from common.records import Received
+
+REGISTER = "query.register"
+TRAIN = "train.personal"
+EVALUATE = "evaluate.personal"
+FINISH = "query.finish"
+
+THETA, GLOBAL_THETA, DELTA, GLOBAL_DELTA = "theta", "global-theta", "delta", "global-delta"
+HEAD, MEANS = "head", "means"
+EVALUATE_FIRST, TRAIN_GLOBAL, DISTIL = "evaluate", "train-global", "distil"
+LOCATION = "location"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Reply to `query.register`: who a client is and how large. Nothing else about its model.
+
+    The last four are declared where the method needs them (`common.methods`), else 0 or empty:
+    the size of the shared model as this client builds it; an opaque tag, equal in one
+    architecture, or declared (head-sharing = "tag"); the head maps features (feature_dim,) to
+    logits (num_classes,).
+    """
+
+    client_id: str
+    num_parameters: int
+    num_examples: int
+    num_global_parameters: int = 0
+    group: str = ""
+    num_classes: int = 0
+    feature_dim: int = 0
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return the keys that stand for it; what is 0 or empty is not sent."""
+        return {key.replace("_", "-"): value for key, value in vars(self).items() if value}
+
+    @classmethod
+    def read(cls, reply: Received) -> Self:
+        """Read and check a registration."""
+        client_id = reply.value("client-id", str)
+        if not 1 <= len(client_id) <= 200:
+            raise WireError(f"client-id must have 1 to 200 characters, got {client_id!r:.80}.")
+        group = reply.value("group", str) if reply.has_setting("group") else ""
+        if len(group) > 64 or not set(group) <= set("0123456789abcdef"):
+            raise WireError(f"group = {group!r:.80}; expected up to 64 hex digits.")
+        extra = ("num-global-parameters", "num-classes", "feature-dim")
+        sizes = {k: reply.count(k, least=1) for k in extra if reply.has_setting(k)}
+        return cls(
+            client_id=client_id,
+            num_parameters=reply.count("num-parameters", least=1),
+            num_examples=reply.count("num-examples", least=1),
+            group=group,
+            **{key.replace("-", "_"): size for key, size in sizes.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test counts of one client: weights exactly as received, its own BatchNorm statistics.
+
+    `others` are the counts of correct examples of further predictors that a method reports beside
+    its own, by name (FedProto: its head).
+    """
+
+    num_test: int
+    num_correct: int
+    test_loss: float
+    seconds: float = 0.0
+    others: Mapping[str, int] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return the keys that stand for it."""
+        return {
+            "num-test": self.num_test,
+            "num-correct": self.num_correct,
+            "test-loss": self.test_loss,
+            "seconds-evaluation": self.seconds,
+            **{f"num-correct-{name}": count for name, count in self.others.items()},
+        }
+
+    @classmethod
+    def read(cls, reply: Received, others: Iterable[str] = ()) -> Self:
+        """Read and check test counts: 0 <= num_correct <= num_test, also of other predictors."""
+        num_test = reply.count("num-test", least=1)
+        return cls(
+            num_test=num_test,
+            num_correct=reply.count("num-correct", most=num_test),
+            test_loss=reply.number("test-loss"),
+            seconds=reply.number("seconds-evaluation"),
+            others={name: reply.count(f"num-correct-{name}", most=num_test) for name in others},
+        )
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """What a client measured while it trained; its vectors travel beside it."""
+
+    num_examples: int
+    train_loss: float
+    seconds: float
+    evaluation: Evaluation | None = None
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return the keys that stand for it."""
+        tested = self.evaluation.settings() if self.evaluation else {}
+        return tested | {
+            "num-examples": self.num_examples,
+            "train-loss": self.train_loss,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def read(cls, reply: Received, *, most: int, others: Iterable[str] = ()) -> Self:
+        """Read and check; nobody trains on more than the `most` examples that it registered."""
+        tested = reply.has_setting("num-test")
+        return cls(
+            num_examples=reply.count("num-examples", least=1, most=most),
+            train_loss=reply.number("train-loss"),
+            seconds=reply.number("seconds"),
+            evaluation=Evaluation.read(reply, others) if tested else None,
+        )
