@@ -41,13 +41,9 @@ def write_note(cell: Cell, **changes: Any) -> None:
 def make_ready(cell: Cell, plan: Plan) -> bool:
     """Prepare a cell's folder for a start; return whether its run can be resumed.
 
-    A run that was cut off before its first checkpoint starts anew: its rows are removed.
-
-    Raises
-    ------
-    RunError
-        The folder holds a run that no sweep started, or the cell that this one goes on from has
-        not completed.
+    A run that was cut off before its first checkpoint starts anew: its rows are removed. Raises
+    RunError where the folder holds a run that no sweep started, or where the cell that this one
+    goes on from has not completed.
     """
     folder, found = cell.folder, Run.read(cell.folder)
     if found.rows and not found.note.get("file"):

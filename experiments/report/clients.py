@@ -21,9 +21,7 @@ Families = Mapping[str, Mapping[int, float]]
 def draw_clients(run: Run, target: Path | None = None) -> Path:
     """Draw every client's test accuracy, coloured by architecture, and each architecture's spread.
 
-    Returns
-    -------
-    The path of the picture; `clients.png` in the run's folder when no target is given.
+    Returns the path of the picture; `clients.png` in the run's folder when no target is given.
     """
     target = target or run.folder / "clients.png"
     names, families = run.families(), dict[str, dict[int, float]]()

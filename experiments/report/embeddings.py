@@ -88,11 +88,8 @@ def alignment(moved: Mapping[str, Array], names: Sequence[str]) -> Array:
 def principal_axes(similarity: Array) -> tuple[Array, tuple[float, float]]:
     """Place clients on the first two principal components of their directions.
 
-    Principal component analysis of vectors of which the inner products (n, n) are given.
-
-    Returns
-    -------
-    Coordinates (n, 2), each component's sign chosen so that its largest entry is positive, and the
+    Principal component analysis of vectors of which the inner products (n, n) are given. Returns
+    coordinates (n, 2), each component's sign chosen so that its largest entry is positive, and the
     fraction of the variance that each explains.
     """
     count = len(similarity)
@@ -108,12 +105,8 @@ def principal_axes(similarity: Array) -> tuple[Array, tuple[float, float]]:
 def label_shares(run: Run, clients: Sequence[str]) -> Array:
     """Return each client's label distribution (clients, classes); rows sum to 1.
 
-    Known where the data is, so in a simulation.
-
-    Raises
-    ------
-    MHpFedHNError
-        The data is not on this machine, or clients are not the partitions of a simulation.
+    Raises MHpFedHNError where the data is not on this machine, or where clients are not the
+    partitions of a simulation.
     """
     from client_app.data.examples import open_examples  # imports torch: seconds
     from client_app.data.partitions import client_indices
@@ -132,7 +125,7 @@ def label_shares(run: Run, clients: Sequence[str]) -> Array:
 
 
 def overlap(shares: Array) -> Array:
-    """Return the overlap of every two clients (clients, clients), 0 (no common label) to 1 (equal).
+    """Return the overlap of every two clients, from 0 (no common label) to 1 (equal shares).
 
     The sum over labels of the smaller share: 1 minus the total variation distance.
     """
@@ -155,15 +148,13 @@ def rank_correlation(a: Array, b: Array) -> float | None:
 
     None where one of them is constant.
     """
-    ranks = [_ranks(values) - (len(values) - 1) / 2 for values in (a, b)]
-    scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum()) / scale if scale > 0 else None
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means: Array = (np.cumsum(counts) - 1 - (counts - 1) / 2.0)[inverse]
-    return means
+    ranks: list[Array] = []
+    for values in (a, b):
+        _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+        mean_ranks: Array = counts.cumsum() - counts / 2.0
+        ranks.append(mean_ranks[places])
+    constant = any(np.ptp(rank) == 0 for rank in ranks)
+    return None if constant else float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -54,14 +54,8 @@ def convert(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def streamed(folder: Path) -> Iterator[None]:
-    """Write a run's rounds as event files into its own folder while the block runs.
-
-    Raises
-    ------
-    ConfigError
-        TensorBoard is not installed; before anything runs.
-    """
-    require_tensorboard()
+    """Write a run's rounds as event files into its own folder while the block runs."""
+    require_tensorboard()  # before anything runs
     done, tail = threading.Event(), RowTail(folder / "metrics.jsonl")
 
     def stream() -> None:

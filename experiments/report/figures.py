@@ -45,7 +45,7 @@ TITLES: Mapping[Axis, str] = {
 }  # fmt: skip
 LOG_FROM = 30.0
 """Ratio of the largest to the smallest end from which an axis is logarithmic."""
-MOST_MARKERS, MOST_LABELS, LONGEST_NAME, LONGEST_MARK = 15, 18, 17, 3
+MOST_MARKERS, MOST_LABELS, LONGEST_NAME, LONGEST_MARK = 15, 18, 24, 3
 TIP = "tip "
 
 Array = NDArray[np.float64]
@@ -88,11 +88,13 @@ def draw_comparison(study: Study, target: Path, *, traffic: Axis = "bytes") -> b
     return True
 
 
-def draw_accuracy(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
+def draw_accuracy(
+    axes: Axes, lines: Sequence[Line], axis: Axis, *, longest: int = LONGEST_NAME
+) -> None:
     """Draw accuracy (%) against rounds, bytes or seconds, with bands of a standard error.
 
     The accuracy axis starts at 0. A line that costs nothing on the x axis (no traffic) is drawn
-    across the whole chart at its last accuracy.
+    across the whole chart at its last accuracy. Names have at most `longest` characters.
     """
     ends = [line.end for line in lines if line.end > 0]
     unit, size = x_unit(axis, max(ends, default=1.0))
@@ -110,7 +112,7 @@ def draw_accuracy(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
             axes.axhline(line.last, **_stroke(line), gid=f"{TIP}{line.label}: no traffic")
     tops = (max(np.add(line.curve.y, line.curve.error)) for line in lines)
     axes.set_ylim(0, min(100.0, 105 * max(tops, default=1.0)) or 1.0)
-    name_ends(axes, lines)
+    name_ends(axes, lines, longest=longest)
 
 
 def draw_line(axes: Axes, line: Line, size: float = 1.0) -> None:
@@ -127,15 +129,16 @@ def draw_line(axes: Axes, line: Line, size: float = 1.0) -> None:
         axes.fill_between(x / size, low, high, color=line.look.light, alpha=0.16, linewidth=0)
 
 
-def name_ends(axes: Axes, lines: Sequence[Line]) -> None:
+def name_ends(axes: Axes, lines: Sequence[Line], *, longest: int = LONGEST_NAME) -> None:
     """Write every line's name in its colour at the right edge, moved apart."""
     top = axes.get_ylim()[1]
     shown = sorted(lines, key=lambda line: (line.open, -line.last))[:MOST_LABELS]
     places = spread([line.last for line in shown], gap=top / 22, high=top)
     for line, place in zip(shown, places, strict=True):
         axes.annotate(
-            _cut(line.short, LONGEST_NAME), (1.0, place), xycoords=("axes fraction", "data"),
-            xytext=(6, 0), textcoords="offset points", va="center", size=10.5,
+            _cut(line.short, longest), (1.0, place), xycoords=("axes fraction", "data"),
+            xytext=(6, 0), textcoords="offset points", va="center",
+            size=0.9 * mpl.rcParams["font.size"],
             weight="bold", color=line.look.light,
         )  # fmt: skip
 
@@ -182,16 +185,10 @@ def draw_map(
     axes: Axes, places: Array, dots: Sequence[Dot], shares: tuple[float, float],
     links: Mapping[tuple[int, int], float],
 ) -> None:  # fmt: skip
-    """Draw clients where their embeddings lie, both axes in the same unit.
+    """Draw clients at `places` (clients, 2), where their embeddings lie, both axes in one unit.
 
-    Parameters
-    ----------
-    places
-        (clients, 2).
-    shares
-        Parts of the variance that the two axes explain.
-    links
-        Pairs of clients with a weight from 0 to 1: the stronger, the darker.
+    `shares` are the parts of the variance that the axes explain; `links` are pairs of clients with
+    a weight from 0 to 1: the stronger, the darker.
     """
     for (i, j), weight in links.items():
         ends = places[[i, j]]

@@ -69,15 +69,10 @@ class Unmatched:
         said = [f"{key} {theirs} instead of {own}" for key, (own, theirs) in self.differs.items()]
         return f"the nearest Local run has {', '.join(said)}"
 
-
-@dataclass(frozen=True)
-class Missing:
-    """Local runs that would help: whom, which seeds, why, and the command for the first seed."""
-
-    labels: str
-    seeds: tuple[int, ...]
-    why: str
-    command: str
+    @property
+    def command(self) -> str:
+        """The command that makes the Local run."""
+        return local_command(self.run)
 
 
 def gains_over_local(study: Study) -> tuple[list[GroupGain], list[Unmatched]]:
@@ -109,19 +104,13 @@ def gains_over_local(study: Study) -> tuple[list[GroupGain], list[Unmatched]]:
     return gains, unmatched
 
 
-def missing_runs(unmatched: Sequence[Unmatched]) -> list[Missing]:
-    """Sum up what is missing: one entry for all runs that differ in their seed alone."""
+def missing_runs(unmatched: Sequence[Unmatched]) -> list[list[Unmatched]]:
+    """Put those together that want the same Local run but for its seed, for the same reason."""
     found: dict[tuple[str, str], list[Unmatched]] = {}
-    for item in unmatched:
-        pattern = local_command(item.run).replace(f"--seed {item.run.seed}", "--seed SEED")
+    for item in sorted(unmatched, key=lambda item: item.run.seed):
+        pattern = item.command.replace(f"--seed {item.run.seed}", "--seed")
         found.setdefault((pattern, item.why), []).append(item)
-    missing = []
-    for (pattern, why), items in found.items():
-        labels = "; ".join(dict.fromkeys(item.label for item in items))
-        seeds = tuple(sorted({item.run.seed for item in items}))
-        command = pattern.replace("--seed SEED", f"--seed {seeds[0]}")
-        missing.append(Missing(labels, seeds, why, command))
-    return missing
+    return [*found.values()]
 
 
 def _fitting(run: Run, alone: Sequence[Run]) -> tuple[Run | None, dict[str, tuple[Any, Any]]]:

@@ -97,10 +97,7 @@ class Study:
 def load_study(names: Sequence[str]) -> Study:
     """Load runs by their folders or names; a folder of runs stands for all of them.
 
-    Raises
-    ------
-    RunError, ConfigError
-        A run by name is not there, or there is no run at all.
+    Raises RunError or ConfigError where a run by name is not there, or there is no run at all.
     """
     folders: dict[Path, None] = {}
     for name in names:

@@ -8,7 +8,7 @@ simulated deuteranopia and protanopia, and 8 under tritanopia, on white (LIGHT) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.methods import METHODS
 
@@ -20,8 +20,7 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (3, 1.5), (0.75, 1.5), (4.5, 1.5, 1
 """In line widths."""
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """An index into LIGHT, and one into DASHES."""
 
     colour: int
@@ -37,10 +36,6 @@ def looks_for(groups: Sequence[tuple[str, str]]) -> dict[str, Look]:
     """Give each (key, method) a look: the first of a method its own, the others what is free.
 
     Past 28 groups the looks repeat; tables and labels still tell them apart.
-
-    Returns
-    -------
-    {key: look}, the same for the same list.
     """
     found: dict[str, Look] = {}
     for key, method in groups:

@@ -55,11 +55,9 @@ class EmbeddingMap:
 
 
 def embedding_maps(study: Study, *, limit: int) -> tuple[list[EmbeddingMap], list[str]]:
-    """Draw the map of each group's first completed run that has embeddings.
+    """Draw the map of each group's first completed run that has embeddings, at most `limit`.
 
-    Returns
-    -------
-    At most `limit` maps, and the names of the groups that have none for lack of room.
+    Returns the maps, and the names of the groups that have none for lack of room.
     """
     maps: list[EmbeddingMap] = []
     passed_over: list[str] = []

@@ -24,7 +24,7 @@ CAPTIONS: Mapping[Axis, str] = {
     "bytes": "Sent so far, to and from all clients; a line across the chart: no traffic.",
     "seconds": "Wall clock of the rounds so far, mean over seeds, on the machine of the runs.",
 }
-LONGEST_REASON = 240
+LONGEST_REASON, LONGEST_NAME = 240, 17
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _accuracy_figures(study: Study, looks: Mapping[str, Look]) -> list[Figure]:
     figures = []
     for axis, caption in CAPTIONS.items():
         if lines := lines_of(study, looks, axis):
-            draw = partial(draw_accuracy, lines=lines, axis=axis)
+            draw = partial(draw_accuracy, lines=lines, axis=axis, longest=LONGEST_NAME)
             svg = inline_svg(draw, height_in=4.6, title=f"Test accuracy {TITLES[axis].lower()}")
             figures.append(Figure(TITLES[axis], svg, caption))
     return figures

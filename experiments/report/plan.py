@@ -162,19 +162,15 @@ class Plan:
         output_dir
             Where the cells go; empty: where the file says.
 
-        Raises
-        ------
-        ConfigError
-            An unknown key (the nearest is named), a value out of range, or the same run twice.
+        Raises ConfigError on an unknown key, a value out of range, or the same run twice.
         """
         path = find_sweep(str(name_or_file))
         try:
             content = SweepFile.load(path)
-            folder = output_root() / path.stem
-            if content.output_dir:
-                folder = (path.parent / Path(content.output_dir).expanduser()).resolve()
-            if output_dir:
-                folder = Path(output_dir).expanduser().resolve()
+            folder = path.parent / Path(content.output_dir).expanduser()
+            if output_dir or not content.output_dir:
+                folder = Path(output_dir or output_root() / path.stem).expanduser()
+            folder = folder.resolve()
             cells = tuple(_cells(content, path, folder, common or {}))
             seen: dict[str, str] = {}
             for cell in cells:

@@ -63,13 +63,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read a run folder.
-
-        Raises
-        ------
-        RunError
-            The folder holds no run, or a file in it cannot be understood.
-        """
+        """Read a run folder; raise RunError where it holds no run, or one that cannot be read."""
         if not is_run(folder):
             raise RunError(f"{folder} holds no run: neither {' nor '.join(RUN_FILES)} is in it.")
         return cls.read(folder)
@@ -181,18 +175,15 @@ def output_root() -> Path:
 
 def new_folder(name: str) -> Path:
     """Return a path for a new run: the name and the time, below the output root."""
-    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    candidates = (output_root() / (stem + end) for end in ("", *(f"-{i}" for i in range(2, 100))))
-    return next(path for path in candidates if not path.exists())
+    stem = output_root() / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    ends = ("", *(f"-{i}" for i in range(2, 100)))
+    return next(path for end in ends if not (path := stem.with_name(stem.name + end)).exists())
 
 
 def find_run(name_or_path: str) -> Run:
     """Load a run by its folder's path, or by its name under the output root.
 
-    Raises
-    ------
-    RunError, ConfigError
-        There is no such run, or its folder cannot be read.
+    Raises ConfigError where there is no such run, RunError where it cannot be read.
     """
     for folder in (Path(name_or_path).expanduser(), output_root() / name_or_path):
         if folder.is_dir():

@@ -44,10 +44,7 @@ def complete_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def essential(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, seed among them, that decide a run's result and are not the default.
-
-    Keys that the code gains later do not change it, as long as their default keeps the behaviour.
-    """
+    """Return the settings, seed among them, that decide a run's result and are not the default."""
     default = RunConfig().flat()
     kept = {k: v for k, v in flat.items() if k not in INCIDENTAL and v != default.get(k)}
     own_data = flat.get("dataset") == "folder" or ":" in str(flat.get("dataset", ""))
@@ -111,10 +108,7 @@ def value_text(value: Any) -> str:
 
 
 def short_path(path: Path) -> str:
-    """Write a path as a person here would type it: below the working folder, or below home."""
-    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if path.is_relative_to(base):
-            return prefix + (str(path.relative_to(base)) or ".")
+    """Write a path as a person here would type it, from the working folder or from the root."""
     return min(os.path.relpath(path), str(path), key=len)
 
 
@@ -128,13 +122,15 @@ def _nearest(full: Mapping[str, Any], keys: Iterable[str] | None = None) -> str:
     }
     own = str(full["run-name"])
     name = own if own in changes else min(changes, key=lambda n: (len(changes[n]), n))
-    words = ["mh-pfedhn", "run", name]
-    if full["num-partitions"] != known[name]["num-partitions"]:
-        words += ["--clients", str(full["num-partitions"])]
-    words += ["--seed", str(full["seed"])]
-    if changes[name]:
-        words += ["--set", *(f"{k}={value_text(v)}" for k, v in changes[name].items())]
-    return shlex.join(words)
+    clients, pairs = (
+        full["num-partitions"],
+        [f"{k}={value_text(v)}" for k, v in changes[name].items()],
+    )
+    return shlex.join([
+        "mh-pfedhn", "run", name,
+        *(["--clients", str(clients)] if clients != known[name]["num-partitions"] else []),
+        "--seed", str(full["seed"]), *(["--set", *pairs] if pairs else []),
+    ])  # fmt: skip
 
 
 @cache

@@ -24,6 +24,7 @@ from rich.markup import escape
 
 from common.errors import RunError
 from common.files import replace_file
+from experiments.console import say
 from experiments.report.cells import CONSOLE, make_ready, reason_of, state_of, tidy, write_note
 from experiments.report.plan import Cell, Plan
 from experiments.report.runs import Run, process_mark, process_of
@@ -69,30 +70,26 @@ class Sweep:
     def __init__(
         self, plan: Plan, console: Console, *, jobs: int = 1, command: Command = cell_command
     ) -> None:
-        self._plan = plan
-        self._console = console
-        self._jobs = jobs
-        self._command = command
+        self._plan, self._console = plan, console
+        self._jobs, self._command = jobs, command
         self._active: list[Active] = []
         self._failed: list[Cell] = []
 
     def run(self) -> int:
         """Run all cells that have not completed.
 
-        Returns
-        -------
-        0 when all have completed, 1 when one failed, 130 when the sweep was interrupted.
+        Returns 0 when all have completed, 1 when one failed, 130 when the sweep was interrupted.
         """
-        name = escape(self._plan.description) or self._plan.file.stem
-        self._say(f"[bold]{name}[/]: {len(self._plan.cells)} cells in {self._plan.folder}")
+        name = self._plan.description or self._plan.file.stem
+        self._say(f"{name}: {len(self._plan.cells)} cells in {self._plan.folder}", "bold")
         try:
             with terminate_as_interrupt(), own(self._plan.folder):
                 self._loop()
         except KeyboardInterrupt:
-            self._say("[bold red]interrupted[/]; the same command goes on where it was")
+            self._say("interrupted; the same command goes on where it was", "bold red")
             return INTERRUPTED
         for cell in self._failed:
-            self._say(f"[bold red]failed[/]  {cell.folder}")
+            self._say(f"failed  {cell.folder}", "bold red")
         if self._failed:
             self._say("what they said is in console.log and run.log; the same command tries again")
         self._say(f"\nnext: mh-pfedhn report {self._plan.folder}")
@@ -130,8 +127,7 @@ class Sweep:
                 command, log = self._command(cell, resume), cell.folder / CONSOLE
                 child = start(command, env=environment(), log=log, cwd=Path.cwd())
             except RunError as error:
-                self._fail(cell, str(error))
-                return
+                return self._fail(cell, str(error))
             process = psutil.Process(child.pid)
             write_note(cell, process=process_mark(process))
             self._say(f"{'resumed' if resume else 'started':<9} {cell.name}")
@@ -142,7 +138,7 @@ class Sweep:
         if found.status == "completed":
             tidy(cell, keep=self._plan.keep_checkpoints)
             spent = clock(found.total("seconds_round"))
-            self._say(f"[green]done[/]      {cell.name}  accuracy {_accuracy(found)}  {spent}")
+            self._say(f"done      {cell.name}  accuracy {_accuracy(found)}  {spent}", "green")
         elif found.status == "failed":
             self._fail(cell, reason_of(found))
         else:
@@ -153,7 +149,7 @@ class Sweep:
     def _fail(self, cell: Cell, reason: str) -> None:
         write_note(cell, failed=reason)
         self._failed.append(cell)
-        self._say(f"[bold red]failed[/]    {cell.name}  {escape(reason)}")
+        self._say(f"failed    {cell.name}  {reason}", "bold red")
 
     def _say_progress(self) -> None:
         """Say once in a while how far each running cell is, and how long all will take."""
@@ -163,11 +159,9 @@ class Sweep:
             item.said = monotonic()
             found = Run.read(item.cell.folder)
             left = time_left(self._plan.cells, jobs=self._jobs)
-            self._say(
-                f"          {item.cell.name}  round {found.rounds_done}/{item.cell.rounds}  "
-                f"accuracy {_accuracy(found)}"
-                + (f"  all cells: left {clock(left)}" if left is not None else "")
-            )
+            said = f"round {found.rounds_done}/{item.cell.rounds}  accuracy {_accuracy(found)}"
+            said += f"  all cells: left {clock(left)}" if left is not None else ""
+            self._say(f"          {item.cell.name}  {said}")
 
     def _stop(self) -> None:
         """End what still runs: asked first, so that every run says that it was interrupted."""
@@ -182,8 +176,8 @@ class Sweep:
             if item.child:
                 item.child.wait()
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+    def _say(self, text: str, style: str = "") -> None:
+        say(self._console, text, style=style)
 
 
 def time_left(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
@@ -221,24 +215,18 @@ def show_status(plan: Plan, console: Console) -> int:
             table.add_row(f"  [red]{escape(reason_of(found))}[/]")
     console.print(table)
     parts = [f"{number} {state}" for state, number in counts.items()]
-    console.print(f"\n{len(plan.cells)} cells: {', '.join(parts)}", highlight=False)
+    say(console, f"\n{len(plan.cells)} cells: {', '.join(parts)}")
     pid, left = holder(plan.folder), counts["running"]
     how = f"running as process {pid}" if pid else "not running"
     if not pid and left:
         runs, them = ("cells run", "them") if left > 1 else ("cell runs", "it")
         how += f", but {left} {runs} on: the next sweep follows {them}"
-    console.print(f"{how}; folder {plan.folder}", highlight=False, soft_wrap=True)
+    say(console, f"{how}; folder {plan.folder}")
     return FAILED if counts["failed"] else 0
 
 
 def detach(plan: Plan, arguments: Sequence[str]) -> tuple[int, Path]:
-    """Start the sweep again as a process that outlives this terminal; return its id and its log.
-
-    Raises
-    ------
-    RunError
-        Another sweep is at work in the folder.
-    """
+    """Start the sweep again as a process that outlives this terminal; return its id and its log."""
     with own(plan.folder):  # refuse now, not in a log that nobody reads
         pass
     command = [sys.executable, "-m", "experiments", "sweep", *arguments]
