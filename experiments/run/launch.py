@@ -28,8 +28,6 @@ from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.preflight import check_clients
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import follow
-from server_app.app import CHECKPOINTS
-from server_app.output.checkpoint import META, latest
 from server_app.output.figures import draw_curves, read_json
 
 FAILED, INTERRUPTED = 1, 130
@@ -205,6 +203,9 @@ def _require_completed(folder: Path) -> None:
 
 def _kept(folder: Path) -> str:
     """Say what a stopped run left to go on from."""
+    from server_app.app import CHECKPOINTS  # imports torch: seconds
+    from server_app.output.checkpoint import META, latest
+
     newest = latest(folder / CHECKPOINTS)
     if newest is None:
         return "it had no checkpoint yet (checkpoint-every): nothing is left to go on from"

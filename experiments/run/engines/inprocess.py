@@ -45,7 +45,7 @@ class InProcessGrid(Grid):
     Attributes
     ----------
     workers : how many messages are worked on at a time; the server sends no more than it helps.
-    num_together : messages answered by a batched call so far.
+    num_together : messages handled by a batched call so far.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class InProcessGrid(Grid):
         self._queue: dict[str, Message] = {}
         self._futures: dict[str, Future[Message]] = {}
         self._ids = itertools.count(1)
-        self._answered = threading.Event()
+        self._replied = threading.Event()
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes; all are always online."""
@@ -86,7 +86,7 @@ class InProcessGrid(Grid):
                 self._queue[message_id] = message
             else:
                 future = self._pool.submit(self._deliver, message)
-                future.add_done_callback(lambda _: self._answered.set())
+                future.add_done_callback(lambda _: self._replied.set())
                 self._futures[message_id] = future
         return accepted
 
@@ -99,8 +99,8 @@ class InProcessGrid(Grid):
             waiting = next((i for i in self._queue if i in wanted), None)
             return [] if waiting is None else [self._deliver(self._queue.pop(waiting))]
         if self._futures.keys() & wanted:
-            self._answered.wait(timeout=0.2)
-            self._answered.clear()
+            self._replied.wait(timeout=0.2)
+            self._replied.clear()
         done = [i for i in wanted if i in self._futures and self._futures[i].done()]
         return [self._futures.pop(i).result() for i in done]
 
@@ -114,20 +114,20 @@ class InProcessGrid(Grid):
         return reply
 
     def _deliver_together(self, message_ids: Sequence[str]) -> list[Message]:
-        """Answer the next waiting messages, in one batched call where they allow it."""
-        from experiments.run.engines.together import answer_together
+        """Deliver the next waiting messages, in one batched call where they allow it."""
+        from experiments.run.engines.together import reply_together
 
         messages = [self._queue.pop(i) for i in message_ids[: self._batched_clients]]
         pairs = [(m, self._contexts[m.metadata.dst_node_id]) for m in messages]
         try:
-            answers = answer_together(pairs)
+            replies = reply_together(pairs)
         except Exception as error:  # the app's edge, as below; one by one shows whose fault it is
             logger.warning("Batched training failed, going on one by one: %s", error)
-            answers = [None] * len(pairs)
-        self.num_together += sum(content is not None for content in answers)
+            replies = [None] * len(pairs)
+        self.num_together += sum(content is not None for content in replies)
         return [
             self._deliver(message) if content is None else Message(content, reply_to=message)
-            for message, content in zip(messages, answers, strict=True)
+            for message, content in zip(messages, replies, strict=True)
         ]
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ def run_inprocess(
 ) -> int:
     """Run a whole federation in this process; raises what the ServerApp raises.
 
-    Returns how many messages were answered by batched calls (0 without `batched_clients`).
+    Returns how many messages batched calls handled (0 without `batched_clients`).
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Answer several training messages of one round in one batched call (in-process engine).
+"""Train several clients of one round in one batched call (in-process engine).
 
 What a client sends and keeps is what it would by itself, up to float rounding. A message that
 cannot be batched (layers of one's own, another device, a config that is refused) is left to be
-answered one by one, where its errors are raised as usual.
+handled by itself, where its errors are raised as usual.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class _Ready:
         return all(can_train_together(borrow(kind).model.module) for kind in kinds)
 
 
-def answer_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict | None]:
-    """Answer training messages; None stands where the caller has to do it one by one."""
-    answers: list[RecordDict | None] = [None] * len(pairs)
+def reply_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict | None]:
+    """Return replies to training messages; None where the caller has to do it one by one."""
+    replies: list[RecordDict | None] = [None] * len(pairs)
     groups: dict[Hashable, list[_Ready]] = {}
     for position, (message, context) in enumerate(pairs):
         ready = _open(position, message, context)
@@ -74,8 +74,8 @@ def answer_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict
     for group in groups.values():
         if len(group) > 1:
             for ready, content in zip(group, _train(group), strict=True):
-                answers[ready.position] = content
-    return answers
+                replies[ready.position] = content
+    return replies
 
 
 def _open(position: int, message: Message, context: Context) -> _Ready | None:
@@ -89,7 +89,7 @@ def _open(position: int, message: Message, context: Context) -> _Ready | None:
         ready = _Ready(position, method, task, method.teacher_theta(task))
         return ready if ready.fits() else None
     except MHpFedHNError:
-        return None  # raised again, and reported, when it is answered by itself
+        return None  # raised again, and reported, when the client trains by itself
 
 
 def _train(group: Sequence[_Ready]) -> list[RecordDict]:
