@@ -17,7 +17,7 @@ from client_app.methods.base import Method
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from client_app.training.loop import evaluate
+from client_app.training.evaluation import evaluate
 from client_app.workshop import cpu_threads, pick_device
 from common.config import NodeConfig, RunConfig
 from common.config.client import ClientSection

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from client_app.models.dropout import seed_dropout
 from client_app.models.registry import build_model
-from common.allocator import keep_freed_memory
+from client_app.training.allocator import keep_freed_memory
 from common.errors import ConfigError
 from common.parameters import FlatModel, flatten
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from client_app.data.examples import ClientData
 from client_app.methods.features import require_head_is_last
 from client_app.store import Stamp
-from client_app.training.loop import Loss, Trained, cross_entropy, evaluate, train
+from client_app.training.evaluation import evaluate
+from client_app.training.loop import Loss, Trained, cross_entropy, train
 from client_app.workshop import ModelKind, Tool, architecture_tag, borrow, draw_theta, opaque
 from common.compression import Float32
 from common.config import TrainingSection

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.training.batched import Member
-from client_app.training.loop import Loss, Trained, cross_entropy, distillation, train
+from client_app.training.distillation import Teacher
+from client_app.training.loop import Loss, Trained, cross_entropy, train
 from client_app.uplink import Memory, largest_with_memory
 from client_app.workshop import ModelKind, Tool, borrow, offset_theta
 from common.compression import Float32
@@ -192,4 +193,4 @@ class MHpFedHN(Method):
         theta = self.teacher_theta(task)
         if theta is None or not task.flag(DISTIL):
             return cross_entropy
-        return distillation(self.teacher(theta), task.section(DistillSection))
+        return Teacher(self.teacher(theta), task.section(DistillSection)).loss

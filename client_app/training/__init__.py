@@ -1,1 +1,1 @@
-"""Local training, distillation and evaluation on flat parameters."""
+"""Local training, distillation and evaluation: of one client, or of several in one batched call."""

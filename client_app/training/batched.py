@@ -28,8 +28,9 @@ from torch.nn import functional
 
 from client_app.data.examples import ClientData
 from client_app.models.dropout import MaskFeed, draw_mask, feeding
+from client_app.training.distillation import Teacher
 from client_app.training.loop import Trained, descend, mixed_precision
-from common.config import DistillSection, TrainingSection
+from common.config import TrainingSection
 from common.errors import ModelError
 
 
@@ -45,14 +46,6 @@ class Member:
     data: ClientData
     generator: torch.Generator
     dropout: torch.Generator | None = None
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Who teaches the whole cohort (`loop.distillation`): w_g as it was sent, the same for all."""
-
-    module: nn.Module
-    section: DistillSection
 
 
 @dataclass(frozen=True)
@@ -109,13 +102,20 @@ def train_cohort(
     return [outcomes[i] for i in range(len(members))]
 
 
-def cut(theta: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Cut theta (G, P) into the model's parameters, each with a leading G."""
-    pieces = torch.split(theta, [shape.numel() for shape in shapes.values()], dim=1)
+def cut(theta: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """Cut theta (G, P) into the module's parameters, each with a leading G."""
+    named = dict(module.named_parameters())
+    pieces = torch.split(theta, [p.numel() for p in named.values()], dim=1)
     return {
-        name: piece.view(-1, *shape)
-        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+        name: piece.view(-1, *p.shape)
+        for (name, p), piece in zip(named.items(), pieces, strict=True)
     }
+
+
+def stacked_buffers(module: nn.Module, members: Sequence[Member]) -> dict[str, Tensor]:
+    """Return the members' own buffers by name, each with a leading G."""
+    names = [name for name, _ in module.named_buffers()]
+    return {name: torch.stack([member.buffers[name] for member in members]) for name in names}
 
 
 @contextmanager
@@ -145,11 +145,9 @@ class _Cohort:
     ) -> None:
         self._module, self._members, self._section, self._clip = module, members, section, clip
         self._teacher = teacher
-        self._shapes = {name: p.shape for name, p in module.named_parameters()}
         self._theta = torch.stack([member.theta for member in members])
         self._momentum = torch.zeros_like(self._theta)
-        names = [name for name, _ in module.named_buffers()]
-        self._buffers = {n: torch.stack([m.buffers[n] for m in members]) for n in names}
+        self._buffers = stacked_buffers(module, members)
         self._pads = not any(isinstance(m, _BatchNorm) for m in module.modules())
         self._images = torch.cat([member.data.train_images for member in members])
         self._labels = torch.cat([member.data.train_labels for member in members])
@@ -162,7 +160,7 @@ class _Cohort:
         """Return what the dropout layers draw in a step, in the order of their calls."""
         feed = MaskFeed()
         buffers = {name: stacked[0].clone() for name, stacked in self._buffers.items()}
-        weights = {k: v[0] for k, v in cut(self._theta[:1], self._shapes).items()}
+        weights = {k: v[0] for k, v in cut(self._theta[:1], self._module).items()}
         with feeding(self._module, feed):
             self._module.train()
             images = self._members[0].data.normalise(self._images[:2])
@@ -261,12 +259,12 @@ class _Cohort:
 
         stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
         with mixed_precision(self._section, images.device):
-            weights = cut(theta, self._shapes)
-            out = vmap(logits)(weights, buffers, masks, stacked_images)
+            out = vmap(logits)(cut(theta, self._module), buffers, masks, stacked_images)
             out = out.flatten(0, 1).float()
-            losses = functional.cross_entropy(out, labels, reduction="none")
-            if self._teacher is not None:
-                losses = _distilled(losses, out, images, self._teacher)
+            if self._teacher is None:
+                losses = functional.cross_entropy(out, labels, reduction="none")
+            else:
+                losses = self._teacher.losses(images, out, labels)
         return losses.view(rows_GB.shape)
 
     @torch.no_grad()
@@ -288,17 +286,6 @@ class _Cohort:
                 buffers={name: stacked[i].clone() for name, stacked in self._buffers.items()},
                 trained=Trained(count, losses[i] / (count * self._section.local_epochs), seconds),
             )
-
-
-def _distilled(hard: Tensor, logits: Tensor, images: Tensor, teacher: Teacher) -> Tensor:
-    """Mix the cross-entropy of examples with the divergence from the teacher's answer, (G B,)."""
-    alpha, temperature = teacher.section.distill_alpha, teacher.section.distill_temperature
-    teacher.module.eval()
-    with torch.no_grad():
-        target = functional.log_softmax(teacher.module(images).float() / temperature, dim=1)
-    student = functional.log_softmax(logits / temperature, dim=1)
-    divergence = functional.kl_div(student, target, reduction="none", log_target=True).sum(dim=1)
-    return alpha * temperature**2 * divergence + (1 - alpha) * hard
 
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm

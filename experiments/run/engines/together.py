@@ -17,8 +17,9 @@ from flwr.app import Context, Message, RecordDict
 
 from client_app.methods.mhpfedhn import PERSONAL, MHpFedHN, Role
 from client_app.participant import Participant
-from client_app.training.batched import Outcome, Teacher, can_train_together, train_cohort
-from client_app.training.batched_evaluation import evaluate_cohort
+from client_app.training.batched import Outcome, can_train_together, train_cohort
+from client_app.training.distillation import Teacher
+from client_app.training.evaluation import evaluate_cohort
 from client_app.workshop import borrow
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
