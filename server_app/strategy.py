@@ -28,7 +28,7 @@ from common.metrics import summarise, weighted_mean
 from common.records import Content, Received
 from common.seeding import numpy_generator
 from server_app.admission import Admission
-from server_app.aggregation.diagnostics import StepDiagnostics, mean_diagnostics
+from server_app.aggregation.base import StepDiagnostics, mean_diagnostics
 from server_app.clients import Client, Registry
 from server_app.methods.base import Method, Upload
 from server_app.output.run_folder import RunFolder

@@ -103,11 +103,9 @@ class UpdateSection(Section):
     `server_rule` "adam" is the published one for everything. "least-squares" moves the heads so
     that the generated parameters go where the deltas point, at gains of their own for what a
     group's clients share and for what is each one's own (`server_app.aggregation.least_squares`);
-    trunk and
-    embeddings keep Adam, or stand still where both rates are 0, which makes a step 2.5 times as
-    cheap (`server_app.aggregation.ledger`). -1 for `shared_momentum` or `personal_gain` means what
-    fits the
-    number of clients of a head group and of rounds.
+    trunk and embeddings keep Adam, or stand still where both rates are 0, which makes a step
+    cheaper. -1 for `shared_momentum` or `personal_gain` means what fits the number of clients of a
+    head group and of rounds.
     """
 
     server_rule: Literal["adam", "least-squares"] = "adam"

@@ -20,9 +20,9 @@ from experiments.benchmarks.clear import reference_hypernet, server_step
 from experiments.benchmarks.measuring import Row, Timing, in_own_process, peak_bytes, take_turns
 from experiments.benchmarks.synthetic import IDLE_PARAMETERS
 from experiments.run.presets import Preset
-from server_app.aggregation.adam import ClientUpdate, ServerUpdate
-from server_app.hypernet.blocks import BLOCK_CLIENTS, blocks
-from server_app.hypernet.groups import num_chunks
+from server_app.aggregation import make_rule
+from server_app.aggregation.base import Update
+from server_app.hypernet.groups import BLOCK_CLIENTS, blocks, num_chunks
 from server_app.hypernet.network import Hypernetwork
 
 Rule = Literal["adam", "least-squares", "at-rest"]
@@ -86,8 +86,6 @@ def least_bytes(num_clients: int, num_parameters: int, rule: Rule = "adam") -> i
     chunks = num_chunks(num_parameters, section.chunk_size)
     heads = chunks * section.chunk_size * (section.hidden_dim + 1)
     vectors = num_clients + min(num_clients, BLOCK_CLIENTS)
-    if rule == "at-rest" and num_clients <= section.hidden_dim:
-        vectors += 3 * num_clients  # theta before and after a step, and what the heads are owed
     return (16 if rule == "adam" else 4) * heads + 4 * num_parameters * vectors
 
 
@@ -100,7 +98,7 @@ class Server:
         self.ids = [str(i) for i in range(num_clients)]
         for client_id in self.ids:
             self.hypernet.add_client(client_id, num_parameters)
-        self._rule = ServerUpdate(self.hypernet, config.update, total_rounds=10)
+        self._rule = make_rule(self.hypernet, config.update, total_rounds=10)
         generator = torch.Generator().manual_seed(0)
         self.deltas = {
             c: torch.empty(num_parameters).normal_(0, 0.01, generator=generator) for c in self.ids
@@ -111,7 +109,7 @@ class Server:
         """Serve some clients one after the other, a step for each."""
         for client_id in self.sample:
             self.hypernet.generate([client_id])
-            self._rule.step([ClientUpdate(client_id, self.deltas[client_id])], progress=0.0)
+            self._rule.step([Update(client_id, self.deltas[client_id])], progress=0.0)
 
     def generate(self) -> None:
         """Generate for everybody."""
@@ -120,7 +118,7 @@ class Server:
 
     def step(self) -> None:
         """Take one step on everybody's delta."""
-        self._rule.step([ClientUpdate(c, self.deltas[c]) for c in self.ids], progress=0.0)
+        self._rule.step([Update(c, self.deltas[c]) for c in self.ids], progress=0.0)
 
 
 def measure(num_clients: int, num_parameters: int, repeats: int, rule: Rule, device: str) -> Row:

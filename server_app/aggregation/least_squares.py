@@ -1,41 +1,39 @@
 """The least-squares rule of the heads: generated parameters go where the deltas point.
 
 Adam decides how far a HEAD's weight moves; how far theta moves follows from the features, and is
-far too much for what all clients share and far too little for what is each one's own (docs/
-parallel.md has the measurements). This rule asks for a change of theta instead and finds the heads
-that make it. For the clients i of a group, with running mean m of their deltas,
+far too much for what all clients share and far too little for what is each one's own
+(docs/parallel.md has the measurements). This rule asks for a change of theta instead and finds the
+heads that make it. For the clients i of a group, with running mean m of their deltas,
 
     wanted change of theta_i  =  - g (m_now + beta u)  -  r (delta_i - m),     u <- beta u + m_now
 
 g is `shared-gain`, beta `shared-momentum` (Nesterov), r `personal-gain`. A gain of 1 moves theta by
-what a client's own training moved it. Left at -1, beta and r fit a group of N clients and a run of
-R rounds: 1 - max(5/N, 6/R), at least 0, and max(1.4/N, 1.6/R), at most 1. What is shared goes into
-the bias of a head, what is personal into its weight, which acts on features centred over the group:
+what a client's own training moved it. What is shared goes into the bias of a head, what is personal
+into its weight, which acts on features centred over the group:
 
-    theta_i = b + W^T (f_i - f_mean),    W -= r P^T (delta - m),   P = rows of (F F^T + d I)^-1 F
+    theta_i = b + W^T f_i,    W -= r P^T (delta - m),    b += r f_mean P^T (delta - m),
+    P = the ridge solution (F F^T + d I)^-1 F over ALL clients of the group (rows F, centred)
 
-the ridge solution over ALL clients of the group (rows F, damping d). Centred rows sum to zero, so
-what the personal changes of a step have in common is left out, and who was not in the buffer moves
-by that and by what is shared. Beyond hidden-dim clients in a group the rows depend on one another,
-and a client's personal change is felt a little by the others.
+Centred rows sum to zero, so what the personal changes of a step have in common is left out, and who
+was not in the buffer moves by that and by what is shared. Beyond hidden-dim clients in a group the
+rows depend on one another, and a client's personal change is felt a little by the others. Trunk and
+embeddings keep Adam, or stand still where both their rates are 0.
 Differs from paper: there phi descends along J^T delta.
 
 One mechanism for every schedule: a pass over the group's N clients (all that are known, present or
 not, w_g among them) makes shared steps of g in all, in one piece or in N/n of them: n updates are
 n/N = p of a pass, and g p, p m_now and beta^p stand for g, m_now (in u) and beta. No step has a
-gain above 1: velocity adds to it, and beyond that the first rounds diverge. (Full steps for every
-cohort were tried: each client's own delta then stays in the bias for good, and clients overfit.)
+gain above 1: velocity adds to it, and beyond that the first rounds diverge.
 
 Shapes: n updates, N clients of the group, C chunks, c chunks of a tile, S chunk size, H hidden.
 """
 
-# ruff: noqa: N806, N815 - names carry their shape as a suffix
+# ruff: noqa: N803, N806, N815 - names carry their shape as a suffix
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +42,11 @@ from torch import Tensor
 
 from common.config import BY_SIZE, UpdateSection
 from common.log import logger
-from server_app.aggregation.ledger import Heads, Ledger
-from server_app.hypernet.head_bank import Heir
-from server_app.hypernet.heads import HeadGroup, HeadPullback
-from server_app.hypernet.memory import Scratch
-from server_app.output.checkpoint import required_tensor
+from common.serialization import required_tensor
+from server_app.aggregation.adam import AdamRule
+from server_app.hypernet.gradient import Gradient, GroupDeltas, backward
+from server_app.hypernet.network import Hypernetwork
 
-MEMORY = ("velocity", "mean")
 RETURNED, OWN = 5.0, 1.4
 SETTLES, FOLLOWED = 6.0, 1.6
 """beta = 1 - RETURNED/N, personal gain = OWN/N of a group of N clients, if the run is long enough.
@@ -62,76 +58,8 @@ overfits by momentum, and a large one is slow without. Fitted to 2, 10 and 50 cl
 In R rounds a velocity that remembers more than R/SETTLES of them does not settle, and what is
 personal should be followed FOLLOWED times over: 1 - SETTLES/R and FOLLOWED/R are the bounds, at
 R = 60 those of 50 clients (docs/parallel.md has 100 clients and 20 rounds)."""
-Mover = Heads | Ledger
-
-
-@dataclass(frozen=True)
-class GroupBatch:
-    """The updates of one head group in one step.
-
-    Attributes
-    ----------
-    group : the heads.
-    members : ALL clients of the group.
-    features_CNH : the trunk's output for them.
-    rows : which of these clients sent the updates, one row each; may repeat.
-    deltas : (P_i,) each.
-    shares : (n,) float32, positive; shares of the whole step.
-    fixed : the features never change: nobody wants their gradient, and a `Ledger` may be kept.
-    """
-
-    key: str
-    group: HeadGroup
-    members: Sequence[str]
-    features_CNH: Tensor
-    rows: Sequence[int]
-    deltas: Sequence[Tensor]
-    shares: Tensor
-    fixed: bool = False
-
-    def __len__(self) -> int:
-        return len(self.deltas)
-
-    @property
-    def num_clients(self) -> int:
-        """N, those of the group whether they sent something or not."""
-        return self.features_CNH.shape[1]
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How far a step goes.
-
-    Attributes
-    ----------
-    factor : of both gains, from warm-up and decay.
-    rounds : of the whole run.
-    follows : the updates are followed whole, at a personal gain of 1: the global model's mean delta
-        is FedAvg's step. (A full SHARED step for it too, next to the clients' own, diverges.)
-    """
-
-    factor: float
-    rounds: float = math.inf
-    follows: bool = False
-
-    @staticmethod
-    def of_pass(batch: GroupBatch) -> float:
-        """Return the part of a pass over the group's clients that these updates are, at most 1."""
-        return min(1.0, len(batch) / batch.num_clients)
-
-    def momentum(self, section: UpdateSection, num_clients: int) -> float:
-        """Return beta of a whole pass over N clients."""
-        if section.shared_momentum != BY_SIZE:
-            return section.shared_momentum
-        return max(0.0, 1 - max(RETURNED / num_clients, SETTLES / self.rounds))
-
-    def personal_gain(self, section: UpdateSection, num_clients: int) -> float:
-        """Return how much of what is an update's own is followed, of N clients."""
-        if self.follows:
-            return self.factor
-        if section.personal_gain != BY_SIZE:
-            return section.personal_gain * self.factor
-        return min(1.0, max(OWN / num_clients, FOLLOWED / self.rounds)) * self.factor
+ROUNDING = 1e-9
+"""Squared, relative: float32 features that differ by less than 3e-5 of their size are equal."""
 
 
 @dataclass
@@ -142,55 +70,115 @@ class GroupMemory:
     mean: Tensor
 
 
-class LeastSquares:
-    """Moves the heads of one hypernetwork; keeps a `GroupMemory` for each group."""
+@dataclass(frozen=True)
+class Solved:
+    """P of all members of a group, and the mean of their features."""
 
-    def __init__(self, section: UpdateSection) -> None:
-        self._section = section
+    members: list[str]
+    rows_CNH: Tensor
+    mean_CH: Tensor
+
+
+class LeastSquaresRule(AdamRule):
+    """Heads by least squares, trunk and embeddings by Adam; one `Rule`."""
+
+    def __init__(
+        self, hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float
+    ) -> None:
+        super().__init__(hypernet, section, total_rounds=total_rounds)
         self._memory: dict[str, GroupMemory] = {}
         self._crowded: set[str] = set()
+        self._at_rest = not (section.server_lr or section.embedding_lr)
+        self._solved: dict[str, Solved] = {}
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export also the memory, as `least-squares.<velocity|mean>.<key>`, and the keys."""
+        tensors, facts = super().state_dict()
+        for key, memory in self._memory.items():
+            tensors |= {f"least-squares.{part}.{key}": x for part, x in vars(memory).items()}
+        return tensors, facts | {"least-squares": sorted(self._memory)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Restore an exported state; see `Rule.load_state_dict`."""
+        super().load_state_dict(tensors, facts)
+        for key in facts["least-squares"]:
+            memory = self._remembered(key)
+            for part, x in vars(memory).items():
+                x.copy_(required_tensor(tensors, f"least-squares.{part}.{key}", tuple(x.shape)))
+
+    def _gradient(
+        self, parts: Sequence[GroupDeltas], factor: float, *, is_global: bool
+    ) -> Gradient:
+        """Move the heads, and return the gradient of trunk and embeddings before that."""
+        gradient = Gradient([], [], 0.0)
+        if not self._at_rest:
+            gradient = backward(self.hypernet, parts, heads=(), trunk=self._trunk_learns)
+        if math.isfinite(gradient.norm):
+            for part in parts:
+                if part.key not in self.frozen_groups:
+                    self._move_heads(part, factor, is_global=is_global)
+        return gradient
 
     @torch.no_grad()
-    def descend(
-        self, batch: GroupBatch, pace: Pace, *, scratch: Scratch, moves: bool = True
-    ) -> HeadPullback:
-        """Move the group's heads in place; return what its trunk and embeddings are to learn from.
+    def _move_heads(self, part: GroupDeltas, factor: float, *, is_global: bool) -> None:
+        """Move what is shared by the bias, what is personal by the weight.
 
-        The gradient of the features is that of the heads before the move.
-
-        Parameters
-        ----------
-        scratch
-            Memory for tiles; overwritten.
-        moves
-            False leaves the heads alone (`novel-only`); so does a delta that is not finite.
+        w_g's mean delta is followed whole, as FedAvg does it: its personal gain is 1. (A full
+        SHARED step for it too, next to the clients' own, diverges.)
         """
-        group, n = batch.group, len(batch)
-        self._name_crowd(batch)
-        moves = moves and all(_is_finite(delta) for delta in batch.deltas)
-        within = batch.shares / batch.shares.sum()
-        pulled = torch.zeros(group.num_chunks, n, group.hidden_dim, device=within.device)
-        squares = torch.zeros(n, dtype=torch.float64, device=within.device)
-        mean_square = torch.zeros((), dtype=torch.float64, device=within.device)
-        with self._mover(batch).step() if moves else nullcontext() as mover:
-            for packed_ncS, work in group.packed(batch.deltas, scratch):
-                delta_cnS = packed_ncS.transpose(0, 1)
-                mean_cS = torch.matmul(within, delta_cnS)
-                squares += torch.linalg.vector_norm(packed_ncS, dim=2).double().square().sum(1)
-                mean_square += torch.linalg.vector_norm(mean_cS, dim=1).double().square().sum()
-                if not batch.fixed:
-                    torch.bmm(delta_cnS, group.weight[work].transpose(1, 2), out=pulled[work])
-                if mover is not None:
-                    self._move(batch, pace, work, mover, (delta_cnS, mean_cS))
-        pulled *= batch.shares[:, None]
-        return HeadPullback(pulled, squares, mean_square, torch.zeros_like(mean_square))
+        members, section = self.hypernet.members(part.key), self.section
+        count, n = len(members), len(part.deltas)
+        self._warn_of_crowd(part, count)
+        beta, own_gain = gains(section, num_clients=count, rounds=self.total_rounds)
+        portion = min(1.0, n / count)
+        beta **= portion
+        memory = self._remembered(part.key)
+        memory.mean.lerp_(part.mean_CS, portion)
+        memory.velocity.mul_(beta).add_(part.mean_CS, alpha=portion)
+        shared_CS = part.mean_CS.add(memory.velocity, alpha=beta)
+        shared_gain = min(1.0, section.shared_gain * portion) * factor
+        part.group.bias.sub_(shared_CS, alpha=shared_gain)
+        own_gain = factor * (1.0 if is_global else own_gain)
+        if own_gain:
+            rows = [members.index(client_id) for client_id in part.client_ids]
+            gains_n = part.shares * (own_gain * n / part.shares.sum())
+            solved = self._solve(part.key, members)
+            self._move_personal(part, solved.rows_CNH[:, rows] * gains_n[:, None], solved.mean_CH)
 
-    def _name_crowd(self, batch: GroupBatch) -> None:
+    def _move_personal(self, part: GroupDeltas, solved_CnH: Tensor, mean_CH: Tensor) -> None:
+        """Move the heads by P^T (delta - m), P (C, n, H); `mean_CH` of all members' features."""
+        # one product: m is one more row, with what all rows together take of it
+        solved_CnH = torch.cat([solved_CnH, -solved_CnH.sum(1, keepdim=True)], dim=1)
+        across_CHn = solved_CnH.transpose(1, 2)
+        onto_C1n = mean_CH[:, None] @ across_CHn
+        vectors = [*part.deltas, self._remembered(part.key).mean.view(-1)]
+        for work, moves_cnS in part.group.gathered(vectors):
+            part.group.weight[work].baddbmm_(across_CHn[work], moves_cnS, alpha=-1)
+            part.group.bias[work].unsqueeze(1).baddbmm_(onto_C1n[work], moves_cnS)
+
+    def _solve(self, key: str, members: list[str]) -> Solved:
+        """Solve for all members of a group; once while trunk and embeddings are at rest."""
+        known = self._solved.get(key)
+        if known is None or known.members != members:
+            features_CNH = self.hypernet.features(members)
+            rows_CNH = ridge_rows(features_CNH, self.section.kernel_damping)
+            known = Solved(members, rows_CNH, features_CNH.mean(1))
+            if self._at_rest:
+                self._solved[key] = known
+        return known
+
+    def _remembered(self, key: str) -> GroupMemory:
+        if key not in self._memory:
+            blank = torch.zeros_like(self.hypernet.groups[key].bias, requires_grad=False)
+            self._memory[key] = GroupMemory(blank, blank.clone())
+        return self._memory[key]
+
+    def _warn_of_crowd(self, part: GroupDeltas, count: int) -> None:
         """Say once where a group has more clients than its heads can tell apart."""
-        count, hidden = batch.num_clients, batch.group.hidden_dim
-        if count - 1 <= hidden or batch.key in self._crowded:  # centred features: rank N - 1
+        hidden = self.hypernet.section.hidden_dim
+        if count - 1 <= hidden or part.key in self._crowded:  # centred features: rank N - 1
             return
-        self._crowded.add(batch.key)
+        self._crowded.add(part.key)
         logger.warning(
             "%d clients share heads of hidden-dim %d: some %.0f %% of what is a client's own "
             "reaches it, the rest is felt by the others. Set hidden-dim to %d or more; the "
@@ -201,78 +189,37 @@ class LeastSquares:
             count - 1,
         )
 
-    def _mover(self, batch: GroupBatch) -> Mover:
-        """Choose how the heads are moved: at once, or where it is cheaper by and by."""
-        group, damping = batch.group, self._section.kernel_damping
-        if batch.fixed and batch.num_clients <= group.hidden_dim // 2:
-            return group.open_ledger(batch.members, batch.features_CNH, damping)
-        return Heads((group.weight, group.bias), batch.features_CNH, damping)
 
-    def _move(
-        self,
-        batch: GroupBatch,
-        pace: Pace,
-        work: slice,
-        mover: Mover,
-        now: tuple[Tensor, Tensor],
-    ) -> None:
-        """Move some chunks: what is shared by the bias, what is personal by the weight."""
-        delta_cnS, mean_cS = now
-        n, section = len(batch), self._section
-        memory = self._remembered(batch)
-        part = pace.of_pass(batch)
-        beta = pace.momentum(section, batch.num_clients) ** part
-        memory.mean[work].lerp_(mean_cS, min(1.0, n / batch.num_clients))
-        velocity_cS = memory.velocity[work].mul_(beta).add_(mean_cS, alpha=part)
-        shared_cS = mean_cS.add(velocity_cS, alpha=beta) if beta else mean_cS
-        mover.share(work, shared_cS, min(1.0, section.shared_gain * part) * pace.factor)
-        own_gain = pace.personal_gain(section, batch.num_clients)
-        if own_gain:
-            own_cnS = delta_cnS.sub_(memory.mean[work][:, None])
-            gains_n = own_gain * (batch.shares * (n / batch.shares.sum()))
-            mover.own(work, batch.rows, own_cnS, gains_n)
+def gains(section: UpdateSection, *, num_clients: int, rounds: float) -> tuple[float, float]:
+    """Return beta of a whole pass, and the personal gain, of a group of N clients.
 
-    def _remembered(self, batch: GroupBatch) -> GroupMemory:
-        known = self._memory.get(batch.key)
-        if known is None:
-            blank = torch.zeros(
-                batch.group.num_chunks, batch.group.chunk_size, device=batch.shares.device
-            )
-            known = self._memory[batch.key] = GroupMemory(blank, blank.clone())
-        return known
-
-    def inherit(self, heirs: Sequence[Heir]) -> None:
-        """Copy what is remembered of each group that was split to its heir."""
-        for heir in heirs:
-            if known := self._memory.get(heir.old_key):
-                self._memory[heir.new_key] = GroupMemory(known.velocity.clone(), known.mean.clone())
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the memory as `least-squares.<velocity|mean>.<key>`, and the keys."""
-        tensors = {
-            f"least-squares.{part}.{key}": getattr(memory, part)
-            for key, memory in self._memory.items()
-            for part in MEMORY
-        }
-        return tensors, {"least-squares": sorted(self._memory)}
-
-    def load_state_dict(
-        self,
-        tensors: Mapping[str, Tensor],
-        meta: Mapping[str, Any],
-        groups: Mapping[str, HeadGroup],
-    ) -> None:
-        """Restore an exported memory; raise CheckpointError when a tensor is missing or misfits."""
-        self._memory = {}
-        for key in map(str, meta.get("least-squares", [])):
-            bias = groups[key].bias
-            parts = [
-                required_tensor(tensors, f"least-squares.{part}.{key}", tuple(bias.shape))
-                for part in MEMORY
-            ]
-            self._memory[key] = GroupMemory(*(p.to(bias.device, copy=True) for p in parts))
+    `shared-momentum` and `personal-gain`; where they are left at -1, what fits N and the run.
+    """
+    beta, own = section.shared_momentum, section.personal_gain
+    if beta == BY_SIZE:
+        beta = max(0.0, 1 - max(RETURNED / num_clients, SETTLES / rounds))
+    if own == BY_SIZE:
+        own = min(1.0, max(OWN / num_clients, FOLLOWED / rounds))
+    return beta, own
 
 
-def _is_finite(delta: Tensor) -> bool:
-    """Say whether every entry is finite, in one pass; a norm beyond float32 counts as not."""
-    return bool(torch.isfinite(torch.linalg.vector_norm(delta)))
+def ridge_rows(features_CNH: Tensor, damping: float) -> Tensor:
+    """Return (F F^T + d I)^-1 F, (C, N, H), chunk by chunk; F is centred.
+
+    d is `damping` times the mean squared norm of a centred row, so that it has no unit, and at
+    least ROUNDING times that of a row as it came: features that differ by rounding alone are equal,
+    and nothing personal can be told apart by them. Solved in float64, in the smaller of the two
+    spaces: N x N, or H x H by (F F^T + d I)^-1 F = F (F^T F + d I)^-1. The result is scaled by
+    1 + damping, so that clients with orthogonal features get the whole of what is asked.
+    """
+    wide = features_CNH.double()
+    floor_C = ROUNDING * wide.square().sum(2).mean(1) + torch.finfo(torch.float64).tiny
+    wide = wide - wide.mean(1, keepdim=True)
+    d_C = torch.maximum(damping * wide.square().sum(2).mean(1), floor_C)
+    across = wide.transpose(1, 2)
+    small = wide.shape[1] <= wide.shape[2]
+    system = wide @ across if small else across @ wide
+    system.diagonal(dim1=1, dim2=2).add_(d_C[:, None])
+    solved = torch.cholesky_solve(wide if small else across, torch.linalg.cholesky(system))
+    rows_CNH = solved if small else solved.transpose(1, 2)
+    return (rows_CNH * (1 + damping)).to(features_CNH.dtype)

@@ -1,25 +1,16 @@
-"""Which clients share heads.
-
-A criterion (`head-sharing`) gives every client the key of its head group and says how many heads
-that group needs. All of them know counts, tags and embeddings, never an architecture.
-
-- "chunks": equally many chunks (method.md, "Hypernetwork"), as published; key "79".
-- "tolerance": classes of size, fixed in advance, so that nothing depends on who comes first; within
-  a class the largest has at most `sharing-tolerance` more chunks than the smallest; everybody's
-  group has the heads of the largest; key "92".
-- "tag": equally many chunks and an equal tag, which the clients declare; key "79-1f0c...".
-- "own": nobody shares; key "79-<client_id>".
-
-Differs from paper: all but "chunks" (its appendix C.5 compares separate heads).
-"""
+"""Which clients share heads, and which get their parameters generated together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 from common.config import HypernetSection
 
-ALL = "all"
+BLOCK_CLIENTS = 64
+BLOCK_BYTES = 256 * 2**20
+LEAST_CLIENTS = 8
+"""A block never has fewer for its size alone: reading the heads of 11 M parameters costs more."""
 
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
@@ -27,36 +18,41 @@ def num_chunks(num_parameters: int, chunk_size: int) -> int:
     return -(-num_parameters // chunk_size)
 
 
-def place(section: HypernetSection, client_id: str, chunks: int, tag: str) -> tuple[str, int]:
-    """Return the key of a client's head group, and how many heads the group needs for it."""
-    sharing = section.head_sharing
-    if sharing == "tolerance":
-        heads = size_class(chunks, section.sharing_tolerance)
-        return str(heads), heads
-    if sharing in ("own", "tag"):
-        return f"{chunks}-{client_id if sharing == 'own' else tag}", chunks
-    return str(chunks), chunks
+def head_group(
+    section: HypernetSection, client_id: str, chunks: int, tag: str = ""
+) -> tuple[str, int]:
+    """Return the key of a client's head group and the number of heads of that group.
 
+    `head-sharing` decides, and nothing but counts and a declared tag is known of a client:
 
-def size_class(chunks: int, tolerance: float) -> int:
-    """Return the largest number of chunks of the class that `chunks` belongs to.
+    - "chunks": equally many chunks, as published (docs/method.md, "Hypernetwork"); key "79".
+    - "tolerance": size classes, fixed in advance so that nothing depends on who comes first; the
+      largest has at most `sharing-tolerance` more chunks than the smallest; key "92".
+    - "tag": equally many chunks and an equal tag; key "79-1f0c...".
+    - "own": nobody shares; key "79-<client_id>".
 
-    The classes cut 1, 2, 3, ... into runs whose last is at most (1 + tolerance) times the first.
+    Differs from paper: all but "chunks" (its appendix C.5 compares separate heads).
 
-    >>> [size_class(chunks, 0.25) for chunks in (1, 3, 4, 5, 6, 79)]
-    [1, 3, 5, 5, 7, 92]
+    >>> head_group(HypernetSection(head_sharing="tolerance"), "site-a", 79)
+    ('92', 92)
     """
-    largest = 1
-    while largest < chunks:
-        first = largest + 1
-        largest = max(first, int(first * (1 + tolerance)))
-    return largest
+    heads, suffix = chunks, ""
+    match section.head_sharing:
+        case "tolerance":  # classes 1, 2, 3, ...: each starts one above the largest of the last
+            heads = 1
+            while heads < chunks:
+                heads = max(heads + 1, int((heads + 1) * (1 + section.sharing_tolerance)))
+        case "tag":
+            suffix = f"-{tag}"
+        case "own":
+            suffix = f"-{client_id}"
+    return f"{heads}{suffix}", heads
 
 
 def group_order(key: str) -> tuple[int, str]:
     """Sort key of head groups: by size, then by name."""
     count, _, rest = key.partition("-")
-    return (int(count), rest) if count.isdecimal() else (0, key)
+    return int(count), rest
 
 
 def members_by_group(
@@ -74,3 +70,19 @@ def members_by_group(
     for position, client_id in enumerate(client_ids):
         positions.setdefault(key_of(client_id), []).append(position)
     return {key: positions[key] for key in sorted(positions, key=group_order)}
+
+
+def blocks(client_ids: Sequence[str], size_of: Callable[[str], int]) -> Iterator[Sequence[str]]:
+    """Cut clients into runs that are generated together: float32 within `BLOCK_BYTES`.
+
+    Only the list and the sizes decide, so that two runs make the same products. The runs are of
+    nearly equal length: a product of one or two rows takes another path through the BLAS.
+    """
+    if not client_ids:
+        return
+    largest = 4 * max(map(size_of, client_ids))
+    most = min(BLOCK_CLIENTS, max(LEAST_CLIENTS, BLOCK_BYTES // largest))
+    count = -(-len(client_ids) // most)
+    edges = [len(client_ids) * i // count for i in range(count + 1)]
+    for first, stop in pairwise(edges):
+        yield client_ids[first:stop]

@@ -1,73 +1,65 @@
 """The hypernetwork: per-client embeddings, one trunk, and heads shared by groups of clients.
 
-Client i owns an embedding v_i with one row a chunk. The trunk turns rows into features and head j
+Client i owns an embedding v_i with one row a chunk. The trunk turns rows into features, and head j
 of the client's group turns the features of row j into chunk j of theta_i (paper section 3.2;
-method.md, "Hypernetwork"). Only sizes are known here, never an architecture.
+docs/method.md, "Hypernetwork"). Sizes are known here, never an architecture, and no update rule.
 
-Shapes: N clients, C chunks of a client, S chunk size, E embedding size, H hidden size, P parameters
-of a client (the paper's K_i), R rows of several embeddings put one after the other.
+Where clients of different sizes share a group, each has as many rows as the group has heads: its
+own, and zeros behind them, of which nothing is emitted and nothing is learned.
+
+Shapes: N clients of a group, C chunks of a group, S chunk size, E embedding size, H hidden size,
+P parameters of a client (the paper's K_i), R rows of several embeddings one after the other.
 """
 
-# ruff: noqa: N806 - names carry their shape as a suffix
+# ruff: noqa: N803, N806 - names carry their shape as a suffix
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.compression import Float32
 from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError, listing
 from common.seeding import torch_generator
-from server_app.aggregation.least_squares import GroupBatch
-from server_app.hypernet.groups import num_chunks, place
-from server_app.hypernet.head_bank import HeadBank
-from server_app.hypernet.heads import HeadGroup, HeadPullback
-from server_app.hypernet.memory import Scratch
-from server_app.hypernet.parts import Part, parts_of, spread_rows, stack_rows
-from server_app.hypernet.pulls import Pull, Pullback, check_pulls, delta_facts, step_norm
-from server_app.hypernet.trunk import draw_trunk
-from server_app.output.checkpoint import require_same, required_tensor
+from common.serialization import require_same, required_tensor
+from server_app.hypernet.groups import blocks, group_order, head_group, members_by_group, num_chunks
+from server_app.hypernet.heads import HeadGroup
 
-HeadRule = Callable[[GroupBatch, Scratch], HeadPullback]
-"""Moves the heads of one group and returns what the trunk is to learn from."""
-
-SHAPE_KEYS = (
-    "chunk-size", "embed-dim", "hidden-dim", "head-sharing",
-)  # fmt: skip
+TRUNK_LAYERS = 3
+SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "head-sharing")
 
 
 class Hypernetwork:
     """Generate client parameters and pull pseudo-gradients back; clients come and go any time.
 
-    What a client or group starts from depends on the seed and its own id or size alone, not on
-    the order of arrival. Drawn on the CPU, so it does not depend on the device either.
+    What a client or group starts from depends on the seed and its own id or key alone, not on the
+    order of arrival. It is drawn on the CPU, so it does not depend on the device either.
 
     Attributes
     ----------
     trunk : Linear(E, H), ReLU, then Linear(H, H), ReLU twice.
-    bank : head groups by key, and who uses which.
+    groups : head groups by key; see `server_app.hypernet.groups.head_group`.
     embeddings : v_i (C_i, E) by client_id.
     """
 
     def __init__(
-        self,
-        section: HypernetSection,
-        *,
-        seed: int,
-        device: torch.device | str = "cpu",
+        self, section: HypernetSection, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.section = section
         self.seed = seed
         self.device = torch.device(device)
-        self.trunk = draw_trunk(section, torch_generator(seed, "trunk")).to(self.device)
-        self.bank = HeadBank(section, self.device)
+        self.trunk = _draw_trunk(section, torch_generator(seed, "trunk")).to(self.device)
+        self.groups: dict[str, HeadGroup] = {}
         self.embeddings: dict[str, nn.Parameter] = {}
         self._sizes: dict[str, int] = {}
-        self._scratch = Scratch(self.device)
+        self._keys: dict[str, str] = {}
+
+    # --- clients ---------------------------------------------------------------------------------
 
     def add_client(self, client_id: str, num_parameters: int, *, tag: str = "") -> None:
         """Give a client an embedding and a head group, an old or a new one.
@@ -86,33 +78,27 @@ class Hypernetwork:
                 f"client {client_id!r} has an embedding for {self._sizes[client_id]} parameters "
                 "already. Remove it first when the client changed its model."
             )
-        cap = self.section.max_parameters
-        if not 1 <= num_parameters <= cap:
+        s = self.section
+        if not 1 <= num_parameters <= s.max_parameters:
             raise RegistrationError(
-                f"client {client_id!r} asks for {num_parameters} parameters; 1 to {cap} are "
-                "allowed. Use a smaller model, or raise max-parameters in the run config."
+                f"client {client_id!r} asks for {num_parameters} parameters; 1 to "
+                f"{s.max_parameters} are allowed. Use a smaller model, or raise max-parameters in "
+                "the run config."
             )
-        self._sizes[client_id] = num_parameters
-        self.embeddings[client_id] = nn.Parameter(self._start(client_id).to(self.device))
-        self.bank.assign(client_id, self.num_chunks(client_id), tag, seed=self.seed)
-
-    def _start(self, client_id: str) -> Tensor:
-        """Draw the rows (C, E) that a client's embedding starts from."""
-        shape = (self.num_chunks(client_id), self.section.embed_dim)
+        chunks = num_chunks(num_parameters, s.chunk_size)
         generator = torch_generator(self.seed, "embedding", client_id=client_id)
-        rows = torch.randn(*shape, generator=generator) * self.section.embedding_std
-        return rows
+        rows = torch.randn(chunks, s.embed_dim, generator=generator) * s.embedding_std
+        self.embeddings[client_id] = nn.Parameter(rows.to(self.device))
+        key, heads = head_group(s, client_id, chunks, tag)
+        if key not in self.groups:
+            drawn = HeadGroup.draw(s, heads, torch_generator(self.seed, f"head/{key}"))
+            self.groups[key] = drawn.to(self.device)
+        self._sizes[client_id], self._keys[client_id] = num_parameters, key
 
     def remove_client(self, client_id: str) -> None:
         """Forget a client's embedding; its head group stays, for it holds what others learned."""
         self._require(client_id)
-        self.bank.release(client_id)
-        del self._sizes[client_id], self.embeddings[client_id]
-
-    @property
-    def groups(self) -> dict[str, HeadGroup]:
-        """Head groups by key."""
-        return self.bank.groups
+        del self._sizes[client_id], self._keys[client_id], self.embeddings[client_id]
 
     def has_client(self, client_id: str) -> bool:
         """Whether the client owns an embedding."""
@@ -120,15 +106,16 @@ class Hypernetwork:
 
     def is_same(self, client_id: str, num_parameters: int, tag: str) -> bool:
         """Whether a known client still has this size, and this tag where tags count."""
-        same_size = self.num_parameters(client_id) == num_parameters
-        if self.section.head_sharing != "tag" or not same_size:
-            return same_size
-        chunks = self.num_chunks(client_id)
-        return self.bank.key(client_id) == place(self.section, client_id, chunks, tag)[0]
+        key, _ = head_group(self.section, client_id, self.num_chunks(client_id), tag)
+        return self._sizes[client_id] == num_parameters and self._keys[client_id] == key
 
     def clients(self) -> list[str]:
         """Return the known client_ids in order of arrival."""
         return list(self._sizes)
+
+    def members(self, key: str) -> list[str]:
+        """Return the clients of a head group, sorted."""
+        return sorted(client_id for client_id, own in self._keys.items() if own == key)
 
     def num_parameters(self, client_id: str) -> int:
         """Return P, the paper's K_i, of a known client."""
@@ -136,17 +123,25 @@ class Hypernetwork:
         return self._sizes[client_id]
 
     def num_chunks(self, client_id: str) -> int:
-        """Return C, the paper's tau_i, of a known client."""
+        """Return the paper's tau_i of a known client."""
         return num_chunks(self.num_parameters(client_id), self.section.chunk_size)
 
     def group_key(self, client_id: str) -> str:
         """Return the key of a known client's head group."""
         self._require(client_id)
-        return self.bank.key(client_id)
+        return self._keys[client_id]
+
+    # --- generate --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
+    def generate(
+        self, client_ids: Sequence[str], chunks: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Generate theta_i = h(v_i; phi) for several clients, one batched product per head group.
+
+        Parameters
+        ----------
+        chunks : ascending; only these chunks, one after the other. Clients of one group then.
 
         Returns
         -------
@@ -158,110 +153,42 @@ class Hypernetwork:
         RegistrationError
             A client is not known.
         """
-        self._require(*client_ids)
-        thetas = self._held(client_ids)
-        parts = parts_of([c for c in client_ids if c not in thetas], self.bank)
-        if parts:
-            features_RH = self.trunk(stack_rows(parts, self.embeddings))
-            for part in parts:
-                sizes = [self._sizes[client_id] for client_id in part.client_ids]
-                emitted = part.group.forward(part.chunk_major(features_RH), sizes)
-                thetas |= zip(part.client_ids, emitted, strict=True)
+        thetas: dict[str, Tensor] = {}
+        for key, positions in members_by_group(client_ids, self.group_key).items():
+            ids, group = [client_ids[i] for i in positions], self.groups[key]
+            sizes = [self._sizes[client_id] for client_id in ids]
+            if chunks is not None:
+                size = group.chunk_size
+                sizes = [sum(min(size, max(0, p - size * j)) for j in chunks) for p in sizes]
+            emitted = group.forward(self.features(ids, chunks), sizes, chunks)
+            thetas |= zip(ids, emitted, strict=True)
         return {client_id: thetas[client_id] for client_id in client_ids}
 
-    def _held(self, client_ids: Sequence[str]) -> dict[str, Tensor]:
-        """Return theta of those whose head group keeps a ledger of it."""
-        thetas: dict[str, Tensor] = {}
-        for part in parts_of(client_ids, self.bank):
-            ledger = part.group.ledger
-            if ledger is not None:
-                known = [c for c in part.client_ids if ledger.holds(c)]
-                emitted = ledger.emit(known, [self._sizes[c] for c in known])
-                thetas |= zip(known, emitted, strict=True)
-        return thetas
+    def thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:
+        """Generate as `generate`, as numpy, a block of clients at a time, when it is asked for."""
+        for block in blocks(client_ids, self.num_parameters):
+            for client_id, theta in self.generate(block).items():
+                yield client_id, theta.cpu().numpy()
 
-    def lead(self, pulls: Sequence[Pull], head_rule: HeadRule) -> Pullback:
-        """Let a rule move the heads along deltas; trunk and embeddings stand still for good.
+    @torch.no_grad()
+    def features(self, client_ids: Sequence[str], chunks: Sequence[int] | None = None) -> Tensor:
+        """Return the trunk's output for clients of one head group, (C, N, H); of some chunks."""
+        rows_RE = self.rows(client_ids)
+        if chunks is not None:
+            rows_RE = rows_RE.view(len(client_ids), -1, rows_RE.shape[1])[:, chunks].flatten(0, 1)
+        features_RH: Tensor = self.trunk(rows_RE)
+        return by_chunk(features_RH, len(client_ids))
 
-        Raises as `backward`.
-        """
-        self._require(*(pull.client_id for pull in pulls))
-        check_pulls(pulls, self._sizes)
-        moved: list[HeadPullback] = []
-        for part in parts_of([pull.client_id for pull in pulls], self.bank):
-            mine = [pulls[i] for i in part.positions]
-            shares = torch.tensor([pull.share for pull in mine], device=self.device)
-            batch = self._group_batch(part, [pull.delta for pull in mine], shares, fixed=True)
-            moved.append(head_rule(batch, self._scratch))
-        rms_delta, coherence = delta_facts(pulls, moved)
-        return Pullback(
-            [], [], 0.0 if math.isfinite(rms_delta) else rms_delta, rms_delta, coherence
-        )
+    def rows(self, client_ids: Sequence[str]) -> Tensor:
+        """Stack the embeddings of clients of one group (N C, E), zeros where one has no chunk."""
+        chunks = self.groups[self._keys[client_ids[0]]].num_chunks
+        rows_NCE = torch.zeros(len(client_ids), chunks, self.section.embed_dim, device=self.device)
+        for rows_CE, client_id in zip(rows_NCE, client_ids, strict=True):
+            own_CE = self.embeddings[client_id].detach()
+            rows_CE[: len(own_CE)] = own_CE
+        return rows_NCE.flatten(0, 1)
 
-    def backward(self, pulls: Sequence[Pull], *, head_rule: HeadRule | None = None) -> Pullback:
-        """Compute sum_i share_i J_i^T delta_i at the current phi, as `grad` of what took part.
-
-        The heads of a group get the mean over that group's clients (shares made to sum to 1 within
-        the group), trunk and embeddings the sum with the shares as given. One client alone with
-        share 1 gives the published J_i^T delta_i. Any `grad` of an earlier call is replaced. A
-        client may appear more than once (two of its replies in one buffer). A `head_rule` moves the
-        heads itself, in this call: then they are not among the parameters that take part.
-
-        Raises
-        ------
-        RegistrationError
-            A client is not known.
-        ValueError
-            There is no pull, a share is not positive, or a delta has not its client's size.
-        """
-        self._require(*(pull.client_id for pull in pulls))
-        check_pulls(pulls, self._sizes)
-        parts = parts_of([pull.client_id for pull in pulls], self.bank)
-        rows_RE = stack_rows(parts, self.embeddings).requires_grad_()
-        with torch.enable_grad():
-            features_RH = self.trunk(rows_RE)
-        gradient_RH = torch.empty_like(features_RH)
-        heads: list[nn.Parameter] = []
-        pulled: list[HeadPullback] = []
-        for part in parts:
-            mine = [pulls[i] for i in part.positions]
-            deltas = [pull.delta for pull in mine]
-            shares = torch.tensor([pull.share for pull in mine], device=self.device)
-            if head_rule is None:
-                features_CNH = part.chunk_major(features_RH.detach())
-                result = part.group.backward(features_CNH, deltas, shares, scratch=self._scratch)
-                heads += [part.group.weight, part.group.bias]
-            else:
-                result = head_rule(self._group_batch(part, deltas, shares), self._scratch)
-            part.chunk_major(gradient_RH).copy_(result.features_CNH)
-            pulled.append(result)
-        trunk = list(self.trunk.parameters())
-        *gradients, rows_gradient = torch.autograd.grad(features_RH, [*trunk, rows_RE], gradient_RH)
-        for parameter, gradient in zip(trunk, gradients, strict=True):
-            parameter.grad = gradient
-        embeddings = spread_rows(rows_gradient, parts, self.embeddings)
-        norm = step_norm(pulled, [*trunk, *embeddings])
-        return Pullback(trunk + heads, embeddings, norm, *delta_facts(pulls, pulled))
-
-    def _group_batch(
-        self, part: Part, deltas: Sequence[Tensor], shares: Tensor, *, fixed: bool = False
-    ) -> GroupBatch:
-        """Put a part beside all clients of its group, known by the group's key."""
-        key = self.bank.key(part.client_ids[0])
-        members = self.bank.members(key)
-        everybody = Part(part.group, range(len(members)), members, slice(None))
-        with torch.no_grad():
-            features_RH = self.trunk(stack_rows([everybody], self.embeddings))
-        return GroupBatch(
-            key=key,
-            group=part.group,
-            members=members,
-            features_CNH=everybody.chunk_major(features_RH),
-            rows=[members.index(c) for c in part.client_ids],
-            deltas=deltas,
-            shares=shares,
-            fixed=fixed,
-        )
+    # --- state -----------------------------------------------------------------------------------
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return phi and all embeddings by name.
@@ -270,9 +197,10 @@ class Hypernetwork:
         `embeddings.<client_id>` (C, E).
         """
         named = {f"trunk.{name}": p for name, p in self.trunk.named_parameters()}
-        named |= self.bank.named_parameters()
-        named |= {f"embeddings.{client_id}": v for client_id, v in self.embeddings.items()}
-        return named
+        for key in sorted(self.groups, key=group_order):
+            named[f"heads.{key}.weight"] = self.groups[key].weight
+            named[f"heads.{key}.bias"] = self.groups[key].bias
+        return named | {f"embeddings.{client_id}": v for client_id, v in self.embeddings.items()}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Export everything, by the names of `named_parameters`, and JSON-able facts beside it.
@@ -280,15 +208,16 @@ class Hypernetwork:
         The tensors share memory with the live parameters: write or copy them before the next step.
         """
         tensors = {name: p.detach() for name, p in self.named_parameters().items()}
-        meta = {
+        facts = {
             "seed": self.seed,
             "section": self.section.flat(),
             "clients": [[client_id, size] for client_id, size in self._sizes.items()],
-            **self.bank.facts(),
+            "groups": dict(self._keys),
+            "heads": {key: group.num_chunks for key, group in self.groups.items()},
         }
-        return tensors, meta
+        return tensors, facts
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore an exported state into this hypernetwork, which must have no clients yet.
 
         Raises
@@ -302,26 +231,43 @@ class Hypernetwork:
                 "a state is loaded into an empty hypernetwork; this one has clients "
                 f"{listing(self._sizes)}. Make a new one."
             )
-        require_same(meta["section"], self.section.flat(), SHAPE_KEYS)
-        self.seed = int(meta["seed"])
-        s = self.section
+        require_same(facts["section"], self.section.flat(), SHAPE_KEYS)
+
+        def own(name: str, *shape: int) -> Tensor:
+            return required_tensor(tensors, name, shape).detach().to(self.device, copy=True)
+
+        s, self.seed = self.section, int(facts["seed"])
         for name, parameter in self.trunk.named_parameters():
-            shape = tuple(parameter.shape)
-            parameter.data.copy_(required_tensor(tensors, f"trunk.{name}", shape))
-        self.bank.restore(tensors, meta)
-        for client_id, size in meta["clients"]:
-            shape = (num_chunks(size, s.chunk_size), s.embed_dim)
-            rows = required_tensor(tensors, f"embeddings.{client_id}", shape)
-            self.embeddings[client_id] = nn.Parameter(self._own(rows))
-            self._sizes[client_id] = int(size)
+            parameter.data.copy_(own(f"trunk.{name}", *parameter.shape))
+        for key, count in facts["heads"].items():
+            weight = own(f"heads.{key}.weight", count, s.hidden_dim, s.chunk_size)
+            self.groups[key] = HeadGroup(weight, own(f"heads.{key}.bias", count, s.chunk_size))
+        for client_id, size in facts["clients"]:
+            rows = own(f"embeddings.{client_id}", num_chunks(size, s.chunk_size), s.embed_dim)
+            self.embeddings[client_id] = nn.Parameter(rows)
+            self._sizes[client_id], self._keys[client_id] = size, facts["groups"][client_id]
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(device=self.device, copy=True)
-
-    def _require(self, *client_ids: str) -> None:
-        unknown = [client_id for client_id in client_ids if client_id not in self._sizes]
-        if unknown:
+    def _require(self, client_id: str) -> None:
+        if client_id not in self._sizes:
             raise RegistrationError(
-                f"no embedding for client {listing(map(repr, unknown))}; call add_client first. "
+                f"no embedding for client {client_id!r}; call add_client first. "
                 f"Known: {listing(self._sizes) or 'nobody'}."
             )
+
+
+def by_chunk(rows_RH: Tensor, num_clients: int) -> Tensor:
+    """View rows of clients one after the other (N C, H) as (C, N, H)."""
+    return rows_RH.view(num_clients, -1, rows_RH.shape[1]).transpose(0, 1)
+
+
+def _draw_trunk(section: HypernetSection, generator: torch.Generator) -> nn.Sequential:
+    """Draw the trunk by torch's default Linear initialisation, from the generator (CPU)."""
+    layers: list[nn.Module] = []
+    width = section.embed_dim
+    for _ in range(TRUNK_LAYERS):
+        linear = nn.Linear(width, section.hidden_dim, device="meta").to_empty(device="cpu")
+        for tensor in (linear.weight, linear.bias):
+            tensor.data.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+        layers += [linear, nn.ReLU()]
+        width = section.hidden_dim
+    return nn.Sequential(*layers)

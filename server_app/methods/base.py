@@ -20,7 +20,7 @@ from common.log import logger
 from common.messages import Registration
 from common.methods import METHODS
 from common.records import Arrays, Content, Received
-from server_app.aggregation.diagnostics import StepDiagnostics
+from server_app.aggregation.base import StepDiagnostics
 from server_app.clients import Client
 
 T = TypeVar("T")

@@ -17,9 +17,9 @@ from common.compression import Float32
 from common.config import RunConfig
 from common.messages import THETA
 from common.records import Arrays, Received
+from common.serialization import required_tensor
 from server_app.clients import Client
 from server_app.methods.base import Method, Upload, mean_vector
-from server_app.output.checkpoint import required_tensor
 
 
 class FedAvg(Method[Float32]):

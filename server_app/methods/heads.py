@@ -21,9 +21,9 @@ from common.log import logger
 from common.messages import HEAD, MEANS
 from common.records import Arrays, Received
 from common.seeding import torch_generator
+from common.serialization import required_tensor
 from server_app.clients import Client
 from server_app.methods.base import Method, T, Upload, mean_vector
-from server_app.output.checkpoint import required_tensor
 
 EPOCHS = 1
 """FedGH: the server's passes over the received means in a round."""

@@ -20,11 +20,10 @@ from common.errors import ConfigError, RunError
 from common.log import logger
 from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
 from common.records import Content, Received
-from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation import make_rule
+from server_app.aggregation.base import StepDiagnostics, Update, global_diagnostics
 from server_app.aggregation.clipping import NormClip
-from server_app.aggregation.diagnostics import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
-from server_app.hypernet.blocks import blocks
 from server_app.hypernet.groups import group_order
 from server_app.hypernet.network import Hypernetwork
 from server_app.methods.base import Exchange, Method, Upload
@@ -50,11 +49,11 @@ class MHpFedHN(Method[Deltas]):
         super().__init__(config)
         device = _server_device(config.run.server_device)
         self.hypernet = Hypernetwork(config.hypernet, seed=config.run.seed, device=device)
-        self.rule = ServerUpdate(self.hypernet, config.update, total_rounds=config.run.rounds)
+        self.rule = make_rule(self.hypernet, config.update, total_rounds=config.run.rounds)
         self.clip = NormClip(config.schedule.clip_to_median)
         self._frozen_clients: set[str] = set()
         self._global_theta: Float32 | None = None
-        self._global_updates: dict[str, ClientUpdate] = {}
+        self._global_updates: dict[str, Update] = {}
         self._global_step: StepDiagnostics | None = None
         self._holders: set[str] = set()  # clients that have this round's w_g already
         self._server_round = 0
@@ -95,7 +94,7 @@ class MHpFedHN(Method[Deltas]):
         self._holders, self._global_updates, self._global_step = set(), {}, None
         if not self.config.distils:
             return
-        ((_, self._global_theta),) = self._thetas([GLOBAL_ID])
+        ((_, self._global_theta),) = self.hypernet.thetas([GLOBAL_ID])
         if self._own_trip:
             content = Content({TRAIN_GLOBAL: True}, {GLOBAL_THETA: self._global_theta})
             uploads = exchange(((client, content) for client in clients), self._read_global)
@@ -108,17 +107,11 @@ class MHpFedHN(Method[Deltas]):
         settings: dict[str, Any] = {}
         if training and self.config.distils:
             settings = {TRAIN_GLOBAL: self._fused, DISTIL: True, **self.config.distill.flat()}
-        for client_id, theta in self._thetas([client.client_id for client in clients]):
+        for client_id, theta in self.hypernet.thetas([client.client_id for client in clients]):
             arrays = {THETA: theta}
             if settings and self._global_theta is not None and client_id not in self._holders:
                 arrays[GLOBAL_THETA] = self._global_theta
             yield Content(settings, arrays)
-
-    def _thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:
-        """Generate theta (K_i,) of clients, a block at a time, each when it is asked for."""
-        for block in blocks(client_ids, self.hypernet.num_parameters):
-            for client_id, theta in self.hypernet.generate(block).items():
-                yield client_id, theta.cpu().numpy()
 
     # --- what is accepted ------------------------------------------------------------------------
 
@@ -145,9 +138,7 @@ class MHpFedHN(Method[Deltas]):
         shared = [(u, u.content.shared) for u in uploads if u.content.shared is not None]
         self._global_updates |= _weighted(shared)
         updates = [
-            ClientUpdate(
-                u.client.client_id, torch.from_numpy(u.content.personal), staleness=u.staleness
-            )
+            Update(u.client.client_id, torch.from_numpy(u.content.personal), staleness=u.staleness)
             for u in uploads
         ]
         usual = self.clip.clip_all(updates, self.hypernet.group_key)
@@ -207,10 +198,10 @@ class MHpFedHN(Method[Deltas]):
         return facts
 
 
-def _weighted(deltas: Iterable[tuple[Upload[Any], Float32]]) -> dict[str, ClientUpdate]:
+def _weighted(deltas: Iterable[tuple[Upload[Any], Float32]]) -> dict[str, Update]:
     """Return the updates of w_g by client, weighted by examples."""
     return {
-        upload.client.client_id: ClientUpdate(
+        upload.client.client_id: Update(
             upload.client.client_id, torch.from_numpy(delta), weight=float(upload.num_examples)
         )
         for upload, delta in deltas

@@ -24,9 +24,9 @@ from common.errors import ConfigError, RegistrationError
 from common.messages import DELTA, THETA, Registration
 from common.records import Arrays, Received
 from common.seeding import torch_generator
+from common.serialization import required_tensor
 from server_app.clients import Client
 from server_app.methods.base import Exchange, Method, Upload
-from server_app.output.checkpoint import required_tensor
 
 HIDDEN, LAYERS = 100, 4
 CLIP_NORM, MOMENTUM, WEIGHT_DECAY = 50.0, 0.9, 1e-3

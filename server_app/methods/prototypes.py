@@ -21,10 +21,10 @@ from common.log import logger
 from common.messages import MEANS, Registration
 from common.records import COUNTS, Arrays, Received
 from common.seeding import torch_generator
+from common.serialization import required_tensor
 from server_app.clients import Client
 from server_app.methods.base import Method, Upload
 from server_app.methods.heads import batches, stacked
-from server_app.output.checkpoint import required_tensor
 
 SHAPES = ("points", "weight1", "bias1", "weight2", "bias2")
 EPOCHS = 100

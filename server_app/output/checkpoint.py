@@ -131,28 +131,6 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def required_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of a saved state, or raise CheckpointError where it does not fit."""
-    if name not in tensors:
-        raise CheckpointError(f"the checkpoint has no tensor {name!r}, which its own list names.")
-    if tuple(tensors[name].shape) != shape:
-        raise CheckpointError(
-            f"tensor {name!r} of the checkpoint has shape {tuple(tensors[name].shape)}; "
-            f"expected {shape}."
-        )
-    return tensors[name]
-
-
-def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise CheckpointError when a setting of the saved run differs from this run's."""
-    for key in keys:
-        if saved.get(key) != current[key]:
-            raise CheckpointError(
-                f"the checkpoint was written with {key} = {saved.get(key)}; this run has "
-                f"{current[key]}. Set {key} to the checkpoint's value to resume."
-            )
-
-
 def _to_json(meta: Mapping[str, Any]) -> str:
     try:
         return json.dumps(meta)

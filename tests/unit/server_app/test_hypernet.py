@@ -10,10 +10,11 @@ from torch import Tensor
 from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError
 from server_app.hypernet import heads
+from server_app.hypernet.groups import BLOCK_BYTES, LEAST_CLIENTS, blocks
 from server_app.hypernet.heads import HeadGroup
 from server_app.hypernet.network import Hypernetwork
-from server_app.hypernet.pulls import Pull
 from tests.reference.algorithm import Hyper, ReferenceHypernet
+from tests.support.pulls import pull
 
 pytestmark = pytest.mark.numeric
 
@@ -83,18 +84,16 @@ def test_backward_equals_autograd(tile_bytes: int, monkeypatch: pytest.MonkeyPat
     reference = reference_of(hypernet)
     shares = {"d": 0.1, "a": 0.2, "c": 0.3, "b": 0.25, "e": 0.15}
     expected = reference.step(deltas, shares).gradients[0]
-    pullback = hypernet.backward([Pull(c, deltas[c], shares[c]) for c in SIZES])
+    pull(hypernet, *[(c, deltas[c], shares[c]) for c in SIZES])
     got = {n: p.grad for n, p in hypernet.named_parameters().items() if p.grad is not None}
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=name)
-    everything = torch.cat(list(deltas.values()))
-    assert pullback.rms_delta == pytest.approx(everything.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_only_what_took_part_gets_a_gradient() -> None:
     hypernet = make(SIZES)
-    pullback = hypernet.backward([Pull("a", torch.ones(7))])
+    pullback = pull(hypernet, *[("a", torch.ones(7), 1.0)])
     named = hypernet.named_parameters()
     touched = {name for name, p in named.items() if p.grad is not None}
     trunk = {f"trunk.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")}
@@ -106,27 +105,18 @@ def test_only_what_took_part_gets_a_gradient() -> None:
 def test_two_replies_of_one_client_add_up() -> None:
     hypernet = make({"a": 27})
     one, two = torch.randn(27), torch.randn(27)
-    hypernet.backward([Pull("a", one, 0.5), Pull("a", two, 0.5)])
+    pull(hypernet, *[("a", one, 0.5), ("a", two, 0.5)])
     twice = {n: p.grad.clone() for n, p in hypernet.named_parameters().items()}
-    hypernet.backward([Pull("a", (one + two) / 2)])
+    pull(hypernet, *[("a", (one + two) / 2, 1.0)])
     for name, parameter in hypernet.named_parameters().items():
         torch.testing.assert_close(parameter.grad, twice[name], rtol=1e-4, atol=1e-6)
-
-
-def test_coherence_is_one_when_deltas_agree_and_zero_when_they_cancel() -> None:
-    hypernet = make({"a": 27, "b": 25})
-    same = [Pull("a", torch.ones(27), 0.5), Pull("b", torch.ones(25), 0.5)]
-    assert hypernet.backward(same).coherence == pytest.approx(1.0, abs=0.03)
-    hypernet = make({"a": 27, "b": 27})
-    opposed = [Pull("a", torch.ones(27), 0.5), Pull("b", -torch.ones(27), 0.5)]
-    assert hypernet.backward(opposed).coherence == pytest.approx(0.0, abs=1e-12)
 
 
 def test_gradient_buffers_are_reused() -> None:
     hypernet = make({"a": 27})
     addresses = set()
     for _ in range(3):
-        hypernet.backward([Pull("a", torch.ones(27))])
+        pull(hypernet, *[("a", torch.ones(27), 1.0)])
         addresses.add(hypernet.groups["3"].weight.grad.data_ptr())
     assert len(addresses) == 1
 
@@ -141,7 +131,7 @@ def test_eleven_million_parameters() -> None:
     features = hypernet.trunk(hypernet.embeddings["huge"][-1])
     last = features @ group.weight[-1] + group.bias[-1]
     torch.testing.assert_close(theta["huge"][3580 * 3072 :], last[:2240], rtol=1e-5, atol=1e-6)
-    hypernet.backward([Pull("huge", torch.ones(11_000_000))])
+    pull(hypernet, *[("huge", torch.ones(11_000_000), 1.0)])
     assert group.bias.grad[-1].sum().item() == 11_000_000 - 3580 * 3072
 
 
@@ -172,11 +162,7 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(RegistrationError, match=r"no embedding for client 'z'.*Known: a\."):
         hypernet.generate(["a", "z"])
     with pytest.raises(ValueError, match=r"client 'a' has shape \(30,\); its theta has \(27,\)"):
-        hypernet.backward([Pull("a", torch.ones(30))])
-    with pytest.raises(ValueError, match="at least one delta"):
-        hypernet.backward([])
-    with pytest.raises(ValueError, match=r"share of client 'a' is 0\.0; it must be positive"):
-        hypernet.backward([Pull("a", torch.ones(27), 0.0)])
+        pull(hypernet, *[("a", torch.ones(30), 1.0)])
 
 
 def test_state_is_restored_bitwise_and_later_clients_too() -> None:
@@ -211,3 +197,57 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         CheckpointError, match=r"'embeddings\.a' .* shape \(2, 4\); expected \(3, 4"
     ):
         Hypernetwork(TOY, seed=0).load_state_dict(bad, meta)
+
+
+@pytest.mark.parametrize("size", [20, 57])
+def test_the_norm_is_that_of_the_gradients(size: int) -> None:
+    hypernet = make({"a": size, "b": size, "c": size, "d": 2 * size})
+    deltas = random_deltas({c: hypernet.num_parameters(c) for c in "abcd"})
+    found = pull(hypernet, *[(c, deltas[c], 0.25) for c in "abcd"])
+    gradients = [p.grad.double().flatten() for p in (*found.shared, *found.embeddings)]
+    assert found.norm == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-6)
+    deltas["b"][3] = math.nan
+    assert math.isnan(pull(hypernet, *[(c, deltas[c], 0.25) for c in "abcd"]).norm)
+
+
+def test_thetas_of_one_call_do_not_overlap() -> None:
+    hypernet = make({"a": 21, "b": 29, "c": 30})
+    thetas = hypernet.generate("abc")
+    kept = {c: theta.clone() for c, theta in thetas.items()}
+    thetas["b"].fill_(9.0)
+    assert torch.equal(thetas["a"], kept["a"])
+    assert torch.equal(thetas["c"], kept["c"])
+
+
+def test_large_blocks_are_ordinary_memory() -> None:
+    hypernet = make({"a": 700_000, "b": 700_000}, HypernetSection(embed_dim=4, hidden_dim=2))
+    theta = hypernet.generate(["a", "b"])["b"]
+    expected = reference_of(hypernet).theta("b")
+    torch.testing.assert_close(theta, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_some_chunks_are_those_of_the_whole() -> None:
+    hypernet = make({"a": 57, "b": 60, "c": 51})
+    whole = hypernet.generate("abc")
+    for client_id, some in hypernet.generate("abc", [0, 2, 5]).items():
+        chunks = whole[client_id].split(10)
+        expected = torch.cat([chunks[i] for i in (0, 2, 5)])
+        torch.testing.assert_close(some, expected, rtol=1e-5, atol=1e-6)  # other products
+
+
+def test_thetas_come_block_by_block_as_numpy() -> None:
+    hypernet = make(SIZES)
+    found = dict(hypernet.thetas(list(SIZES)))
+    for client_id, theta in hypernet.generate(list(SIZES)).items():
+        assert torch.equal(torch.from_numpy(found[client_id]), theta)
+
+
+def test_blocks_are_of_nearly_equal_size_and_bounded_in_bytes() -> None:
+    ids = [str(i) for i in range(130)]
+    cut = [list(block) for block in blocks(ids, lambda _: 1000)]
+    assert [len(block) for block in cut] == [43, 43, 44]
+    assert [client_id for block in cut for client_id in block] == ids
+    largest = BLOCK_BYTES // 4 // 20
+    assert {len(block) for block in blocks(ids, lambda _: largest)} == {18, 19}
+    assert max(len(block) for block in blocks(ids, lambda _: 2**40)) <= LEAST_CLIENTS
+    assert list(blocks([], lambda _: 1)) == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.config import RunConfig
-from server_app.aggregation.adam import ClientUpdate
+from server_app.aggregation.base import Update
 from server_app.aggregation.clipping import LEAST, NormClip
 from server_app.clients import Client
 from server_app.methods.base import Upload
@@ -14,24 +14,28 @@ from server_app.methods.mhpfedhn import Deltas, MHpFedHN
 pytestmark = pytest.mark.numeric
 
 
-def update(client_id: str, norm: float) -> ClientUpdate:
-    return ClientUpdate(client_id, torch.full((4,), norm / 2))
+def update(client_id: str, norm: float) -> Update:
+    return Update(client_id, torch.full((4,), norm / 2))
 
 
-def norms(updates: list[ClientUpdate]) -> list[float]:
+def one_group(client_id: str) -> str:
+    return "g"
+
+
+def norms(updates: list[Update]) -> list[float]:
     return [float(torch.linalg.vector_norm(u.delta)) for u in updates]
 
 
 def test_off_by_default_and_before_enough_norms_are_known() -> None:
     large = [update("a", 1), update("b", 1e6)]
     for factor in (0, 2):
-        assert norms(NormClip(factor).clip("g", large)) == pytest.approx([1, 1e6])
+        assert norms(NormClip(factor).clip_all(large, one_group)) == pytest.approx([1, 1e6])
 
 
 def test_scales_down_to_the_multiple_of_the_median_and_keeps_the_direction() -> None:
     clip = NormClip(2.5)
-    clip.clip("g", [update(str(i), float(i)) for i in range(1, LEAST + 1)])  # median 3
-    small, large = clip.clip("g", [update("a", 7.0), update("b", 1e6)])
+    clip.clip_all([update(str(i), float(i)) for i in range(1, LEAST + 1)], one_group)  # median 3
+    small, large = clip.clip_all([update("a", 7.0), update("b", 1e6)], one_group)
     assert norms([small]) == pytest.approx([7.0])
     assert norms([large]) == pytest.approx([7.5])
     assert torch.equal(large.delta, torch.full((4,), large.delta[0].item()))
@@ -39,11 +43,11 @@ def test_scales_down_to_the_multiple_of_the_median_and_keeps_the_direction() -> 
 
 def test_groups_do_not_mix_and_outliers_do_not_drag_the_median() -> None:
     clip = NormClip(2)
-    clip.clip("g", [update(str(i), 1.0) for i in range(LEAST)])
-    assert norms(clip.clip("other", [update("a", 100.0)])) == pytest.approx([100.0])
+    clip.clip_all([update(str(i), 1.0) for i in range(LEAST)], one_group)
+    assert norms(clip.clip_all([update("a", 100.0)], lambda _: "other")) == pytest.approx([100.0])
     honest = [update(str(i), 1.0) for i in range(3)]
     for _ in range(50):
-        *_, found = norms(clip.clip("g", [*honest, update("liar", 1e8)]))
+        *_, found = norms(clip.clip_all([*honest, update("liar", 1e8)], one_group))
     assert found == pytest.approx(2.0)
 
 
@@ -52,21 +56,23 @@ def test_order_of_arrival_does_not_matter() -> None:
     for order in (1, -1):
         clip = NormClip(2)
         updates = [update(str(i), float(i + 1)) for i in range(8)][::order]
-        clip.clip("g", updates)
+        clip.clip_all(updates, one_group)
         found.append(clip.export())
     assert found[0] == found[1]
 
 
 def test_survives_a_checkpoint() -> None:
     clip, again = NormClip(2), NormClip(2)
-    clip.clip("g", [update(str(i), 1.0) for i in range(LEAST)])
+    clip.clip_all([update(str(i), 1.0) for i in range(LEAST)], one_group)
     again.restore(clip.export())
-    assert norms(again.clip("g", [update("a", 8.0)])) == norms(clip.clip("g", [update("a", 8.0)]))
+    assert norms(again.clip_all([update("a", 8.0)], one_group)) == norms(
+        clip.clip_all([update("a", 8.0)], one_group)
+    )
     assert not math.isnan(again.export()["g"][-1])
 
 
-def sized(client_id: str, norm: float, size: int) -> ClientUpdate:
-    return ClientUpdate(client_id, torch.full((size,), norm / math.sqrt(size)))
+def sized(client_id: str, norm: float, size: int) -> Update:
+    return Update(client_id, torch.full((size,), norm / math.sqrt(size)))
 
 
 def test_each_update_is_clipped_within_its_group_and_they_come_back_sorted() -> None:
@@ -82,12 +88,6 @@ def test_each_update_is_clipped_within_its_group_and_they_come_back_sorted() -> 
     off = NormClip(0)
     assert off.clip_all(honest, group_of) == honest
     assert off.export() == {}
-
-
-def test_the_one_median_of_an_older_checkpoint_is_left_out() -> None:
-    clip = NormClip(2)
-    clip.restore({"personal": [1.0] * LEAST, "9": [3.0] * LEAST})
-    assert clip.export() == {"9": [3.0] * LEAST}
 
 
 def test_a_step_lets_a_large_client_be_among_small_ones() -> None:
@@ -109,6 +109,8 @@ def test_a_step_lets_a_large_client_be_among_small_ones() -> None:
 
     honest = {name: 10.0 if name == "large" else 1.0 for name in sizes}
     for _ in range(LEAST + 1):
-        assert norm_after(honest) == pytest.approx(math.sqrt(8 + 100))
-    assert norm_after({"small 0": 1e3}) == pytest.approx(3.0)  # three medians of its group
-    assert norm_after({"large": 1e3}) == pytest.approx(30.0)
+        assert norm_after(honest) == pytest.approx(math.sqrt(8 + 100), rel=1e-5)
+    assert norm_after({"small 0": 1e3}) == pytest.approx(
+        3.0, rel=1e-5
+    )  # three medians of its group
+    assert norm_after({"large": 1e3}) == pytest.approx(30.0, rel=1e-5)

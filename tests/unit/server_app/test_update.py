@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from common.config import HypernetSection, UpdateSection
 from common.errors import CheckpointError, RegistrationError
-from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation import make_rule
+from server_app.aggregation.base import Rule, Update, schedule_factor
 from server_app.hypernet.network import Hypernetwork
-from server_app.hypernet.pulls import Pull, global_norm
 from tests.reference.algorithm import (
     Client,
     Hyper,
@@ -23,6 +23,7 @@ from tests.reference.algorithm import (
     read_theta,
     train_client,
 )
+from tests.support.pulls import pull
 
 pytestmark = pytest.mark.numeric
 
@@ -61,12 +62,12 @@ def cohort(widths: dict[str, int]) -> dict[str, Client]:
     }
 
 
-def system(widths: dict[str, int], section: UpdateSection = UPDATE) -> ServerUpdate:
+def system(widths: dict[str, int], section: UpdateSection = UPDATE) -> Rule:
     hypernet = Hypernetwork(TOY, seed=5)
     hypernet.add_client(GLOBAL, 30)
     for client_id, width in widths.items():
         hypernet.add_client(client_id, 11 * width + 3)
-    return ServerUpdate(hypernet, section, total_rounds=10)
+    return make_rule(hypernet, section, total_rounds=10)
 
 
 def hyper(**changes: float) -> Hyper:
@@ -76,7 +77,7 @@ def hyper(**changes: float) -> Hyper:
 
 
 def system_personal(
-    update: ServerUpdate,
+    update: Rule,
     clients: dict[str, Client],
     order: list[str],
     *,
@@ -92,7 +93,7 @@ def system_personal(
         for c, theta in thetas.items():
             trained = train_client(clients[c], theta, hyper=settings, teacher=teacher)
             trace.delta[c] = theta - trained
-        done = update.step([ClientUpdate(c, trace.delta[c]) for c in ids], progress=0.0)
+        done = update.step([Update(c, trace.delta[c]) for c in ids], progress=0.0)
         trace.grad_norms.append(done.grad_norm)
         trace.phi.append({n: p.detach().clone() for n, p in hypernet.named_parameters().items()})
     return trace
@@ -139,7 +140,7 @@ def test_gd_rounds_agree_with_the_reference(widths: dict[str, int]) -> None:
             model = load_theta(global_model(), sent)
             local_training(model, mine[c].global_batches, hyper=settings, clip=None)
             weight = float(mine[c].num_examples)
-            replies.append(ClientUpdate(c, sent - read_theta(model), weight))
+            replies.append(Update(c, sent - read_theta(model), weight))
         done = update.step_global(GLOBAL, replies, progress=0.0)
         first = {n: p.detach().clone() for n, p in update.hypernet.named_parameters().items()}
         teacher = load_theta(global_model(), sent).eval()
@@ -156,7 +157,7 @@ def test_the_norm_is_clipped_like_the_reference() -> None:
     update, settings, delta = system(widths), hyper(), torch.full((80,), 5000.0)
     reference = ReferenceHypernet(*update.hypernet.state_dict(), hyper=settings)
     expected = reference.step({"c": delta}, {"c": 1.0})
-    done = update.step([ClientUpdate("c", delta)], progress=0.0)
+    done = update.step([Update("c", delta)], progress=0.0)
     assert done.clip_scale == pytest.approx(50 / expected.grad_norms[0], rel=1e-4)
     named = {n: p.detach() for n, p in update.hypernet.named_parameters().items()}
     assert_close(named, expected.phi[0])
@@ -165,8 +166,8 @@ def test_the_norm_is_clipped_like_the_reference() -> None:
 def test_weights_are_relative() -> None:
     a, b = torch.randn(80), torch.randn(80)
     first, second = system({"c": 7, "b": 7}), system({"c": 7, "b": 7})
-    first.step([ClientUpdate("c", a, 1.0), ClientUpdate("b", b, 3.0)], progress=0.0)
-    second.step([ClientUpdate("b", b, 0.75), ClientUpdate("c", a, 0.25)], progress=0.0)
+    first.step([Update("c", a, 1.0), Update("b", b, 3.0)], progress=0.0)
+    second.step([Update("b", b, 0.75), Update("c", a, 0.25)], progress=0.0)
     for name, parameter in first.hypernet.named_parameters().items():
         assert torch.equal(parameter, second.hypernet.named_parameters()[name]), name
 
@@ -176,10 +177,10 @@ def test_absent_parameters_do_not_move_and_keep_their_counters() -> None:
     hypernet = update.hypernet
     for client_id in ("c", "a", "c"):
         delta = torch.ones(hypernet.num_parameters(client_id))
-        update.step([ClientUpdate(client_id, delta)], progress=0.0)
+        update.step([Update(client_id, delta)], progress=0.0)
     still = {n: p.detach().clone() for n, p in hypernet.named_parameters().items()}
     before = {n: t.clone() for n, t in update.state_dict()[0].items()}
-    update.step([ClientUpdate("a", torch.ones(14))], progress=0.0)
+    update.step([Update("a", torch.ones(14))], progress=0.0)
     after, _ = update.state_dict()
     for name in ("heads.8.weight", "heads.8.bias", "embeddings.c", "embeddings.b"):
         assert torch.equal(hypernet.named_parameters()[name], still[name]), name
@@ -196,80 +197,73 @@ def test_fused_adam_equals_the_plain_formula() -> None:
     embedding = update.hypernet.embeddings["a"]
     value, m, v = embedding.detach().double().clone(), 0.0, 0.0
     for t in range(1, 4):
-        update.hypernet.backward(_pulls(update, "a"))
+        pull(update.hypernet, ("a", torch.ones(14), 1.0))
         gradient = embedding.grad.double().clone()
-        update.step([ClientUpdate("a", torch.ones(14))], progress=0.0)
+        update.step([Update("a", torch.ones(14))], progress=0.0)
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         value -= 5e-3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
     torch.testing.assert_close(embedding.detach().double(), value, rtol=0, atol=1e-6)
 
 
-def _pulls(update: ServerUpdate, client_id: str) -> list[Pull]:
-    return [Pull(client_id, torch.ones(update.hypernet.num_parameters(client_id)))]
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     update = system(WIDTHS["heterogeneous"])
-    update.step([ClientUpdate("c", torch.ones(80))], progress=0.0)
+    update.step([Update("c", torch.ones(80))], progress=0.0)
     before = {n: p.detach().clone() for n, p in update.hypernet.named_parameters().items()}
     moments = {n: t.clone() for n, t in update.state_dict()[0].items()}
     poisoned = torch.ones(80)
     poisoned[17] = bad
-    updates = [ClientUpdate("c", poisoned), ClientUpdate("a", torch.ones(14))]
+    updates = [Update("c", poisoned), Update("a", torch.ones(14))]
     done = update.step(updates, progress=0.0)
     assert not done.applied
     for name, parameter in update.hypernet.named_parameters().items():
         assert torch.equal(parameter, before[name]), name
     for name, tensor in update.state_dict()[0].items():
         assert torch.equal(tensor, moments[name]), name
-    assert update.step([ClientUpdate("c", torch.ones(80))], progress=0.0).applied
+    assert update.step([Update("c", torch.ones(80))], progress=0.0).applied
 
 
 def test_arrival_order_of_updates_does_not_matter() -> None:
     deltas = {"c": torch.randn(80), "a": torch.randn(14), "d": torch.randn(36)}
     first, second = system(WIDTHS["heterogeneous"]), system(WIDTHS["heterogeneous"])
-    first.step([ClientUpdate(c, d) for c, d in deltas.items()], progress=0.0)
-    second.step([ClientUpdate(c, d) for c, d in reversed(deltas.items())], progress=0.0)
+    first.step([Update(c, d) for c, d in deltas.items()], progress=0.0)
+    second.step([Update(c, d) for c, d in reversed(deltas.items())], progress=0.0)
     for name, parameter in first.hypernet.named_parameters().items():
         assert torch.equal(parameter, second.hypernet.named_parameters()[name]), name
 
 
 def test_clients_added_and_removed_between_steps() -> None:
     update = system({"a": 1})
-    update.step([ClientUpdate("a", torch.ones(14))], progress=0.0)
+    update.step([Update("a", torch.ones(14))], progress=0.0)
     update.hypernet.add_client("late", 200)
-    updates = [ClientUpdate("late", torch.ones(200)), ClientUpdate("a", torch.ones(14))]
+    updates = [Update("late", torch.ones(200)), Update("a", torch.ones(14))]
     update.step(updates, progress=0.0)
     tensors, _ = update.state_dict()
     assert tensors["adam.step.heads.20.weight"].item() == 1.0
     assert tensors["adam.step.embeddings.a"].item() == 2.0
     update.hypernet.remove_client("a")
     update.hypernet.add_client("a", 14)
-    update.step([ClientUpdate("a", torch.ones(14))], progress=0.0)
+    update.step([Update("a", torch.ones(14))], progress=0.0)
     assert update.state_dict()[0]["adam.step.embeddings.a"].item() == 1.0
-    assert len(update._adam.state) == len(update.state_dict()[1]["adam"])
 
 
-def test_learning_rates_decay() -> None:
-    section = UpdateSection(server_lr=1.0, embedding_lr=2.0, lr_decay="cosine")
-    update = ServerUpdate(Hypernetwork(TOY, seed=0), section, total_rounds=24)
-    rates = [update.learning_rates(progress)[0] for progress in (0, 12, 24, 30)]
-    assert rates == pytest.approx([1.0, 0.525, 0.05, 0.05])
-    assert update.learning_rates(12)[1] == pytest.approx(1.05)
-    late = section.model_copy(update={"lr_decay_from": 0.5})
-    update = ServerUpdate(Hypernetwork(TOY, seed=0), late, total_rounds=24)
-    rates = [update.learning_rates(progress)[0] for progress in (0, 12, 18, 24)]
-    assert rates == pytest.approx([1.0, 1.0, 0.525, 0.05])
-    constant = ServerUpdate(Hypernetwork(TOY, seed=0), UpdateSection(), total_rounds=24)
-    assert {constant.learning_rates(p) for p in (0, 5.5, 24)} == {(2e-4, 2e-4)}
+def test_rates_decay_by_a_cosine_to_their_last_fraction() -> None:
+    def factors(section: UpdateSection) -> list[float]:
+        return [schedule_factor(section, done, 24) for done in (0, 12, 18, 24, 30)]
+
+    assert factors(UpdateSection()) == [1.0] * 5
+    cosine = UpdateSection(lr_decay="cosine")
+    assert factors(cosine)[::2] == pytest.approx([1.0, 0.1891, 0.05], abs=1e-4)
+    assert factors(cosine)[1:4:2] == pytest.approx([0.525, 0.05])
+    late = cosine.model_copy(update={"lr_decay_from": 0.5})
+    assert factors(late) == pytest.approx([1.0, 1.0, 0.525, 0.05, 0.05])
 
 
 def test_diagnostics_of_one_step() -> None:
     update = system({"a": 1, "b": 1})
     updates = [
-        ClientUpdate("a", torch.full((14,), 2.0), staleness=3),
-        ClientUpdate("b", torch.full((14,), 2.0), staleness=0),
+        Update("a", torch.full((14,), 2.0), staleness=3),
+        Update("b", torch.full((14,), 2.0), staleness=0),
     ]
     done = update.step(updates, progress=0.0)
     assert done.rms_delta == pytest.approx(2.0)
@@ -279,14 +273,14 @@ def test_diagnostics_of_one_step() -> None:
 
 
 def test_resumed_steps_equal_uninterrupted_ones_bitwise() -> None:
-    def steps(update: ServerUpdate, count: int, seed: int) -> None:
+    def steps(update: Rule, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
             for ids in (["c"], ["d", "a"], ["b", "c", "a"]):
                 sizes = [update.hypernet.num_parameters(c) for c in ids]
                 deltas = [torch.randn(size, generator=generator) for size in sizes]
                 pairs = zip(ids, deltas, strict=True)
-                update.step([ClientUpdate(c, d) for c, d in pairs], progress=0.0)
+                update.step([Update(c, d) for c, d in pairs], progress=0.0)
 
     whole = system(WIDTHS["heterogeneous"])
     steps(whole, 2, seed=1)
@@ -295,7 +289,7 @@ def test_resumed_steps_equal_uninterrupted_ones_bitwise() -> None:
     saved = {name: t.clone() for name, t in (tensors | adam_tensors).items()}
     steps(whole, 2, seed=2)
 
-    resumed = ServerUpdate(Hypernetwork(TOY, seed=0), UPDATE, total_rounds=10)
+    resumed = make_rule(Hypernetwork(TOY, seed=0), UPDATE, total_rounds=10)
     resumed.hypernet.load_state_dict(saved, meta)
     resumed.load_state_dict(saved, adam_meta)
     steps(resumed, 2, seed=2)
@@ -309,27 +303,14 @@ def test_resumed_steps_equal_uninterrupted_ones_bitwise() -> None:
 def test_errors_name_the_client() -> None:
     update = system({"a": 1})
     with pytest.raises(RegistrationError, match="no embedding for client 'z'"):
-        update.step([ClientUpdate("z", torch.ones(14))], progress=0.0)
+        update.step([Update("z", torch.ones(14))], progress=0.0)
     with pytest.raises(ValueError, match=r"delta of client 'a' has shape \(15,\)"):
-        update.step([ClientUpdate("a", torch.ones(15))], progress=0.0)
+        update.step([Update("a", torch.ones(15))], progress=0.0)
     with pytest.raises(ValueError, match=r"global delta of client 'a' has shape \(14,\)"):
-        update.step_global(GLOBAL, [ClientUpdate("a", torch.ones(14))], progress=0.0)
+        update.step_global(GLOBAL, [Update("a", torch.ones(14))], progress=0.0)
     with pytest.raises(ValueError, match=r"positive weight; got 0"):
         update.step([], progress=0.0)
     with pytest.raises(ValueError, match=r"client 'a' has weight -1\.0"):
-        update.step([ClientUpdate("a", torch.ones(14), -1.0)], progress=0.0)
+        update.step([Update("a", torch.ones(14), -1.0)], progress=0.0)
     with pytest.raises(CheckpointError, match=r"Adam moments of 'embeddings\.gone'"):
         update.load_state_dict({}, {"adam": ["embeddings.gone"]})
-
-
-def test_global_norm_is_right_for_many_entries() -> None:
-    parameter = nn.Parameter(torch.empty(64, 64, 4096))
-    parameter.grad = torch.ones(64, 64, 4096)
-    assert global_norm([parameter]) == pytest.approx(4096.0, rel=1e-5)
-    assert math.isnan(global_norm([_with_gradient(math.nan)]))
-
-
-def _with_gradient(value: float) -> nn.Parameter:
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.full((2,), value)
-    return parameter

@@ -1,5 +1,6 @@
-"""Criteria by which clients share heads, in the hypernetwork and its optimiser."""
+"""Which clients share heads, in the hypernetwork and in both rules."""
 
+import itertools
 import json
 
 import pytest
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
-from server_app.aggregation.adam import ClientUpdate, ServerUpdate
+from server_app.aggregation import make_rule
+from server_app.aggregation.base import Update
+from server_app.hypernet.groups import group_order, head_group, members_by_group, num_chunks
 from server_app.hypernet.network import Hypernetwork
-from server_app.hypernet.pulls import Pull
+from tests.support.pulls import pull
 
 pytestmark = pytest.mark.numeric
 
@@ -31,14 +34,14 @@ def make(sharing: str, sizes: dict[str, int] = SIZES, **changes: object) -> Hype
     return hypernet
 
 
-def updates(seed: int, *clients: str) -> list[ClientUpdate]:
+def updates(seed: int, *clients: str) -> list[Update]:
     generator = torch.Generator().manual_seed(seed)
-    return [ClientUpdate(c, torch.randn(SIZES[c], generator=generator)) for c in clients]
+    return [Update(c, torch.randn(SIZES[c], generator=generator)) for c in clients]
 
 
 def emitted(hypernet: Hypernetwork, client_id: str) -> Tensor:
     """theta (P,) chunk by chunk, with a graph."""
-    group = hypernet.groups[hypernet.bank.key(client_id)]
+    group = hypernet.groups[hypernet.group_key(client_id)]
     features = hypernet.trunk(hypernet.embeddings[client_id])
     chunks = [f @ group.weight[i] + group.bias[i] for i, f in enumerate(features)]
     return torch.cat(chunks)[: SIZES[client_id]]
@@ -55,7 +58,7 @@ GROUPS = {
 @pytest.mark.parametrize("sharing", GROUPS)
 def test_who_shares_and_that_both_directions_are_exact(sharing: str) -> None:
     hypernet = make(sharing, sharing_tolerance=1.0)
-    found = {key: "".join(hypernet.bank.members(key)) for key in hypernet.groups}
+    found = {key: "".join(hypernet.members(key)) for key in hypernet.groups}
     assert found == GROUPS[sharing]
     thetas = hypernet.generate(list(SIZES))
     deltas = {u.client_id: u.delta for u in updates(1, *SIZES)}
@@ -63,13 +66,13 @@ def test_who_shares_and_that_both_directions_are_exact(sharing: str) -> None:
         torch.testing.assert_close(theta, emitted(hypernet, client_id), rtol=1e-5, atol=1e-6)
     for members in found.values():  # a group's heads get the mean over its clients
         mean = sum(emitted(hypernet, c) @ deltas[c] for c in members) / len(members)
-        key = hypernet.bank.key(members[0])
+        key = hypernet.group_key(members[0])
         group = hypernet.groups[key]
         expected = torch.autograd.grad(mean, [group.weight, group.bias])
         embeddings = [hypernet.embeddings[c] for c in members]
         total = sum(emitted(hypernet, c) @ deltas[c] for c in members) / len(SIZES)
         own = torch.autograd.grad(total, embeddings)
-        hypernet.backward([Pull(c, deltas[c], 1 / len(SIZES)) for c in SIZES])
+        pull(hypernet, *[(c, deltas[c], 1 / len(SIZES)) for c in SIZES])
         touched = (group.weight, group.bias, *embeddings)
         for got, wanted in zip(touched, (*expected, *own), strict=True):
             torch.testing.assert_close(got.grad, wanted, rtol=1e-5, atol=1e-5)
@@ -91,9 +94,6 @@ def test_another_tag_is_another_model() -> None:
     assert make("chunks").is_same("c", 30, "7a")
 
 
-# state
-
-
 @pytest.mark.parametrize("rule", [ADAM, SOLVED])
 @pytest.mark.parametrize("sharing", GROUPS)
 def test_restored_state_goes_on_as_if_nothing_had_happened(
@@ -101,12 +101,12 @@ def test_restored_state_goes_on_as_if_nothing_had_happened(
 ) -> None:
     if rule is SOLVED and sharing in ("tolerance",):
         pytest.skip("refused by the run config")
-    update = ServerUpdate(make(sharing), rule, total_rounds=9)
+    update = make_rule(make(sharing), rule, total_rounds=9)
     update.step(updates(1, *SIZES), progress=0.0)
     tensors, meta = update.hypernet.state_dict()
     memory, learning = update.state_dict()
     copied = {name: tensor.clone() for name, tensor in (tensors | memory).items()}
-    again = ServerUpdate(Hypernetwork(section(sharing), seed=0), rule, total_rounds=9)
+    again = make_rule(Hypernetwork(section(sharing), seed=0), rule, total_rounds=9)
     again.hypernet.load_state_dict(copied, json.loads(json.dumps(meta)))
     again.load_state_dict(copied, json.loads(json.dumps(learning)))
     for one in (update, again):
@@ -116,16 +116,9 @@ def test_restored_state_goes_on_as_if_nothing_had_happened(
         assert torch.equal(parameter, again.hypernet.named_parameters()[name]), name
 
 
-def test_older_state_is_shared_by_chunks_and_another_criterion_is_refused() -> None:
-    hypernet = make("chunks")
-    tensors, meta = hypernet.state_dict()
-    del meta["keys"], meta["heads"]
-    meta["groups"] = [1, 3, 6]
-    again = Hypernetwork(section("chunks"), seed=3)
-    again.load_state_dict(tensors, meta)
-    assert [again.bank.key(c) for c in "abcde"] == ["1", "6", "3", "6", "3"]
+def test_state_of_another_criterion_is_refused() -> None:
     with pytest.raises(CheckpointError, match="head-sharing = chunks; this run has own"):
-        Hypernetwork(section("own"), seed=3).load_state_dict(tensors, meta)
+        Hypernetwork(section("own"), seed=3).load_state_dict(*make("chunks").state_dict())
 
 
 def test_what_does_not_go_with_mixed_sizes_is_explained() -> None:
@@ -133,3 +126,33 @@ def test_what_does_not_go_with_mixed_sizes_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"'tolerance' lets clients of .*by 'chunks', .*adam"):
         RunConfig.parse({"head-sharing": "tolerance", **solved})
     RunConfig.parse({"head-sharing": "own", **solved})
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"), [(1, 1), (3071, 1), (3072, 1), (3073, 2), (239_856, 79), (11_000_000, 3581)]
+)
+def test_num_chunks_is_the_ceiling(size: int, chunks: int) -> None:
+    assert num_chunks(size, 3072) == chunks
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.1, 0.25, 1.0, 3.0])
+def test_size_classes_are_runs_of_at_most_the_tolerance(tolerance: float) -> None:
+    tolerant = section("tolerance", sharing_tolerance=tolerance)
+    largest = [head_group(tolerant, "a", chunks)[1] for chunks in range(1, 2000)]
+    for top, run in itertools.groupby(range(1, 2000), key=lambda c: largest[c - 1]):
+        smallest = next(run)
+        assert smallest <= top <= max(smallest, smallest * (1 + tolerance))
+    assert largest == sorted(largest)
+    assert head_group(tolerant, "a", 7) == head_group(tolerant, "b", largest[6])
+
+
+def test_members_do_not_depend_on_which_size_came_first() -> None:
+    keys = {"big": "19", "a": "2", "b": "2"}
+    assert members_by_group(["big", "b", "a"], keys.__getitem__) == {"2": [1, 2], "19": [0]}
+    assert list(members_by_group(["big", "a"], keys.__getitem__)) == ["2", "19"]
+    assert members_by_group(["a", "a"], {"a": "3"}.__getitem__) == {"3": [0, 1]}
+
+
+def test_groups_come_by_size_then_name() -> None:
+    keys = ["19", "2-b", "2", "19-x-1", "2-a"]
+    assert sorted(keys, key=group_order) == ["2", "2-a", "2-b", "19", "19-x-1"]

@@ -1,0 +1,242 @@
+"""What an aggregation rule takes and gives, whichever it is: updates, a step, its diagnostics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from common.config import UpdateSection
+from server_app.hypernet.gradient import GroupDeltas
+from server_app.hypernet.network import Hypernetwork
+
+FINAL_FRACTION = 0.05
+"""Of rates and gains, at the end of their cosine."""
+SAMPLE = 8
+"""Clients of a head group, and chunks of a client, that diagnostics look at."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one reply brings: delta (P_i,), float32; weights are relative within a step.
+
+    `staleness` counts the server steps between the dispatch and the arrival.
+    """
+
+    client_id: str
+    delta: Tensor
+    weight: float = 1.0
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
+class StepDiagnostics:
+    """What one server step did, in plain numbers.
+
+    Attributes
+    ----------
+    rms_delta : root mean square over all entries of all deltas.
+    grad_norm : global norm before the clip.
+    clip_scale : factor the clip put on the gradient, at most 1.
+    learning_rate, embedding_learning_rate : after the decay.
+    gain_factor : of both rates and of the gains of "least-squares", by the decay.
+    coherence : |mean delta|^2 / mean |delta_i|^2, pooled over head groups; 1 when all agree (or
+        there is one), 1/N when they are unrelated.
+    mean_staleness, max_staleness : over the updates of the step.
+    num_updates : how many deltas went in.
+    rms_theta_change : effective_rate times rms_delta.
+    effective_rate : how far the step moved theta, as a multiple of how far the deltas reach in the
+        same places: 1 where theta goes exactly as far as the clients' training.
+    applied : False when a delta or the gradient was not finite and the step was skipped.
+    """
+
+    rms_delta: float
+    grad_norm: float
+    clip_scale: float
+    learning_rate: float
+    embedding_learning_rate: float
+    gain_factor: float
+    coherence: float
+    mean_staleness: float
+    max_staleness: int
+    num_updates: int
+    rms_theta_change: float
+    effective_rate: float
+    applied: bool
+
+
+class Rule(Protocol):
+    """Moves a hypernetwork along the updates of its clients.
+
+    Clients and head groups may be added to the hypernetwork at any time.
+    """
+
+    hypernet: Hypernetwork
+
+    @property
+    def frozen_groups(self) -> frozenset[str]:
+        """Head groups that do not learn; see `freeze`."""
+
+    def step(self, updates: Sequence[Update], *, progress: float) -> StepDiagnostics:
+        """Take one step along the updates; change phi and the embeddings in place.
+
+        Parameters
+        ----------
+        updates
+            At least one, in any order. Weight 0 leaves an update out.
+        progress
+            Rounds done when the step is taken, fractions included; drives the decay.
+
+        Raises
+        ------
+        RegistrationError
+            A client has no embedding.
+        ValueError
+            No update with a positive weight, or a delta of the wrong size.
+        """
+
+    def step_global(
+        self, client_id: str, updates: Sequence[Update], *, progress: float
+    ) -> StepDiagnostics:
+        """Take one step for the global model w_g = h(v_g; phi) (docs/method.md, "MH-pFedHNGD").
+
+        `client_id` owns v_g; the updates bring delta_g,i, all of w_g's size, and weigh by their
+        numbers of examples. Raises as `step`.
+        """
+
+    def freeze(self, groups: Iterable[str]) -> None:
+        """Let trunk and these head groups never move again; embeddings and new groups learn."""
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export what the rule remembers: tensors, which stay shared, and JSON-able facts."""
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Restore an exported state; the hypernetwork must have been restored before.
+
+        Raises
+        ------
+        CheckpointError
+            The state does not fit the hypernetwork, or a tensor is missing.
+        """
+
+
+def usable(updates: Sequence[Update]) -> list[Update]:
+    """Return the updates with a weight, in an order that does not depend on their arrival.
+
+    Raises
+    ------
+    ValueError
+        A weight is negative or not finite, or none is positive.
+    """
+    for update in updates:
+        if not 0 <= update.weight < math.inf:
+            raise ValueError(
+                f"the update of client {update.client_id!r} has weight {update.weight}; weights "
+                "are finite and not negative."
+            )
+    used = [update for update in updates if update.weight > 0]
+    if not used:
+        raise ValueError(
+            f"a step needs an update with a positive weight; got {len(updates)} without."
+        )
+    return sorted(used, key=lambda update: (update.client_id, update.staleness))
+
+
+def schedule_factor(section: UpdateSection, progress: float, total_rounds: float) -> float:
+    """Return the factor of all rates and gains after `progress` rounds.
+
+    Constant, or a cosine from 1 at lr-decay-from (a fraction of all rounds) to FINAL_FRACTION at
+    total_rounds.
+    """
+    begin = section.lr_decay_from * total_rounds
+    if section.lr_decay == "none" or begin >= total_rounds:
+        return 1.0
+    done = min(max((progress - begin) / (total_rounds - begin), 0.0), 1.0)
+    return FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * done)) / 2
+
+
+def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:
+    """Return both of a step's deltas; see `StepDiagnostics`. Not finite where a delta is not."""
+    total = sum(sum(part.square_norms) for part in parts)
+    if not 0 < total < math.inf:
+        return math.sqrt(total), 1.0
+    norms = [float(torch.linalg.vector_norm(part.mean_CS)) for part in parts]
+    agreed = sum(len(part.deltas) * norm**2 for part, norm in zip(parts, norms, strict=True))
+    entries = sum(len(delta) for part in parts for delta in part.deltas)
+    return math.sqrt(total / entries), agreed / total
+
+
+class Probe:
+    """Compares how far a step moves theta with how far its deltas reach, in the same entries.
+
+    It looks at a few chunks of a few clients of every head group, the first and the last among
+    them, when it is made and again when `moved` is called.
+    """
+
+    def __init__(self, hypernet: Hypernetwork, parts: Sequence[GroupDeltas]) -> None:
+        self._hypernet, self._parts = hypernet, parts
+        self._before = [self._sample(part) for part in parts]
+
+    def moved(self) -> float:
+        """Return rms(change of theta) / rms(deltas); 0 where the deltas looked at are all zero.
+
+        A client with several deltas counts as often; a head group weighs by its deltas' entries.
+        """
+        change_square = delta_square = 0.0
+        for part, before in zip(self._parts, self._before, strict=True):
+            after, chunks = self._sample(part), self._chunks(part)
+            pairs = [
+                (after[c] - before[c], _take(delta, chunks, part.group.chunk_size))
+                for c, delta in zip(part.client_ids, part.deltas, strict=True)
+                if c in before
+            ]
+            entries = sum(map(len, part.deltas))
+            change_square += entries * _mean_square([change for change, _ in pairs])
+            delta_square += entries * _mean_square([delta for _, delta in pairs])
+        return math.sqrt(change_square / delta_square) if delta_square > 0 else 0.0
+
+    def _sample(self, part: GroupDeltas) -> dict[str, Tensor]:
+        known = sorted(set(part.client_ids))
+        return self._hypernet.generate([known[i] for i in _spread(len(known))], self._chunks(part))
+
+    @staticmethod
+    def _chunks(part: GroupDeltas) -> list[int]:
+        return _spread(part.group.num_chunks)
+
+
+def _mean_square(vectors: Sequence[Tensor]) -> float:
+    return float(torch.cat([*vectors]).double().square().mean())
+
+
+def _take(delta: Tensor, chunks: Sequence[int], size: int) -> Tensor:
+    """Return the entries of a delta (P,) that lie in these chunks."""
+    return torch.cat([delta[size * j : size * (j + 1)] for j in chunks])
+
+
+def _spread(count: int) -> list[int]:
+    """Spread at most `SAMPLE` of `count` positions evenly from the first to the last.
+
+    >>> _spread(79), _spread(3)
+    ([0, 11, 22, 33, 44, 55, 66, 78], [0, 1, 2])
+    """
+    return sorted({i * (count - 1) // (SAMPLE - 1) for i in range(SAMPLE)})
+
+
+def mean_diagnostics(steps: Sequence[StepDiagnostics]) -> dict[str, float]:
+    """Average the diagnostics of a round's server steps; of max_staleness take the largest."""
+    if not steps:
+        return {}
+    rows = [vars(step) for step in steps]
+    means = {key: fmean(float(row[key]) for row in rows) for key in rows[0]}
+    return means | {"max_staleness": float(max(step.max_staleness for step in steps))}
+
+
+def global_diagnostics(step: StepDiagnostics | None) -> dict[str, float]:
+    """Name the diagnostics of w_g's own step, where there was one."""
+    keys = ("rms_delta", "rms_theta_change", "effective_rate", "num_updates")
+    return {} if step is None else {f"global_{key}": float(getattr(step, key)) for key in keys}
