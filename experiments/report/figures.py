@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from random import Random
@@ -19,7 +18,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from experiments.report.gain import GroupGain
 from experiments.report.groups import Study
@@ -47,8 +45,6 @@ LOG_FROM = 30.0
 """Ratio of the largest to the smallest end from which an axis is logarithmic."""
 MOST_MARKERS, MOST_LABELS, LONGEST_NAME, LONGEST_MARK = 15, 18, 24, 3
 TIP = "tip "
-
-Array = NDArray[np.float64]
 
 
 def inline_svg(draw: Callable[[Axes], None], *, height_in: float, title: str) -> str:
@@ -171,39 +167,29 @@ def draw_gains(axes: Axes, gains: Sequence[GroupGain], looks: Mapping[str, Look]
                       textcoords="offset points", ha=side, color=MUTED)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A client on a map: its mark, its colour, and what shows under the pointer."""
-
-    mark: str
-    colour: str
-    tip: str
-    mark_colour: str = PAPER
-
-
 def draw_map(
-    axes: Axes, places: Array, dots: Sequence[Dot], shares: tuple[float, float],
-    links: Mapping[tuple[int, int], float],
+    axes: Axes, clients: Mapping[str, Sequence[float]], colours: Sequence[str], tips: Sequence[str],
+    *, links: Mapping[tuple[str, str], float], marks: Sequence[str],
 ) -> None:  # fmt: skip
-    """Draw clients at `places` (clients, 2), where their embeddings lie, both axes in one unit.
+    """Draw clients where their embeddings lie, {name: (x, y)}, both axes in one unit.
 
-    `shares` are the parts of the variance that the axes explain; `links` are pairs of clients with
-    a weight from 0 to 1: the stronger, the darker.
+    `links` are pairs of clients with a weight from 0 to 1: the stronger, the darker. `marks` are
+    the colours of the names.
     """
-    for (i, j), weight in links.items():
-        ends = places[[i, j]]
+    for pair, weight in links.items():
+        ends = np.array([clients[name] for name in pair])
         axes.plot(ends[:, 0], ends[:, 1], color=MUTED, alpha=0.15 + 0.75 * weight, linewidth=1.2)
-    for (x, y), dot in zip(places.tolist(), dots, strict=True):
-        axes.plot(x, y, "o", color=dot.colour, markersize=17, markeredgecolor=INK,
-                  markeredgewidth=0.7, gid=TIP + dot.tip)  # fmt: skip
-        if len(dot.mark) <= LONGEST_MARK:
-            axes.text(x, y, dot.mark, color=dot.mark_colour, ha="center", va="center_baseline",
-                      size=9.5, weight="bold")  # fmt: skip
+    for (name, (x, y)), colour, tip, mark in zip(
+        clients.items(), colours, tips, marks, strict=True
+    ):
+        axes.plot(x, y, "o", color=colour, markersize=17, markeredgecolor=INK,
+                  markeredgewidth=0.7, gid=f"{TIP}client {name}: {tip}")  # fmt: skip
+        if len(name) <= LONGEST_MARK:
+            axes.text(x, y, name, color=mark, ha="center", va="center_baseline", size=9.5,
+                      weight="bold")  # fmt: skip
     axes.set(xticks=[], yticks=[], xmargin=0.08, ymargin=0.08)
     axes.set_aspect("equal", adjustable="datalim")
     axes.spines[:].set(visible=True, color=GRID)
-    axes.set_xlabel(f"component 1 ({100 * shares[0]:.0f} % of the variance)", color=MUTED)
-    axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)", color=MUTED)
 
 
 def swatch(look: Look) -> str:

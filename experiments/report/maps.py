@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,10 +24,11 @@ from experiments.report.embeddings import (
     principal_axes,
     rank_correlation,
 )
-from experiments.report.figures import DARK_INK, WHITE, Dot, draw_map, inline_svg
+from experiments.report.figures import DARK_INK, PAPER, WHITE, draw_map, inline_svg
 from experiments.report.groups import Study
-from experiments.report.looks import LIGHT, family_looks
+from experiments.report.looks import family_looks
 from experiments.report.runs import Run, client_order
+from server_app.output.figures import MUTED
 
 HEIGHT_IN = 4.8
 LINKS_PER_CLIENT = 2
@@ -76,53 +78,50 @@ def embedding_maps(study: Study, *, limit: int) -> tuple[list[EmbeddingMap], lis
 
 def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     names = sorted(moved, key=client_order)
-    sizes = np.array([len(moved[name]) for name in names])
     cosines = alignment(moved, names)
     places, shares = principal_axes(cosines)
+    clients = dict(zip(names, places.tolist(), strict=True))
 
-    def drawn(dots: Sequence[Dot], links: Mapping[tuple[int, int], float], colouring: str) -> str:
+    def drawn(colouring: str, **look: Any) -> str:
         def draw(axes: Axes) -> None:
-            draw_map(axes, places, dots, shares, links)
+            draw_map(axes, clients, **look)
+            axes.set_xlabel(f"component 1 ({100 * shares[0]:.0f} % of the variance)", color=MUTED)
+            axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)", color=MUTED)
 
         return inline_svg(draw, height_in=HEIGHT_IN, title=f"Embeddings of {title}, {colouring}")
 
     known = run.families()
     families = [known.get(name, "unknown") for name in names]
     looks = family_looks(families)
-    dots = [Dot(name, LIGHT[looks[family].colour], f"client {name}: {family}")
-            for name, family in zip(names, families, strict=True)]  # fmt: skip
-    by_family = drawn(dots, {}, "by architecture")
+    by_family = drawn(
+        "by architecture", colours=[looks[family].light for family in families], tips=families,
+        links={}, marks=[PAPER] * len(names),
+    )  # fmt: skip
     legend = {family: look.colour for family, look in looks.items()}
     findings = _of_families(cosines, np.array(families))
     try:
         overlaps = overlap(label_shares(run, names))
     except MHpFedHNError as error:
         return EmbeddingMap(title, by_family, legend, tuple(findings), why=str(error))
-    findings += _of_labels(cosines, overlaps, sizes)
-    by_labels = drawn(_label_dots(names, overlaps), _links(overlaps), "by label overlap")
+    findings += _of_labels(cosines, overlaps, np.array([len(moved[name]) for name in names]))
+    order, near = ordering(overlaps).tolist(), [_nearest(overlaps, i) for i in range(len(names))]
+    said = [", ".join(f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in others)
+            for i, others in enumerate(near)]  # fmt: skip
+    pairs = {(min(i, j), max(i, j)) for i, others in enumerate(near) for j in others}
+    by_labels = drawn(
+        "by label overlap", colours=[to_hex(colormaps["cividis"](share)) for share in order],
+        tips=[f"labels overlap most with clients {others}" for others in said],
+        links={(names[i], names[j]): float(overlaps[i, j])
+               for i, j in sorted(pairs) if overlaps[i, j] > 0},
+        marks=[DARK_INK if share > BRIGHT else WHITE for share in order],
+    )  # fmt: skip
     return EmbeddingMap(title, by_family, legend, tuple(findings), by_labels)
-
-
-def _label_dots(names: Sequence[str], overlaps: Array) -> list[Dot]:
-    dots = []
-    for i, share in enumerate(ordering(overlaps)):
-        near = [f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in _nearest(overlaps, i)]
-        tip = f"client {names[i]}: labels overlap most with clients {', '.join(near)}"
-        mark = DARK_INK if share > BRIGHT else WHITE
-        dots.append(Dot(names[i], to_hex(colormaps["cividis"](share)), tip, mark))
-    return dots
 
 
 def _nearest(overlaps: Array, i: int) -> list[int]:
     """Return the clients whose labels overlap most with those of client i."""
     others = [int(j) for j in np.argsort(-overlaps[i], kind="stable") if j != i]
     return others[:LINKS_PER_CLIENT]
-
-
-def _links(overlaps: Array) -> dict[tuple[int, int], float]:
-    """Return the pairs of which one is among the other's closest in labels, with their overlap."""
-    pairs = {(min(i, j), max(i, j)) for i in range(len(overlaps)) for j in _nearest(overlaps, i)}
-    return {pair: float(overlaps[pair]) for pair in sorted(pairs) if overlaps[pair] > 0}
 
 
 def _of_families(cosines: Array, families: NDArray[np.str_]) -> list[str]:

@@ -35,15 +35,14 @@ class ClientRow:
 
     client_id: str
     num_parameters: int
-    num_train: int
     num_test: int
     accuracy: float
 
     @classmethod
     def parse(cls, row: Mapping[str, str]) -> Self:
         """Build it from the text columns; other columns are left alone."""
-        parameters, train, test = (int(row[f"num_{k}"]) for k in ("parameters", "train", "test"))
-        return cls(row["client_id"], parameters, train, test, float(row["accuracy"]))
+        parameters, test = int(row["num_parameters"]), int(row["num_test"])
+        return cls(row["client_id"], parameters, test, float(row["accuracy"]))
 
 
 @dataclass(frozen=True)

@@ -181,21 +181,22 @@ class Sweep:
 
 
 def time_left(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
-    """Estimate the seconds that cells still take; None while nobody can know.
+    """Estimate the seconds that cells still take, from what rounds have cost; None without any.
 
-    A round is taken to cost what rounds of the same variant have cost, else of any.
+    A variant's own rounds count where there are some, else those of all.
     """
-    rounds, seconds, left = Counter[str](), Counter[str](), Counter[str]()
-    for cell in cells:
-        found = Run.read(cell.folder)
-        rounds[cell.variant] += found.rounds_done
-        seconds[cell.variant] += found.total("seconds_round")  # type: ignore[assignment]
-        left[cell.variant] += max(0, cell.rounds - found.rounds_done)
-    if not rounds.total():
+    found = [(cell, Run.read(cell.folder)) for cell in cells]
+
+    def pace(runs: list[Run]) -> float | None:
+        rounds = sum(run.rounds_done for run in runs)
+        return sum(run.total("seconds_round") for run in runs) / rounds if rounds else None
+
+    if (mean := pace([run for _, run in found])) is None:
         return None
-    mean = seconds.total() / rounds.total()
-    pace = {name: seconds[name] / rounds[name] if rounds[name] else mean for name in left}
-    return sum(number * pace[name] for name, number in left.items()) / jobs
+    own = {v: pace([run for cell, run in found if cell.variant == v])
+           for v in {cell.variant for cell in cells}}  # fmt: skip
+    left = (max(0, c.rounds - run.rounds_done) * (own[c.variant] or mean) for c, run in found)
+    return sum(left) / jobs
 
 
 def show_status(plan: Plan, console: Console) -> int:
