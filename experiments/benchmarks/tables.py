@@ -101,10 +101,11 @@ def rows_of(part: str, results: Row) -> dict[str, Row]:
         if part == "server":
             return sizes
         return {name: row["cuda"] for name, row in sizes.items() if "cuda" in row}
-    if part == "memory":
-        return {"memory": found} if found else {}
+    if part == "memory" or "skipped" in found:
+        return {part: found} if found else {}
     inner = {"client": "models", "round": "runs", "runtime": "engines"}
-    return dict(found.get(inner[part], {}) if part in inner else found)
+    rows = found.get(inner[part], {}) if part in inner else found
+    return {name: row for name, row in rows.items() if isinstance(row, dict)}
 
 
 def show(key: str, value: Any) -> str:

@@ -7,10 +7,9 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,39 +38,6 @@ _NOISE = re.compile(
     r"Since flwr|Exit Code|raised an exception|Manually terminating|Traceback|Run stopped"
     r"|ray::ClientAppActor|by RayBackend|ClientAppException"
 )
-
-
-class Engine(Protocol):
-    """Runs one federation to its end, or raises."""
-
-    def run(self, config: RunConfig) -> None:
-        """Run; raise when the run did not complete."""
-
-
-class InProcessEngine(AbstractContextManager["InProcessEngine"]):
-    """The in-process engine in the form of the others; Flower's log lines go to a file."""
-
-    def __init__(self, engine: EngineSection, *, log: Path) -> None:
-        self._engine = engine
-        self._log = log
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to clean up: threads end with the run."""
-
-    def run(self, config: RunConfig) -> None:
-        """Run to the end; raises what the ServerApp raises."""
-        from experiments.run.engines.inprocess import run_inprocess, simulated_nodes  # torch
-
-        engine = self._engine
-        nodes = simulated_nodes(engine.num_clients)
-        with _log_to(self._log):
-            run_inprocess(
-                config,
-                num_clients=engine.num_clients,
-                node_configs=nodes[: engine.num_clients - config.client.absent_clients],
-                workers=engine.workers,
-                batched_clients=engine.batched_clients,
-            )
 
 
 def complete(preset: Preset) -> Preset:
@@ -151,25 +117,45 @@ def draw_pictures(run: Run) -> list[Path]:
     return [curves, *([draw_clients(run)] if run.clients else [])]
 
 
-def open_engine(preset: Preset, log: Path) -> AbstractContextManager[Engine]:
-    """Return the preset's engine as a context; a Ray engine starts its SuperLink on entry."""
+@contextlib.contextmanager
+def open_engine(preset: Preset, log: Path) -> Iterator[Callable[[RunConfig], None]]:
+    """Give what runs a config to its end or raises; Ray's SuperLink starts on entry.
+
+    What server and clients print goes to `log`.
+    """
     if preset.engine.name == "inprocess":
-        return InProcessEngine(preset.engine, log=log)
+        yield partial(_run_inprocess, preset.engine, log)
+        return
     client = preset.config.client
     names = (client.models, client.dataset, preset.config.distill.global_model)
     env = own_modules(names, Path.cwd()) | (OFFLINE if client.data_dir else {})
-    return RayEngine(preset.engine, log=log, extra_env=env)
+    with RayEngine(preset.engine, log=log, extra_env=env) as engine:
+        yield engine.run
+
+
+def _run_inprocess(engine: EngineSection, log: Path, config: RunConfig) -> None:
+    from experiments.run.engines.inprocess import run_inprocess, simulated_nodes  # torch: seconds
+
+    present = engine.num_clients - config.client.absent_clients
+    with _log_to(log):
+        run_inprocess(
+            config,
+            num_clients=engine.num_clients,
+            node_configs=simulated_nodes(engine.num_clients)[:present],
+            workers=engine.workers,
+            batched_clients=engine.batched_clients,
+        )
 
 
 def _run(preset: Preset, folder: Path, console: Console) -> int:
     config, log = preset.config, folder / "run.log"
     seed = config.run.seed
     try:
-        with terminate_as_interrupt(), open_engine(preset, log) as engine:
+        with terminate_as_interrupt(), open_engine(preset, log) as run:
             _prepare_data(config, console)
             check_clients(config, preset.engine)
             with follow(folder, rounds=config.run.rounds, console=console):
-                engine.run(config)
+                run(config)
             _require_completed(folder)
     except KeyboardInterrupt as stop:
         settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}", seed=seed)

@@ -7,18 +7,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
+import client_app
+import common
+import server_app
 from common.config import RunConfig
-from common.errors import RunError
 from experiments.run.engines import processes
 from experiments.run.presets import to_toml
 
 PREFIX = "mhp-"
-APP_PACKAGES = ("server_app", "client_app", "common")
 APP = """\
 [project]
 name = "mh-pfedhn"
@@ -45,24 +45,14 @@ def new_home() -> Path:
     return home
 
 
-def remove_abandoned_homes() -> int:
-    """Stop and remove what runs left whose command line was killed before it could clean up.
-
-    Returns
-    -------
-    How many runs were cleaned up. Those of other users are left alone.
-    """
-    count = 0
+def remove_abandoned_homes() -> None:
+    """Stop and remove this user's runs whose command line was killed before it could clean up."""
     for home in _base().glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError, ValueError):
-            if hasattr(os, "getuid") and home.stat().st_uid != os.getuid():
-                continue
-            if psutil.pid_exists(int((home / "owner").read_text())):
-                continue
-            processes.stop_marked(str(home))
-            shutil.rmtree(home, ignore_errors=True)
-            count += 1
-    return count
+            mine = not hasattr(os, "getuid") or home.stat().st_uid == os.getuid()
+            if mine and not psutil.pid_exists(int((home / "owner").read_text())):
+                processes.stop_marked(str(home))
+                shutil.rmtree(home, ignore_errors=True)
 
 
 def _base() -> Path:
@@ -135,13 +125,7 @@ def stage_app(target: Path) -> None:
     table.
     """
     target.mkdir(parents=True)
-    for package in APP_PACKAGES:
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise RunError(f"package {package!r} is not installed beside {__package__}.")
-        shutil.copytree(
-            spec.submodule_search_locations[0],
-            target / package,
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
+    for package in (server_app, client_app, common):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package.__path__[0], target / package.__name__, ignore=ignored)
     (target / "pyproject.toml").write_text(APP + to_toml(RunConfig().flat()), encoding="utf-8")

@@ -84,6 +84,8 @@ def test_overhead_is_a_share_and_rows_have_names() -> None:
     size = {"num_clients": 50, "num_parameters": 239_856}
     assert list(rows_of("server", {"server": {"sizes": [size]}})) == ["50 x 239,856"]
     assert rows_of("server-gpu", {"server": {"sizes": [size]}}) == {}
+    assert rows_of("worker", {"worker": {"on": size, "seconds_measuring": 1.0}}) == {"on": size}
+    assert list(rows_of("worker", {"worker": {"skipped": "no Flower"}})) == ["worker"]
 
 
 def test_earlier_parts_of_the_same_machine_are_kept(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import ConfigError
-from experiments.run.launch import complete, error_lines, launch, open_engine
+from experiments.run.engines.home import own_modules
+from experiments.run.launch import complete, error_lines, launch
 from experiments.run.presets import EngineSection, Preset
 from tests.support.tiny import HERE, tiny_config
 
@@ -70,26 +71,13 @@ def test_launch_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
         complete(Preset.load("quickstart").with_settings([f"output-dir={tmp_path}"]))
 
 
-def test_local_data_and_own_modules_reach_the_processes(
+def test_a_users_own_modules_are_offered_where_they_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    preset = Preset.load("quickstart").with_settings([f"data-dir={tmp_path}", "models=mine:net"])
-    with open_engine(preset, tmp_path / "run.log") as engine:
-        env = engine.environment  # type: ignore[attr-defined]
-    assert env["HF_HUB_OFFLINE"] == env["HF_DATASETS_OFFLINE"] == "1"
-    assert env["PYTHONPATH"] == str(tmp_path)
-
-
-def test_nobody_elses_modules_are_offered_to_a_run_that_needs_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    with open_engine(Preset.load("quickstart"), tmp_path / "run.log") as engine:
-        env = engine.environment  # type: ignore[attr-defined]
-    assert "HF_HUB_OFFLINE" not in env
-    assert str(Path.cwd()) not in env.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    path = os.pathsep.join(["/before", str(tmp_path)])
+    assert own_modules(["cnn", "mine:net"], tmp_path) == {"PYTHONPATH": path}
+    assert own_modules(["cnn", "digits"], tmp_path) == {}
 
 
 @pytest.mark.parametrize(

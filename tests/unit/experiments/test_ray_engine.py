@@ -109,7 +109,7 @@ def test_what_a_killed_command_line_left_is_removed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     orphan = processes.start(command, env=env, log=tmp_path / "log", cwd=tmp_path)
     try:
-        assert remove_abandoned_homes() >= 1
+        remove_abandoned_homes()
         orphan.wait(5)
         assert not abandoned.exists()
         assert mine.exists()
