@@ -14,10 +14,10 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from client_app.folders import state_folder
 from client_app.worker.link import Link, WorkerUnavailableError
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError
+from common.files import state_folder
 from common.log import logger
 
 app = ClientApp()
@@ -60,9 +60,9 @@ def _answer(message: Message, context: Context) -> RecordDict:
             return _decode(link.ask(message_type, _encode(message.content)))
     except WorkerUnavailableError as error:
         logger.warning("No warm worker (%s); handling %s in process.", error, message_type)
-    from client_app.participant import answer  # imports torch: seconds
+    from client_app.handlers import reply_to  # imports torch: seconds
 
-    return answer(message_type, message.content, context)
+    return reply_to(message_type, message.content, context)
 
 
 def _worker(context: Context) -> Link | None:
@@ -96,10 +96,10 @@ def _worker(context: Context) -> Link | None:
 
 def reply_in_worker(facts: dict[str, Any], body: bytes) -> bytes:
     """Reply to a message that its own process forwarded to the worker."""
-    from client_app.participant import answer
+    from client_app.handlers import reply_to
 
     message_type = facts.pop("message_type")
-    return _encode(answer(message_type, _decode(body), Context(state=RecordDict(), **facts)))
+    return _encode(reply_to(message_type, _decode(body), Context(state=RecordDict(), **facts)))
 
 
 def _encode(content: RecordDict) -> bytes:

@@ -1,11 +1,7 @@
-"""One participant, and what it does with each kind of message, whatever the method.
-
-Imports torch; `app.py` decides in which process it runs.
-"""
+"""One participant for the duration of a message: what it declares, its data, what it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,86 +9,17 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
-from client_app.methods.base import Method
+from client_app.models.instances import pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from client_app.training.evaluation import evaluate
-from client_app.workshop import cpu_threads, pick_device
 from common.config import NodeConfig, RunConfig
 from common.config.client import ClientSection
-from common.errors import WireError, unknown_name
+from common.errors import WireError
 from common.messages import (
-    EVALUATE,
-    EVALUATE_FIRST,
-    FINISH,
-    LOCATION,
-    REGISTER,
-    TRAIN,
     Evaluation,
-    TrainReply,
 )
-from common.methods import METHODS
-from common.records import Content, Received, encode
-
-
-def answer(message_type: str, content: RecordDict, context: Context) -> RecordDict:
-    """Answer one message of the server.
-
-    Raises
-    ------
-    MHpFedHNError
-        The configuration, the data, the model or the message cannot be used.
-    """
-    participant = Participant.open(context)
-    if message_type not in _HANDLERS:
-        raise WireError(unknown_name("message type", message_type, _HANDLERS))
-    with cpu_threads(participant.section.client_threads):
-        try:
-            task = participant.task(content)
-            reply = _HANDLERS[message_type](participant.method(), task)
-        except WireError as error:
-            source = f"{message_type} message to client {participant.client_id}"
-            raise WireError(f"{source}: {error}") from error
-    return encode(task.header, reply, top_k=participant.config.wire.uplink_top_k)
-
-
-def _register(method: Method, task: Received) -> Content:
-    return Content(method.declare().settings())
-
-
-def _train(method: Method, task: Received) -> Content:
-    """Test what came, where that is asked for; train it, keep what stays here, send the rest."""
-    now = task.header.server_round
-    evaluation = None
-    if task.flag(EVALUATE_FIRST):
-        evaluation = method.measure(task, method.ready(task, before=now))
-    tool = method.ready(task, before=now)
-    trained = method.fit(task, tool)
-    method.keep(task, tool)
-    reply = TrainReply(trained.num_examples, trained.loss, trained.seconds, evaluation)
-    return Content(reply.settings(), method.collect(task, tool))
-
-
-def _evaluate(method: Method, task: Received) -> Content:
-    tool = method.ready(task, before=task.header.server_round + 1)
-    return Content(method.measure(task, tool).settings())
-
-
-def _finish(method: Method, task: Received) -> Content:
-    """Store the personal model as a plain torch state_dict, and say where."""
-    tool = method.ready(task, before=task.header.server_round + 1)
-    method.adapt(task, tool)
-    evaluation = evaluate(tool.model, method.data)
-    return Content({LOCATION: method.participant.store(tool.model.module, evaluation)})
-
-
-_HANDLERS: dict[str, Callable[[Method, Received], Content]] = {
-    REGISTER: _register,
-    TRAIN: _train,
-    EVALUATE: _evaluate,
-    FINISH: _finish,
-}
+from common.records import Received
 
 
 @dataclass(frozen=True)
@@ -136,11 +63,6 @@ class Participant:
             state=open_state(context, section.state_dir, node.identity),
             head_tag=node.head_tag,
         )
-
-    def method(self) -> Method:
-        """Return the client half of the run's method."""
-        half: Method = METHODS[self.config.run.method].load("client_app")(self)
-        return half
 
     def task(self, content: RecordDict) -> Received:
         """Check a message and forget what belongs to another federation than its own."""

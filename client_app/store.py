@@ -1,4 +1,4 @@
-"""What stays on the client: BatchNorm buffers, the round's teacher, the personal model.
+"""What stays on the client: BatchNorm buffers, the round's teacher, residuals, own models.
 
 Kept in the client's state folder when it has one, else in Flower's context. Flower's context is
 lost when a SuperNode restarts, so deployments always have a folder; everything also works empty.
@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from client_app.folders import safe_name, state_folder
+from common.compression import Float32, Precision, indices_of_largest, num_kept, rounded
 from common.errors import ConfigError
-from common.files import PRIVATE, replace_file
+from common.files import PRIVATE, replace_file, safe_name, state_folder
 
 Tensors = dict[str, Tensor]
+VALUES = "values"
 
 
 @dataclass(frozen=True)
@@ -159,3 +160,68 @@ def personal_folder(state: ClientState, output_dir: str, client_id: str) -> Path
     if not output_dir:
         return None
     return Path(output_dir).expanduser() / "personal-models" / safe_name(client_id)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a client left out of one kind of delta, to be added to the next one (error feedback).
+
+    Top-k sparsification loses nothing in the long run this way: an entry that is small in every
+    round but always of one sign grows until it is among the largest and goes up (Stich et al.,
+    Sparsified SGD with memory, 2018, algorithm 1; Seide et al. 2014 for the idea). The rounding of
+    the wire's precision is kept as well. A delta that the server refuses, or that comes too late,
+    is lost as a dense one would be.
+
+    Versions are stamped with their round like BatchNorm buffers, so that a server which resumes
+    from a checkpoint finds the residual of that time. One version is as large as the model.
+    """
+
+    state: ClientState
+    name: str
+    stamp: Stamp
+
+    def recall(self, length: int) -> Float32:
+        """Return what earlier rounds left out (P,); zeros at first and after a change of model."""
+        kept = self.state.load(self.name, before=self.stamp.server_round)
+        if kept is None or kept[VALUES].shape != (length,):
+            return np.zeros(length, dtype=np.float32)
+        values: Float32 = kept[VALUES].numpy()
+        return values
+
+    def keep(self, left_out: Float32) -> None:
+        """Keep what this round leaves out (P,)."""
+        self.state.save(self.name, {VALUES: torch.from_numpy(left_out)}, stamp=self.stamp)
+
+
+def largest_with_residual(
+    delta: Float32, residual: Residual, *, top_k: float, precision: Precision
+) -> Float32:
+    """Return the largest entries of delta + residual (P,), 0 elsewhere; the rest is kept.
+
+    Parameters
+    ----------
+    delta : (P,), all of this round's change; it is not changed.
+    top_k : fraction of the entries that is sent, above 0; see `common.compression.num_kept`.
+    precision : in which the entries travel; what is returned is rounded to it.
+
+    Returns
+    -------
+    (P,) float32 exactly as the server will have it, with at most `num_kept(P, top_k)` entries
+    that are not 0.
+    """
+    wanted = delta + residual.recall(delta.size)
+    sent, count = np.zeros_like(wanted), num_kept(delta.size, top_k)
+    finite = np.isfinite(wanted)
+    if not finite.all():  # the server refuses it and says why; the residual stays as it was
+        bad = np.flatnonzero(~finite)[:count]
+        sent[bad] = wanted[bad]
+        return sent
+    indices = indices_of_largest(wanted, count)
+    values = rounded(wanted[indices], precision)
+    while not values.all():  # zeros are not sent, and float16 scales blocks of what is
+        indices = indices[values != 0]
+        values = rounded(wanted[indices], precision)
+    sent[indices] = values
+    if np.isfinite(values).all():  # rounding may overflow; what is kept would be lost for good
+        residual.keep(wanted - sent)
+    return sent

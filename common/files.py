@@ -1,13 +1,18 @@
-"""Files that are whole whenever they are there."""
+"""Files that are whole whenever they are there, and folders that a name cannot lead astray."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
+from common.errors import ConfigError
+
 PRIVATE = 0o600
 """Mode of a file that holds data, weights or keys: for its owner alone."""
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
 def replace_file(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
@@ -49,3 +54,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def safe_name(name: str) -> str:
+    """Return the name if it can be a single folder, else raise ConfigError (no path tricks)."""
+    if not _SAFE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"client-id {name!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and "
+            "'-', not starting with '.' or '-'."
+        )
+    return name
+
+
+def state_folder(state_dir: str, client_id: str) -> Path:
+    """Return the folder of one client below `state_dir`."""
+    return Path(state_dir).expanduser() / safe_name(client_id)

@@ -17,6 +17,7 @@ MEETS_FLOWER = {
     "server_app/app.py",
     "server_app/transport.py",
     "client_app/app.py",
+    "client_app/handlers.py",
     "client_app/participant.py",
     "client_app/store.py",
     "common/records.py",

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice, repeat
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from client_app.data.examples import ClientData
 from client_app.methods.features import require_head_is_last
+from client_app.models.instances import (
+    Instance,
+    ModelKind,
+    architecture_tag,
+    draw_theta,
+    instance_of,
+    opaque,
+)
+from client_app.participant import Participant
 from client_app.store import Stamp
 from client_app.training.evaluation import evaluate
 from client_app.training.loop import Loss, Trained, cross_entropy, train
-from client_app.workshop import ModelKind, Tool, architecture_tag, borrow, draw_theta, opaque
 from common.compression import Float32
 from common.config import TrainingSection
 from common.messages import THETA, Evaluation, Registration
 from common.records import Arrays, Received
 from common.seeding import stream_seed, torch_generator
-
-if TYPE_CHECKING:
-    from client_app.participant import Participant
 
 BUFFER = "buffer/"
 
@@ -52,26 +57,26 @@ class Method:
 
     # --- the hops --------------------------------------------------------------------------------
 
-    def receive(self, task: Received, tool: Tool) -> None:
+    def receive(self, task: Received, instance: Instance) -> None:
         """Overwrite a part or all of the own model with what came; raise WireError if bad."""
 
-    def fit(self, task: Received, tool: Tool) -> Trained:
+    def fit(self, task: Received, instance: Instance) -> Trained:
         """Train the model in place."""
-        return self.train(task, tool, cross_entropy)
+        return self.train(task, instance, cross_entropy)
 
-    def keep(self, task: Received, tool: Tool) -> None:
+    def keep(self, task: Received, instance: Instance) -> None:
         """Keep what later rounds need, on this client alone."""
-        self.save(self.own, task, tool, theta=self.keeps_theta)
+        self.save(self.own, task, instance, theta=self.keeps_theta)
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Return what goes up after training."""
         return {}
 
-    def measure(self, task: Received, tool: Tool) -> Evaluation:
+    def measure(self, task: Received, instance: Instance) -> Evaluation:
         """Test the model as it is after `receive`."""
-        return evaluate(tool.model, self.data)
+        return evaluate(instance.model, self.data)
 
-    def adapt(self, task: Received, tool: Tool) -> None:
+    def adapt(self, task: Received, instance: Instance) -> None:
         """Make the model what this client will use from now on (finish)."""
 
     # --- around them -----------------------------------------------------------------------------
@@ -79,28 +84,30 @@ class Method:
     def declare(self) -> Registration:
         """Say who this is, how large its model is, and what else the method needs to know."""
         participant, needs = self.participant, self.participant.config.needs
-        tool, num_classes, feature_dim, group = borrow(self.kind), 0, 0, ""
+        instance, num_classes, feature_dim, group = instance_of(self.kind), 0, 0, ""
         if "num_classes" in needs:
             num_classes = self.data.num_classes
         if "feature_dim" in needs:
             images = self.data.normalise(self.data.test_images[:2])
-            head = require_head_is_last(tool.model.module, images, num_classes)
+            head = require_head_is_last(instance.model.module, images, num_classes)
             feature_dim = head.layer.in_features
         if "group" in needs:
             declared = "" if participant.config.is_baseline else participant.head_tag
-            group = opaque(declared) if declared else architecture_tag(tool)
-        shared = "num_global_parameters" in needs
+            group = opaque(declared) if declared else architecture_tag(instance)
+        shared_size = 0
+        if "num_global_parameters" in needs:
+            shared_size = instance_of(self.global_kind).model.num_parameters
         return Registration(
             client_id=participant.client_id,
-            num_parameters=tool.model.num_parameters,
+            num_parameters=instance.model.num_parameters,
             num_examples=self.data.num_train,
-            num_global_parameters=borrow(self.global_kind).model.num_parameters if shared else 0,
+            num_global_parameters=shared_size,
             group=group,
             num_classes=num_classes,
             feature_dim=feature_dim,
         )
 
-    def ready(self, task: Received, *, before: int) -> Tool:
+    def ready(self, task: Received, *, before: int) -> Instance:
         """Load the own model of a round earlier than `before`, or its first weights, and receive.
 
         Raises
@@ -108,18 +115,20 @@ class Method:
         WireError
             The message does not hold what this method's server sends.
         """
-        tool = borrow(self.kind)
-        kept = self.load(self.own, task, tool, before=before)
+        instance = instance_of(self.kind)
+        kept = self.load(self.own, task, instance, before=before)
         if self.keeps_theta or THETA not in task:
             seed = stream_seed(self.participant.config.run.seed, "first-theta")
-            self.load_theta(tool, kept, seed)
-        self.receive(task, tool)
-        return tool
+            self.load_theta(instance, kept, seed)
+        self.receive(task, instance)
+        return instance
 
-    def load(self, name: str, task: Received, tool: Tool, *, before: int) -> Mapping[str, Tensor]:
+    def load(
+        self, name: str, task: Received, instance: Instance, *, before: int
+    ) -> Mapping[str, Tensor]:
         """Give a model its kept buffers, or fresh ones, and seed its dropout."""
         kept: Mapping[str, Tensor] = self.participant.state.load(name, before=before) or {}
-        tool.reset(buffers_of(kept), self.dropout_seed(name, task))
+        instance.reset(buffers_of(kept), self.dropout_seed(name, task))
         return kept
 
     def dropout_seed(self, name: str, task: Received) -> int:
@@ -127,21 +136,21 @@ class Method:
         seed, now = self.participant.config.run.seed, task.header.server_round
         return stream_seed(seed, f"dropout/{name}", now, self.participant.client_id)
 
-    def load_theta(self, tool: Tool, kept: Mapping[str, Tensor], seed: int) -> None:
+    def load_theta(self, instance: Instance, kept: Mapping[str, Tensor], seed: int) -> None:
         """Load kept weights; what is missing or of another size starts as drawn from the seed.
 
         The first weights are the same for all clients of one architecture.
         """
         theta = kept.get(THETA)
-        if theta is None or theta.shape != tool.model.theta.shape:
-            theta = draw_theta(tool.kind, seed)
-        tool.model.load(theta.to(self.participant.device))
+        if theta is None or theta.shape != instance.model.theta.shape:
+            theta = draw_theta(instance.kind, seed)
+        instance.model.load(theta.to(self.participant.device))
 
-    def save(self, name: str, task: Received, tool: Tool, *, theta: bool) -> None:
+    def save(self, name: str, task: Received, instance: Instance, *, theta: bool) -> None:
         """Keep a model's buffers, and its weights where asked, for later rounds."""
-        kept = {BUFFER + key: x for key, x in tool.buffers().items()}
+        kept = {BUFFER + key: x for key, x in instance.buffers().items()}
         if theta:
-            kept[THETA] = tool.model.theta.detach()
+            kept[THETA] = instance.model.theta.detach()
         if kept:
             self.participant.state.save(name, kept, stamp=self.stamp(task))
 
@@ -151,10 +160,10 @@ class Method:
         rounds = 2 * self.participant.config.run.checkpoint_every
         return Stamp(task.header.server_round, rounds)
 
-    def train(self, task: Received, tool: Tool, loss: Loss) -> Trained:
+    def train(self, task: Received, instance: Instance, loss: Loss) -> Trained:
         """Train as every method does, with a loss."""
         section, generator = task.section(TrainingSection), self.shuffler("shuffle", task)
-        return train(tool.model, self.data, section, generator=generator, loss=loss)
+        return train(instance.model, self.data, section, generator=generator, loss=loss)
 
     def shuffler(self, purpose: str, task: Received) -> torch.Generator:
         """Make the generator that shuffles the examples; every method draws the same orders."""

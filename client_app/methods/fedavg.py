@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.methods.base import Method, as_array
+from client_app.models.instances import Instance, instance_of
 from client_app.training.evaluation import evaluate
 from client_app.training.loop import (
     MomentumSGD,
@@ -24,7 +25,6 @@ from client_app.training.loop import (
     mixed_precision,
     train,
 )
-from client_app.workshop import Tool, borrow
 from common.config import TrainingSection
 from common.messages import THETA, Evaluation
 from common.records import Arrays, Received
@@ -40,84 +40,84 @@ class FedAvg(Method):
 
     keeps_theta = False
 
-    def receive(self, task: Received, tool: Tool) -> None:
+    def receive(self, task: Received, instance: Instance) -> None:
         """Take the group's model; there is none before the first mean."""
         if THETA in task:
-            tool.model.load(self.vector(task, THETA, tool.model.num_parameters))
+            instance.model.load(self.vector(task, THETA, instance.model.num_parameters))
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the trained model."""
-        return {THETA: as_array(tool.model.theta)}
+        return {THETA: as_array(instance.model.theta)}
 
 
 class FedAvgFineTuned(FedAvg):
     """FedAvg, tested after one epoch of local training on top of the received model."""
 
-    def measure(self, task: Received, tool: Tool) -> Evaluation:
+    def measure(self, task: Received, instance: Instance) -> Evaluation:
         """Test the model as received, then after the epoch; the latter counts."""
-        received = evaluate(tool.model, self.data)
-        self.adapt(task, tool)
-        tuned = evaluate(tool.model, self.data)
+        received = evaluate(instance.model, self.data)
+        self.adapt(task, instance)
+        tuned = evaluate(instance.model, self.data)
         seconds = received.seconds + tuned.seconds
         return replace(tuned, seconds=seconds, others={"global": received.num_correct})
 
-    def adapt(self, task: Received, tool: Tool) -> None:
+    def adapt(self, task: Received, instance: Instance) -> None:
         """Train one epoch; what it changes is not kept."""
         section = self.participant.config.training.model_copy(update={"local_epochs": 1})
-        train(tool.model, self.data, section, generator=self.shuffler("fine-tune", task))
+        train(instance.model, self.data, section, generator=self.shuffler("fine-tune", task))
 
 
 class FedProx(FedAvg):
     """FedAvg with mu / 2 |theta - theta_received|^2 in the loss."""
 
-    def fit(self, task: Received, tool: Tool) -> Trained:
+    def fit(self, task: Received, instance: Instance) -> Trained:
         """Train with the proximal term."""
-        received = tool.model.theta.detach().clone()
-        parameters = list(tool.model.module.parameters())
+        received = instance.model.theta.detach().clone()
+        parameters = list(instance.model.module.parameters())
 
         def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
             theta = torch.cat([p.reshape(-1) for p in parameters])
             distance = (theta - received).square().sum()
             return cross_entropy(images, logits, labels) + self.settings.fedprox_mu / 2 * distance
 
-        return self.train(task, tool, loss)
+        return self.train(task, instance, loss)
 
 
 class FML(Method):
     """FML (Shen et al. 2020, arXiv 2006.16765): own and auxiliary model teach each other."""
 
-    def fit(self, task: Received, tool: Tool) -> Trained:
+    def fit(self, task: Received, instance: Instance) -> Trained:
         """Take both models over the same batches."""
-        return self._train_both(task, tool, self._auxiliary(task))
+        return self._train_both(task, instance, self._auxiliary(task))
 
-    def keep(self, task: Received, tool: Tool) -> None:
+    def keep(self, task: Received, instance: Instance) -> None:
         """Keep the own model, and the auxiliary one's BatchNorm statistics."""
-        super().keep(task, tool)
-        self.save(AUXILIARY, task, borrow(self.global_kind), theta=False)
+        super().keep(task, instance)
+        self.save(AUXILIARY, task, instance_of(self.global_kind), theta=False)
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the trained auxiliary model."""
-        return {THETA: as_array(borrow(self.global_kind).model.theta)}
+        return {THETA: as_array(instance_of(self.global_kind).model.theta)}
 
-    def _auxiliary(self, task: Received) -> Tool:
+    def _auxiliary(self, task: Received) -> Instance:
         """Load the auxiliary model: as received, or as drawn before the first mean."""
-        tool = borrow(self.global_kind)
-        kept = self.load(AUXILIARY, task, tool, before=task.header.server_round)
+        instance = instance_of(self.global_kind)
+        kept = self.load(AUXILIARY, task, instance, before=task.header.server_round)
         if THETA in task:
-            tool.model.load(self.vector(task, THETA, tool.model.num_parameters))
+            instance.model.load(self.vector(task, THETA, instance.model.num_parameters))
         else:
             seed = stream_seed(self.participant.config.run.seed, "first-auxiliary")
-            self.load_theta(tool, kept, seed)
-        return tool
+            self.load_theta(instance, kept, seed)
+        return instance
 
-    def _train_both(self, task: Received, tool: Tool, auxiliary: Tool) -> Trained:
+    def _train_both(self, task: Received, instance: Instance, auxiliary: Instance) -> Trained:
         started, section = time.monotonic(), task.section(TrainingSection)
-        models = (tool.model, auxiliary.model)
+        models = (instance.model, auxiliary.model)
         optimizers = [MomentumSGD(model.theta, section) for model in models]
         for model in models:
             model.module.train()
         generator = self.shuffler("shuffle", task)
-        total, seen = torch.zeros((), device=tool.model.theta.device), 0
+        total, seen = torch.zeros((), device=instance.model.theta.device), 0
         for _ in range(section.local_epochs):
             for images, labels in self.data.batches(section.batch_size, generator):
                 with mixed_precision(section, images.device):

@@ -6,7 +6,7 @@ import torch
 
 from client_app.methods.base import Method, as_array
 from client_app.methods.features import class_means, head_of
-from client_app.workshop import Tool
+from client_app.models.instances import Instance
 from common.messages import HEAD
 from common.records import Arrays, Received
 
@@ -14,24 +14,23 @@ from common.records import Arrays, Received
 class LGFedAvg(Method):
     """Trains own features under the shared head, and the head too."""
 
-    def receive(self, task: Received, tool: Tool) -> None:
+    def receive(self, task: Received, instance: Instance) -> None:
         """Put the shared head on the own features."""
-        span = head_of(tool.model.module, self.data.num_classes).span
+        span = head_of(instance.model.module, self.data.num_classes).span
         with torch.no_grad():
-            tool.model.theta[span] = self.vector(task, HEAD, span.stop - span.start)
+            instance.model.theta[span] = self.vector(task, HEAD, span.stop - span.start)
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the trained head."""
-        return {
-            HEAD: as_array(tool.model.theta[head_of(tool.model.module, self.data.num_classes).span])
-        }
+        span = head_of(instance.model.module, self.data.num_classes).span
+        return {HEAD: as_array(instance.model.theta[span])}
 
 
 class FedGH(LGFedAvg):
     """As LG-FedAvg, but class means of features go up instead of the head."""
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the mean feature of every class, after training."""
         return class_means(
-            tool.model.module, self.data, head_of(tool.model.module, self.data.num_classes)
+            instance.model.module, self.data, head_of(instance.model.module, self.data.num_classes)
         ).arrays()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from client_app.methods.base import BUFFER, Method, buffers_of
+from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
+from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member
 from client_app.training.distillation import Teacher
 from client_app.training.loop import Loss, Trained, cross_entropy, train
-from client_app.uplink import Memory, largest_with_memory
-from client_app.workshop import ModelKind, Tool, borrow, offset_theta
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import WireError
@@ -56,29 +56,29 @@ class MHpFedHN(Method):
 
     # --- the hops --------------------------------------------------------------------------------
 
-    def ready(self, task: Received, *, before: int) -> Tool:
+    def ready(self, task: Received, *, before: int) -> Instance:
         """Load what was generated: the personal model, or w_g where the trip is w_g's alone."""
         return self._ready(self.roles(task)[-1], task, before)
 
-    def fit(self, task: Received, tool: Tool) -> Trained:
+    def fit(self, task: Received, instance: Instance) -> Trained:
         """Train w_g where asked, then the personal model where it came."""
         *before, last = self.roles(task)
         now, seconds = task.header.server_round, 0.0
         for role in before:
             seconds += self._train(role, task, self._ready(role, task, now)).seconds
-        trained = self._train(last, task, tool)
+        trained = self._train(last, task, instance)
         return replace(trained, seconds=seconds + trained.seconds)
 
-    def keep(self, task: Received, tool: Tool) -> None:
+    def keep(self, task: Received, instance: Instance) -> None:
         """Keep BatchNorm statistics, and w_g as sent where the personal model comes later."""
         for role in self.roles(task):
-            self.keep_buffers(role, task, borrow(self.kind_of(role)).buffers())
+            self.keep_buffers(role, task, instance_of(self.kind_of(role)).buffers())
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Return the changes, before minus after."""
         sent_up = {}
         for role in self.roles(task):
-            model = borrow(self.kind_of(role)).model
+            model = instance_of(self.kind_of(role)).model
             start = self.placed(role, self.start(role, task))
             change: Float32 = delta(start, model.theta.detach()).cpu().numpy()
             sent_up[role.delta] = self.sent_up(role, task, change)
@@ -93,7 +93,7 @@ class MHpFedHN(Method):
 
     def start(self, role: Role, task: Received) -> Float32:
         """Return the generated theta (P,) of one of the models."""
-        return task.vector(role.theta, borrow(self.kind_of(role)).model.num_parameters)
+        return task.vector(role.theta, instance_of(self.kind_of(role)).model.num_parameters)
 
     def placed(self, role: Role, thetas: Float32) -> Tensor:
         """Return the weights (..., P) that generated thetas stand for, on the device.
@@ -124,9 +124,9 @@ class MHpFedHN(Method):
         top_k = self.participant.config.wire.uplink_top_k
         if top_k == 1:
             return change
-        memory = Memory(self.participant.state, role.left_out, self.stamp(task))
+        residual = Residual(self.participant.state, role.left_out, self.stamp(task))
         precision = task.header.precision
-        return largest_with_memory(change, memory, top_k=top_k, precision=precision)
+        return largest_with_residual(change, residual, top_k=top_k, precision=precision)
 
     def teacher_theta(self, task: Received) -> Float32 | None:
         """Return w_g (K_g,) as sent in this message, or earlier in this round; None without."""
@@ -146,21 +146,21 @@ class MHpFedHN(Method):
 
     def teacher(self, theta: Float32) -> nn.Module:
         """Return this thread's teacher with the weights theta (K_g,)."""
-        tool = borrow(replace(self.global_kind, role="teacher"))
-        tool.reset(None, 0)
-        tool.model.load(self.placed(GLOBAL, theta))
-        return tool.model.module
+        instance = instance_of(replace(self.global_kind, role="teacher"))
+        instance.reset(None, 0)
+        instance.model.load(self.placed(GLOBAL, theta))
+        return instance.model.module
 
     def member(self, role: Role, task: Received, placed: Tensor) -> Member:
         """Hand over what a batched call needs to test or train one of the client's models.
 
         `placed` (P,) are its weights on the device.
         """
-        tool, device = borrow(self.kind_of(role)), self.participant.device
+        instance, device = instance_of(self.kind_of(role)), self.participant.device
         kept = self.participant.state.load(role.buffers, before=task.header.server_round) or {}
         return Member(
             theta=placed,
-            buffers=tool.fitting(buffers_of(kept)),
+            buffers=instance.fitting(buffers_of(kept)),
             data=self.data,
             generator=self.shuffler(role.shuffle, task),
             dropout=torch.Generator(device).manual_seed(self.dropout_seed(role.buffers, task)),
@@ -172,16 +172,16 @@ class MHpFedHN(Method):
 
     # --- how -------------------------------------------------------------------------------------
 
-    def _ready(self, role: Role, task: Received, before: int) -> Tool:
+    def _ready(self, role: Role, task: Received, before: int) -> Instance:
         """Make a borrowed model this client's: its buffers, its dropout, its weights."""
-        tool = borrow(self.kind_of(role))
-        self.load(role.buffers, task, tool, before=before)
-        tool.model.load(self.placed(role, self.start(role, task)))
-        return tool
+        instance = instance_of(self.kind_of(role))
+        self.load(role.buffers, task, instance, before=before)
+        instance.model.load(self.placed(role, self.start(role, task)))
+        return instance
 
-    def _train(self, role: Role, task: Received, tool: Tool) -> Trained:
+    def _train(self, role: Role, task: Received, instance: Instance) -> Trained:
         return train(
-            tool.model,
+            instance.model,
             self.data,
             task.section(TrainingSection),
             generator=self.shuffler(role.shuffle, task),

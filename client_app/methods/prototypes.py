@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from client_app.methods.base import Method
 from client_app.methods.features import Tap, class_means, head_of, tapped
+from client_app.models.instances import Instance
 from client_app.training.evaluation import TEST_BATCH
 from client_app.training.loop import Loss, Trained, cross_entropy, logits_of
-from client_app.workshop import Tool
 from common.class_means import ClassMeans
 from common.config.baselines import BaselineSection
 from common.messages import Evaluation
@@ -30,34 +30,34 @@ DISTILL_WEIGHT = 1.0
 class FedProto(Method):
     """Draws its features towards the global prototypes; predicts by the nearest one."""
 
-    def fit(self, task: Received, tool: Tool) -> Trained:
+    def fit(self, task: Received, instance: Instance) -> Trained:
         """Train with the prototypes' term, once there are any."""
-        known = self._prototypes(task, tool)
+        known = self._prototypes(task, instance)
         if known is None:
-            return self.train(task, tool, cross_entropy)
-        with tapped(head_of(tool.model.module, self.data.num_classes)) as tap:
-            return self.train(task, tool, prototype_loss(tap, *known, self.settings))
+            return self.train(task, instance, cross_entropy)
+        with tapped(head_of(instance.model.module, self.data.num_classes)) as tap:
+            return self.train(task, instance, prototype_loss(tap, *known, self.settings))
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the mean feature of every class, after training."""
         return class_means(
-            tool.model.module, self.data, head_of(tool.model.module, self.data.num_classes)
+            instance.model.module, self.data, head_of(instance.model.module, self.data.num_classes)
         ).arrays()
 
     @torch.no_grad()
-    def measure(self, task: Received, tool: Tool) -> Evaluation:
+    def measure(self, task: Received, instance: Instance) -> Evaluation:
         """Test the nearest prototype and, beside it, the head; the loss is the head's.
 
         Before there are prototypes the head alone predicts.
         """
         started = time.monotonic()
-        known, device = self._prototypes(task, tool), self.participant.device
-        tool.model.module.eval()
+        known, device = self._prototypes(task, instance), self.participant.device
+        instance.model.module.eval()
         nearest = by_head = torch.zeros((), dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        with tapped(head_of(tool.model.module, self.data.num_classes)) as tap:
+        with tapped(head_of(instance.model.module, self.data.num_classes)) as tap:
             for images, labels in self.data.test_batches(TEST_BATCH.get(device.type, 256)):
-                logits = logits_of(tool.model.module, images, self.data.num_classes)
+                logits = logits_of(instance.model.module, images, self.data.num_classes)
                 chosen = logits.argmax(dim=1)
                 by_head = by_head + (chosen == labels).sum()
                 if known is not None:
@@ -73,11 +73,11 @@ class FedProto(Method):
             others={"head": int(by_head)},
         )
 
-    def _prototypes(self, task: Received, tool: Tool) -> tuple[Tensor, Tensor] | None:
+    def _prototypes(self, task: Received, instance: Instance) -> tuple[Tensor, Tensor] | None:
         """Return the received prototypes (C, D) and which classes have one (C,), or None."""
         if COUNTS not in task:
             return None
-        dim = head_of(tool.model.module, self.data.num_classes).layer.in_features
+        dim = head_of(instance.model.module, self.data.num_classes).layer.in_features
         received = ClassMeans.read(task, self.data.num_classes, dim)
         device = self.participant.device
         present = torch.from_numpy(received.counts > 0).to(device)
@@ -91,20 +91,20 @@ class FedTGP(FedProto):
 class FD(Method):
     """Distils from the federation's mean logits of the example's own class."""
 
-    def fit(self, task: Received, tool: Tool) -> Trained:
+    def fit(self, task: Received, instance: Instance) -> Trained:
         """Train with the distillation term, once there are mean logits."""
         if COUNTS not in task:
-            return self.train(task, tool, cross_entropy)
+            return self.train(task, instance, cross_entropy)
         classes = self.data.num_classes
         received = ClassMeans.read(task, classes, classes)
         device = self.participant.device
         logits_CC = torch.from_numpy(received.means).to(device)
         present_C = torch.from_numpy(received.counts > 0).to(device)
-        return self.train(task, tool, fd_loss(logits_CC, present_C, DISTILL_WEIGHT))
+        return self.train(task, instance, fd_loss(logits_CC, present_C, DISTILL_WEIGHT))
 
-    def collect(self, task: Received, tool: Tool) -> Arrays:
+    def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the mean logits of every class, after training."""
-        return class_means(tool.model.module, self.data, None).arrays()
+        return class_means(instance.model.module, self.data, None).arrays()
 
 
 def fd_loss(logits_CC: Tensor, present_C: Tensor, weight: float) -> Loss:

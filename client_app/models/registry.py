@@ -1,4 +1,4 @@
-"""Model names -> models. The stable entry point for tools is `build_model`.
+"""Model names -> models. The stable entry point for instances is `build_model`.
 
 A name is one of `MODEL_NAMES`, or `module:factory` for a participant's own model: a callable
 `factory(*, in_channels: int, num_classes: int) -> torch.nn.Module`.

@@ -47,7 +47,7 @@ class WireSection(Section):
     """How arrays travel. Down: theta; up: delta.
 
     `uplink_top_k` is the fraction of a delta's entries that go up, those of largest magnitude; the
-    client adds what it left out to the next round's delta (`client_app.uplink`). 1: all of them.
+    client adds what it left out to the next round's delta (`client_app.store`). 1: all of them.
     """
 
     wire_precision: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -23,7 +23,7 @@ from experiments.run.engines.processes import find_program
 
 if TYPE_CHECKING:
     from client_app.data.examples import ClientData
-    from client_app.workshop import Tool
+    from client_app.models.instances import Instance
 
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "bold red")}
 MIN_FREE_BYTES = 1 << 30
@@ -44,7 +44,7 @@ class Trial:
     settings: JoinSettings
     section: ClientSection
     data: ClientData | None = None
-    tool: Tool | None = None
+    instance: Instance | None = None
 
 
 Check = Callable[[Trial], Finding]
@@ -156,7 +156,7 @@ def check_key(key: Path | None) -> Finding:
 def check_data(trial: Trial) -> Finding:
     """Load the data as training would; say how many there are of each class."""
     from client_app.data.examples import load_client_data
-    from client_app.workshop import pick_device
+    from client_app.models.instances import pick_device
 
     section, node = trial.section, NodeConfig.parse(trial.settings.node)
     trial.data = data = load_client_data(
@@ -180,15 +180,15 @@ def check_data(trial: Trial) -> Finding:
 
 def check_model(trial: Trial) -> Finding:
     """Build the model for these data; say its size, the one fact about it the server learns."""
+    from client_app.models.instances import ModelKind, instance_of
     from client_app.models.registry import model_for_partition
-    from client_app.workshop import ModelKind, borrow
 
     data, section = _needed(trial.data, "data"), trial.section
     node = NodeConfig.parse(trial.settings.node)
     name = model_for_partition(section.models, node.partition_id, section.num_partitions)
     device = data.train_images.device
-    trial.tool = borrow(ModelKind(name, data.in_channels, data.num_classes, device))
-    count, limit = trial.tool.model.num_parameters, RunConfig().hypernet.max_parameters
+    trial.instance = instance_of(ModelKind(name, data.in_channels, data.num_classes, device))
+    count, limit = trial.instance.model.num_parameters, RunConfig().hypernet.max_parameters
     hints = [] if node.model else [_unnamed("model", name)]
     if count > limit:
         hints.append(f"- more than the default limit of a server ({limit:,})")
@@ -201,13 +201,13 @@ def check_training(trial: Trial) -> Finding:
 
     from client_app.training.loop import MomentumSGD, cross_entropy
 
-    data, tool = _needed(trial.data, "data"), _needed(trial.tool, "model")
-    module, training = tool.model.module.train(), RunConfig().training
-    optimizer = MomentumSGD(tool.model.theta, training)
+    data, instance = _needed(trial.data, "data"), _needed(trial.instance, "model")
+    module, training = instance.model.module.train(), RunConfig().training
+    optimizer = MomentumSGD(instance.model.theta, training)
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
     for images, labels in {0: batches[0], -1: batches[-1]}.values():
-        tool.model.zero_grad()
+        instance.model.zero_grad()
         logits = module(images)
         if logits.shape != (len(images), data.num_classes):
             raise ModelError(
@@ -219,7 +219,7 @@ def check_training(trial: Trial) -> Finding:
         optimizer.step()
         losses.append(float(loss.detach()))
     seconds = (time.monotonic() - started) / 2
-    if not all(torch.isfinite(torch.tensor(losses))) or not tool.model.theta.isfinite().all():
+    if not all(torch.isfinite(torch.tensor(losses))) or not instance.model.theta.isfinite().all():
         raise ModelError(
             f"the loss of the first batches is {losses}; expected finite numbers. Check the "
             "model's initialisation and the data for NaN."

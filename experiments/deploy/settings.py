@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from client_app.folders import state_folder
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, unknown_name
-from common.files import PRIVATE, replace_file
+from common.files import PRIVATE, replace_file, state_folder
 from experiments.run.engines.home import flower_environment, own_modules
 from experiments.run.engines.processes import find_program
 from experiments.run.presets import to_toml

@@ -22,8 +22,8 @@ def check_clients(config: RunConfig, engine: EngineSection) -> None:
         A model cannot be built or is too large, or there is no such device for clients.
     """
     from client_app.data.examples import describe_data  # imports torch: seconds
+    from client_app.models.instances import pick_device
     from client_app.models.registry import build_model
-    from client_app.workshop import pick_device
     from common.parameters import num_parameters
 
     wish = config.client.device

@@ -149,7 +149,7 @@ def branches(*, in_channels: int, num_classes: int) -> nn.Module:
 
 def test_a_model_that_cannot_be_exported_keeps_its_weights(tmp_path: Path) -> None:
     from client_app.data.examples import load_client_data
-    from client_app.workshop import pick_device
+    from client_app.models.instances import pick_device
 
     config = tiny_config(tmp_path)
     data = load_client_data(config.client, partition_id=0, seed=1, device=pick_device("cpu"))

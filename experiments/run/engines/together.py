@@ -16,11 +16,11 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from client_app.methods.mhpfedhn import PERSONAL, MHpFedHN, Role
+from client_app.models.instances import instance_of
 from client_app.participant import Participant
 from client_app.training.batched import Outcome, can_train_together, train_cohort
 from client_app.training.distillation import Teacher
 from client_app.training.evaluation import evaluate_cohort
-from client_app.workshop import borrow
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import MHpFedHNError
@@ -61,7 +61,7 @@ class _Ready:
     def fits(self) -> bool:
         """Whether all that it trains can be batched."""
         kinds = (self.method.kind_of(role) for role in self.starts)
-        return all(can_train_together(borrow(kind).model.module) for kind in kinds)
+        return all(can_train_together(instance_of(kind).model.module) for kind in kinds)
 
 
 def reply_together(pairs: Sequence[tuple[Message, Context]]) -> list[RecordDict | None]:
@@ -128,7 +128,7 @@ def _cohort(group: Sequence[_Ready], role: Role) -> _Shared:
     Their weights go to the device, and their deltas come from there, in one transfer each.
     """
     first = group[0]
-    module = borrow(first.method.kind_of(role)).model.module
+    module = instance_of(first.method.kind_of(role)).model.module
     starts = first.method.placed(role, np.stack([r.starts[role] for r in group]))
     members = [r.method.member(role, r.task, x) for r, x in zip(group, starts, strict=True)]
     evaluations: list[Evaluation | None] = [None] * len(group)

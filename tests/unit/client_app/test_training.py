@@ -170,17 +170,17 @@ IN_A_PROCESS = """
 import sys, torch
 from client_app.training.evaluation import evaluate
 from client_app.training.loop import train
-from client_app.workshop import ModelKind, borrow
+from client_app.models.instances import ModelKind, instance_of
 from common.config import TrainingSection
 from tests.unit.client_app.pictures import client_data
 
 torch.set_num_threads(1)
-tool = borrow(ModelKind("cnn", 3, 10, torch.device("cpu")))
+instance = instance_of(ModelKind("cnn", 3, 10, torch.device("cpu")))
 data, generator = client_data(num_train=640), torch.Generator().manual_seed(0)
 
 def epochs(count):
     for _ in range(count):
-        train(tool.model, data, TrainingSection(), generator=generator)
+        train(instance.model, data, TrainingSection(), generator=generator)
 """
 
 
@@ -195,7 +195,7 @@ def run_in_a_process(code: str) -> str:
 def test_training_does_not_import_torchs_compiler() -> None:
     """It costs seconds, and a client without a warm worker would pay them for every message."""
     found = "[name for name in sys.modules if name.startswith(('torch._dynamo', 'sympy'))]"
-    code = f"epochs(1); evaluate(tool.model, data); print({found})"
+    code = f"epochs(1); evaluate(instance.model, data); print({found})"
     assert run_in_a_process(code) == "[]"
 
 

@@ -7,8 +7,14 @@ from torch import Tensor, nn
 from client_app.data.examples import ClientData
 from client_app.methods.base import BatchBudget
 from client_app.methods.features import class_means, head_of, require_head_is_last, tapped
+from client_app.models.instances import (
+    Instance,
+    ModelKind,
+    architecture_tag,
+    draw_theta,
+    instance_of,
+)
 from client_app.models.registry import MODEL_NAMES, build_model
-from client_app.workshop import ModelKind, Tool, architecture_tag, borrow, draw_theta
 from common.errors import ModelError
 from common.parameters import FlatModel
 from tests.support.tiny import Small
@@ -115,11 +121,11 @@ def test_first_weights_are_everybodys_and_leave_torchs_generator_alone() -> None
 
 
 def test_tag_tells_architectures_apart_and_nothing_else() -> None:
-    def tool(name: str) -> Tool:
-        return borrow(ModelKind(name, 1, 10, torch.device("cpu")))
+    def instance(name: str) -> Instance:
+        return instance_of(ModelKind(name, 1, 10, torch.device("cpu")))
 
-    tags = {name: architecture_tag(tool(name)) for name in ("cnn", "mlp", "vgg8")}
+    tags = {name: architecture_tag(instance(name)) for name in ("cnn", "mlp", "vgg8")}
     assert len(set(tags.values())) == 3
     assert all(len(tag) == 16 and int(tag, 16) >= 0 for tag in tags.values())
-    tool("cnn").model.load(torch.zeros_like(tool("cnn").model.theta))
-    assert architecture_tag(tool("cnn")) == tags["cnn"]
+    instance("cnn").model.load(torch.zeros_like(instance("cnn").model.theta))
+    assert architecture_tag(instance("cnn")) == tags["cnn"]

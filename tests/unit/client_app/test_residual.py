@@ -5,16 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_app.store import FolderState, Stamp
-from client_app.uplink import Memory, largest_with_memory
+from client_app.store import FolderState, Residual, Stamp, largest_with_residual
 from common.compression import Float32, Precision
 
 
 def send(
     state: FolderState, server_round: int, delta: Float32, *, precision: Precision = "float32"
 ) -> Float32:
-    memory = Memory(state, "left_out", Stamp(server_round, 4))
-    return largest_with_memory(delta, memory, top_k=0.1, precision=precision)
+    residual = Residual(state, "left_out", Stamp(server_round, 4))
+    return largest_with_residual(delta, residual, top_k=0.1, precision=precision)
 
 
 def drawn(rounds: int, size: int = 4000) -> list[Float32]:
@@ -38,12 +37,12 @@ def test_what_was_sent_and_what_is_kept_are_the_dense_sum(
     state, deltas = FolderState(tmp_path), drawn(8)
     sent = [send(state, r, d, precision=precision) for r, d in enumerate(deltas, 1)]
     assert all(0 < np.count_nonzero(x) <= 400 for x in sent)
-    left_out = Memory(state, "left_out", Stamp(9, 4)).recall(4000)
+    left_out = Residual(state, "left_out", Stamp(9, 4)).recall(4000)
     np.testing.assert_allclose(sum(sent) + left_out, sum(deltas), atol=2e-5)
     assert np.abs(left_out).max() > 0.5  # and it is not that nothing was left out
 
 
-def test_round_that_is_repeated_starts_from_the_memory_of_its_time(tmp_path: Path) -> None:
+def test_round_that_is_repeated_starts_from_the_residual_of_its_time(tmp_path: Path) -> None:
     state, deltas = FolderState(tmp_path), drawn(4)
     sent = [send(state, r, d) for r, d in enumerate(deltas, 1)]
     again = [send(state, r, deltas[r - 1]) for r in (3, 4)]

@@ -39,7 +39,7 @@ class ModelKind:
 
 
 @dataclass
-class Tool:
+class Instance:
     """A model with the buffers it was born with and the generator of its dropout."""
 
     kind: ModelKind
@@ -69,18 +69,18 @@ class Tool:
         return {name: b.detach().clone() for name, b in self.model.module.named_buffers()}
 
 
-def borrow(kind: ModelKind) -> Tool:
+def instance_of(kind: ModelKind) -> Instance:
     """Return this thread's model of a kind; call `reset` and load theta before use."""
-    tools: dict[ModelKind, Tool] = _own.__dict__.setdefault("tools", {})
-    if kind not in tools:
+    instances: dict[ModelKind, Instance] = _own.__dict__.setdefault("instances", {})
+    if kind not in instances:
         keep_freed_memory()
         with _building:
             module = _build(kind).to(kind.device)
         generator = torch.Generator(device=kind.device)
         seed_dropout(module, generator)
         fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
-        tools[kind] = Tool(kind, FlatModel(module), fresh, generator)
-    return tools[kind]
+        instances[kind] = Instance(kind, FlatModel(module), fresh, generator)
+    return instances[kind]
 
 
 @lru_cache(maxsize=16)
@@ -100,13 +100,13 @@ def draw_theta(kind: ModelKind, seed: int) -> Tensor:
         return flatten(_build(kind))
 
 
-def architecture_tag(tool: Tool) -> str:
+def architecture_tag(instance: Instance) -> str:
     """Return an opaque tag, equal for models of equal parameter names and shapes (64 bits, hex).
 
     Who guesses an architecture can confirm the guess: only baselines that average whole models, and
     `head-sharing = "tag"`, ask for the tag.
     """
-    shapes = [(name, *p.shape) for name, p in tool.model.module.named_parameters()]
+    shapes = [(name, *p.shape) for name, p in instance.model.module.named_parameters()]
     return opaque(repr(shapes))
 
 
