@@ -95,17 +95,6 @@ def test_a_run_that_fails_says_why_and_exits_with_1(
     assert read_summary(folder)["status"] == "failed"
 
 
-def test_data_that_cannot_be_prepared_fails_before_anything_starts(
-    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "out"
-    command = ["run", str(experiment), "--output-dir", str(folder)]
-    assert main([*command, "--set", "partition=dirichlett"]) == 1
-    assert "Did you mean 'dirichlet'?" in capsys.readouterr().out
-    assert not (folder / "metrics.jsonl").exists()
-    assert read_summary(folder)["status"] == "failed"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -39,10 +39,7 @@ def test_error_lines_of_a_silent_death_are_the_last_ones(tmp_path: Path) -> None
     log = tmp_path / "run.log"
     log.write_text("".join(f"line {i}\n" for i in range(20)))
     assert error_lines(log, limit=2) == ["line 18", "line 19"]
-
-
-def test_error_lines_without_a_log_are_none(tmp_path: Path) -> None:
-    assert error_lines(tmp_path / "run.log") == []
+    assert error_lines(tmp_path / "none.log") == []
 
 
 def test_launch_fills_in_folder_name_and_clients(
@@ -89,6 +86,7 @@ def test_a_users_own_modules_are_offered_where_they_are_named(
         ("max-parameters=100", "model 'tests.support.tiny:small' has 172 parameters here; the ser"),
         ("device=cuda:9", "device = 'cuda:9', but "),
         ("device=gpu", "device = 'gpu' is no torch device"),
+        ("partition=dirichlett", "Did you mean 'dirichlet'?"),
     ],
 )
 def test_a_client_that_could_not_start_fails_the_launch_at_once(
