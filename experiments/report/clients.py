@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from experiments.report.looks import family_looks
 from experiments.report.runs import Run
 from server_app.output.figures import INK, Layout, folder_title, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # drawing takes a second to import
 
 MOST_NUMBERS = 25
 
@@ -43,9 +45,7 @@ def draw_clients(run: Run, target: Path | None = None) -> Path:
     return target
 
 
-def _draw_bars(
-    axes: Axes, families: Families, colours: Mapping[str, str], ids: list[str]
-) -> None:  # fmt: skip
+def _draw_bars(axes: Axes, families: Families, colours: Mapping[str, str], ids: list[str]) -> None:
     axes.set(title="Test accuracy of each client's own model", ylabel="accuracy (%)")
     for name, own in families.items():
         axes.bar([*own], [*own.values()], width=0.82, color=colours[name], label=name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, RunError
-from experiments.report.runs import Run, find_run, new_folder, output_root, settle
+from experiments.report.runs import Run, find_run, new_folder, settle
 from tests.unit.experiments.run_folders import write_clients, write_run
 
 
@@ -19,20 +19,13 @@ def test_run_reads_every_part(tmp_path: Path) -> None:
     assert run.summary["status"] == "completed"
 
 
-def test_families_come_from_the_blocks_of_the_run_config(tmp_path: Path) -> None:
-    run = Run.load(write_run(tmp_path / "a"))
-    assert run.families() == {"0": "cnn", "1": "cnn", "2": "vgg8", "3": "vgg8"}
-
-
-def test_one_model_names_all_clients(tmp_path: Path) -> None:
-    run = Run.load(write_run(tmp_path / "a", models="cnn"))
-    assert set(run.families().values()) == {"cnn"}
-
-
-def test_models_that_clients_chose_themselves_are_named_by_size(tmp_path: Path) -> None:
+def test_families_come_from_the_blocks_of_the_run_config_or_from_sizes(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
-    write_clients(folder, ["vgg8", "cnn", "vgg8", "cnn"], 4)
+    assert Run.load(folder).families() == {"0": "cnn", "1": "cnn", "2": "vgg8", "3": "vgg8"}
+    write_clients(folder, ["vgg8", "cnn", "vgg8", "cnn"], 4)  # they chose models themselves
     assert Run.load(folder).families()["0"] == "2,000 parameters"
+    one = Run.load(write_run(tmp_path / "b", models="cnn"))
+    assert set(one.families().values()) == {"cnn"}
 
 
 def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
@@ -42,12 +35,9 @@ def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     assert len(Run.load(folder).rows) == 4
 
 
-def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no run: neither summary.json nor metrics.jsonl"):
         Run.load(tmp_path)
-
-
-def test_broken_file_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "summary.json").write_text("{")
     with pytest.raises(RunError, match=r"run folder .* cannot be read: JSONDecodeError"):
@@ -58,24 +48,16 @@ def test_runs_are_found_by_name_and_by_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
-    folder = write_run(tmp_path / "quick-1")
-    assert output_root() == tmp_path
-    assert find_run("quick-1").folder == folder
-    assert find_run(str(folder)).folder == folder
-    with pytest.raises(ConfigError, match=r"unknown run 'quik-1'. Did you mean 'quick-1'\?"):
-        find_run("quik-1")
-
-
-def test_where_there_are_no_runs_none_are_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
         find_run("nothing")
     assert str(caught.value) == (
         f"no run 'nothing': {tmp_path} holds none at all. Give the path of a run folder, or make "
         "one: mh-pfedhn run quickstart."
     )
+    folder = write_run(tmp_path / "quick-1")
+    assert find_run("quick-1").folder == find_run(str(folder)).folder == folder
+    with pytest.raises(ConfigError, match=r"unknown run 'quik-1'. Did you mean 'quick-1'\?"):
+        find_run("quik-1")
 
 
 def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,21 +70,12 @@ def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert first != second
 
 
-def test_settle_says_how_a_killed_run_ended(tmp_path: Path) -> None:
+def test_settle_says_how_a_killed_run_ended_unless_the_server_did(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
-    settle(folder, "failed", "the machine burnt", seed=1)
+    for reason in ("the machine burnt", "something vaguer"):
+        settle(folder, "failed", reason, seed=1)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("failed", "the machine burnt")
     assert summary["rounds"] == 4
-
-
-def test_a_run_without_a_config_is_known_by_its_seed(tmp_path: Path) -> None:
-    settle(tmp_path, "failed", "no such data", seed=7)
+    settle(tmp_path, "failed", "no such data", seed=7)  # it had no config yet
     assert Run.load(tmp_path).seed == 7
-
-
-def test_settle_keeps_the_reason_that_the_server_gave(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a")
-    settle(folder, "failed", "what the server said", seed=1)
-    settle(folder, "failed", "something vaguer", seed=1)
-    assert json.loads((folder / "summary.json").read_text())["reason"] == "what the server said"

@@ -38,13 +38,6 @@ def test_gain_over_local_is_paired_by_client_and_seed(tmp_path: Path) -> None:
     assert gain.by_family["vgg8"].mean == pytest.approx((0.0 + 0.2) / 2)
 
 
-def test_no_local_no_gain(tmp_path: Path) -> None:
-    write_seed(tmp_path / "h1")
-    gains, unmatched = gains_over_local(load_study([str(tmp_path)]))
-    assert gains == []
-    assert [run.differs for run in unmatched] == [{}]
-
-
 def test_of_two_locals_the_one_with_the_same_local_training_is_taken(tmp_path: Path) -> None:
     """A grid over batch-size: a method that equals its own Local gains nothing."""
     for size, clients in ((16, HIGH), (64, HALF)):

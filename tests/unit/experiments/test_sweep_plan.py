@@ -36,21 +36,16 @@ def cells_of(plan: Plan, variant: str) -> list[Cell]:
     return [cell for cell in plan.cells if cell.variant == variant]
 
 
-def test_every_combination_of_variant_grid_and_seed_is_a_cell(tmp_path: Path) -> None:
+def test_every_combination_is_a_cell_and_a_later_table_wins(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, GRID)
+    hyper, gd = cells_of(plan, "hyper"), cells_of(plan, "gd")
     assert plan.folder == tmp_path / "runs"
-    assert len(plan.cells) == 3 + 2 * 2 * 3
-    assert [cell.seed for cell in cells_of(plan, "hyper")] == [1, 2, 3]
-    chosen = [(c.grid["distill-alpha"], c.grid["distill-temperature"], c.seed)
-              for c in cells_of(plan, "gd")]  # fmt: skip
+    assert (len(hyper), len(gd), len(plan.cells)) == (3, 2 * 2 * 3, 15)
+    assert [cell.seed for cell in hyper] == [1, 2, 3]
+    chosen = [(c.grid["distill-alpha"], c.grid["distill-temperature"], c.seed) for c in gd]
     assert chosen[:4] == [(0.1, 1, 1), (0.1, 1, 2), (0.1, 1, 3), (0.1, 10, 1)]
-
-
-def test_a_later_table_wins(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, GRID)
-    assert {cell.rounds for cell in cells_of(plan, "hyper")} == {5}
-    assert {cell.rounds for cell in cells_of(plan, "gd")} == {7}
-    assert cells_of(plan, "hyper")[0].settings["distill-alpha"] == 0.5
+    assert ({cell.rounds for cell in hyper}, {cell.rounds for cell in gd}) == ({5}, {7})
+    assert hyper[0].settings["distill-alpha"] == 0.5
 
 
 def test_a_cell_runs_exactly_its_settings(tmp_path: Path) -> None:
@@ -67,17 +62,12 @@ def test_a_cell_runs_exactly_its_settings(tmp_path: Path) -> None:
     assert f"resume-from={cell.folder}" in cell.arguments(resume=True)
 
 
-def test_folder_names_tell_the_settings_and_are_stable(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, GRID)
-    names = [cell.name for cell in plan.cells]
+def test_folder_names_tell_the_settings_that_decide_the_result(tmp_path: Path) -> None:
+    names = [cell.name for cell in plan_of(tmp_path, GRID).cells]
     assert len(set(names)) == len(names)
     assert names[3].startswith("gd_distill-alpha=0.1_distill-temperature=1_seed1_")
     more = plan_of(tmp_path, GRID.replace("[0.1, 0.9]", "[0.9, 0.1, 0.3]"))
     assert set(names) < {cell.name for cell in more.cells}
-
-
-def test_what_changes_no_result_changes_no_name(tmp_path: Path) -> None:
-    names = [cell.name for cell in plan_of(tmp_path, GRID).cells]
     same = GRID.replace("rounds = 5", 'rounds = 5\ncheckpoint-every = 1\ncache-dir = "c"')
     assert [cell.name for cell in plan_of(tmp_path, same).cells] == names
     other = GRID.replace("rounds = 5", "rounds = 5\nserver-lr = 0.5")
@@ -120,8 +110,6 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, text: str, mess
     assert message in str(caught.value)
     assert "s.toml" in str(caught.value)
 
-
-# the command line, studies, and runs that go on from another
 
 CHAIN = """
 preset = "quickstart"
