@@ -1,4 +1,4 @@
-"""Draw a run folder's curves: accuracy, loss and traffic by round.
+"""Draw a run folder's pictures: accuracy, loss and traffic by round, and what the steps did.
 
 Needs the folder alone (metrics.jsonl, and config.json and summary.json for the title), so that the
 server draws when a run ends and the command line draws again later. matplotlib is imported only
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from common.errors import RunError
+from common.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,19 +25,14 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-METHODS = {
-    "mh-pfedhn": "MH-pFedHN", "mh-pfedhn-gd": "MH-pFedHNGD", "local": "Local", "fedavg": "FedAvg",
-    "fedavg-ft": "FedAvg + fine-tuning", "fedprox": "FedProx", "lg-fedavg": "LG-FedAvg",
-    "fedproto": "FedProto", "fedgh": "FedGH", "fd": "FD", "fml": "FML", "fedtgp": "FedTGP",
-    "pfedhn": "pFedHN",
-}  # fmt: skip
-
 INK = "#22272e"
 MUTED = "#6b7480"
 GRID = "#e3e6ea"
 BLUE = "#1f6fb4"
 ORANGE = "#d9641e"
 GREEN = "#2a8c6a"
+LEAST_STEPS = 4
+"""Rounds of which the steps are drawn: a curve of fewer points says nothing."""
 STYLE: Any = {
     "font.size": 10,
     "text.color": INK,
@@ -84,14 +80,14 @@ class Reference:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            columns = list(content["columns"])
-            where = [columns.index(name) for name in ("round", "accuracy", "loss")]
-            rows = [[row[i] for i in where] for row in content["rows"]]
+            names = list(content["columns"])
+            where = [names.index(name) for name in ("round", "accuracy", "loss")]
+            rows = [[float(row[i]) for i in where] for row in content["rows"]]
             return cls(
-                str(content.get("source", path.stem)),
-                tuple(int(row[0]) for row in rows),
-                tuple(float(row[1]) for row in rows),
-                tuple(float(row[2]) for row in rows),
+                source=str(content.get("source", path.stem)),
+                rounds=tuple(int(row[0]) for row in rows),
+                accuracy=tuple(row[1] for row in rows),
+                loss=tuple(row[2] for row in rows),
             )
         except OSError as error:
             raise RunError(f"cannot read the reference {path}: {error.strerror}.") from error
@@ -105,20 +101,10 @@ class Reference:
 def draw_curves(
     folder: Path, *, reference: Reference | None = None, target: Path | None = None
 ) -> Path:
-    """Draw accuracy, loss and traffic by round.
+    """Draw accuracy, loss and traffic by round, a reference's curves in the same panels.
 
-    Parameters
-    ----------
-    folder
-        A run folder; rows without an evaluation leave gaps in no curve.
-    reference
-        A curve to draw in the same panels.
-    target
-        PNG to write; `curves.png` in the folder when left out.
-
-    Returns
-    -------
-    The path of the picture.
+    Takes a run folder; rows without an evaluation leave gaps in no curve. Writes `curves.png` there
+    unless another PNG is named, and returns its path.
     """
     rows = read_rows(folder / "metrics.jsonl")
     target = target or folder / "curves.png"
@@ -128,6 +114,43 @@ def draw_curves(
         _draw_accuracy(accuracy, rows, reference)
         _draw_loss(loss, rows, reference)
         _draw_traffic(traffic, rows)
+    return target
+
+
+def draw_steps(folder: Path, *, target: Path | None = None) -> Path | None:
+    """Draw the diagnostics of the server's steps by round, means over the steps of a round.
+
+    Takes a run folder; writes `steps.png` there unless another PNG is named. Returns its path, or
+    None where the method takes no such steps (baselines), or in fewer than `LEAST_STEPS` rounds.
+    """
+    rows = read_rows(folder / "metrics.jsonl")
+    if len(column(rows, "rms_theta_change")[0]) < LEAST_STEPS:
+        return None
+    target = target or folder / "steps.png"
+    subtitle = "the server's steps, means over the steps of a round"
+    layout = Layout(folder_title(folder), subtitle, (11.0, 5.8), "ab;cd", (1.0, 1.0))
+    with picture(layout, target) as figure:
+        moves, rate, agreement, age = figure.axes
+        moves.set(title="Root mean square by parameter", ylabel="rms (log scale)", yscale="log")
+        _line(moves, rows, "rms_theta_change", color=BLUE, label="change of theta by a server step")
+        _line(moves, rows, "rms_delta", color=GREEN, label="delta of a client")
+        rate.set(title="Effective rate", ylabel="change of theta / delta")
+        _line(rate, rows, "effective_rate", color=ORANGE)
+        agreement.set(title="Coherence of the deltas", ylabel="|mean|² / mean of |delta|²")
+        _line(agreement, rows, "coherence", color=BLUE, label="measured")
+        x, counts = column(rows, "num_updates")
+        chance = [1 / max(1.0, count) for count in counts]
+        label = "unrelated deltas (1 / updates)"
+        agreement.plot(x, chance, color=MUTED, linestyle="--", label=label)
+        age.set(title="Staleness", ylabel="server steps since dispatch")
+        _line(age, rows, "mean_staleness", color=MUTED)
+        for axes in figure.axes:
+            finish_axes(axes, rows, legend=axes in (moves, agreement))
+        for axes in (agreement, age):
+            axes.set_xlabel("round")
+        top = max([0.05, *column(rows, "coherence")[1], *chance])
+        agreement.set_ylim(0, min(1.05, 1.15 * top))
+        age.set_ylim(0, 1.1 * max([1.0, *column(rows, "mean_staleness")[1]]))
     return target
 
 
@@ -196,7 +219,8 @@ def folder_title(folder: Path) -> str:
     """Name a run by its method, data and clients, e.g. "MH-pFedHN · cifar100 · 50 clients"."""
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     method = str(config.get("method", summary.get("method", folder.name)))
-    parts = [METHODS.get(method, method), str(config.get("dataset", ""))]
+    label = METHODS[method].label if method in METHODS else method
+    parts = [label, str(config.get("dataset", ""))]
     if clients := summary.get("num_clients"):
         parts.append(f"{clients} clients")
     return " · ".join(part for part in parts if part)
@@ -254,7 +278,7 @@ def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _line(
-    axes: Axes, rows: Sequence[Row], key: str, *, color: str, label: str, scale: float = 1.0
+    axes: Axes, rows: Sequence[Row], key: str, *, color: str, label: str = "", scale: float = 1.0
 ) -> None:
     x, y = column(rows, key)
     if x:

@@ -193,8 +193,7 @@ class RunFolder:
     def _draw(self) -> None:
         if not any("accuracy_micro" in row for row in self._rows):
             return
-        from server_app.output.figures import draw_curves  # matplotlib takes a second to import
-        from server_app.output.step_figures import draw_steps
+        from server_app.output.figures import draw_curves, draw_steps  # matplotlib: a second
 
         try:
             draw_curves(self.path)

@@ -9,8 +9,7 @@ from common.errors import RunError
 from experiments.report.clients import draw_clients
 from experiments.report.looks import family_looks
 from experiments.report.runs import Run
-from server_app.output.figures import Reference, column, draw_curves, folder_title
-from server_app.output.step_figures import draw_steps
+from server_app.output.figures import Reference, column, draw_curves, draw_steps, folder_title
 from tests.unit.experiments.run_folders import metric_row, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
