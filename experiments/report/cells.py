@@ -8,11 +8,10 @@ import shutil
 from typing import Any
 
 from common.errors import RunError
-from common.files import replace_file
+from common.files import read_json, replace_file
 from experiments.report.plan import Cell, Plan
 from experiments.report.runs import NOTE, Run
 from server_app.output.checkpoint import latest
-from server_app.output.figures import read_json
 
 CONSOLE = "console.log"
 

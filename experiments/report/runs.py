@@ -16,9 +16,8 @@ from typing import Any, Self
 import psutil
 
 from common.errors import ConfigError, RunError, unknown_name
-from common.files import replace_file
+from common.files import read_json, read_rows, replace_file
 from experiments.run.engines.processes import is_alive
-from server_app.output.figures import read_json, read_rows
 from server_app.output.run_folder import DEFAULT_ROOT
 
 ROOT_VARIABLE = "MH_PFEDHN_RUNS"

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import RunError
-from common.files import replace_file
+from common.files import read_json, replace_file
 from experiments.console import say
 from experiments.report.cells import CONSOLE, make_ready, reason_of, state_of, tidy, write_note
 from experiments.report.plan import Cell, Plan
@@ -33,7 +33,6 @@ from experiments.run.engines.processes import Process, is_alive, start
 from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.launch import error_lines
 from experiments.run.progress import clock
-from server_app.output.figures import read_json
 
 FAILED, INTERRUPTED = 1, 130
 LOCK, HOLDER, LOG = ".sweep.lock", ".sweep.json", "sweep.log"

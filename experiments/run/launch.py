@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError, MHpFedHNError, RunError
+from common.files import read_json
 from experiments.console import say
 from experiments.report.clients import draw_clients
 from experiments.report.events import require_tensorboard, streamed
@@ -27,7 +28,7 @@ from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.preflight import check_clients
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import follow
-from server_app.output.figures import draw_curves, read_json
+from server_app.output.figures import draw_curves
 
 FAILED, INTERRUPTED = 1, 130
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

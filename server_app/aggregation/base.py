@@ -165,8 +165,7 @@ def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:
     total = sum(sum(part.square_norms) for part in parts)
     if not 0 < total < math.inf:
         return math.sqrt(total), 1.0
-    norms = [float(torch.linalg.vector_norm(part.mean_CS)) for part in parts]
-    agreed = sum(len(part.deltas) * norm**2 for part, norm in zip(parts, norms, strict=True))
+    agreed = sum(len(part.deltas) * part.mean_square for part in parts)
     entries = sum(len(delta) for part in parts for delta in part.deltas)
     return math.sqrt(total / entries), agreed / total
 

@@ -18,10 +18,10 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
-_PREFIX, _TEMPORARY = "checkpoint-", ".writing-"
+_PREFIX, _DRAFT = "checkpoint-", ".writing-"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, *, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 3
 ) -> Path:
-    """Write the next checkpoint of a folder and drop all but the newest `keep`.
+    """Write the next checkpoint of a folder and drop all but the newest `keep`, at least 1.
 
     Parameters
     ----------
@@ -59,8 +60,6 @@ def save_checkpoint(
         Any device, any shape; copied to the CPU.
     meta
         What `json.dumps` takes.
-    keep
-        At least 1.
 
     Returns
     -------
@@ -73,19 +72,22 @@ def save_checkpoint(
     """
     if keep < 1:
         raise CheckpointError(f"keep = {keep}: at least one checkpoint must be kept.")
-    text = _to_json(meta)
-    temporary: Path | None = None
+    try:
+        text = json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's meta must be plain JSON: {error}.") from error
+    draft: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove(folder.glob(_TEMPORARY + "*"))
-        final = folder / f"{_PREFIX}{_next_number(folder):08d}"
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
-        _write(temporary, tensors, text)
-        temporary.rename(final)
+        _remove(folder.glob(_DRAFT + "*"))
+        known = _numbered(folder)
+        final = folder / f"{_PREFIX}{_number(known[-1]) + 1 if known else 1:08d}"
+        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))
+        _write(draft, tensors, text)
+        draft.rename(final)
         sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        if temporary is not None:
-            _remove([temporary])
+        _remove([draft] if draft else [])
         raise CheckpointError(
             f"cannot write a checkpoint to {folder}: {error}. Earlier checkpoints are intact; "
             "free disk space, or set output-dir to a writable place."
@@ -107,35 +109,29 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     if folder.name.startswith(_PREFIX) or (folder / MANIFEST).exists():
         return _load_one(folder)
-    faults: list[str] = []
-    for path in reversed(_numbered(folder)):
-        try:
-            return _load_one(path)
-        except CheckpointError as error:
-            logger.warning("%s; trying the checkpoint before it", error)
-            faults.append(str(error))
-    raise CheckpointError(
-        f"no whole checkpoint in {folder}: {'; '.join(faults) or 'there is none at all'}."
-    )
+    found, faults = _newest(folder, _load_one)
+    if found is None:
+        raise CheckpointError(
+            f"no whole checkpoint in {folder}: {'; '.join(faults) or 'there is none at all'}."
+        )
+    return found
 
 
 def latest(folder: Path) -> Path | None:
     """Return the newest checkpoint of a folder whose checksums hold, or None; log the others."""
+    return _newest(folder, _verified)[0]
+
+
+def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
+    """Read the newest checkpoint that can be read; return the faults of those passed over too."""
+    faults: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
-            _verify(path)
+            return read(path), faults
         except CheckpointError as error:
             logger.warning("%s; trying the checkpoint before it", error)
-        else:
-            return path
-    return None
-
-
-def _to_json(meta: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(meta)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's meta must be plain JSON: {error}.") from error
+            faults.append(str(error))
+    return None, faults
 
 
 def _write(directory: Path, tensors: Mapping[str, Tensor], meta: str) -> None:
@@ -151,7 +147,7 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], meta: str) -> None:
 
 
 def _load_one(path: Path) -> Checkpoint:
-    _verify(path)
+    _verified(path)
     try:
         tensors = safetensors.torch.load_file(path / TENSORS)
         meta = json.loads((path / META).read_text())
@@ -160,8 +156,8 @@ def _load_one(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, meta)
 
 
-def _verify(path: Path) -> None:
-    """Raise CheckpointError unless size and checksum of every file are the manifest's."""
+def _verified(path: Path) -> Path:
+    """Return the path if size and checksum of every file are the manifest's, or raise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format_version"], manifest["files"]
@@ -182,6 +178,7 @@ def _verify(path: Path) -> None:
         raise CheckpointError(
             f"checkpoint {path} is incomplete: {type(error).__name__}: {error}"
         ) from error
+    return path
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -198,11 +195,6 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     return int(path.name[len(_PREFIX) :])
-
-
-def _next_number(folder: Path) -> int:
-    numbered = _numbered(folder)
-    return _number(numbered[-1]) + 1 if numbered else 1
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from common.errors import RunError
+from common.files import read_json, read_rows
 from common.methods import METHODS
 
 if TYPE_CHECKING:
@@ -154,14 +155,6 @@ def draw_steps(folder: Path, *, target: Path | None = None) -> Path | None:
     return target
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that is still being written is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
-
-
 def column(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     """Return the rounds that have a finite value under `key`, and those values."""
     pairs = [
@@ -205,14 +198,6 @@ def picture(layout: Layout, target: Path) -> Iterator[Figure]:
         figure.text(left, 1 - 0.44 / height, layout.subtitle, va="top", color=MUTED)
         yield figure
         figure.savefig(target, format="png", facecolor="white")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def folder_title(folder: Path) -> str:
