@@ -1,12 +1,11 @@
 """The architecture's arrows: server_app -> common <- client_app; flwr only where it is met."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("server_app", "client_app", "common", "experiments")
+from tests.support.house import APPS, PACKAGES, imported_modules, name_of, sources
+
 ALLOWED = {
     "server_app": {"server_app", "common"},
     "client_app": {"client_app", "common"},
@@ -24,21 +23,6 @@ MEETS_FLOWER = {
 }
 
 
-def imported_modules(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module or "")
-    return found
-
-
-def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 def test_arrows_point_the_right_way(package: str) -> None:
     for path in sources(package):
@@ -48,8 +32,8 @@ def test_arrows_point_the_right_way(package: str) -> None:
 
 def test_flower_is_imported_only_where_it_is_met() -> None:
     found = {
-        str(path.relative_to(ROOT))
-        for package in ("server_app", "client_app", "common")
+        name_of(path)
+        for package in APPS
         for path in sources(package)
         if "flwr" in {name.split(".")[0] for name in imported_modules(path)}
     }

@@ -3,7 +3,8 @@
 A BLAS chooses its kernel, and with it the order of its sums, by the shapes and by the processor.
 Where one processor gives equal bits for two batch sizes, the next one does not. With
 ``TEST_ROUNDING=by-shape`` in the environment products differ like that on any processor: a test
-that compares bits across shapes fails, and one that repeats the same shapes passes.
+that compares bits across shapes fails, and one that repeats the same shapes passes. It holds in the
+main thread: tests with threads of their own have no use for it.
 """
 
 import zlib
