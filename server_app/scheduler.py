@@ -171,7 +171,8 @@ class Schedule:
         self._transport.send(messages if state.synchronous else list(messages))
 
     def _receive(self, state: _RoundState[U], arrival: Arrival, actions: RoundActions[U]) -> None:
-        client_id, on_time = arrival.pending.client_id, arrival.pending.server_round == state.number
+        client_id = arrival.pending.client_id
+        on_time = arrival.pending.header.server_round == state.number
         fresh = self._is_fresh(state, arrival, actions.num_steps - arrival.pending.version)
         update = actions.accept(arrival) if fresh else None
         if on_time:
@@ -188,7 +189,7 @@ class Schedule:
     def _is_fresh(self, state: _RoundState[U], arrival: Arrival, staleness: int) -> bool:
         """Say whether a reply is young enough; one that failed is, for its failure to be told."""
         bound = self._section.max_staleness
-        if arrival.pending.server_round == state.number:
+        if arrival.pending.header.server_round == state.number:
             bound = max(bound, -(-state.max_in_flight // state.buffer_size))
         if arrival.content is None or staleness <= bound:
             return True

@@ -10,20 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
+from common import messages
 from common.errors import RunError
 from common.log import logger
-from common.messages import (
-    EVALUATE,
-    EVALUATE_FIRST,
-    FINISH,
-    LOCATION,
-    TRAIN,
-    Evaluation,
-    TrainReply,
-)
-from common.methods import METHODS
+from common.messages import Evaluation, TrainReply
 from common.metrics import summarise, weighted_mean
 from common.records import Content, Received
 from common.seeding import numpy_generator
@@ -39,12 +32,7 @@ T = TypeVar("T")
 
 
 class TrainingRound:
-    """The training of one round: the scheduler's `RoundActions`, and what they measured.
-
-    Parameters
-    ----------
-    clients : who trains, in the order in which they do.
-    """
+    """The training of one round: the scheduler's `RoundActions`, and what they measured."""
 
     def __init__(
         self,
@@ -71,25 +59,24 @@ class TrainingRound:
     def open(self) -> None:
         """Let the method begin; what it draws must not depend on the order of this round."""
         ordered = sorted(self._clients, key=lambda client: client.client_id)
-        started = time.monotonic()
+        self.seconds_server -= time.monotonic()
         self._method.open_round(self.number, ordered, self._exchange)
-        self.seconds_server += time.monotonic() - started
+        self.seconds_server += time.monotonic()
 
     def messages(self, client_ids: Sequence[str]) -> Iterator[Outgoing]:
         """Make the training messages of these clients, each when it is asked for."""
         clients = [self._registry.client(client_id) for client_id in client_ids]
         contents = self._method.contents(clients, training=True)
         for client in clients:
-            started = time.monotonic()
+            self.seconds_server -= time.monotonic()
             tests = self._config.run.evaluation == "fused"
             outgoing = self._message(client, next(contents), tests=tests)
-            self.seconds_server += time.monotonic() - started
+            self.seconds_server += time.monotonic()
             yield outgoing
 
     def accept(self, arrival: Arrival) -> Upload[Any] | None:
         """Turn a good reply into an upload; note its counts and losses."""
-        found = self._read(arrival, self._method.read)
-        if found is None:
+        if (found := self._read(arrival, self._method.read)) is None:
             return None
         trained, upload = found
         client_id = upload.client.client_id
@@ -101,15 +88,14 @@ class TrainingRound:
 
     def step(self, uploads: Sequence[Upload[Any]]) -> None:
         """Take one server step, in an order that does not depend on the replies' arrival."""
-        started = time.monotonic()
+        self.seconds_server -= time.monotonic()
         ordered = sorted(uploads, key=lambda u: (u.client.client_id, u.staleness))
-        done = min(1.0, self._num_accepted / max(1, len(self._clients)))
-        progress = self.number - 1 + done
+        progress = self.number - 1 + min(1.0, self._num_accepted / len(self._clients))
         step = self._method.learn(ordered, server_round=self.number, progress=progress)
         self._method.num_steps += 1
         if step is not None:
             self.diagnostics.append(step)
-        self.seconds_server += time.monotonic() - started
+        self.seconds_server += time.monotonic()
 
     def _exchange(
         self,
@@ -117,23 +103,24 @@ class TrainingRound:
         read: Callable[[Client, Received], T],
     ) -> list[Upload[T]]:
         """Make a trip of the method's own, to all who are free at once (`Exchange`)."""
-        started, busy = time.monotonic(), self._transport.busy_nodes()
+        self.seconds_server += time.monotonic()  # `open` counts what the method does, not the trip
+        busy = self._transport.busy_nodes()
         patience = self._config.schedule.round_deadline_s or math.inf
-        messages = (
+        outgoing = (
             self._message(client, content, patience_s=patience)
             for client, content in contents
             if client.node_id not in busy
         )
-        found = [self._read(arrival, read) for arrival in self._transport.exchange(messages)]
-        self.seconds_server -= time.monotonic() - started  # `open` counts what the method does
+        found = [self._read(arrival, read) for arrival in self._transport.exchange(outgoing)]
+        self.seconds_server -= time.monotonic()
         return [upload for _, upload in filter(None, found)]
 
     def _message(
         self, client: Client, content: Content, *, tests: bool = False, patience_s: float = math.inf
     ) -> Outgoing:
-        settings = self._config.training.flat() | {EVALUATE_FIRST: tests}
+        settings = self._config.training.flat() | {messages.EVALUATE_FIRST: tests}
         return self._transport.message(
-            TRAIN,
+            messages.TRAIN,
             (client.client_id, client.node_id),
             replace(content, settings={**settings, **content.settings}),
             server_round=self.number,
@@ -145,14 +132,13 @@ class TrainingRound:
         self, arrival: Arrival, read: Callable[[Client, Received], T]
     ) -> tuple[TrainReply, Upload[T]] | None:
         client = self._registry.client(arrival.pending.client_id)
-        others = METHODS[self._config.run.method].others
 
-        def decode(reply: Received) -> tuple[TrainReply, T]:
+        def both(reply: Received) -> tuple[TrainReply, T]:
+            others = self._method.others
             trained = TrainReply.read(reply, most=client.num_examples, others=others)
             return trained, read(client, reply)
 
-        found = self._transport.read(arrival, decode)
-        if found is None:
+        if (found := self._transport.read(arrival, both)) is None:
             return None
         trained, content = found
         self.seconds_clients += trained.seconds
@@ -166,8 +152,6 @@ class Rounds:
     Parameters
     ----------
     method : what goes out, what is learned from what comes back.
-    transport : the way to the clients.
-    folder : where results go.
     save : writes a checkpoint.
     """
 
@@ -188,15 +172,9 @@ class Rounds:
     def run(self, first: int = 1) -> None:
         """Run the rounds from `first` on; each is on disk before the next one starts."""
         run, schedule = self._config.run, self._config.schedule
-        logger.info(
-            "%s: rounds %d-%d, max-in-flight %s, buffer-size %s, seed %d",
-            run.method,
-            first,
-            run.rounds,
-            schedule.max_in_flight or "all",
-            schedule.buffer_size or "= max-in-flight",
-            run.seed,
-        )
+        slots = schedule.max_in_flight or "all", schedule.buffer_size or "= max-in-flight"
+        words = "%s: rounds %d-%d, seed %d, max-in-flight %s, buffer-size %s"
+        logger.info(words, run.method, first, run.rounds, run.seed, *slots)
         for server_round in range(first, run.rounds + 1):
             try:
                 row = self.run_round(server_round)
@@ -221,18 +199,16 @@ class Rounds:
         learners = [present[i] for i in rng.permutation(len(present))]
         training = TrainingRound(server_round, learners, self._method, transport, self._registry)
         training.open()
-        participants = [(client.client_id, client.node_id) for client in learners]
+        queue = [(client.client_id, client.node_id) for client in learners]
         last = server_round == run.rounds
-        outcome = self._schedule.run_round(server_round, participants, training, last=last)
-        closing = time.monotonic()
+        outcome = self._schedule.run_round(server_round, queue, training, last=last)
+        training.seconds_server -= time.monotonic()
         global_row = self._method.close_round()
-        training.seconds_server += time.monotonic() - closing
+        training.seconds_server += time.monotonic()
         evaluations = training.evaluations
         if last or (run.evaluation == "separate" and server_round % run.evaluate_every == 0):
-            others = METHODS[run.method].others
-            evaluations = self._ask(
-                clients, server_round, EVALUATE, lambda reply: Evaluation.read(reply, others)
-            )
+            read = partial(Evaluation.read, others=self._method.others)
+            evaluations = self._ask(clients, server_round, messages.EVALUATE, read)
         self._folder.note_clients(self._client_rows(evaluations))
         self._registry.ask_again(transport.misfits)  # perhaps their model changed
         transport.misfits.clear()
@@ -257,29 +233,26 @@ class Rounds:
         read: Callable[[Received], T],
     ) -> dict[str, T]:
         """Send everyone who is free the newest weights; return the good replies by client_id."""
-        transport = self._transport
-        busy = transport.busy_nodes()
+        transport, busy = self._transport, self._transport.busy_nodes()
         free = [client for client in clients if client.node_id not in busy]
         contents = self._method.contents(free, training=False)
-        messages = (
-            transport.message(
-                message_type,
-                (client.client_id, client.node_id),
-                content,
-                server_round=server_round,
-                patience_s=self._config.schedule.round_deadline_s or math.inf,
-            )
+        patience = self._config.schedule.round_deadline_s or math.inf
+        make = partial(
+            transport.message, message_type, server_round=server_round, patience_s=patience
+        )
+        outgoing = (
+            make((client.client_id, client.node_id), content)
             for client, content in zip(free, contents, strict=True)
         )
-        found = {a.pending.client_id: transport.read(a, read) for a in transport.exchange(messages)}
+        found = {a.pending.client_id: transport.read(a, read) for a in transport.exchange(outgoing)}
         return {client_id: reply for client_id, reply in found.items() if reply is not None}
 
     def _finish(self, server_round: int) -> None:
         clients = self._registry.present(server_round)
-        stored = self._ask(clients, server_round, FINISH, lambda r: r.value(LOCATION, str))
-        places = sorted({place for place in stored.values() if place})
-        if places:
-            logger.info("Personal models of %d clients stored, e.g. %s", len(stored), places[0])
+        read = partial(Received.value, key=messages.LOCATION, kind=str)
+        stored = self._ask(clients, server_round, messages.FINISH, read)
+        if locations := sorted(filter(None, stored.values())):
+            logger.info("Personal models of %d clients stored, e.g. %s", len(stored), locations[0])
 
     def _require_enough(self, row: Mapping[str, float], server_round: int) -> None:
         asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]
@@ -294,25 +267,21 @@ class Rounds:
             )
 
     def _client_rows(self, evaluations: Mapping[str, Evaluation]) -> list[dict[str, object]]:
-        rows = []
-        for client_id, evaluation in evaluations.items():
-            client, num_test = self._registry.client(client_id), evaluation.num_test
-            others = {f"accuracy_{k}": n / num_test for k, n in evaluation.others.items()}
-            rows.append(
-                {
-                    "client_id": client_id,
-                    "num_parameters": client.num_parameters,
-                    **self._method.facts(client),
-                    "num_train": client.num_examples,
-                    "num_test": num_test,
-                    "correct": evaluation.num_correct,
-                    "accuracy": evaluation.num_correct / num_test,
-                    **others,
-                    "test_loss": evaluation.test_loss,
-                    "rejected": self._transport.rejected[client_id],
-                }
-            )
-        return rows
+        return [
+            {
+                "client_id": client.client_id,
+                "num_parameters": client.num_parameters,
+                **self._method.facts(client),
+                "num_train": client.num_examples,
+                "num_test": tested.num_test,
+                "correct": tested.num_correct,
+                "accuracy": tested.num_correct / tested.num_test,
+                **{f"accuracy_{k}": n / tested.num_test for k, n in tested.others.items()},
+                "test_loss": tested.test_loss,
+                "rejected": self._transport.rejected[client.client_id],
+            }
+            for client, tested in ((self._registry.client(i), e) for i, e in evaluations.items())
+        ]
 
 
 def _train_row(training: TrainingRound, outcome: RoundOutcome) -> dict[str, float]:

@@ -69,14 +69,10 @@ class Pending:
     patience_s: float = math.inf
 
     @property
-    def server_round(self) -> int:
-        """The round it belongs to."""
-        return self.header.server_round
-
-    @property
     def source(self) -> str:
         """Words that start an error message about the reply."""
-        return f"{self.message_type} reply of client {self.client_id} in round {self.server_round}"
+        number = self.header.server_round
+        return f"{self.message_type} reply of client {self.client_id} in round {number}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,7 @@ class Transport:
             pending.node_id,
             pending.message_type,
             ttl=self._patience_s(pending),
-            group_id=str(pending.server_round),
+            group_id=str(pending.header.server_round),
         )
 
     def poll(self) -> list[Arrival]:

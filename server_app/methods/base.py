@@ -57,11 +57,13 @@ class Method(Generic[T]):
 
     Attributes
     ----------
+    others : further predictors whose accuracy clients report.
     num_steps : server steps taken so far.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.others = METHODS[config.run.method].others
         self.num_steps = 0
 
     # --- what is sent ----------------------------------------------------------------------------
