@@ -1,46 +1,64 @@
 """The schedule over a real grid with real clients: slots, buffers, staleness, late replies."""
 
 import json
-import threading
-import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Message
 
 from common.config import RunConfig
-from tests.support.tiny import Handler, Wrapped, run_tiny, tiny_config
+from common.messages import TRAIN
+from experiments.run.engines.inprocess import InProcessGrid
+from tests.support.tiny import run_tiny, tiny_config
 
-SLOW = 0
+SLOW = 2
+"""Node id of client 0."""
 
 
-class Watch:
-    """Counts clients in training at the same time; makes client SLOW sleep in training."""
+class Watched(InProcessGrid):
+    """Notes who trains when and how many wait for training at a time; no clock decides anything.
 
-    def __init__(self, slow_s: float = 0.0, everyone_s: float = 0.02) -> None:
-        self.slow_s, self.everyone_s = slow_s, everyone_s
-        self.now = self.most = 0
-        self.busy: set[int] = set()
+    Its node SLOW does not answer the training of round 1 before round 2 has begun, where `holds`.
+    """
+
+    holds = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        del self.workers  # the server sends as much as its schedule allows
         self.order: list[int] = []
-        self._lock = threading.Lock()
+        self.most = self.latest = 0
 
-    def __call__(self, message: Message, context: Context, handler: Handler) -> Message:
-        if message.metadata.message_type != "train.personal":
-            return handler(message, context)
-        client = int(context.node_config["partition-id"])
-        with self._lock:
-            assert client not in self.busy, "two messages in flight to one node"
-            self.busy.add(client)
-            self.now += 1
-            self.most = max(self.most, self.now)
-            self.order.append(client)
-        try:
-            time.sleep(self.slow_s if client == SLOW else self.everyone_s)
-            return handler(message, context)
-        finally:
-            with self._lock:
-                self.busy.discard(client)
-                self.now -= 1
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        for message in (m for m in messages if m.metadata.message_type == TRAIN):
+            node = message.metadata.dst_node_id
+            assert node not in self._training(), "two messages in flight to one node"
+            self.latest = max(self.latest, int(message.metadata.group_id))
+            self.order.append(node - SLOW)
+        accepted = list(super().push_messages(messages))
+        self.most = max(self.most, len(self._training()))
+        return accepted
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return super().pull_messages([i for i in message_ids if not self._held(i)])
+
+    def _training(self) -> list[int]:
+        found = (m.metadata for m in self._queue.values())
+        return [data.dst_node_id for data in found if data.message_type == TRAIN]
+
+    def _held(self, message_id: str) -> bool:
+        if message_id not in self._queue:
+            return False
+        data = self._queue[message_id].metadata
+        first = data.message_type == TRAIN and data.group_id == "1"
+        return self.holds and self.latest < 2 and first and data.dst_node_id == SLOW
+
+
+class Holding(Watched):
+    holds = True
 
 
 def rows(config: RunConfig) -> list[dict]:
@@ -56,10 +74,8 @@ def test_slots_and_buffer(
     tmp_path: Path, in_flight: int, buffer: int, most: int, steps: int
 ) -> None:
     config = tiny_config(tmp_path, rounds=2, max_in_flight=in_flight, buffer_size=buffer)
-    watch = Watch(slow_s=0.02)
-    run_tiny(config, app=Wrapped(watch), workers=6)
-    assert watch.most <= most
-    assert most == 1 or watch.most > 1
+    grid = run_tiny(config, grid_type=Watched)
+    assert grid.most == most
     for row in rows(config):
         assert row["num_server_steps"] == steps
         assert row["num_accepted"] == 6
@@ -68,66 +84,48 @@ def test_slots_and_buffer(
 def test_synchronous_schedules_have_no_staleness_and_asynchronous_ones_do(tmp_path: Path) -> None:
     for buffer, stale in ((0, False), (2, True)):
         config = tiny_config(tmp_path / str(buffer), rounds=1, max_in_flight=0, buffer_size=buffer)
-        run_tiny(config, app=Wrapped(Watch(slow_s=0.1)), workers=6)
+        run_tiny(config, grid_type=Watched)
         row = rows(config)[0]
         assert (row["mean_staleness"] > 0) is stale
-        assert row["max_staleness"] in ((1, 2) if stale else (0,))  # three steps of two
+        assert row["max_staleness"] == (2 if stale else 0)  # three steps of two
 
 
 def test_every_client_trains_once_a_round_in_an_order_that_changes(tmp_path: Path) -> None:
-    watch = Watch(slow_s=0.0, everyone_s=0.0)
-    run_tiny(tiny_config(tmp_path, rounds=3), app=Wrapped(watch))
-    passes = [watch.order[i : i + 6] for i in (0, 6, 12)]
+    grid = run_tiny(tiny_config(tmp_path, rounds=3), grid_type=Watched)
+    passes = [grid.order[i : i + 6] for i in (0, 6, 12)]
     assert all(sorted(one) == list(range(6)) for one in passes)
     assert passes[0] != passes[1]
 
 
-def test_a_late_reply_is_used_in_the_next_round(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, rounds=3, max_in_flight=0, buffer_size=1, round_deadline_s=0.4)
-    run_tiny(config, app=Wrapped(Watch(slow_s=0.9)), workers=6)
-    found = rows(config)
-    assert found[0]["num_unanswered"] >= 1  # the slow one; on a crowded machine others too
-    assert sum(row["num_late_used"] for row in found[1:]) >= 1
-
-
-def test_a_reply_that_is_too_stale_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mh-pfedhn", "pfedhn"])
+@pytest.mark.parametrize(("bound", "used"), [(20, 1), (0, 0)])
+def test_a_late_reply_is_used_in_the_next_round_unless_it_is_too_stale(
+    tmp_path: Path, method: str, bound: int, used: int
+) -> None:
     config = tiny_config(
         tmp_path,
+        method=method,
+        models="tests.support.tiny:small",
         rounds=3,
         max_in_flight=0,
-        buffer_size=1,
-        round_deadline_s=0.4,
-        max_staleness=0,
+        buffer_size=2,
+        max_staleness=bound,
+        close_fraction=0.8,
+        evaluation="fused",
     )
-    run_tiny(config, app=Wrapped(Watch(slow_s=0.9)), workers=6)
-    found = rows(config)
-    assert sum(row["num_late_used"] for row in found) == 0
-    assert sum(row["num_late_dropped"] for row in found) >= 1
-
-
-def test_a_round_closes_when_enough_have_answered(tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path, rounds=3, max_in_flight=0, buffer_size=2, close_fraction=0.8, evaluation="fused"
-    )
-    watch = Watch(slow_s=1.5)
-    run_tiny(config, app=Wrapped(watch), workers=6)
+    run_tiny(config, grid_type=Holding)
     first, second, third = rows(config)
     assert (first["num_accepted"], first["num_unanswered"]) == (5, 1)
-    assert first["seconds_round"] < 1.5
-    assert second["num_accepted"] == 5
-    assert third["num_accepted"] == 6  # the last round waits, for everyone's final model
-    assert (third["num_late_used"], third["num_evaluated"]) == (1, 6)
+    assert (second["num_late_used"], second["num_late_dropped"]) == (used, 1 - used)
+    assert second["num_too_stale"] == 1 - used
+    assert (third["num_accepted"], third["num_evaluated"]) == (6, 6)
 
 
 def test_a_cohort_goes_on_without_a_client_that_holds_it_up(tmp_path: Path) -> None:
     config = tiny_config(
-        tmp_path, rounds=2, max_in_flight=2, buffer_size=2, round_deadline_s=0.5, evaluation="fused"
+        tmp_path, rounds=2, max_in_flight=2, buffer_size=2, close_fraction=0.5, evaluation="fused"
     )
-    watch = Watch(slow_s=4.0)
-    run_tiny(config, app=Wrapped(watch), workers=6)
+    grid = run_tiny(config, grid_type=Holding)
     first = rows(config)[0]
-    assert first["num_accepted"] >= 4  # on a crowded machine others may be late as well
-    assert first["num_unanswered"] >= 1
-    assert first["seconds_round"] < 4.0
-    assert first["num_server_steps"] >= 3
-    assert sorted(set(watch.order)) == list(range(6))  # everybody was asked
+    assert (first["num_accepted"], first["num_unanswered"]) == (5, 1)
+    assert sorted(set(grid.order)) == list(range(6))  # everybody was asked
