@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import BY_SIZE, UpdateSection
 from common.log import logger
@@ -72,9 +72,9 @@ class GroupMemory:
 
 @dataclass(frozen=True)
 class Solved:
-    """P of all members of a group, and the mean of their features."""
+    """P of all members of a group, and the mean of their features; of these embeddings."""
 
-    members: list[str]
+    embeddings: list[nn.Parameter]
     rows_CNH: Tensor
     mean_CH: Tensor
 
@@ -101,7 +101,7 @@ class LeastSquaresRule(AdamRule):
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore an exported state; see `Rule.load_state_dict`."""
         super().load_state_dict(tensors, facts)
-        for key in facts["least-squares"]:
+        for key in facts.get("least-squares", []):  # nothing in a checkpoint of another rule
             memory = self._remembered(key)
             for part, x in vars(memory).items():
                 x.copy_(required_tensor(tensors, f"least-squares.{part}.{key}", tuple(x.shape)))
@@ -158,14 +158,16 @@ class LeastSquaresRule(AdamRule):
 
     def _solve(self, key: str, members: list[str]) -> Solved:
         """Solve for all members of a group; once while trunk and embeddings are at rest."""
+        embeddings = [self.hypernet.embeddings[client_id] for client_id in members]
         known = self._solved.get(key)
-        if known is None or known.members != members:
-            features_CNH = self.hypernet.features(members)
-            rows_CNH = ridge_rows(features_CNH, self.section.kernel_damping)
-            known = Solved(members, rows_CNH, features_CNH.mean(1))
-            if self._at_rest:
-                self._solved[key] = known
-        return known
+        if known and [*map(id, known.embeddings)] == [*map(id, embeddings)]:
+            return known
+        features_CNH = self.hypernet.features(members)
+        rows_CNH = ridge_rows(features_CNH, self.section.kernel_damping)
+        solved = Solved(embeddings, rows_CNH, features_CNH.mean(1))
+        if self._at_rest:
+            self._solved[key] = solved
+        return solved
 
     def _remembered(self, key: str) -> GroupMemory:
         if key not in self._memory:
