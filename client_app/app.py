@@ -74,13 +74,13 @@ def _worker(context: Context) -> Link | None:
     config = RunConfig.parse(context.run_config)
     node = NodeConfig.parse(context.node_config)
     section = node.client_section(config)
-    if section.warm_worker == "on" and not section.state_dir:
+    if node.warm_worker == "on" and not section.state_dir:
         raise ConfigError(
             "warm-worker = 'on' needs a state-dir: the worker keeps what belongs to this "
             "participant there. Set state-dir, or warm-worker to 'auto'."
         )
     useful = bool(node.state_dir) and "torch" not in sys.modules
-    if section.warm_worker == "off" or (section.warm_worker == "auto" and not useful):
+    if node.warm_worker == "off" or (node.warm_worker == "auto" and not useful):
         return None
     return Link(
         folder=state_folder(section.state_dir, node.identity) / "worker",

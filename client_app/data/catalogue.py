@@ -87,7 +87,6 @@ CATALOGUE: dict[str, DatasetSpec] = {
         num_classes=10,
         mean=(0.3055,),
         std=(0.3235,),
-        classes_per_client=5,
         dirichlet_alpha=0.1,
     ),
 }

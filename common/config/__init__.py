@@ -39,8 +39,8 @@ class RunSection(Section):
     first used it: "auto" binds where the operator registered the SuperNode under a name.
     """
 
-    method: Annotated[str, AfterValidator(known_method)] = "mh-pfedhn"
-    rounds: int = Field(40, ge=1)
+    method: Annotated[str, AfterValidator(known_method)] = "mh-pfedhn-gd"
+    rounds: int = Field(28, ge=1)
     seed: int = Field(42, ge=0)
     evaluation: Literal["separate", "fused"] = "separate"
     evaluate_every: int = Field(1, ge=1)
@@ -64,8 +64,8 @@ class ScheduleSection(Section):
     group's earlier deltas that a delta is scaled down to; 0 leaves deltas as they are.
     """
 
-    max_in_flight: int = Field(1, ge=0)
-    buffer_size: int = Field(1, ge=0)
+    max_in_flight: int = Field(0, ge=0)
+    buffer_size: int = Field(0, ge=0)
     min_clients: int = Field(1, ge=1)
     wait_for_clients_s: float = Field(300.0, ge=0)
     close_fraction: float = Field(1.0, gt=0, le=1)
@@ -89,9 +89,9 @@ class HypernetSection(Section):
 
     chunk_size: int = Field(3072, ge=1)
     embed_dim: int = Field(64, ge=1)
-    hidden_dim: int = Field(128, ge=1)
-    embedding_std: float = Field(0.002, ge=0)
-    head_init: Literal["torch", "shared", "zero"] = "torch"
+    hidden_dim: int = Field(32, ge=1)
+    embedding_std: float = Field(1.0, ge=0)
+    head_init: Literal["torch", "shared", "zero"] = "zero"
     head_sharing: HeadSharing = "chunks"
     sharing_tolerance: float = Field(0.25, gt=0)
     max_parameters: int = Field(12_000_000, ge=1)
@@ -108,15 +108,14 @@ class UpdateSection(Section):
     head group and of rounds.
     """
 
-    server_rule: Literal["adam", "least-squares"] = "adam"
+    server_rule: Literal["adam", "least-squares"] = "least-squares"
     shared_gain: float = Field(1.0, ge=0)
     shared_momentum: float = Field(BY_SIZE, lt=1)
     personal_gain: float = Field(BY_SIZE)
     kernel_damping: float = Field(1e-3, gt=0)
     server_lr: float = Field(2e-4, ge=0)
     embedding_lr: float = Field(2e-4, ge=0)
-    lr_decay: Literal["none", "cosine"] = "none"
-    lr_decay_from: float = Field(0.0, ge=0, lt=1)
+    lr_decay_from: float = Field(0.6, ge=0, le=1)
 
     @field_validator("shared_momentum", "personal_gain")
     @classmethod
@@ -134,10 +133,10 @@ class TrainingSection(Section):
     """
 
     local_epochs: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(5e-3, gt=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(0.03, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(2e-3, ge=0)
     client_clip_norm: float = Field(50.0, gt=0)
     training_precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -147,8 +146,8 @@ class DistillSection(Section):
 
     global_model: str = "cnn"
     gd_mode: Literal["separate", "fused"] = "separate"
-    distill_alpha: float = Field(0.2, ge=0, le=1)
-    distill_temperature: float = Field(15.0, gt=0)
+    distill_alpha: float = Field(0.02, ge=0, le=1)
+    distill_temperature: float = Field(10.0, gt=0)
 
 
 class RunConfig(BaseModel):
@@ -258,7 +257,7 @@ class NodeConfig(Section):
     device: str | None = None
     client_threads: int | None = Field(None, ge=0)
     state_dir: str | None = None
-    warm_worker: Literal["auto", "on", "off"] | None = None
+    warm_worker: Literal["auto", "on", "off"] = "auto"
 
     @classmethod
     def parse(cls, flat: Mapping[str, Any]) -> Self:

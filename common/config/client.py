@@ -22,7 +22,7 @@ class ClientSection(Section):
     `max_client_examples` caps what a client has, train and test together; 0: everything.
     """
 
-    models: str = "cnn"
+    models: str = "cnn,vgg8,resnet10,resnet12,resnet18"
     dataset: str = "digits"
     data_dir: str = ""
     cache_dir: str = ""
@@ -37,10 +37,9 @@ class ClientSection(Section):
     test_fraction: float = Field(0.25, gt=0, lt=1)
     image_size: int = Field(32, ge=8)
     device: str = "auto"
-    theta_offset: Literal["none", "init"] = "none"
+    theta_offset: Literal["none", "init"] = "init"
     client_threads: int = Field(1, ge=0)
     state_dir: str = ""
-    warm_worker: Literal["auto", "on", "off"] = "auto"
 
 
 class WireSection(Section):

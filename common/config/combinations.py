@@ -71,12 +71,16 @@ def _check_rates(config: RunConfig) -> None:
             "run config: server-lr = 0 with server-rule = 'adam': no head would ever learn. "
             "Set a rate; 0 is for server-rule = 'least-squares', which moves heads without one."
         )
-    if config.run.novel_only and u.embedding_lr * FAR < config.hypernet.embedding_std:
+    if (
+        config.run.novel_only
+        and not config.is_baseline
+        and u.embedding_lr * FAR < config.hypernet.embedding_std
+    ):
         raise ConfigError(
             f"run config: novel-only with embedding-lr = {u.embedding_lr:g}: embeddings are all "
             f"that learns there, and such steps get nowhere between embeddings that lie "
             f"{config.hypernet.embedding_std:g} (embedding-std) apart. Set embedding-lr = 0.03 "
-            "and lr-decay = 'none', say."
+            "and lr-decay-from = 1, say."
         )
 
 

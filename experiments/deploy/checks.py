@@ -185,7 +185,8 @@ def check_model(trial: Trial) -> Finding:
 
     data, section = _needed(trial.data, "data"), trial.section
     node = NodeConfig.parse(trial.settings.node)
-    name = model_for_partition(section.models, node.partition_id, section.num_partitions)
+    first = max(node.partition_id, 0)  # a run says which; the first of its defaults is tried
+    name = model_for_partition(section.models, first, section.num_partitions)
     device = data.train_images.device
     trial.instance = instance_of(ModelKind(name, data.in_channels, data.num_classes, device))
     count, limit = trial.instance.model.num_parameters, RunConfig().hypernet.max_parameters

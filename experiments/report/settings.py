@@ -18,7 +18,7 @@ from experiments.run.presets import Preset, preset_names
 INCIDENTAL = frozenset({
     "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",
     "keep-checkpoints", "message-timeout-s", "min-clients", "output-dir", "resume-from",
-    "run-name", "state-dir", "wait-for-clients-s", "warm-worker",
+    "run-name", "state-dir", "wait-for-clients-s",
 })  # fmt: skip
 """Keys that change no result of a run that completed."""
 

@@ -1,8 +1,8 @@
 """Experiments as files: a description, where to run (`[engine]`), and run config keys (`[config]`).
 
 A preset is a TOML file in `experiments/configs`; a researcher's own file has the same form. What
-the file leaves out is as `RECOMMENDED` says, or as published where it chooses the published
-`server-rule = "adam"`. A typo anywhere is an error that names the nearest key.
+the file leaves out has its default (`common.config`). A typo anywhere is an error that names the
+nearest key.
 """
 
 from __future__ import annotations
@@ -22,19 +22,6 @@ from common.errors import ConfigError, unknown_name
 CONFIGS = Path(__file__).parents[1] / "configs"
 PATH_KEYS = ("data-dir", "cache-dir", "output-dir", "state-dir", "resume-from")
 TABLES = ("description", "engine", "config")
-RECOMMENDED: Mapping[str, Scalar] = {
-    "max-in-flight": 0,
-    "buffer-size": 0,
-    "server-rule": "least-squares",
-    "embedding-std": 1.0,
-    "head-init": "zero",
-    "theta-offset": "init",
-    "lr-decay": "cosine",
-    "lr-decay-from": 0.6,
-    "learning-rate": 0.02,
-    "weight-decay": 0.002,
-}
-"""The best setting found from 2 to 50 clients that share heads (docs/parallel.md)."""
 
 
 class EngineSection(Section):
@@ -92,10 +79,9 @@ class Preset:
                 raise ConfigError(f"{path.name}: " + unknown_name("table", key, TABLES))
         engine = parse_engine(_table(tables, "engine", path), where=f"{path.name} [engine]")
         config = resolve_paths(_table(tables, "config", path), base=path.parent)
-        published = config.get("server-rule") == "adam"
         blank = cls(path.stem, str(tables.get("description", "")), engine, RunConfig())
         try:
-            return blank.with_config(config if published else {**RECOMMENDED, **config})
+            return blank.with_config(config)
         except ConfigError as error:
             raise ConfigError(f"{path.name} [config]: {error}") from error
 

@@ -154,7 +154,7 @@ def schedule_factor(section: UpdateSection, progress: float, total_rounds: float
     total_rounds.
     """
     begin = section.lr_decay_from * total_rounds
-    if section.lr_decay == "none" or begin >= total_rounds:
+    if begin >= total_rounds:
         return 1.0
     done = min(max((progress - begin) / (total_rounds - begin), 0.0), 1.0)
     return FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * done)) / 2

@@ -85,10 +85,25 @@ def explodes(*, in_channels: int, num_classes: int) -> nn.Module:
 HERE = "tests.support.tiny"
 MIXED = f"{HERE}:small,{HERE}:wide,{HERE}:normed"
 
+PUBLISHED = {
+    "method": "mh-pfedhn",
+    "max-in-flight": 1,
+    "buffer-size": 1,
+    "server-rule": "adam",
+    "lr-decay-from": 1.0,
+    "head-init": "torch",
+    "theta-offset": "none",
+    "weight-decay": 0.0005,
+    "distill-alpha": 0.2,
+    "distill-temperature": 15.0,
+}
+"""The published algorithm, where the defaults differ from it."""
+
 
 def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
     """Settings of a six-client federation on the patterns; keys with underscores."""
     settings: dict[str, Any] = {
+        **PUBLISHED,
         "rounds": 2,
         "dataset": f"{HERE}:patterns",
         "models": MIXED,

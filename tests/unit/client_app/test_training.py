@@ -27,7 +27,8 @@ pytestmark = pytest.mark.numeric
 
 @pytest.mark.parametrize("name", ["cnn", "resnet10"])
 def test_local_training_equals_the_reference(name: str) -> None:
-    data, section = client_data(), TrainingSection(batch_size=32)
+    section = TrainingSection(batch_size=32, learning_rate=5e-3, weight_decay=5e-4)
+    data = client_data()
     model = FlatModel(build_model(name, in_channels=3, num_classes=10))
     clear = build_model(name, in_channels=3, num_classes=10)
     theta = draw_theta(clear)

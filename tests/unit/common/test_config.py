@@ -5,6 +5,7 @@ import pytest
 
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError
+from experiments.run.presets import Preset
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,8 +25,7 @@ def test_pyproject_has_exactly_the_keys_of_the_code() -> None:
 
 def test_plain_flwr_run_is_the_quickstart() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    preset = tomllib.loads((ROOT / "experiments" / "configs" / "quickstart.toml").read_text())
-    assert RunConfig.parse(preset["config"]) == RunConfig.parse(table)
+    assert Preset.load("quickstart").config == RunConfig.parse(table) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_simulated_node_is_its_partition() -> None:
 
 def test_keys_of_different_sections_go_together() -> None:
     with pytest.raises(ConfigError, match=r"embedding-std = 0\.002 .* Set embedding-std = 1\.0"):
-        RunConfig.parse({"server-rule": "least-squares"})
+        RunConfig.parse({"embedding-std": 0.002})
     with pytest.raises(ConfigError, match=r"models of zeros.*theta-offset = 'init'"):
-        RunConfig.parse({"head-init": "zero"})
+        RunConfig.parse({"theta-offset": "none"})
     with pytest.raises(ConfigError, match="absent-clients = 10 of 10 clients leaves nobody"):
         RunConfig.parse({"absent-clients": 10})
     RunConfig.parse({"server-rule": "least-squares", "embedding-std": 1.0, "absent-clients": 9})
@@ -92,10 +92,10 @@ STILL = {"server-rule": "least-squares", "server-lr": 0, "embedding-lr": 0, "emb
 
 def test_somebody_has_to_learn() -> None:
     with pytest.raises(ConfigError, match=r"server-lr = 0 .* no head would ever learn"):
-        RunConfig.parse({"server-lr": 0})
+        RunConfig.parse({"server-rule": "adam", "server-lr": 0})
     with pytest.raises(ConfigError, match="novel-only with embedding-lr = 0"):
         RunConfig.parse({**STILL, "novel-only": True})
     with pytest.raises(ConfigError, match=r"novel-only with embedding-lr = 0.0002: .*Set"):
-        RunConfig.parse({"embedding-std": 1.0, "novel-only": True})
+        RunConfig.parse({"novel-only": True})
     RunConfig.parse({"embedding-std": 1.0, "novel-only": True, "embedding-lr": 0.03})
     RunConfig.parse(STILL)

@@ -45,7 +45,14 @@ def write_run(folder: Path, *, rounds: int = 4, models: str = "cnn,vgg8", client
     """`rounds` rounds at 10 %, 20 %, ... and four clients at 50, 60, 70, 80 %."""
     folder.mkdir(parents=True, exist_ok=True)
     config = RunConfig.parse(
-        {"models": models, "num-partitions": clients, "rounds": rounds, "output-dir": str(folder)}
+        {
+            "method": "mh-pfedhn",
+            "batch-size": 64,
+            "models": models,
+            "num-partitions": clients,
+            "rounds": rounds,
+            "output-dir": str(folder),
+        }
     )
     (folder / "config.json").write_text(json.dumps(config.flat()))
     rows = [metric_row(k, 0.1 * k) for k in range(1, rounds + 1)]

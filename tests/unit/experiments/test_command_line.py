@@ -25,6 +25,7 @@ name = "inprocess"
 num-clients = 3
 workers = 1
 [config]
+method = "mh-pfedhn"
 rounds = 2
 dataset = "tests.support.tiny:patterns"
 models = "tests.support.tiny:small,tests.support.tiny:wide,tests.support.tiny:normed"

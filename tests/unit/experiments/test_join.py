@@ -173,7 +173,7 @@ def test_a_good_participant_passes(tmp_path: Path) -> None:
     assert good, text
     assert "360 to train and 120 to test, 4 classes (" in text, text
     assert ":normed, 116 parameters" in text
-    assert "an epoch of 6 batches" in text
+    assert "an epoch of 23 batches" in text
     assert text.count("✗") == 0
 
 

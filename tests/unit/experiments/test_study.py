@@ -51,7 +51,7 @@ def test_runs_that_differ_in_seed_and_place_alone_are_a_group(tmp_path: Path) ->
         write_seed(tmp_path / name, seed=seed, accuracies=(0.1, accuracy), run_name=name,
                    cache_dir=f"/c{seed}", checkpoint_every=seed)  # fmt: skip
     write_seed(tmp_path / "deep" / "other", server_lr=0.5)
-    groups = load_study([str(tmp_path)]).groups
+    groups = sorted(load_study([str(tmp_path)]).groups, key=lambda group: group.label)
     assert [len(group.counted) for group in groups] == [3, 1]
     assert groups[1].label == "MH-pFedHN, server-lr 0.5"
     # mean 0.6; deviations -.2, -.1, .3: variance .14 / 2 = .07, error sqrt(.07 / 3)

@@ -132,10 +132,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 
 def test_a_server_from_disk_goes_on_bitwise(tmp_path: Path) -> None:
-    section = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8)
+    section = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, head_init="torch")
+
+    adam = UpdateSection(server_rule="adam")
 
     def new(seed: int) -> Rule:
-        return make_rule(Hypernetwork(section, seed=seed), UpdateSection(), total_rounds=5)
+        return make_rule(Hypernetwork(section, seed=seed), adam, total_rounds=5)
 
     def go_on(update: Rule) -> dict[str, torch.Tensor]:
         update.hypernet.add_client("late", 33)

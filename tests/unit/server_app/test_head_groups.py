@@ -18,12 +18,13 @@ from tests.support.pulls import pull
 pytestmark = pytest.mark.numeric
 
 SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}  # 6, 1, 3, 6 and 3 chunks of 10
-ADAM = UpdateSection(server_lr=0.01, embedding_lr=0.01)
+ADAM = UpdateSection(server_rule="adam", server_lr=0.01, embedding_lr=0.01)
 SOLVED = UpdateSection(server_rule="least-squares", embedding_lr=0.01)
 
 
 def section(sharing: str, **changes: object) -> HypernetSection:
-    values = {"chunk_size": 10, "embed_dim": 4, "hidden_dim": 8, "embedding_std": 0.5}
+    values = {"chunk_size": 10, "embed_dim": 4, "hidden_dim": 8, "embedding_std": 0.5,
+              "head_init": "torch"}  # fmt: skip
     return HypernetSection(**{**values, "head_sharing": sharing, **changes})
 
 

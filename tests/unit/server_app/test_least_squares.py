@@ -22,6 +22,7 @@ TOY = HypernetSection(
 )
 GAIN, BETA, OWN = 0.8, 0.6, 0.3
 AT_REST = UpdateSection(
+    lr_decay_from=1.0,
     server_rule="least-squares",
     shared_gain=GAIN,
     shared_momentum=BETA,

@@ -339,7 +339,7 @@ def test_clients_must_agree_on_what_they_share() -> None:
 def test_synchronous_baselines_fold_everybody_at_once_whatever_the_preset_says() -> None:
     section = adapted("fedavg", max_in_flight=1, buffer_size=1).schedule
     assert (section.max_in_flight, section.buffer_size, section.max_staleness) == (0, 0, 0)
-    assert adapted("pfedhn").schedule.max_in_flight == 1
+    assert adapted("pfedhn", models="cnn", max_in_flight=1).schedule.max_in_flight == 1
     assert adapted("mh-pfedhn") == config("mh-pfedhn")
 
 

@@ -10,6 +10,7 @@ from server_app.aggregation.clipping import LEAST, NormClip
 from server_app.clients import Client
 from server_app.methods.base import Upload
 from server_app.methods.mhpfedhn import Deltas, MHpFedHN
+from tests.support.tiny import PUBLISHED
 
 pytestmark = pytest.mark.numeric
 
@@ -92,7 +93,8 @@ def test_each_update_is_clipped_within_its_group_and_they_come_back_sorted() -> 
 
 def test_a_step_lets_a_large_client_be_among_small_ones() -> None:
     """Eight of 30 parameters, and one of 3000 whose honest deltas are ten times as long."""
-    method = MHpFedHN(RunConfig.parse({"clip-to-median": 3.0, "chunk-size": 10, "embed-dim": 4}))
+    sections = {"clip-to-median": 3.0, "chunk-size": 10, "embed-dim": 4}
+    method = MHpFedHN(RunConfig.parse(PUBLISHED | sections))
     sizes = {**{f"small {i}": 30 for i in range(8)}, "large": 3000}
     clients = {name: Client(name, size, 1) for name, size in sizes.items()}
     for client in clients.values():

@@ -19,6 +19,7 @@ SHAPE = HypernetSection(
 STILL = 1e-30
 """A rate at which trunk and embeddings do not move to speak of; at 0 they are left out."""
 FOLLOW = UpdateSection(
+    lr_decay_from=1.0,
     server_rule="least-squares",
     shared_gain=1.0,
     shared_momentum=0.0,
@@ -93,7 +94,7 @@ def test_the_rate_is_one_where_theta_goes_as_far_as_the_deltas(
 )
 def test_a_small_model_is_looked_at_whole(layout: dict[str, object]) -> None:
     sizes = {"a": 27, "b": 38, "c": 4, "d": 38, "e": 51, "f": 60}
-    section = UpdateSection(server_lr=1e-2, embedding_lr=1e-2)
+    section = UpdateSection(server_rule="adam", server_lr=1e-2, embedding_lr=1e-2)
     update = system(sizes, section, SHAPE.model_copy(update=layout | {"head_init": "torch"}))
     before, change = update.hypernet.generate(list(sizes)), deltas(sizes)
     del change["d"]
@@ -139,7 +140,7 @@ def test_without_a_delta_to_compare_with_the_rate_is_zero(value: float) -> None:
 
 @pytest.mark.parametrize("rate", [1e-3, 0.0])
 def test_the_factor_of_the_gains_is_told_where_the_rates_are_zero_too(rate: float) -> None:
-    changes = {"lr_decay": "cosine", "server_lr": rate}
+    changes = {"lr_decay_from": 0.0, "server_lr": rate}
     update = system({"a": 25}, FOLLOW.model_copy(update=changes | {"embedding_lr": rate}))
     found = [go(update, {"a": torch.ones(25)}, progress) for progress in (10.0, 5.0, 0.0)]
     assert [done.gain_factor for done in found] == pytest.approx([0.05, 0.525, 1.0])

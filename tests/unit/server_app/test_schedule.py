@@ -179,9 +179,12 @@ def test_a_failure_does_not_close_a_round_below_the_minimum() -> None:
     ("settings", "words"),
     [
         ({"close-fraction": 0.4}, "close-fraction = 0.4 .* min-fraction = 0.5"),
-        ({"close-fraction": 0.9}, "evaluation = 'separate' .* Set it to 'fused'"),
         (
-            {"close-fraction": 0.9, "method": "mh-pfedhn-gd", "evaluation": "separate"},
+            {"close-fraction": 0.9, "method": "mh-pfedhn"},
+            "evaluation = 'separate' .* Set it to 'fused'",
+        ),
+        (
+            {"close-fraction": 0.9},
             "'separate' and gd-mode = 'separate' .* Set both to 'fused'",
         ),
     ],
