@@ -32,7 +32,8 @@ from server_app.aggregation.base import (
     schedule_factor,
     usable,
 )
-from server_app.hypernet.gradient import Gradient, GroupDeltas, backward, by_group
+from server_app.hypernet.gradient import Gradient, backward, by_group
+from server_app.hypernet.heads import GroupDeltas
 from server_app.hypernet.network import Hypernetwork
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

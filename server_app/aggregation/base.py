@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.config import UpdateSection
-from server_app.hypernet.gradient import GroupDeltas
+from server_app.hypernet.heads import GroupDeltas
 from server_app.hypernet.network import Hypernetwork
 
 FINAL_FRACTION = 0.05

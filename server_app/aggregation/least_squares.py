@@ -44,7 +44,8 @@ from common.config import BY_SIZE, UpdateSection
 from common.log import logger
 from common.serialization import required_tensor
 from server_app.aggregation.adam import AdamRule
-from server_app.hypernet.gradient import Gradient, GroupDeltas, backward
+from server_app.hypernet.gradient import Gradient, backward
+from server_app.hypernet.heads import GroupDeltas
 from server_app.hypernet.network import Hypernetwork
 
 RETURNED, OWN = 5.0, 1.4

@@ -4,59 +4,20 @@ Shapes: n deltas, N clients of a group, C chunks of a group, S chunk size, E emb
 hidden size, R rows of several embeddings one after the other.
 """
 
-# ruff: noqa: N802, N806 - names carry their shape as a suffix
+# ruff: noqa: N806 - names carry their shape as a suffix
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from server_app.hypernet.groups import members_by_group
-from server_app.hypernet.heads import HeadGroup
+from server_app.hypernet.heads import GroupDeltas, square_norm
 from server_app.hypernet.network import Hypernetwork, by_chunk
-
-
-@dataclass(frozen=True)
-class GroupDeltas:
-    """The deltas of one step that belong to one head group.
-
-    Attributes
-    ----------
-    client_ids : who sent them; one may appear twice (two of its replies in one step).
-    deltas : (P_i,) each, on the hypernetwork's device.
-    shares : (n,) float32, positive; the shares of the whole step.
-    """
-
-    key: str
-    group: HeadGroup
-    client_ids: Sequence[str]
-    deltas: Sequence[Tensor]
-    shares: Tensor
-
-    @cached_property
-    def square_norms(self) -> list[float]:
-        """|delta_i|^2 of each; not finite where an entry is not, or a norm is beyond float32."""
-        squares: list[float] = torch.stack([_square(delta) for delta in self.deltas]).tolist()
-        return squares
-
-    @property
-    def mean_square(self) -> float:
-        """|mean delta|^2."""
-        return float(_square(self.mean_CS.view(-1)))
-
-    @cached_property
-    def mean_CS(self) -> Tensor:
-        """Their mean by shares (C, S), each padded with zeros: the gradient of the bias."""
-        mean_CS = torch.zeros_like(self.group.bias, requires_grad=False)
-        within = (self.shares / self.shares.sum()).tolist()
-        for delta, weight in zip(self.deltas, within, strict=True):
-            mean_CS.view(-1)[: len(delta)].add_(delta, alpha=weight)
-        return mean_CS
 
 
 @dataclass(frozen=True)
@@ -148,7 +109,7 @@ def backward(
         parameter.grad = gradient
     embeddings = _spread(hypernet, parts, torch.split(rows_gradient_RE, lengths))
     others = [p.grad for p in (*shared, *embeddings) if p.grad is not None]
-    square += sum(float(_square(g.flatten())) for g in others)
+    square += sum(float(square_norm(g.flatten())) for g in others)
     return Gradient(learning, embeddings, math.sqrt(square))
 
 
@@ -165,9 +126,3 @@ def _spread(
     for client_id, gradient in found.items():
         hypernet.embeddings[client_id].grad = gradient
     return [hypernet.embeddings[client_id] for client_id in found]
-
-
-def _square(vector: Tensor) -> Tensor:
-    """Return |vector|^2, piece by piece: one float32 sum over 11 M entries is off by 4e-4."""
-    norms = [torch.linalg.vector_norm(piece) for piece in torch.split(vector, 2**16)]
-    return torch.stack(norms).double().square().sum()
