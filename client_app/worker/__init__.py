@@ -10,5 +10,15 @@ a key from a file of this user's alone: the request's facts as JSON and its body
 `WORKING` every second, then JSON (empty, or what went wrong), then the reply's body.
 """
 
+from contextlib import suppress
+from pathlib import Path
+
 WORKING = b"working"
 RECORD = "worker.json"
+
+
+def remove_socket(address: str) -> None:
+    """Remove what a process that did not end by itself leaves: a socket in a folder of its own."""
+    with suppress(OSError):
+        Path(address).unlink(missing_ok=True)
+        Path(address).parent.rmdir()

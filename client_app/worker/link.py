@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 from filelock import FileLock
 
-from client_app.worker import RECORD, WORKING
+from client_app.worker import RECORD, WORKING, remove_socket
 from common import errors
 from common.errors import MHpFedHNError
 from common.files import PRIVATE
@@ -31,9 +31,6 @@ MAX_LOG_BYTES = 1 << 20
 ATTEMPTS = 2
 """Workers that one message may lose: after that it is handled in process."""
 CODE_ROOT = Path(__file__).resolve().parents[2]
-
-_started: list[subprocess.Popen[bytes]] = []
-"""Workers outlive the message that started them: nothing waits for their end."""
 
 
 class WorkerUnavailableError(MHpFedHNError):
@@ -77,6 +74,7 @@ class WorkerRecord:
                 process = psutil.Process(self.pid)
                 process.kill()
                 process.wait(timeout=10)
+        remove_socket(self.address)
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class Link:
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
-        _started.append(process)
+        process.returncode = 0  # it outlives this process: nobody here waits for its end
         if process.stdout is not None:
             with process.stdout as ready:
                 ready.read()  # a worker closes its output when it listens

@@ -22,11 +22,11 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
-from client_app.worker import RECORD, WORKING
+from client_app.worker import RECORD, WORKING, remove_socket
 from common.errors import MHpFedHNError
 from common.files import PRIVATE, replace_file
 
@@ -46,14 +46,9 @@ class Worker:
         self._last_used = time.monotonic()
 
     @property
-    def is_busy(self) -> bool:
-        """Whether somebody waits for a reply."""
-        return self._open > 0
-
-    @property
     def idle_s(self) -> float:
-        """Seconds since the last connection ended."""
-        return 0.0 if self.is_busy else time.monotonic() - self._last_used
+        """Seconds since the last connection ended; 0 while somebody waits for a reply."""
+        return 0.0 if self._open else time.monotonic() - self._last_used
 
     def accept(self) -> None:
         """Serve whoever connects and knows the key; never returns."""
@@ -95,12 +90,19 @@ class Worker:
         failure = {"error": type(error).__name__, "text": str(error), "traceback": trace}
         connection.send_bytes(json.dumps(failure).encode())
         if not isinstance(error, MHpFedHNError):
-            os._exit(1)
+            _end(self._listener)
 
     def _call(self, facts: dict[str, Any], body: bytes) -> bytes:
         module, _, name = self._function.partition(":")
         reply: bytes = getattr(importlib.import_module(module), name)(facts, body)  # torch: seconds
         return reply
+
+
+def _end(listener: Listener) -> NoReturn:
+    """End the process whatever it computes."""
+    listener.close()
+    remove_socket(str(listener.address))
+    os._exit(1)
 
 
 def _is_named(folder: Path) -> bool:
@@ -130,11 +132,11 @@ def main() -> None:
     threading.Thread(target=worker.accept, daemon=True).start()
     while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
         time.sleep(POLL_S)
-        if worker.idle_s > float(idle_s) or not (worker.is_busy or _is_named(Path(folder))):
+        if worker.idle_s > (float(idle_s) if _is_named(Path(folder)) else 0.0):
             break
+    if not worker.idle_s:
+        _end(listener)  # the owner is gone: there is nobody to reply to
     listener.close()
-    if worker.is_busy:
-        os._exit(0)  # its messages have nobody to reply to
 
 
 if __name__ == "__main__":
