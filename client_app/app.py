@@ -25,34 +25,34 @@ app = ClientApp()
 
 @app.query("register")
 def register(message: Message, context: Context) -> Message:
-    """Answer `query.register`: identity and counts."""
+    """Reply to `query.register`: identity and counts."""
     return _reply(message, context)
 
 
 @app.train("personal")
 def train_personal(message: Message, context: Context) -> Message:
-    """Answer `train.personal`: test and train what came; what goes back is the method's affair."""
+    """Reply to `train.personal`: test and train what came; send what the method sends."""
     return _reply(message, context)
 
 
 @app.evaluate("personal")
 def evaluate_personal(message: Message, context: Context) -> Message:
-    """Answer `evaluate.personal`: test counts of the weights as received."""
+    """Reply to `evaluate.personal`: test counts of the weights as received."""
     return _reply(message, context)
 
 
 @app.query("finish")
 def finish(message: Message, context: Context) -> Message:
-    """Answer `query.finish`: store the personal model and say where."""
+    """Reply to `query.finish`: store the personal model and say where."""
     return _reply(message, context)
 
 
 def _reply(message: Message, context: Context) -> Message:
-    return Message(_answer(message, context), reply_to=message)
+    return Message(_content(message, context), reply_to=message)
 
 
-def _answer(message: Message, context: Context) -> RecordDict:
-    """Let the warm worker answer, or answer here when there is none."""
+def _content(message: Message, context: Context) -> RecordDict:
+    """Let the warm worker reply, or reply here when there is none."""
     message_type = message.metadata.message_type
     try:
         link = _worker(context)

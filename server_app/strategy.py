@@ -1,7 +1,7 @@
 """The rounds, whatever the method: who is there; train through the schedule; test; report; save.
 
 Not a subclass of Flower's Strategy, which would bring nothing: its loop sends everybody the same
-arrays in one trip a phase, and a ServerApp may run any loop over its grid.
+arrays, once a phase, and a ServerApp may run any loop over its grid.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class TrainingRound:
         contents: Iterable[tuple[Client, Content]],
         read: Callable[[Client, Received], T],
     ) -> list[Upload[T]]:
-        """Make a trip of the method's own, to all who are free at once (`Exchange`)."""
-        self.seconds_server += time.monotonic()  # `open` counts what the method does, not the trip
+        """Exchange the method's own messages with all who are free (`Exchange`)."""
+        self.seconds_server += time.monotonic()  # `open` counts what the method does, not the wait
         busy = self._transport.busy_nodes()
         patience = self._config.schedule.round_deadline_s or math.inf
         outgoing = (

@@ -57,7 +57,7 @@ class MHpFedHN(Method):
     # --- the hops --------------------------------------------------------------------------------
 
     def ready(self, task: Received, *, before: int) -> Instance:
-        """Load what was generated: the personal model, or w_g where the trip is w_g's alone."""
+        """Load what was generated: the personal model, or w_g where the message is w_g's alone."""
         return self._ready(self.roles(task)[-1], task, before)
 
     def fit(self, task: Received, instance: Instance) -> Trained:
@@ -110,7 +110,7 @@ class MHpFedHN(Method):
         return received + offset_theta(*sizes, stream_seed(seed, "theta-offset"))
 
     def keep_buffers(self, role: Role, task: Received, buffers: dict[str, Tensor]) -> None:
-        """Keep a model's buffers; where w_g came alone, also w_g for the trip that follows."""
+        """Keep a model's buffers; where w_g came alone, also w_g for the message that follows."""
         state = self.participant.state
         if buffers:
             kept = {BUFFER + name: x for name, x in buffers.items()}

@@ -42,7 +42,7 @@ class Upload(Generic[T]):
 
 
 class Exchange(Protocol):
-    """A trip of its own: sends everybody in `contents` a training message, reads the replies."""
+    """Sends everybody in `contents` a training message before the training; reads the replies."""
 
     def __call__(
         self,
@@ -69,7 +69,7 @@ class Method(Generic[T]):
     # --- what is sent ----------------------------------------------------------------------------
 
     def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
-        """Note who is about to train, in order of client_id; make trips of one's own."""
+        """Note who is about to train, in order of client_id; exchange messages of one's own."""
 
     def contents(self, clients: Sequence[Client], *, training: bool) -> Iterator[Content]:
         """Make what goes to each client, when it is asked for: to train, or to test and keep."""

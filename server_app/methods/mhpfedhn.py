@@ -2,7 +2,7 @@
 
 Generate every client's parameters; pull the changes that come back through the hypernetwork. GD
 adds a global model w_g, generated from an embedding of its own, that all clients train and distil
-from: in a trip of its own before the personal one, as published, or in the same (`gd-mode`).
+from: in a message of its own before the personal one, as published, or in the same (`gd-mode`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MHpFedHN(Method[Deltas]):
         self._server_round = 0
         # w_g does not learn when only new clients do
         trains = config.distils and not config.run.novel_only
-        self._own_trip = trains and config.distill.gd_mode == "separate"
+        self._separate = trains and config.distill.gd_mode == "separate"
         self._fused = trains and config.distill.gd_mode == "fused"
 
     # --- who takes part --------------------------------------------------------------------------
@@ -89,13 +89,13 @@ class MHpFedHN(Method[Deltas]):
     # --- what is sent ----------------------------------------------------------------------------
 
     def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
-        """Generate w_g; with a trip of its own send it, and learn from what comes back."""
+        """Generate w_g; with messages of its own send it, and learn from the replies."""
         self._server_round = server_round
         self._holders, self._global_updates, self._global_step = set(), {}, None
         if not self.config.distils:
             return
         ((_, self._global_theta),) = self.hypernet.thetas([GLOBAL_ID])
-        if self._own_trip:
+        if self._separate:
             content = Content({TRAIN_GLOBAL: True}, {GLOBAL_THETA: self._global_theta})
             uploads = exchange(((client, content) for client in clients), self._read_global)
             self._holders = {upload.client.client_id for upload in uploads}
