@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from experiments.report.lines import Axis, lines_of
 from experiments.report.looks import Look, looks_for
 from experiments.report.maps import SCALE, embedding_maps
 from experiments.report.settings import run_command, short_path, sweep_command
+from experiments.run.progress import clock
 
 CAPTIONS: Mapping[Axis, str] = {
     "round": "A round is one pass over the clients.",
@@ -25,15 +25,6 @@ CAPTIONS: Mapping[Axis, str] = {
     "seconds": "Wall clock of the rounds so far, mean over seeds, on the machine of the runs.",
 }
 LONGEST_REASON, LONGEST_NAME = 240, 17
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its heading and its caption."""
-
-    title: str
-    svg: str
-    caption: str
 
 
 def write_report(folder: Path, study: Study, *, num_maps: int) -> tuple[Path, Path]:
@@ -69,7 +60,7 @@ def render(name: str, study: Study, command: str, *, num_maps: int) -> str:
         gains=gains, gain_figure=_gain_figure(gains, looks), missing=missing_runs(unmatched),
         no_local=not gains and not any(item.differs for item in unmatched),
         families=list(dict.fromkeys(name for gain in gains for name in gain.by_family)),
-        maps=maps, passed_over=passed_over, scale=SCALE, run_row=tables.run_row,
+        maps=maps, passed_over=passed_over, scale=SCALE, clock=clock,
         commands=_commands(study), made=_made_by(study, command), longest_reason=LONGEST_REASON,
     )  # fmt: skip
 
@@ -111,13 +102,14 @@ def _seeded(stat: Stat) -> str:
     return f"{tables.percent(stat)} % ({stat.count} seed{plural})"
 
 
-def _accuracy_figures(study: Study, looks: Mapping[str, Look]) -> list[Figure]:
+def _accuracy_figures(study: Study, looks: Mapping[str, Look]) -> list[tuple[str, str, str]]:
+    """Return the heading, the SVG and the caption of each chart."""
     figures = []
     for axis, caption in CAPTIONS.items():
         if lines := lines_of(study, looks, axis):
             draw = partial(draw_accuracy, lines=lines, axis=axis, longest=LONGEST_NAME)
             svg = inline_svg(draw, height_in=4.6, title=f"Test accuracy {TITLES[axis].lower()}")
-            figures.append(Figure(TITLES[axis], svg, caption))
+            figures.append((TITLES[axis], svg, caption))
     return figures
 
 

@@ -13,7 +13,6 @@ from experiments.report.groups import Group, Stat, Study
 from experiments.report.looks import method_label
 from experiments.report.runs import Run
 from experiments.report.settings import complete_settings
-from experiments.run.progress import clock
 
 Cell = Callable[[Group], str]
 NONE = "-"
@@ -142,18 +141,6 @@ def markdown(study: Study, *, source: str) -> str:
         *map(_row, (header, rule, *rows)), "", ERRORS, "", *meanings, *unreadable, "",
         f"Made by `{source}`.", "",
     ])  # fmt: skip
-
-
-def run_row(run: Run, label: str) -> tuple[str, ...]:
-    """Return the cells of one run: name, seed, status, accuracy, rounds, time, folder."""
-    last, resumed = run.last("accuracy_micro"), run.note.get("resumed_after")
-    return (
-        label, str(run.seed),
-        run.status + (f", resumed after round {resumed[-1]}" if resumed else ""),
-        NONE if last is None else f"{100 * last:.1f}",
-        f"{run.rounds_done}/{run.rounds_planned}",
-        clock(run.total("seconds_round")), run.name,
-    )  # fmt: skip
 
 
 def what_is_tested(study: Study) -> str:

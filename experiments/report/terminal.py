@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -41,7 +40,14 @@ def study_table(plans: Sequence[Plan]) -> Table:
 
 def run_table(run: Run) -> Table:
     """Sum a run up: what ran, how well, what it cost."""
-    summary, last = run.summary, run.summary.get("last") or {}
+    summary, last, best = run.summary, run.summary.get("last") or {}, run.summary.get("best")
+    micro = macro = "-"
+    if last and best:
+        micro = f"[bold]{percent(last['accuracy_micro'])}[/] last, "
+        micro += f"{percent(best['accuracy_micro'])} best (round {int(best['round'])})"
+    if "accuracy_macro" in last:
+        macro = f"{percent(last['accuracy_macro'])}, standard deviation over clients "
+        macro += percent(last.get("accuracy_std"))
     table = Table(title=f"Run {run.name}", title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column()
@@ -56,8 +62,8 @@ def run_table(run: Run) -> Table:
         "models": ", ".join(dict.fromkeys(run.families().values())) or "?",
         "clients": str(summary.get("num_clients", "?")),
         "rounds": f"{summary.get('rounds', len(run.rows))} of {run.config.get('rounds', '?')}",
-        "micro accuracy": _last_and_best(summary),
-        "macro accuracy": _macro(last),
+        "micro accuracy": micro,
+        "macro accuracy": macro,
         "worst 10 % of clients": percent(last.get("accuracy_worst10")),
         "traffic": ", ".join(traffic),
         "time": clock(float(summary.get("seconds", 0.0))),
@@ -132,20 +138,3 @@ def _family_cells(clients: Sequence[ClientRow]) -> list[str]:
         percent(fmean(client.accuracy for client in clients)),
         percent(min(client.accuracy for client in clients)),
     ]
-
-
-def _last_and_best(summary: Mapping[str, Any]) -> str:
-    last, best = summary.get("last"), summary.get("best")
-    if not last or not best:
-        return "-"
-    return (
-        f"[bold]{percent(last['accuracy_micro'])}[/] last, "
-        f"{percent(best['accuracy_micro'])} best (round {int(best['round'])})"
-    )
-
-
-def _macro(last: Mapping[str, Any]) -> str:
-    if "accuracy_macro" not in last:
-        return "-"
-    spread = percent(last.get("accuracy_std"))
-    return f"{percent(last['accuracy_macro'])}, standard deviation over clients {spread}"
