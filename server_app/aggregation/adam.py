@@ -28,11 +28,10 @@ from server_app.aggregation.base import (
     Probe,
     StepDiagnostics,
     Update,
-    rms_and_coherence,
     schedule_factor,
     usable,
 )
-from server_app.hypernet.gradient import Gradient, backward, by_group
+from server_app.hypernet.gradient import Gradient, backward, by_group, rms_and_coherence
 from server_app.hypernet.heads import GroupDeltas
 from server_app.hypernet.network import Hypernetwork
 
@@ -139,7 +138,8 @@ class AdamRule:
         rms_delta, coherence = rms_and_coherence(parts)
         gradient, moved = Gradient([], [], rms_delta), 0.0
         if math.isfinite(rms_delta):
-            probe = Probe(self.hypernet, parts)
+            deltas = [pair for p in parts for pair in zip(p.client_ids, p.deltas, strict=True)]
+            probe = Probe(self.hypernet, deltas)
             gradient = self._gradient(parts, factor, is_global=is_global)
             self._apply(gradient, rates)
             moved = probe.moved()

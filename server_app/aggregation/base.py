@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.config import UpdateSection
-from server_app.hypernet.heads import GroupDeltas
+from server_app.hypernet.groups import members_by_group
 from server_app.hypernet.network import Hypernetwork
 
 FINAL_FRACTION = 0.05
@@ -160,16 +160,6 @@ def schedule_factor(section: UpdateSection, progress: float, total_rounds: float
     return FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * done)) / 2
 
 
-def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:
-    """Return both of a step's deltas; see `StepDiagnostics`. Not finite where a delta is not."""
-    total = sum(sum(part.square_norms) for part in parts)
-    if not 0 < total < math.inf:
-        return math.sqrt(total), 1.0
-    agreed = sum(len(part.deltas) * part.mean_square for part in parts)
-    entries = sum(len(delta) for part in parts for delta in part.deltas)
-    return math.sqrt(total / entries), agreed / total
-
-
 class Probe:
     """Compares how far a step moves theta with how far its deltas reach, in the same entries.
 
@@ -177,9 +167,11 @@ class Probe:
     them, when it is made and again when `moved` is called.
     """
 
-    def __init__(self, hypernet: Hypernetwork, parts: Sequence[GroupDeltas]) -> None:
-        self._hypernet, self._parts = hypernet, parts
-        self._before = [self._sample(part) for part in parts]
+    def __init__(self, hypernet: Hypernetwork, deltas: Sequence[tuple[str, Tensor]]) -> None:
+        self._hypernet = hypernet
+        groups = members_by_group([client_id for client_id, _ in deltas], hypernet.group_key)
+        self._groups = {key: [deltas[i] for i in found] for key, found in groups.items()}
+        self._before = {key: self._sample(key) for key in groups}
 
     def moved(self) -> float:
         """Return rms(change of theta) / rms(deltas); 0 where the deltas looked at are all zero.
@@ -187,29 +179,26 @@ class Probe:
         A client with several deltas counts as often; a head group weighs by its deltas' entries.
         """
         change_square = delta_square = 0.0
-        for part, before in zip(self._parts, self._before, strict=True):
-            after, chunks = self._sample(part), self._chunks(part)
-            pairs = [
-                (after[c] - before[c], _take(delta, chunks, part.group.chunk_size))
-                for c, delta in zip(part.client_ids, part.deltas, strict=True)
-                if c in before
-            ]
-            entries = sum(map(len, part.deltas))
-            change_square += entries * _mean_square([change for change, _ in pairs])
-            delta_square += entries * _mean_square([delta for _, delta in pairs])
+        for key, deltas in self._groups.items():
+            before, after, chunks = self._before[key], self._sample(key), self._chunks(key)
+            seen = [(client_id, delta) for client_id, delta in deltas if client_id in before]
+            size = self._hypernet.section.chunk_size
+            entries = sum(len(delta) for _, delta in deltas)
+            change_square += entries * _mean_square([after[c] - before[c] for c, _ in seen])
+            delta_square += entries * _mean_square([_take(d, chunks, size) for _, d in seen])
         return math.sqrt(change_square / delta_square) if delta_square > 0 else 0.0
 
-    def _sample(self, part: GroupDeltas) -> dict[str, Tensor]:
-        known = sorted(set(part.client_ids))
-        return self._hypernet.generate([known[i] for i in _spread(len(known))], self._chunks(part))
+    def _sample(self, key: str) -> dict[str, Tensor]:
+        known = sorted({client_id for client_id, _ in self._groups[key]})
+        chosen = [known[i] for i in _spread(len(known))]
+        return self._hypernet.generate(chosen, self._chunks(key))
 
-    @staticmethod
-    def _chunks(part: GroupDeltas) -> list[int]:
-        return _spread(part.group.num_chunks)
+    def _chunks(self, key: str) -> list[int]:
+        return _spread(self._hypernet.groups[key].num_chunks)
 
 
-def _mean_square(vectors: Sequence[Tensor]) -> float:
-    return float(torch.cat([*vectors]).double().square().mean())
+def _mean_square(vectors: list[Tensor]) -> float:
+    return float(torch.cat(vectors).double().square().mean())
 
 
 def _take(delta: Tensor, chunks: Sequence[int], size: int) -> Tensor:

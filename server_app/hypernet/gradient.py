@@ -66,6 +66,20 @@ def by_group(
     ]
 
 
+def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:
+    """Return two facts of a step's deltas; not finite where a delta is not.
+
+    The root mean square over all entries, and |mean delta|^2 / mean |delta_i|^2, pooled over head
+    groups: 1 when all agree (or there is one), 1/N when they are unrelated.
+    """
+    total = sum(sum(part.square_norms) for part in parts)
+    if not 0 < total < math.inf:
+        return math.sqrt(total), 1.0
+    agreed = sum(len(part.deltas) * part.mean_square for part in parts)
+    entries = sum(len(delta) for part in parts for delta in part.deltas)
+    return math.sqrt(total / entries), agreed / total
+
+
 def backward(
     hypernet: Hypernetwork,
     parts: Sequence[GroupDeltas],
