@@ -11,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from rich.console import Console
 
 from common.config import NodeConfig, RunConfig
@@ -130,10 +133,6 @@ def check_key(key: Path | None) -> Finding:
     make = "Make one: ssh-keygen -t ecdsa -b 384 -N '' -f KEY; send KEY.pub to the operator."
     if key is None:
         return Finding("none", "- fine only where the server asks for none (SuperNode auth off)")
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-
     try:
         content = key.read_bytes()
     except OSError as error:
