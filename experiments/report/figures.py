@@ -167,21 +167,27 @@ def draw_gains(axes: Axes, gains: Sequence[GroupGain], looks: Mapping[str, Look]
                       textcoords="offset points", ha=side, color=MUTED)  # fmt: skip
 
 
-def draw_map(
-    axes: Axes, clients: Mapping[str, Sequence[float]], colours: Sequence[str], tips: Sequence[str],
-    *, links: Mapping[tuple[str, str], float], marks: Sequence[str],
-) -> None:  # fmt: skip
-    """Draw clients where their embeddings lie, {name: (x, y)}, both axes in one unit.
+Clients = Mapping[str, Sequence[float]]
+"""Where the embeddings of clients lie on a map: {name: (x, y)}."""
 
-    `links` are pairs of clients with a weight from 0 to 1: the stronger, the darker. `marks` are
-    the colours of the names.
-    """
+
+def draw_links(axes: Axes, clients: Clients, links: Mapping[tuple[str, str], float]) -> None:
+    """Join pairs of clients; the larger the weight, from 0 to 1, the darker."""
     for pair, weight in links.items():
         ends = np.array([clients[name] for name in pair])
         axes.plot(ends[:, 0], ends[:, 1], color=MUTED, alpha=0.15 + 0.75 * weight, linewidth=1.2)
-    for (name, (x, y)), colour, tip, mark in zip(
-        clients.items(), colours, tips, marks, strict=True
-    ):
+
+
+def draw_map(
+    axes: Axes, clients: Clients, *, colours: Sequence[str], tips: Sequence[str],
+    marks: Sequence[str],
+) -> None:  # fmt: skip
+    """Draw clients where their embeddings lie, both axes in one unit.
+
+    `tips` show under the pointer; `marks` are the colours of the names.
+    """
+    for name, colour, tip, mark in zip(clients, colours, tips, marks, strict=True):
+        x, y = clients[name]
         axes.plot(x, y, "o", color=colour, markersize=17, markeredgecolor=INK,
                   markeredgewidth=0.7, gid=f"{TIP}client {name}: {tip}")  # fmt: skip
         if len(name) <= LONGEST_MARK:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,7 +23,7 @@ from experiments.report.embeddings import (
     principal_axes,
     rank_correlation,
 )
-from experiments.report.figures import DARK_INK, PAPER, WHITE, draw_map, inline_svg
+from experiments.report.figures import DARK_INK, PAPER, WHITE, draw_links, draw_map, inline_svg
 from experiments.report.groups import Study
 from experiments.report.looks import family_looks
 from experiments.report.runs import Run, client_order
@@ -82,9 +81,12 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     places, shares = principal_axes(cosines)
     clients = dict(zip(names, places.tolist(), strict=True))
 
-    def drawn(colouring: str, **look: Any) -> str:
+    def drawn(
+        colouring: str, links: Mapping[tuple[str, str], float], **looks: Sequence[str]
+    ) -> str:
         def draw(axes: Axes) -> None:
-            draw_map(axes, clients, **look)
+            draw_links(axes, clients, links)
+            draw_map(axes, clients, **looks)
             axes.set_xlabel(f"component 1 ({100 * shares[0]:.0f} % of the variance)", color=MUTED)
             axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)", color=MUTED)
 
@@ -94,8 +96,8 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     families = [known.get(name, "unknown") for name in names]
     looks = family_looks(families)
     by_family = drawn(
-        "by architecture", colours=[looks[family].light for family in families], tips=families,
-        links={}, marks=[PAPER] * len(names),
+        "by architecture", {}, colours=[looks[family].light for family in families],
+        tips=families, marks=[PAPER] * len(names),
     )  # fmt: skip
     legend = {family: look.colour for family, look in looks.items()}
     findings = _of_families(cosines, np.array(families))
@@ -108,11 +110,11 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     said = [", ".join(f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in others)
             for i, others in enumerate(near)]  # fmt: skip
     pairs = {(min(i, j), max(i, j)) for i, others in enumerate(near) for j in others}
+    links = {(names[i], names[j]): float(overlaps[i, j]) for i, j in sorted(pairs)}
     by_labels = drawn(
-        "by label overlap", colours=[to_hex(colormaps["cividis"](share)) for share in order],
+        "by label overlap", {pair: weight for pair, weight in links.items() if weight > 0},
+        colours=[to_hex(colormaps["cividis"](share)) for share in order],
         tips=[f"labels overlap most with clients {others}" for others in said],
-        links={(names[i], names[j]): float(overlaps[i, j])
-               for i, j in sorted(pairs) if overlaps[i, j] > 0},
         marks=[DARK_INK if share > BRIGHT else WHITE for share in order],
     )  # fmt: skip
     return EmbeddingMap(title, by_family, legend, tuple(findings), by_labels)

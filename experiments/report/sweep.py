@@ -163,7 +163,7 @@ class Sweep:
             self._say(f"          {item.cell.name}  {said}")
 
     def _stop(self) -> None:
-        """End what still runs: asked first, so that every run says that it was interrupted."""
+        """End what still runs, gently first, so that every run says that it was interrupted."""
         for item in self._active:
             with contextlib.suppress(psutil.Error):
                 item.process.terminate()
