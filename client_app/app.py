@@ -73,7 +73,7 @@ def _worker(context: Context) -> Link | None:
     """
     config = RunConfig.parse(context.run_config)
     node = NodeConfig.parse(context.node_config)
-    section = node.client_section(config)
+    section = node.client_section(config.client)
     if node.warm_worker == "on" and not section.state_dir:
         raise ConfigError(
             "warm-worker = 'on' needs a state-dir: the worker keeps what belongs to this "

@@ -13,8 +13,7 @@ from client_app.models.instances import pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from common.config import NodeConfig, RunConfig
-from common.config.client import ClientSection
+from common.config import ClientSection, NodeConfig, RunConfig
 from common.errors import WireError
 from common.messages import (
     Evaluation,
@@ -46,7 +45,7 @@ class Participant:
         """
         config = RunConfig.parse(context.run_config)
         node = NodeConfig.parse(context.node_config)
-        section = node.client_section(config)
+        section = node.client_section(config.client)
         device = pick_device(section.device)
         data = load_client_data(
             section, partition_id=node.partition_id, seed=config.run.seed, device=device

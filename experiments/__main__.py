@@ -17,6 +17,7 @@ from experiments.console import make_console, say
 from experiments.deploy.certificates import add_certs_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.serve import add_serve_parser
+from experiments.keys import add_keys_parser
 from experiments.report.command import add_study_parsers
 from experiments.report.events import add_tensorboard_parser
 
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     command = commands.add_parser("list", help="list presets and studies")
     command.set_defaults(command=list_presets)
+    add_keys_parser(commands)
     command = commands.add_parser("show", help="tables and pictures of a run")
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
     command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")

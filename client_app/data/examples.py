@@ -27,7 +27,7 @@ from client_app.data.partitions import WHOLE, client_indices
 from client_app.data.published import DigitsSource, HubSource, find_local_files
 from client_app.data.source import Source
 from client_app.data.splits import Indices, split_train_test
-from common.config.client import ClientSection
+from common.config import ClientSection
 from common.errors import ConfigError, DataError, unknown_name
 from common.seeding import numpy_generator
 

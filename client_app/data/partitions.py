@@ -20,7 +20,7 @@ import numpy as np
 from client_app.data.cache import DecodedDataset, entry_lock
 from client_app.data.catalogue import CATALOGUE, OWN
 from client_app.data.splits import Indices, split_dirichlet, split_pathological, thin_out
-from common.config.client import ClientSection
+from common.config import ClientSection
 from common.errors import ConfigError, DataError, listing, unknown_name
 from common.files import replace_file
 from common.seeding import numpy_generator

@@ -19,7 +19,7 @@ from client_app.models.instances import Instance
 from client_app.training.evaluation import TEST_BATCH
 from client_app.training.loop import Loss, Trained, cross_entropy, logits_of
 from common.class_means import ClassMeans
-from common.config.baselines import BaselineSection
+from common.config import BaselineSection
 from common.messages import Evaluation
 from common.records import COUNTS, Arrays, Received
 

@@ -1,53 +1,139 @@
-"""The keys of a client that declares nothing itself, and of the way between it and the server."""
+"""What a client uses: by the run config, and as it declares itself; how arrays travel."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import model_validator
 
-from common.config.section import Section
+from common.config.section import Section, key
+
+SIMULATED = "engine inprocess"
+AS_RUN = "wins over the run config's"
 
 
 class ClientSection(Section):
-    """What a client that declared nothing itself uses: model, data, device.
+    """Model, data and device of a client; its node config wins over all of this."""
 
-    `models` is one name, or several separated by commas that are given to contiguous blocks of
-    clients. `theta_offset` "init" adds what is generated to the parameters that the model's own
-    code initialises, drawn from the run's seed (all clients of one architecture alike): BatchNorm's
-    gammas then start at 1. 0 for `classes_per_client` and `dirichlet_alpha` means the published
-    value of the data set. `num_partitions` is used where Flower's node config has none.
-    The last `absent_clients` of a simulation stay away (engine inprocess): their share of the data
-    is theirs, and they can join a later run as new clients.
-    `max_client_examples` caps what a client has, train and test together; 0: everything.
-    """
-
-    models: str = "cnn,vgg8,resnet10,resnet12,resnet18"
-    dataset: str = "digits"
-    data_dir: str = ""
-    cache_dir: str = ""
-    partition: str = "pathological"
-    num_partitions: int = Field(10, ge=1)
-    absent_clients: int = Field(0, ge=0)
-    classes_per_client: int = Field(0, ge=0)
-    dirichlet_alpha: float = Field(0.0, ge=0)
-    min_client_examples: int = Field(30, ge=1)
-    max_client_examples: int = Field(0, ge=0)
-    partition_options: str = "{}"
-    test_fraction: float = Field(0.25, gt=0, lt=1)
-    image_size: int = Field(32, ge=8)
-    device: str = "auto"
-    theta_offset: Literal["none", "init"] = "init"
-    client_threads: int = Field(1, ge=0)
-    state_dir: str = ""
+    models: str = key(
+        "cnn,vgg8,resnet10,resnet12,resnet18",
+        'contiguous blocks of clients, or one name, or "module:factory"',
+    )
+    dataset: str = key(
+        "digits",
+        "digits, cifar10, cifar100, tiny-imagenet, emnist, fashion-mnist, folder, or "
+        '"module:function"',
+    )
+    data_dir: str = key(
+        "", "local parquet files (hub format) or picture folder; empty: from the hub"
+    )
+    cache_dir: str = key("", "decoded data; empty: ~/.cache/mh-pfedhn")
+    partition: str = key(
+        "pathological", "pathological, dirichlet, none, or a flwr-datasets partitioner"
+    )
+    num_partitions: int = key(10, "where the node config has none", ge=1)
+    absent_clients: int = key(
+        0, "the last so many stay away, to join a later run", where=SIMULATED, ge=0
+    )
+    classes_per_client: int = key(
+        0, "0: the data set's published value", where='partition "pathological"', ge=0
+    )
+    dirichlet_alpha: float = key(
+        0.0, "0: the data set's published value", where='partition "dirichlet"', ge=0
+    )
+    min_client_examples: int = key(
+        30, "drawn again until everybody has more", where='partition "dirichlet"', ge=1
+    )
+    max_client_examples: int = key(
+        0, "cap on a client's examples, train and test together, labels in proportion; 0: all", ge=0
+    )
+    partition_options: str = key("{}", "JSON keywords", where="a flwr-datasets partitioner")
+    test_fraction: float = key(0.25, "of a client's examples, held back to test", gt=0, lt=1)
+    image_size: int = key(32, "pictures of another size are scaled", unit="pixels a side", ge=8)
+    device: str = key("auto", "auto, cpu, cuda:0")
+    theta_offset: Literal["none", "init"] = key(
+        "init",
+        '"init": what is generated is added to what the model\'s own code draws; "none": as '
+        "published",
+        where="MH-pFedHN",
+    )
+    client_threads: int = key(1, "torch CPU threads of one client; 0: torch's own choice", ge=0)
+    state_dir: str = key(
+        "", "where a client keeps its state; empty: in Flower's context, while the process lives"
+    )
 
 
 class WireSection(Section):
-    """How arrays travel. Down: theta; up: delta.
+    """How arrays travel. Down: theta; up: delta."""
 
-    `uplink_top_k` is the fraction of a delta's entries that go up, those of largest magnitude; the
-    client adds what it left out to the next round's delta (`client_app.store`). 1: all of them.
+    wire_precision: Literal["float32", "float16", "bfloat16"] = key(
+        "float32", "of arrays on the way; the 16-bit ones are half the bytes"
+    )
+    uplink_top_k: float = key(
+        1.0,
+        "fraction of a delta's entries that goes up, the largest; the rest waits for the next"
+        " round",
+        where="MH-pFedHN",
+        gt=0,
+        le=1,
+    )
+
+
+class NodeConfig(Section):
+    """What one participant declares (`--node-config`). It wins over the run config.
+
+    In simulation Flower sets `partition_id` and `num_partitions` alone. A deployed participant
+    sets `client_id` and whatever else it wants to decide itself.
     """
 
-    wire_precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    uplink_top_k: float = Field(1.0, gt=0, le=1)
+    client_id: str = key("", "a stable name of this participant, which owns its embedding")
+    partition_id: int = key(-1, "its part of the data, where there is a partition", ge=-1)
+    num_partitions: int = key(0, "parts of the data; 0: as the run config says", ge=0)
+    model: str = key("", 'a name or "module:factory"; empty: from the run config\'s models')
+    head_tag: str = key(
+        "",
+        "names those it wants to share heads with; the server sees a hash of it",
+        where='head-sharing "tag"',
+    )
+    dataset: str | None = key(None, AS_RUN)
+    data_dir: str | None = key(None, AS_RUN)
+    cache_dir: str | None = key(None, AS_RUN)
+    partition: str | None = key(None, AS_RUN)
+    classes_per_client: int | None = key(None, AS_RUN, ge=0)
+    dirichlet_alpha: float | None = key(None, AS_RUN, ge=0)
+    max_client_examples: int | None = key(None, AS_RUN, ge=0)
+    partition_options: str | None = key(None, AS_RUN)
+    test_fraction: float | None = key(None, AS_RUN, gt=0, lt=1)
+    image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8)
+    device: str | None = key(None, AS_RUN)
+    client_threads: int | None = key(None, AS_RUN, ge=0)
+    state_dir: str | None = key(None, AS_RUN)
+    warm_worker: Literal["auto", "on", "off"] = key(
+        "auto", "keep torch loaded between messages: auto (with a state-dir), on, off"
+    )
+
+    @classmethod
+    def parse(cls, flat: Mapping[str, Any]) -> Self:
+        """Build the node config; raise ConfigError on an unknown key or a bad value."""
+        return cls.checked(flat, "node config")
+
+    @model_validator(mode="after")
+    def _has_identity(self) -> Self:
+        if not self.client_id and self.partition_id < 0:
+            raise ValueError("set client-id (a stable name of this participant) or partition-id")
+        return self
+
+    @property
+    def identity(self) -> str:
+        """The stable client_id: declared, or the partition id where none is (simulation)."""
+        return self.client_id or str(self.partition_id)
+
+    def client_section(self, run: ClientSection) -> ClientSection:
+        """Merge with the run config's section: what the participant declared wins."""
+        own = self.model_dump(by_alias=True, exclude_none=True)
+        merged = {**run.flat(), **ClientSection.pick(own)}
+        merged["num-partitions"] = self.num_partitions or run.num_partitions
+        if self.model:
+            merged["models"] = self.model
+        return ClientSection.checked(merged, "node config")

@@ -16,8 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from rich.console import Console
 
-from common.config import NodeConfig, RunConfig
-from common.config.client import ClientSection
+from common.config import ClientSection, NodeConfig, RunConfig
 from common.errors import ConfigError, MHpFedHNError, ModelError, RunError
 from experiments.console import say
 from experiments.deploy.reach import UnreachableError, check_server
@@ -62,7 +61,7 @@ def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -
         Whether a server that cannot be reached is a failure. A SuperNode waits for its server, so
         it is not when joining.
     """
-    trial = Trial(settings, NodeConfig.parse(settings.node).client_section(RunConfig()))
+    trial = Trial(settings, NodeConfig.parse(settings.node).client_section(RunConfig().client))
     checks: dict[str, Check] = {
         "program": lambda _: check_program(),
         "state folder": lambda t: check_folder(t.settings.folder),

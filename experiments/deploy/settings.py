@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from common.config import NodeConfig, RunConfig
+from common.config.keys import to_toml
 from common.errors import ConfigError, unknown_name
 from common.files import PRIVATE, replace_file, state_folder
 from experiments.run.engines.home import flower_environment, own_modules
 from experiments.run.engines.processes import find_program
-from experiments.run.presets import to_toml
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
 OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities", "port")

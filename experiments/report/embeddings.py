@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from common.config.client import ClientSection
+from common.config import ClientSection
 from common.errors import DataError
 from common.files import replace_file
 from experiments.report.runs import Run

@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
-
 from common.config import RunConfig
-from common.config.section import Scalar, Section
+from common.config.section import Scalar, Section, key, require_known
 from common.errors import ConfigError, unknown_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,21 +23,22 @@ TABLES = ("description", "engine", "config")
 
 
 class EngineSection(Section):
-    """Where an experiment runs and what each client may use.
+    """Where an experiment runs and what each client may use."""
 
-    `workers` is how many clients compute at once; 0 means as many as the CPUs allow.
-    `batched_clients` of one architecture are trained in one batched call (engine inprocess only);
-    0 trains them one by one, which is faster on a CPU (measured: 2.3 times for the CNN).
-    `client_gpus` may be a fraction: it schedules clients, it does not
-    limit their memory.
-    """
-
-    name: Literal["ray", "inprocess"] = "ray"
-    num_clients: int = Field(10, ge=1)
-    client_cpus: int = Field(1, ge=1)
-    client_gpus: float = Field(0.0, ge=0)
-    workers: int = Field(0, ge=0)
-    batched_clients: int = Field(0, ge=0)
+    name: Literal["ray", "inprocess"] = key("ray", "where it runs: Flower's simulation, or here")
+    num_clients: int = key(10, "simulated clients; each has one partition", ge=1)
+    client_cpus: int = key(1, "of a client that computes", unit="CPUs", where="ray", ge=1)
+    client_gpus: float = key(
+        0.0, "schedules clients, does not limit their memory", unit="GPUs", where="ray", ge=0
+    )
+    workers: int = key(0, "clients that compute at once; 0: as many as the CPUs allow", ge=0)
+    batched_clients: int = key(
+        0,
+        "clients of one architecture that are trained in one batched call; 0: one by one, which is "
+        "faster on a CPU",
+        where="inprocess",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,12 @@ class Preset:
     @classmethod
     def _from_file(cls, path: Path) -> Self:
         tables = _read_toml(path)
-        for key in tables:
-            if key not in TABLES:
-                raise ConfigError(f"{path.name}: " + unknown_name("table", key, TABLES))
-        engine = parse_engine(_table(tables, "engine", path), where=f"{path.name} [engine]")
+        for name in tables:
+            if name not in TABLES:
+                raise ConfigError(f"{path.name}: " + unknown_name("table", name, TABLES))
+        engine = EngineSection.checked(
+            _table(tables, "engine", path), where=f"{path.name} [engine]"
+        )
         config = resolve_paths(_table(tables, "config", path), base=path.parent)
         blank = cls(path.stem, str(tables.get("description", "")), engine, RunConfig())
         try:
@@ -114,7 +115,7 @@ class Preset:
 
     def with_engine(self, overrides: Mapping[str, Any]) -> Self:
         """Return a copy with some engine keys replaced; raise ConfigError on a bad one."""
-        engine = parse_engine({**self.engine.flat(), **overrides}, where="engine")
+        engine = EngineSection.checked({**self.engine.flat(), **overrides}, where="engine")
         return replace(self, engine=engine).with_config({})
 
     def with_settings(self, assignments: Iterable[str]) -> Self:
@@ -128,9 +129,7 @@ class Preset:
         pairs = dict(parse_assignment(text) for text in assignments)
         engine_keys = EngineSection.key_names() - {"name"}
         known = RunConfig.key_names() | engine_keys
-        for key in pairs:
-            if key not in known:
-                raise ConfigError("--set: " + unknown_name("key", key, known))
+        require_known(pairs, known, "--set")
         engine = {k: v for k, v in pairs.items() if k in engine_keys}
         config = {k: v for k, v in pairs.items() if k not in engine_keys}
         return self.with_engine(engine).with_config(resolve_paths(config, base=Path.cwd()))
@@ -139,40 +138,6 @@ class Preset:
 def preset_names() -> list[str]:
     """Return the names of the presets that come with the project, sorted."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
-
-
-def parse_engine(flat: Mapping[str, Any], *, where: str) -> EngineSection:
-    """Build the engine section; raise ConfigError naming `where` and the key that is wrong."""
-    for key in flat:
-        if key not in EngineSection.key_names():
-            raise ConfigError(f"{where}: " + unknown_name("key", key, EngineSection.key_names()))
-    try:
-        return EngineSection.model_validate(dict(flat))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{where}: {first['loc'][0]} = {first['input']!r} cannot be used: {first['msg']}."
-        ) from error
-
-
-def to_toml(flat: Mapping[str, Scalar]) -> str:
-    """Write flat keys as TOML, in the form that `flwr run --run-config FILE.toml` reads.
-
-    >>> print(to_toml({"rounds": 3, "data-dir": "/data", "fused": True}), end="")
-    rounds = 3
-    data-dir = "/data"
-    fused = true
-    """
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flat.items())
-
-
-def _toml_value(value: Scalar) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if not isinstance(value, str):
-        return repr(value)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

@@ -53,9 +53,8 @@ def reference_clients(config: RunConfig, server_round: int, kept: dict[str, Clie
     """Give each reference client the batches that the system's client sees in this round."""
     for partition in range(6):
         client_id, seed = str(partition), config.run.seed
-        section = NodeConfig.parse({"partition-id": partition, "num-partitions": 6}).client_section(
-            config
-        )
+        node = NodeConfig.parse({"partition-id": partition, "num-partitions": 6})
+        section = node.client_section(config.client)
         data = load_client_data(
             section, partition_id=partition, seed=seed, device=torch.device("cpu")
         )

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.config import RunConfig
+from common.config.keys import to_toml
 from experiments.run.engines import processes
 from experiments.run.engines.superlink import SuperLink
-from experiments.run.presets import to_toml
 
 
 class Deployment(SuperLink):

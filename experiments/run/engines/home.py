@@ -15,8 +15,8 @@ import client_app
 import common
 import server_app
 from common.config import RunConfig
+from common.config.keys import to_toml
 from experiments.run.engines import processes
-from experiments.run.presets import to_toml
 
 PREFIX = "mhp-"
 APP = """\

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from common.config import RunConfig
+from common.config.keys import to_toml
 from common.errors import RunError
 from experiments.run.engines import processes
 from experiments.run.engines.home import (
@@ -25,7 +26,6 @@ from experiments.run.engines.home import (
     remove_abandoned_homes,
     stage_app,
 )
-from experiments.run.presets import to_toml
 
 CONNECTION = "mh-pfedhn"
 START_TIMEOUT_S = 120.0

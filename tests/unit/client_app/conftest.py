@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from client_app.data.examples import LOADED
-from common.config.client import ClientSection
+from common.config import ClientSection
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 
 

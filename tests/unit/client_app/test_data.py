@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from client_app.data.examples import ClientData, load_client_data, prepare_data
-from common.config.client import ClientSection
+from common.config import ClientSection
 from common.errors import ConfigError, DataError
 from tests.support.close import assert_close
 from tests.unit.client_app.pictures import REAL_DATA, REPOSITORY, random_pixels, write_parquet
@@ -99,7 +99,7 @@ def test_test_batches_keep_order_and_the_last_batch(section: ClientSection) -> N
 SCRIPT = """
 import json, sys, zlib, torch
 from client_app.data.examples import load_client_data
-from common.config.client import ClientSection
+from common.config import ClientSection
 client = load_client_data(
     ClientSection(**json.loads(sys.argv[1])), partition_id=3, seed=42, device=torch.device("cpu")
 )

@@ -20,7 +20,7 @@ from client_app.data.examples import (
     load_client_data,
     prepare_data,
 )
-from common.config.client import ClientSection
+from common.config import ClientSection
 from common.errors import DataError
 from tests.unit.client_app.pictures import random_pixels, write_parquet
 

@@ -7,8 +7,9 @@ import pytest
 from flwr.common.config import parse_config_args
 
 from common.config import RunConfig
+from common.config.keys import to_toml
 from common.errors import ConfigError
-from experiments.run.presets import Preset, preset_names, to_toml
+from experiments.run.presets import Preset, preset_names
 
 
 def write(folder: Path, text: str) -> str:

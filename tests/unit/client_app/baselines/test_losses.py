@@ -10,7 +10,7 @@ from torch import Tensor
 from client_app.methods.features import Tap
 from client_app.methods.fedavg import mutual_loss
 from client_app.methods.prototypes import fd_loss, nearest_class, prototype_loss
-from common.config.baselines import BaselineSection
+from common.config import BaselineSection
 
 pytestmark = pytest.mark.numeric
 

@@ -1,21 +1,110 @@
-"""Settings of different sections that do not go together."""
+"""The run config: flat kebab-case keys and scalars, as Flower has them, parsed once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Self
 
+from pydantic import BaseModel, ConfigDict
+
+from common.config.client import ClientSection, WireSection
+from common.config.hypernet import BY_SIZE, HypernetSection, UpdateSection
+from common.config.run import RunSection, ScheduleSection
+from common.config.section import Scalar, Section, require_known
+from common.config.training import BaselineSection, DistillSection, TrainingSection
 from common.errors import ConfigError
+from common.methods import METHODS
 
-if TYPE_CHECKING:
-    from common.config import RunConfig
-
+TITLES = {
+    "run": "what to run",
+    "schedule": "who trains when",
+    "hypernet": "hypernetwork",
+    "update": "server update",
+    "training": "local training (SGD)",
+    "distill": "MH-pFedHNGD",
+    "baseline": "baselines (docs/baselines.md)",
+    "client": "clients that declare nothing themselves (a node config wins over all of this)",
+    "wire": "on the wire",
+}
 ADAM = "server-rule=adam server-lr=0.003 embedding-lr=0.01 embedding-std=0.3 head-init=torch"
 """Adam with rates that learn in tens of rounds, theta-offset left out."""
 FAR = 500
 """Steps of Adam over one standard deviation of the embeddings that are too many for a run."""
 
 
-def check_together(config: RunConfig) -> None:
+class RunConfig(BaseModel):
+    """The whole run config, one section per concern; `RunConfig()` has the defaults."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: RunSection = RunSection()
+    schedule: ScheduleSection = ScheduleSection()
+    hypernet: HypernetSection = HypernetSection()
+    update: UpdateSection = UpdateSection()
+    training: TrainingSection = TrainingSection()
+    distill: DistillSection = DistillSection()
+    baseline: BaselineSection = BaselineSection()
+    client: ClientSection = ClientSection()
+    wire: WireSection = WireSection()
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """Return the sections' classes by name, in their order."""
+        return {name: type(field.default) for name, field in cls.model_fields.items()}
+
+    @property
+    def distils(self) -> bool:
+        """Whether the run has a global model (MH-pFedHNGD)."""
+        return self.run.method == "mh-pfedhn-gd"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the method is not this project's own."""
+        return METHODS[self.run.method].is_baseline
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a registration that every client must fill in, beside its sizes."""
+        by_tag = self.hypernet.head_sharing == "tag" and not self.is_baseline
+        return METHODS[self.run.method].needs + (("group",) if by_tag else ())
+
+    @classmethod
+    @cache
+    def key_names(cls) -> frozenset[str]:
+        """Return every key of the run config."""
+        return frozenset().union(*(s.key_names() for s in cls.sections().values()))
+
+    @classmethod
+    def parse(cls, flat: Mapping[str, Any]) -> Self:
+        """Build the config from flat kebab-case keys; keys left out keep their default.
+
+        Raises
+        ------
+        ConfigError
+            A key is unknown (the nearest one is named), a value is out of range, or values do not
+            go together.
+        """
+        where = "run config"
+        require_known(flat, cls.key_names(), where)
+        parts = {name: s.checked(s.pick(flat), where) for name, s in cls.sections().items()}
+        config = cls.model_validate(parts)
+        _check_together(config)
+        return config
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return all keys and values, as Flower's run config wants them."""
+        merged: dict[str, Scalar] = {}
+        for name in self.sections():
+            merged |= getattr(self, name).flat()
+        return merged
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
+        """Return a copy with some keys replaced, validated like the whole."""
+        return self.parse({**self.flat(), **overrides})
+
+
+def _check_together(config: RunConfig) -> None:
     """Raise ConfigError when keys of different sections do not go together."""
     spread = config.hypernet.embedding_std
     if config.update.server_rule == "least-squares" and spread < 0.1:
@@ -66,6 +155,12 @@ def _check_patience(config: RunConfig) -> None:
 
 def _check_rates(config: RunConfig) -> None:
     u = config.update
+    for key, gain in (("shared-momentum", u.shared_momentum), ("personal-gain", u.personal_gain)):
+        if gain < 0 and gain != BY_SIZE:
+            raise ConfigError(
+                f"run config: {key} = {gain} cannot be used: set 0 or more, or -1 for what fits "
+                "the size of a head group."
+            )
     if u.server_rule == "adam" and not u.server_lr:
         raise ConfigError(
             "run config: server-lr = 0 with server-rule = 'adam': no head would ever learn. "
