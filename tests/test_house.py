@@ -22,7 +22,7 @@ from tests.support.house import (
 )
 from tests.support.tiny import Handler, Wrapped, run_tiny, tiny_config
 
-MOST_LINES = 331
+MOST_LINES = 300
 MOST_SERVER_FILES = 28
 MOST_STOREYS = 7
 MOST_FILES_OF_A_ROUND = 40
@@ -38,7 +38,7 @@ def test_no_file_is_too_long() -> None:
     assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
-@pytest.mark.parametrize("package", ["server_app", "experiments"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_imports_run_in_circles(package: str) -> None:
     tallest(import_graph(package))
 

@@ -1,6 +1,5 @@
 """Bad input gets a clear error and loses nothing: the run goes on with whoever is left."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,21 +7,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message
-from safetensors.torch import load_file
 
-from common.config import RunConfig
 from common.errors import ConfigError, MHpFedHNError, RunError
 from tests.integration.conftest import Lines
+from tests.support.outputs import rows, summary, tensors
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
 BAD = 2
 """partition-id, and so client_id, of the client that misbehaves."""
-
-
-def read_run(config: RunConfig) -> tuple[dict, list[dict]]:
-    folder = Path(config.run.output_dir)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads((folder / "summary.json").read_text()), [json.loads(x) for x in lines]
 
 
 def spoiling(action: str, damage: Callable[[Message], None]) -> Wrapped:
@@ -94,9 +86,8 @@ def test_a_bad_reply_is_rejected_and_the_others_go_on(
     )
     run_tiny(config, app=spoiling("train.personal", damage))
     assert logged.find(SOURCE)[0].startswith(SOURCE + message)
-    summary, rows = read_run(config)
-    assert summary["status"] == "completed"
-    assert [(r["num_accepted"], r["num_failed"]) for r in rows] == [(5, 1), (5, 1)]
+    assert summary(config)["status"] == "completed"
+    assert [(r["num_accepted"], r["num_failed"]) for r in rows(config)] == [(5, 1), (5, 1)]
 
 
 GARBAGE = {
@@ -143,9 +134,8 @@ def test_nothing_of_a_bad_reply_enters_the_hypernetwork(
         config = tiny_config(tmp_path / name, max_in_flight=0, buffer_size=0, **settings)
         config = config.with_overrides({"cache-dir": str(tmp_path / "cache")})
         run_tiny(config, app=app)
-        assert [row["num_accepted"] for row in read_run(config)[1]] == [5, 5], name
-        path = next(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors"))
-        found[name] = load_file(path)
+        assert [row["num_accepted"] for row in rows(config)] == [5, 5], name
+        found[name] = tensors(config)
     for kind in garbage:
         for name, tensor in found[kind].items():
             assert torch.equal(tensor, found["silent"][name]), (kind, name)
@@ -158,7 +148,7 @@ def test_a_wrong_protocol_version_is_not_admitted(tmp_path: Path, logged: Lines)
     assert "protocol version 0; expected 2. Install the same mh-pfedhn release" in "".join(
         logged.find("Rejected: query.register")
     )
-    assert read_run(config)[0]["num_clients"] == 5
+    assert summary(config)["num_clients"] == 5
 
 
 def test_a_client_over_the_cap_is_not_admitted(tmp_path: Path, logged: Lines) -> None:
@@ -168,7 +158,7 @@ def test_a_client_over_the_cap_is_not_admitted(tmp_path: Path, logged: Lines) ->
         "declares 424 parameters; at most 200 are accepted. Use a smaller model, or raise "
         "max-parameters on the server (heads take 129 floats for each parameter)."
     )
-    assert read_run(config)[0]["num_clients"] == 4
+    assert summary(config)["num_clients"] == 4
 
 
 def test_two_nodes_with_one_identity(tmp_path: Path, logged: Lines) -> None:
@@ -179,7 +169,7 @@ def test_two_nodes_with_one_identity(tmp_path: Path, logged: Lines) -> None:
     config = tiny_config(tmp_path)
     run_tiny(config, node_configs=nodes)
     assert "claims a client-id that node 3 holds" in logged.find("Refused: client twin")[0]
-    assert read_run(config)[0]["num_clients"] == 5
+    assert summary(config)["num_clients"] == 5
 
 
 def test_a_client_that_raises_in_training(tmp_path: Path, logged: Lines) -> None:
@@ -187,9 +177,8 @@ def test_a_client_that_raises_in_training(tmp_path: Path, logged: Lines) -> None
     run_tiny(config)
     line = logged.find("Rejected: train.personal reply of client 2 in round 1")[0]
     assert line.endswith("error 2: RuntimeError: this model cannot run")
-    summary, rows = read_run(config)
-    assert summary["status"] == "completed"
-    assert rows[-1]["num_accepted"] == 4
+    assert summary(config)["status"] == "completed"
+    assert rows(config)[-1]["num_accepted"] == 4
 
 
 @pytest.mark.parametrize(
@@ -249,4 +238,4 @@ def test_a_global_model_of_no_or_absurd_size_is_not_admitted(
     config = tiny_config(tmp_path, method="mh-pfedhn-gd", rounds=1)
     run_tiny(config, app=spoiling("query.register", setting("num-global-parameters", count)))
     assert logged.find(line)
-    assert read_run(config)[0]["num_clients"] == 5
+    assert summary(config)["num_clients"] == 5

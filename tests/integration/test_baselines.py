@@ -1,7 +1,5 @@
 """Every baseline through the real ServerApp and ClientApp, in one process."""
 
-import csv
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from common.errors import RunError
 from common.seeding import stream_seed, torch_generator
 from experiments.run.engines.inprocess import InProcessGrid
 from tests.integration.conftest import Lines
+from tests.support.outputs import assert_same_run, client_rows, rows, summary, tensors
 from tests.support.tiny import HERE, MIXED, Handler, Small, Wrapped, run_tiny, tiny_config
 
 SMALL = f"{HERE}:small"  # 172 parameters: features of 8, a head of 36; four classes
@@ -31,21 +30,10 @@ def config_for(folder: Path, method: str, **overrides: Any) -> RunConfig:
     settings: dict[str, Any] = {
         "global_model": SMALL,
         "pfedhn_batches": 4,
-        "message_timeout_s": 300.0,
     }
     if method in ONE_FAMILY:
         settings["models"] = SMALL
     return tiny_config(folder, method=method, **(settings | overrides))
-
-
-def rows(config: RunConfig) -> list[dict]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds")} for x in lines]
-
-
-def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    folders = sorted((Path(config.run.output_dir) / "checkpoint").iterdir())
-    return load_file(folders[-1] / "tensors.safetensors")
 
 
 def recorded(kept: dict[str, list], action: str) -> Wrapped:
@@ -100,9 +88,9 @@ def test_baseline_learns_and_counts_its_bytes(
     assert [row["bytes_up"] for row in found] == [6 * size(up)] * 4
     expected = [6 * (size(first_down) + size(down))] + [6 * 2 * size(down)] * 3
     assert [row["bytes_down"] for row in found] == expected  # to train, and to evaluate
-    summary = json.loads((Path(config.run.output_dir) / "summary.json").read_text())
-    assert (summary["status"], summary["method"]) == ("completed", method)
-    assert summary["schedule"]["max_in_flight"] == (1 if method == "pfedhn" else 0)
+    found = summary(config)
+    assert (found["status"], found["method"]) == ("completed", method)
+    assert found["schedule"]["max_in_flight"] == (1 if method == "pfedhn" else 0)
 
 
 @pytest.mark.parametrize("method", ["fd", "fml"])
@@ -174,8 +162,7 @@ def test_a_group_evaluates_one_model_and_groups_have_their_own(tmp_path: Path) -
     }  # fmt: skip
     for first in (0, 2, 4):
         np.testing.assert_array_equal(theta[first], theta[first + 1])
-    with (Path(config.run.output_dir) / "clients.csv").open() as file:
-        tags = [row["group"] for row in csv.DictReader(file)]
+    tags = [row["group"] for row in client_rows(config)]
     assert tags[0] == tags[1] != tags[2] == tags[3] != tags[4] == tags[5]
 
 
@@ -213,8 +200,7 @@ def test_prototypes_report_the_head_too_and_send_own_classes_alone(tmp_path: Pat
     run_tiny(config, app=recorded(kept, "train.personal"))
     assert {sent["means"].size for _, _, sent in kept["all"]} == {2 * 8}
     assert "accuracy_micro_head" in rows(config)[-1]
-    with (Path(config.run.output_dir) / "clients.csv").open() as file:
-        assert "accuracy_head" in next(csv.DictReader(file))
+    assert "accuracy_head" in client_rows(config)[0]
 
 
 def test_lg_fedavg_shares_the_head_and_nothing_but_the_head(tmp_path: Path) -> None:
@@ -306,11 +292,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, method: str) -> None:
     run_tiny(short, num_clients=2)
     rest = short.with_overrides({"rounds": 2, "resume-from": short.run.output_dir})
     run_tiny(rest, num_clients=2)
-    assert rows(rest) == rows(whole)
-    first, second = tensors(rest), tensors(whole)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert_same_run(rest, whole)
 
 
 def test_resume_without_state_dir_says_what_is_lost(tmp_path: Path, logged: Lines) -> None:
@@ -325,9 +307,7 @@ def test_threads_do_not_change_a_run(tmp_path: Path) -> None:
     first, second = (config_for(tmp_path / x, "fml", models=MIXED, rounds=2) for x in "ab")
     run_tiny(first)
     run_tiny(second, workers=3)
-    assert rows(first) == rows(second)
-    for name, x in tensors(first).items():
-        assert torch.equal(x, tensors(second)[name]), name
+    assert_same_run(first, second)
 
 
 def test_batched_engine_trains_baselines_one_by_one(tmp_path: Path) -> None:

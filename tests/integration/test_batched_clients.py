@@ -1,6 +1,5 @@
 """The in-process engine with clients trained in one batched call: the same federation."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from common.config import RunConfig
 from experiments.run.engines import together
 from experiments.run.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
 from server_app.app import app as server_app
+from tests.support.outputs import rows
 from tests.support.tiny import HERE, tiny_config
 
 
@@ -21,8 +21,7 @@ def run(config: RunConfig, batched_clients: int) -> list[dict]:
         server_app(grid, Context(1, 1, {}, RecordDict(), dict(config.flat())))
     finally:
         grid.close()
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return rows(config)
 
 
 @pytest.fixture
@@ -52,7 +51,6 @@ def test_batched_clients_give_the_same_rounds(
         "buffer_size": 0,
         "evaluation": evaluation,
         "theta_offset": offset,
-        "message_timeout_s": 600.0,
     }
     alone = run(tiny_config(tmp_path / "a", **settings), 0)
     assert sizes == []
@@ -79,7 +77,6 @@ def test_dropout_and_distillation(
         "models": f"{HERE}:normed,{HERE}:small",
         "max_in_flight": 0,
         "buffer_size": 0,
-        "message_timeout_s": 600.0,
         "method": method,
         "gd_mode": gd_mode,
     }

@@ -1,33 +1,14 @@
 """The real ServerApp and ClientApp in one process."""
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import Context, Message
 from safetensors.torch import load_file
 
-from common.config import RunConfig
+from tests.support.outputs import assert_same_run, client_rows, rows, summary
 from tests.support.tiny import Handler, Wrapped, normed, run_tiny, tiny_config
-
-UNTIMED = "seconds"
-
-
-def rows(config: RunConfig) -> list[dict]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(UNTIMED)} for line in lines
-    ]
-
-
-def final_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    return load_file(next(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors")))
-
-
-def summary(config: RunConfig) -> dict:
-    return json.loads((Path(config.run.output_dir) / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("method", ["mh-pfedhn", "mh-pfedhn-gd"])
@@ -69,13 +50,12 @@ def test_run_folder_holds_what_design_promises(tmp_path: Path) -> None:
         *("test_loss", "train_loss", "bytes_up", "bytes_down"),
         *("seconds_round", "seconds_server", "seconds_clients"),
     }
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        assert required <= json.loads(line).keys()
+    for row in rows(config, timed=True):
+        assert required <= row.keys()
     required = {"method", "model_families", "num_clients", "rounds", "seed", "schedule", "best"}
     required |= {"last", "bytes_up", "bytes_down", "seconds", "status"}
     assert required <= summary(config).keys()
-    with (folder / "clients.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = client_rows(config)
     assert [row["client_id"] for row in table] == [str(i) for i in range(6)]
     correct, total = (sum(int(row[k]) for row in table) for k in ("correct", "num_test"))
     assert correct / total == pytest.approx(rows(config)[-1]["accuracy_micro"])
@@ -106,11 +86,7 @@ def test_two_runs_are_bitwise_equal(tmp_path: Path, schedule: dict, method: str)
     second = tiny_config(tmp_path / "b", method=method, **schedule)
     run_tiny(first)
     run_tiny(second, workers=1 if schedule["max_in_flight"] == 1 else 3)
-    assert rows(first) == rows(second)
-    a, b = final_tensors(first), final_tensors(second)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+    assert_same_run(first, second)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
@@ -148,8 +124,7 @@ def test_personal_model_is_a_plain_torch_checkpoint(tmp_path: Path) -> None:
     model = normed(in_channels=1, num_classes=4)
     model.load_state_dict(load_file(folder / "personal_model.safetensors"))
     assert int(model.norm.num_batches_tracked) > 0
-    with (Path(config.run.output_dir) / "clients.csv").open() as file:
-        row = next(r for r in csv.DictReader(file) if r["client_id"] == "3")
+    row = client_rows(config)[3]
     assert described["test_accuracy"] == pytest.approx(float(row["accuracy"]))
     assert described["model"] == "tests.support.tiny:normed"
 

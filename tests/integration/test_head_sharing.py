@@ -1,7 +1,5 @@
 """Whole runs under each criterion of head sharing; resumed, they are the same."""
 
-import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -10,22 +8,15 @@ from flwr.app import Context, Message
 from common.config import RunConfig
 from experiments.run.engines.inprocess import simulated_nodes
 from tests.integration.conftest import Lines
+from tests.support.outputs import client_rows, rows
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
 LEAST_SQUARES = {"server_rule": "least-squares", "embedding_std": 1.0}
 AT_REST = {**LEAST_SQUARES, "server_lr": 0.0, "embedding_lr": 0.0}
 
 
-def rows(config: RunConfig) -> list[dict]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines
-    ]
-
-
 def head_groups(config: RunConfig) -> list[str]:
-    with (Path(config.run.output_dir) / "clients.csv").open() as file:
-        return [row["head_group"] for row in csv.DictReader(file)]
+    return [row["head_group"] for row in client_rows(config)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from experiments.run.engines.inprocess import simulated_nodes
 from server_app.clients import fingerprint
 from tests.integration.conftest import Lines
 from tests.support.attendance import attended_by
+from tests.support.outputs import checkpoints, rows
 from tests.support.tiny import run_tiny, tiny_config
 
 EVERYBODY = range(6)
@@ -39,7 +40,6 @@ def config_at(folder: Path, **overrides: object) -> RunConfig:
         "keep_checkpoints": 20,
         "max_in_flight": 0,
         "buffer_size": 0,
-        "message_timeout_s": 300.0,
         **overrides,
     }
     return tiny_config(folder, **settings)
@@ -51,16 +51,15 @@ def resumed(config: RunConfig, **overrides: object) -> RunConfig:
 
 
 def tensors_after(config: RunConfig, server_round: int) -> dict[str, torch.Tensor]:
-    for path in (Path(config.run.output_dir) / "checkpoint").iterdir():
-        rows = json.loads((path / "meta.json").read_text())["rows"]
-        if rows[-1]["round"] == server_round:
+    for path in checkpoints(config):
+        done = json.loads((path / "meta.json").read_text())["rows"]
+        if done[-1]["round"] == server_round:
             return load_file(path / "tensors.safetensors")
     raise AssertionError(f"no checkpoint of round {server_round}")
 
 
 def accepted(config: RunConfig) -> list[int]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [int(json.loads(line)["num_accepted"]) for line in lines]
+    return [row["num_accepted"] for row in rows(config)]
 
 
 def test_a_site_that_stays_away_for_five_rounds_keeps_its_embedding(

@@ -1,17 +1,15 @@
 """New clients join a running federation, or a finished one whose trunk and heads are frozen."""
 
-import csv
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from experiments.run.engines.inprocess import simulated_nodes
 from tests.support.attendance import attended_by
+from tests.support.outputs import client_rows, rows, tensors
 from tests.support.tiny import run_tiny, tiny_config
 
 
@@ -24,7 +22,6 @@ def config_at(folder: Path, **overrides: object) -> RunConfig:
         "embedding_lr": 0.03,
         "distill_alpha": 0.05,
         "state_dir": str(folder / "state"),
-        "message_timeout_s": 300.0,
         **overrides,
     }
     return tiny_config(folder, **settings)
@@ -41,24 +38,13 @@ def novel(config: RunConfig, folder: Path, rounds: int) -> RunConfig:
     )
 
 
-def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    newest = max((Path(config.run.output_dir) / "checkpoint").iterdir())
-    return load_file(newest / "tensors.safetensors")
-
-
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     """Names of the parameters of the first checkpoint that are not bitwise the same."""
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 def accuracies(config: RunConfig) -> dict[str, float]:
-    with (Path(config.run.output_dir) / "clients.csv").open() as file:
-        return {row["client_id"]: float(row["accuracy"]) for row in csv.DictReader(file)}
-
-
-def last_row(config: RunConfig) -> dict[str, float]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1])
+    return {row["client_id"]: float(row["accuracy"]) for row in client_rows(config)}
 
 
 @pytest.mark.parametrize("method", ["mh-pfedhn", "mh-pfedhn-gd"])
@@ -72,7 +58,7 @@ def test_only_embeddings_of_new_clients_learn(tmp_path: Path, method: str) -> No
     assert moved(before, after) == set()  # neither a parameter nor its optimiser state
     new = {name for name in after if name not in before and not name.startswith("adam.")}
     assert new == {"embeddings.1", "embeddings.3", "embeddings.5"}
-    assert last_row(config)["num_accepted"] == 3
+    assert rows(config)[-1]["num_accepted"] == 3
     found = accuracies(config)
     assert found.keys() == {str(i) for i in range(6)}  # everybody is evaluated
     assert sum(found[i] for i in "135") / 3 > 0.8
@@ -109,8 +95,7 @@ def test_a_client_joins_a_running_federation(tmp_path: Path) -> None:
     config = config_at(tmp_path, rounds=4, checkpoint_every=1)
     plan = attended_by(lambda server_round: range(5 if server_round <= 2 else 6))
     run_tiny(config, grid_type=plan)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["num_accepted"] for line in lines] == [5, 5, 6, 6]
+    assert [row["num_accepted"] for row in rows(config)] == [5, 5, 6, 6]
     assert tensors(config)["adam.step.embeddings.5"].item() == 2
 
 

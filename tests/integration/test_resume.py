@@ -11,13 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import Context, Message
-from safetensors.torch import load_file
 
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError, RunError
 from tests.integration.conftest import Lines
+from tests.support.outputs import assert_same_run, checkpoints, rows
 from tests.support.tiny import Handler, Wrapped, run_tiny, tiny_config
 
 METHODS = pytest.mark.parametrize(
@@ -36,7 +35,6 @@ def config_at(folder: Path, **overrides: object) -> RunConfig:
         "checkpoint_every": 2,
         "keep_checkpoints": 9,
         "state_dir": str(folder / "state"),
-        "message_timeout_s": 300.0,
         **overrides,
     }
     return tiny_config(folder, **settings)
@@ -45,29 +43,6 @@ def config_at(folder: Path, **overrides: object) -> RunConfig:
 def in_place(config: RunConfig) -> RunConfig:
     """The same run, going on where its newest checkpoint is."""
     return config.with_overrides({"resume-from": config.run.output_dir})
-
-
-def rows(config: RunConfig) -> list[dict]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines
-    ]
-
-
-def checkpoints(config: RunConfig) -> list[Path]:
-    return sorted((Path(config.run.output_dir) / "checkpoint").iterdir())
-
-
-def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints(config)[-1] / "tensors.safetensors")
-
-
-def require_same_run(a: RunConfig, b: RunConfig) -> None:
-    assert rows(a) == rows(b)
-    first, second = tensors(a), tensors(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def stopping(server_round: int, stop: object) -> Wrapped:
@@ -99,7 +74,7 @@ def test_resumed_in_place_equals_uninterrupted(
     assert [row["round"] for row in rows(broken)] == [1, 2, 3]
     assert len(checkpoints(broken)) == 1  # after round 2: round 3 and the started one are repeated
     run_tiny(in_place(broken))
-    require_same_run(whole, broken)
+    assert_same_run(whole, broken)
 
 
 @pytest.mark.parametrize("rates", [0.0, 0.003], ids=["at rest", "learning"])
@@ -111,7 +86,7 @@ def test_how_often_checkpoints_are_written_changes_no_bit(tmp_path: Path, rates:
     for config in (often, rarely):
         run_tiny(config)
     assert len(checkpoints(often)) > len(checkpoints(rarely))
-    require_same_run(often, rarely)
+    assert_same_run(often, rarely)
 
 
 def test_resumed_into_another_folder_equals_uninterrupted(tmp_path: Path) -> None:
@@ -126,7 +101,7 @@ def test_resumed_into_another_folder_equals_uninterrupted(tmp_path: Path) -> Non
         }
     )
     run_tiny(rest)
-    require_same_run(whole, rest)
+    assert_same_run(whole, rest)
     assert len(rows(short)) == 2
 
 
@@ -143,7 +118,7 @@ def test_a_checkpoint_cut_short_costs_the_rounds_since_the_one_before(
     passed_over = [m for m in caplog.messages if "is damaged: tensors.safetensors" in m]
     assert len(passed_over) == 2
     assert logged.find("Resumed after round 2")
-    require_same_run(whole, broken)
+    assert_same_run(whole, broken)
 
 
 def test_nothing_but_damaged_checkpoints_is_a_clear_error(tmp_path: Path) -> None:
@@ -175,7 +150,7 @@ def test_kill_9_of_the_server_costs_the_rounds_since_the_checkpoint(tmp_path: Pa
     assert [row["round"] for row in rows(killed)] == [1, 2, 3]
     run_tiny(in_place(killed))
     run_tiny(whole)
-    require_same_run(whole, killed)
+    assert_same_run(whole, killed)
 
 
 @contextmanager

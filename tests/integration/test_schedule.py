@@ -1,6 +1,5 @@
 """The schedule over a real grid with real clients: slots, buffers, staleness, late replies."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from common.config import RunConfig
 from common.messages import TRAIN
 from experiments.run.engines.inprocess import InProcessGrid
+from tests.support.outputs import rows
 from tests.support.tiny import run_tiny, tiny_config
 
 SLOW = 2
@@ -59,11 +58,6 @@ class Watched(InProcessGrid):
 
 class Holding(Watched):
     holds = True
-
-
-def rows(config: RunConfig) -> list[dict]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A run whose deltas are shortened on their way up."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +10,8 @@ from flwr.app import Array, Context, Message
 from common.config import RunConfig
 from common.errors import ConfigError
 from tests.integration.conftest import Lines
+from tests.support.outputs import rows
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
-
-
-def rows(config: RunConfig) -> list[dict]:
-    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines
-    ]
 
 
 def test_a_tenth_goes_up_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
@@ -26,7 +19,6 @@ def test_a_tenth_goes_up_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
     settings = {
         "method": "mh-pfedhn-gd", "models": f"{HERE}:small,{HERE}:wide", "num_partitions": 2,
         "rounds": 3, "checkpoint_every": 1, "keep_checkpoints": 9, "wire_precision": "bfloat16",
-        "message_timeout_s": 300.0,
     }  # fmt: skip
     dense = tiny_config(tmp_path / "dense", **{**settings, "rounds": 1})
     run_tiny(dense, num_clients=2)

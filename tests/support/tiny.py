@@ -121,7 +121,7 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
         "server-lr": 0.003,
         "embedding-lr": 0.003,
         "learning-rate": 0.05,
-        "message-timeout-s": 30.0,
+        "message-timeout-s": 300.0,
         "wait-for-clients-s": 0.0,
     }
     settings |= {key.replace("_", "-"): value for key, value in overrides.items()}
