@@ -149,6 +149,8 @@ def heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+# the signal may come between the opening of a file and the block that closes it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_keeps_what_was_learned(
