@@ -15,7 +15,7 @@ from client_app.data.examples import ClientData, load_client_data, prepare_data
 from common.config import ClientSection
 from common.errors import ConfigError, DataError
 from tests.support.close import assert_close
-from tests.unit.client_app.pictures import REAL_DATA, REPOSITORY, random_pixels, write_parquet
+from tests.unit.client_app.pictures import REPOSITORY, random_pixels, write_parquet
 
 CPU = torch.device("cpu")
 
@@ -122,10 +122,6 @@ def test_processes_that_start_together_get_the_same_data(section: ClientSection)
     assert len(list(Path(section.cache_dir).glob("cifar10-*/images.npy"))) == 1
 
 
-def test_seed_changes_the_partition(section: ClientSection) -> None:
-    assert not torch.equal(_load(section, 3).train_images, _load(section, 3, 43).train_images)
-
-
 def test_a_participant_with_its_own_data_has_all_of_it(section: ClientSection) -> None:
     whole = _load(_with(section, partition="none"), partition_id=-1)
     assert whole.num_train + whole.num_test == 300
@@ -168,7 +164,8 @@ def test_library_partition_end_to_end(section: ClientSection) -> None:
         (
             {"partition": "dirichlet", "min_client_examples": 48},
             DataError,
-            "none of 10000 draws with alpha 0.1 gave each of 6 clients more than 48",
+            r"none of 10000 draws with alpha 0.1 gave each of 6 clients more than 48 examples; "
+            r"in the best one the smallest client had \d+\. Use a larger dirichlet-alpha",
         ),
         ({"partition": "iid", "partition_options": '{"a": 1}'}, ConfigError, "unexpected keyword"),
     ],
@@ -218,14 +215,3 @@ def test_digits_for_the_quickstart(tmp_path: Path) -> None:
     assert all(client.train_images.shape[1:] == (1, 32, 32) for client in clients)
     classes = [len(c.train_labels.unique()) for c in clients]
     assert classes == [2] * 10
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no ../shared/data beside the repository")
-def test_real_cifar100_as_published(tmp_path: Path) -> None:
-    section = ClientSection(
-        dataset="cifar100", data_dir=str(REAL_DATA), cache_dir=str(tmp_path), num_partitions=50
-    )
-    clients = [_load(section, i) for i in range(50)]
-    assert all(len(c.train_labels.unique()) == 10 for c in clients)
-    assert sum(c.num_train + c.num_test for c in clients) > 49_000

@@ -63,11 +63,6 @@ def test_splits_are_deterministic_and_depend_on_the_seed() -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_pathological_refuses_more_classes_than_there_are() -> None:
-    with pytest.raises(ConfigError, match="classes-per-client = 11, but the data has 10 classes"):
-        _pathological(classes=11)
-
-
 def test_dirichlet_uses_every_example_and_respects_the_minimum() -> None:
     parts = split_dirichlet(BALANCED, num_clients=8, alpha=0.5, min_examples=30, rng=_rng())
     assert sorted(np.concatenate(parts).tolist()) == list(range(1000))
@@ -79,21 +74,6 @@ def test_dirichlet_with_a_small_alpha_concentrates_classes() -> None:
     parts = split_dirichlet(labels, num_clients=20, alpha=0.01, min_examples=30, rng=_rng())
     largest = [np.bincount(labels[part], minlength=100).max() / 50 for part in parts]
     assert np.mean(largest) > 0.95
-
-
-def test_dirichlet_that_practically_never_ends_is_bounded() -> None:
-    labels = np.repeat(np.arange(10), 5000)
-    with pytest.raises(
-        DataError,
-        match=r"none of 10000 draws with alpha 0.1 gave each of 200 clients more than 30 examples; "
-        r"in the best one the smallest client had \d+\. Use a larger dirichlet-alpha",
-    ):
-        split_dirichlet(labels, num_clients=200, alpha=0.1, min_examples=30, rng=_rng())
-
-
-def test_dirichlet_with_more_clients_than_the_data_allows() -> None:
-    with pytest.raises(DataError, match="40 clients with more than 30 examples each need 1240"):
-        split_dirichlet(BALANCED, num_clients=40, alpha=1.0, min_examples=30, rng=_rng())
 
 
 # a cap on a client's examples
@@ -144,12 +124,6 @@ def test_a_rare_class_is_tested_when_it_has_one_to_spare(seed: int) -> None:
     assert len(test) == 13
     assert sorted([*train, *test]) == list(range(53))
     assert 1 in labels[test]
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_examples_to_split(count: int) -> None:
-    with pytest.raises(DataError, match=rf"{count} example\(s\) cannot be split into train"):
-        split_train_test(np.zeros(count, dtype=np.int64), test_fraction=0.25, rng=_rng())
 
 
 # partitioners of flwr-datasets: importing that library takes seconds

@@ -62,12 +62,6 @@ def test_launch_keeps_what_was_chosen(tmp_path: Path) -> None:
     assert config.schedule.min_clients == 4
 
 
-def test_launch_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"already holds a run. Choose another --output-dir"):
-        complete(Preset.load("quickstart").with_settings([f"output-dir={tmp_path}"]))
-
-
 def test_a_users_own_modules_are_offered_where_they_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,26 +9,20 @@ from common.errors import RunError
 from experiments.report.clients import draw_clients
 from experiments.report.looks import family_looks
 from experiments.report.runs import Run
-from server_app.output.figures import Reference, column, draw_curves, draw_steps, folder_title
+from server_app.output.figures import Reference, column, draw_curves, draw_steps
 from tests.unit.experiments.run_folders import metric_row, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_curves_are_drawn_into_the_folder(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a")
-    path = draw_curves(folder)
-    assert path == folder / "curves.png"
-    assert path.read_bytes().startswith(PNG)
-
-
-@pytest.mark.parametrize("accuracies", [[], [None], [0.3], [None, 0.5, None]])
+@pytest.mark.parametrize("accuracies", [[], [None], [0.3], [None, 0.5, None], [0.1, 0.2]])
 def test_short_and_unevaluated_runs_can_be_drawn(
     tmp_path: Path, accuracies: list[float | None]
 ) -> None:
     rows = [metric_row(i, accuracy) for i, accuracy in enumerate(accuracies, start=1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert draw_curves(tmp_path).read_bytes().startswith(PNG)
+    assert draw_curves(tmp_path) == tmp_path / "curves.png"
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
 def test_nan_and_missing_values_leave_a_gap() -> None:
@@ -39,10 +33,6 @@ def test_nan_and_missing_values_leave_a_gap() -> None:
         {"round": 4, "x": 1},
     ]
     assert column(rows, "x") == ([1, 4], [0.5, 1.0])
-
-
-def test_title_names_method_data_and_clients(tmp_path: Path) -> None:
-    assert folder_title(write_run(tmp_path / "a")) == "MH-pFedHN · digits · 4 clients"
 
 
 def test_reference_is_drawn_beside_the_run(tmp_path: Path) -> None:
@@ -72,12 +62,8 @@ def test_missing_reference_is_named(tmp_path: Path) -> None:
 def test_clients_are_drawn(tmp_path: Path, clients: int) -> None:
     run = Run.load(write_run(tmp_path / "a", clients=clients, models="cnn"))
     assert draw_clients(run).read_bytes().startswith(PNG)
-
-
-def test_run_without_clients_can_be_drawn(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a")
-    (folder / "clients.csv").unlink()
-    assert draw_clients(Run.load(folder)).read_bytes().startswith(PNG)
+    (run.folder / "clients.csv").unlink()
+    assert draw_clients(Run.load(run.folder)).read_bytes().startswith(PNG)
 
 
 def test_families_keep_their_colour_however_many_clients_they_have() -> None:

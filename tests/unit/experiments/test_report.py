@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.report.runs import Run, settle
-from experiments.report.terminal import family_table, preset_table, reference_table, run_table
-from experiments.run.presets import Preset
+from experiments.report.terminal import family_table, reference_table, run_table
 from server_app.output.figures import Reference
 from tests.unit.experiments.run_folders import write_run
 
@@ -66,8 +65,3 @@ def test_reference_table_shows_differences_in_points(tmp_path: Path) -> None:
     rows = cells(reference_table(run, reference))
     assert rows["10"] == ["100.0 %", "95.0 %", "+5.0"]
     assert "20" not in rows
-
-
-def test_preset_table_lists_name_and_purpose() -> None:
-    rows = cells(preset_table([Preset.load("cifar100-sequential")]))
-    assert rows["cifar100-sequential"][:3] == ["50", "40", "inprocess"]

@@ -6,7 +6,6 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from time import process_time
 
 import pytest
 from matplotlib.figure import Figure
@@ -171,19 +170,3 @@ def test_traffic_is_both_ways_or_up(tmp_path: Path, axis: Axis, label: str, end:
     draw_accuracy(axes, lines_of(study, looks_for([(study.groups[0].key, "")]), axis), axis)
     assert axes.get_xlabel() == label
     assert axes.get_lines()[0].get_xdata()[-1] == end
-
-
-def test_a_report_of_20_runs_costs_less_than_10_seconds_of_cpu(tmp_path: Path) -> None:
-    import client_app.data.examples  # noqa: F401 - torch takes seconds and is not what is timed
-
-    data = {**DATA, "cache_dir": str(tmp_path / ".cache"), "num_partitions": 20}
-    for method in ("local", "mh-pfedhn", "fedavg", "fedproto"):
-        for seed in range(5):
-            folder = tmp_path / f"{method}-{seed}"
-            write_seed(folder, method=method, seed=seed, accuracies=(0.1, 0.5) * 20,
-                       clients=(0.5, 0.7) * 10, **data)  # fmt: skip
-    for seed in range(5):
-        write_checkpoint(tmp_path / f"mh-pfedhn-{seed}")
-    started = process_time()
-    assert "20 runs, 20 completed" in report(tmp_path)
-    assert process_time() - started < 10

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import HypernetSection, UpdateSection
 from common.errors import CheckpointError
-from server_app.aggregation import make_rule
-from server_app.aggregation.base import Rule, Update
-from server_app.hypernet.network import Hypernetwork
 from server_app.output.checkpoint import latest, load_checkpoint, save_checkpoint
 
 
@@ -129,33 +125,3 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 9}))
     with pytest.raises(CheckpointError, match="has format version 9; this program reads 1"):
         load_checkpoint(path)
-
-
-def test_a_server_from_disk_goes_on_bitwise(tmp_path: Path) -> None:
-    section = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, head_init="torch")
-
-    adam = UpdateSection(server_rule="adam")
-
-    def new(seed: int) -> Rule:
-        return make_rule(Hypernetwork(section, seed=seed), adam, total_rounds=5)
-
-    def go_on(update: Rule) -> dict[str, torch.Tensor]:
-        update.hypernet.add_client("late", 33)
-        for client_id in ("b", "late", "a", "b"):
-            delta = torch.linspace(-1, 1, update.hypernet.num_parameters(client_id))
-            update.step([Update(client_id, delta)], progress=0.0)
-        return update.hypernet.state_dict()[0]
-
-    first = new(4)
-    for client_id, size in {"b": 57, "a": 8}.items():
-        first.hypernet.add_client(client_id, size)
-        first.step([Update(client_id, torch.ones(size))], progress=0.0)
-    (phi, facts), (moments, names) = first.hypernet.state_dict(), first.state_dict()
-    save_checkpoint(tmp_path, tensors=phi | moments, meta={"hypernet": facts, "update": names})
-    loaded = load_checkpoint(tmp_path)
-    second = new(0)
-    second.hypernet.load_state_dict(loaded.tensors, loaded.meta["hypernet"])
-    second.load_state_dict(loaded.tensors, loaded.meta["update"])
-    expected, got = go_on(first), go_on(second)
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)

@@ -15,7 +15,7 @@ from common.methods import METHODS
 from common.records import Content, Header, Received, encode
 from common.seeding import torch_generator
 from server_app.clients import Client
-from server_app.methods.base import Method, Upload, mean_vector
+from server_app.methods.base import Method, Upload
 from server_app.methods.heads import FedGH
 from server_app.methods.mhpfedhn import Deltas
 from server_app.methods.pfedhn import PFedHN
@@ -62,17 +62,6 @@ def reply(**arrays: np.ndarray) -> Received:
 def means(rng: np.random.Generator, classes: list[int], dim: int = 3) -> ClassMeans:
     labels = np.array(classes)
     return ClassMeans.of(rng.normal(size=(len(labels), dim)).astype(np.float32), labels, 4)
-
-
-def test_mean_vector_is_the_weighted_mean() -> None:
-    found = mean_vector(
-        [
-            Upload(client("a"), 3, np.float32([1, 2])),
-            Upload(client("b"), 1, np.float32([5, 10])),
-        ]
-    )
-    assert found.tolist() == [2.0, 4.0]
-    assert found.dtype == np.float32
 
 
 # --- FedAvg --------------------------------------------------------------------------------------
