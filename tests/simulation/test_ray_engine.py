@@ -17,33 +17,18 @@ from experiments.__main__ import main
 from experiments.run.engines import processes
 from experiments.run.engines.home import bytecode_cache
 from tests.support.deployment import wait_until
+from tests.support.tiny import PRESET
 
 PROJECT_ROOT = Path(__file__).parents[2]
-TINY = """
-description = "three architectures on the tiny patterns"
-[engine]
-num-clients = 3
-[config]
-rounds = 2
-method = "mh-pfedhn-gd"
-max-in-flight = 0
-buffer-size = 0
-dataset = "tests.support.tiny:patterns"
-models = "tests.support.tiny:small,tests.support.tiny:wide,tests.support.tiny:normed"
-global-model = "tests.support.tiny:small"
-partition = "iid"
-image-size = 8
-chunk-size = 64
-hidden-dim = 16
-embed-dim = 8
-cache-dir = "cache"
-"""
 
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> str:
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY)
+    text = PRESET.replace('name = "inprocess"\n', "").replace("workers = 1\n", "")
+    text = text.replace('"mh-pfedhn"', '"mh-pfedhn-gd"')
+    more = 'max-in-flight = 0\nbuffer-size = 0\nglobal-model = "tests.support.tiny:small"\n'
+    path.write_text(text + more)
     return str(path)
 
 

@@ -85,6 +85,26 @@ def explodes(*, in_channels: int, num_classes: int) -> nn.Module:
 HERE = "tests.support.tiny"
 MIXED = f"{HERE}:small,{HERE}:wide,{HERE}:normed"
 
+PRESET = f"""
+description = "a tiny federation"
+[engine]
+name = "inprocess"
+num-clients = 3
+workers = 1
+[config]
+method = "mh-pfedhn"
+rounds = 2
+dataset = "{HERE}:patterns"
+models = "{MIXED}"
+partition = "iid"
+image-size = 8
+chunk-size = 64
+hidden-dim = 16
+embed-dim = 8
+cache-dir = "cache"
+"""
+"""An experiment file; its last table takes more settings."""
+
 PUBLISHED = {
     "method": "mh-pfedhn",
     "max-in-flight": 1,

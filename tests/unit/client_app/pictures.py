@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from client_app.data.examples import ClientData
+from client_app.data.examples import ClientData, load_client_data
+from common.config import ClientSection
 from common.parameters import num_parameters
 
 REPOSITORY = Path(__file__).parents[3]
@@ -78,3 +80,12 @@ def client_data(num_train: int = 70, num_test: int = 20, classes: int = 10) -> C
 def draw_theta(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return (torch.rand(num_parameters(model), generator=generator) - 0.5) * 0.18
+
+
+def changed(section: ClientSection, **changes: Any) -> ClientSection:
+    return section.model_copy(update=changes)
+
+
+def load(section: ClientSection, partition_id: int = 0, seed: int = 42) -> ClientData:
+    cpu = torch.device("cpu")
+    return load_client_data(section, partition_id=partition_id, seed=seed, device=cpu)

@@ -81,19 +81,37 @@ def compare(
         assert outcome.trained.loss == pytest.approx(trained.loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp"])
-def test_cohort_equals_one_by_one_with_padding(name: str) -> None:
-    epochs = 2 if name == "mlp" else 1
-    section = SECTION.model_copy(update={"client_clip_norm": 0.5, "local_epochs": epochs})
-    compare(build_model(name, in_channels=3, num_classes=10), section)
+def small_normed(dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(dropout),
+        nn.Flatten(),
+        nn.Linear(4 * 8 * 8, 10),
+    )
 
 
-def test_without_clip() -> None:
-    compare(build_model("mlp", in_channels=3, num_classes=10), SECTION, clip=False)
-
-
-def test_dropout_draws_what_each_client_alone_would_draw() -> None:
-    compare(build_model("vgg8", in_channels=3, num_classes=10), SECTION)
+@pytest.mark.parametrize(
+    ("model", "epochs", "clip_norm"),
+    [
+        ("cnn", 1, 0.5),
+        ("mlp", 2, 0.5),
+        ("mlp", 1, None),
+        ("vgg8", 1, 50.0),  # dropout draws what each client alone would draw
+        (small_normed(), 1, 50.0),  # BatchNorm never sees padding
+        (small_normed(0.3), 1, 50.0),
+    ],
+)
+def test_cohort_equals_one_by_one_with_padding(
+    model: str | nn.Module, epochs: int, clip_norm: float | None
+) -> None:
+    section = SECTION.model_copy(
+        update={"client_clip_norm": clip_norm or 50.0, "local_epochs": epochs}
+    )
+    if isinstance(model, str):
+        model = build_model(model, in_channels=3, num_classes=10)
+    compare(model, section, clip=clip_norm is not None)
 
 
 def test_distillation() -> None:
@@ -157,22 +175,6 @@ def test_masks_keep_the_precision_of_the_activations() -> None:
     feed = MaskFeed([torch.tensor([[0.0, 2.0]])])
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     assert feed.apply(x, x.shape, 0.5).dtype == torch.bfloat16
-
-
-def small_resnet(dropout: float = 0.0) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=4),
-        nn.BatchNorm2d(4),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(dropout),
-        nn.Flatten(),
-        nn.Linear(4 * 8 * 8, 10),
-    )
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_batchnorm_never_sees_padding(dropout: float) -> None:
-    compare(small_resnet(dropout), SECTION)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

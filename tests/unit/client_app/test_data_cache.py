@@ -17,27 +17,21 @@ from client_app.data.examples import (
     LOADED,
     ClientData,
     LoadedClients,
-    load_client_data,
     prepare_data,
 )
 from common.config import ClientSection
 from common.errors import DataError
-from tests.unit.client_app.pictures import random_pixels, write_parquet
-
-CPU = torch.device("cpu")
-
-
-def _with(section: ClientSection, **changes: Any) -> ClientSection:
-    return section.model_copy(update=changes)
-
-
-def _load(section: ClientSection, partition_id: int = 0, seed: int = 42) -> ClientData:
-    return load_client_data(section, partition_id=partition_id, seed=seed, device=CPU)
+from tests.unit.client_app.pictures import (
+    changed,
+    load,
+    random_pixels,
+    write_parquet,
+)
 
 
 def test_repeated_calls_share_one_object_also_between_threads(section: ClientSection) -> None:
     found: list[ClientData] = []
-    threads = [threading.Thread(target=lambda: found.append(_load(section, 2))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(load(section, 2))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -47,7 +41,7 @@ def test_repeated_calls_share_one_object_also_between_threads(section: ClientSec
 
 
 def test_memory_is_bounded_and_drops_the_oldest(section: ClientSection) -> None:
-    first, second = _load(section, 0), _load(section, 1)
+    first, second = load(section, 0), load(section, 1)
     kept = LoadedClients(first.num_bytes + second.num_bytes)
     for key, data in (("a", first), ("b", second), ("a", second), ("c", second)):
         assert kept.get(key, lambda data=data: data) is (first if key == "a" else second)
@@ -61,7 +55,7 @@ def test_prepare_is_idempotent_and_decodes_once(section: ClientSection) -> None:
     assert [name for name, _ in facts][:3] == ["images.npy", "labels.npy", "meta.json"]
     assert len(facts) == 4  # and the partition
     assert prepare_data(section, seed=42) == folder
-    _load(section, 4)
+    load(section, 4)
     assert [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())] == facts
 
 
@@ -90,11 +84,11 @@ def test_damaged_cache_is_built_again(
     section: ClientSection, name: str, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = prepare_data(section, seed=42)
-    expected = _load(section, 1)
+    expected = load(section, 1)
     damage(folder / name)
     LOADED.clear()
     with caplog.at_level(logging.WARNING):
-        again = _load(section, 1)
+        again = load(section, 1)
     assert f"{folder} is damaged" in caplog.text
     assert torch.equal(again.train_images, expected.train_images)
     assert torch.equal(again.test_labels, expected.test_labels)
@@ -103,10 +97,10 @@ def test_damaged_cache_is_built_again(
 @pytest.mark.parametrize("damage", [_truncate, lambda path: path.write_bytes(b"PK")])
 def test_damaged_partition_is_drawn_again(section: ClientSection, damage: Any) -> None:
     folder = prepare_data(section, seed=42)
-    expected = _load(section, 1)
+    expected = load(section, 1)
     damage(next(folder.glob("partition-*.npz")))
     LOADED.clear()
-    assert torch.equal(_load(section, 1).train_images, expected.train_images)
+    assert torch.equal(load(section, 1).train_images, expected.train_images)
 
 
 def test_a_copied_cache_is_accepted(section: ClientSection) -> None:
@@ -143,4 +137,4 @@ def test_cache_root_from_argument_variable_home(
 def test_cache_that_cannot_be_written(section: ClientSection, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot write the cache .*Set cache-dir"):
-        prepare_data(_with(section, cache_dir=str(tmp_path / "file" / "cache")), seed=42)
+        prepare_data(changed(section, cache_dir=str(tmp_path / "file" / "cache")), seed=42)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def write_run(folder: Path, *, rounds: int = 4, models: str = "cnn,vgg8", client
     (folder / "config.json").write_text(json.dumps(config.flat()))
     rows = [metric_row(k, 0.1 * k) for k in range(1, rounds + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_clients(folder, models.split(","), clients)
+    write_clients(folder, models.split(","), [0.5 + 0.1 * i for i in range(clients)])
     summary = {
         "status": "completed",
         "reason": "",
@@ -77,14 +78,13 @@ def write_run(folder: Path, *, rounds: int = 4, models: str = "cnn,vgg8", client
     return folder
 
 
-def write_clients(folder: Path, names: list[str], clients: int) -> None:
+def write_clients(folder: Path, names: list[str], accuracies: Sequence[float]) -> None:
     """Clients in reverse order: a reader must not rely on the file's order."""
     with (folder / "clients.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS.split())
-        for i in reversed(range(clients)):
-            accuracy = 0.5 + 0.1 * i
-            size = SIZES[names[i * len(names) // clients]]
+        for i, accuracy in reversed([*enumerate(accuracies)]):
+            size = SIZES[names[i * len(names) // len(accuracies)]]
             writer.writerow([i, size, 1, 30, 10, round(10 * accuracy), accuracy, 1.0])
 
 
@@ -115,12 +115,5 @@ def write_seed(
         "reason": "" if status == "completed" else "RunError: <no> client came",
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-    write_clients(folder, config["models"].split(","), len(clients))
-    lines = (folder / "clients.csv").read_text().splitlines()
-    kept = [lines[0]]
-    for line in lines[1:]:
-        cells = line.split(",")
-        cells[6] = str(clients[int(cells[0])])
-        kept.append(",".join(cells))
-    (folder / "clients.csv").write_text("\n".join(kept) + "\n")
+    write_clients(folder, config["models"].split(","), clients)
     return folder

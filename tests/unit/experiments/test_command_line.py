@@ -16,32 +16,14 @@ from time import sleep
 import pytest
 
 from experiments.__main__ import main
+from tests.support.tiny import PRESET
 from tests.unit.experiments.run_folders import write_run
-
-TINY = """
-description = "a tiny federation"
-[engine]
-name = "inprocess"
-num-clients = 3
-workers = 1
-[config]
-method = "mh-pfedhn"
-rounds = 2
-dataset = "tests.support.tiny:patterns"
-models = "tests.support.tiny:small,tests.support.tiny:wide,tests.support.tiny:normed"
-partition = "iid"
-image-size = 8
-chunk-size = 64
-hidden-dim = 16
-embed-dim = 8
-cache-dir = "cache"
-"""
 
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY)
+    path.write_text(PRESET)
     return path
 
 

@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.report.runs import Run, settle
-from experiments.report.terminal import family_table, reference_table, run_table
-from server_app.output.figures import Reference
+from experiments.report.terminal import family_table, run_table
 from tests.unit.experiments.run_folders import write_run
 
 
@@ -57,11 +56,3 @@ def test_family_table_weighs_by_examples(tmp_path: Path) -> None:
     assert rows["cnn"] == ["2", "1,000", "20", "55.0 %", "55.0 %", "50.0 %"]
     assert rows["vgg8"] == ["2", "2,000", "20", "75.0 %", "75.0 %", "70.0 %"]
     assert rows["all"] == ["4", "1,000 - 2,000", "40", "65.0 %", "65.0 %", "50.0 %"]
-
-
-def test_reference_table_shows_differences_in_points(tmp_path: Path) -> None:
-    run = Run.load(write_run(tmp_path / "a", rounds=10))
-    reference = Reference("paper", tuple(range(1, 13)), (0.95,) * 12, (1.0,) * 12)
-    rows = cells(reference_table(run, reference))
-    assert rows["10"] == ["100.0 %", "95.0 %", "+5.0"]
-    assert "20" not in rows

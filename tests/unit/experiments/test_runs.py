@@ -22,7 +22,9 @@ def test_run_reads_every_part(tmp_path: Path) -> None:
 def test_families_come_from_the_blocks_of_the_run_config_or_from_sizes(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     assert Run.load(folder).families() == {"0": "cnn", "1": "cnn", "2": "vgg8", "3": "vgg8"}
-    write_clients(folder, ["vgg8", "cnn", "vgg8", "cnn"], 4)  # they chose models themselves
+    write_clients(
+        folder, ["vgg8", "cnn", "vgg8", "cnn"], (0.5, 0.6, 0.7, 0.8)
+    )  # they chose models themselves
     assert Run.load(folder).families()["0"] == "2,000 parameters"
     one = Run.load(write_run(tmp_path / "b", models="cnn"))
     assert set(one.families().values()) == {"cnn"}

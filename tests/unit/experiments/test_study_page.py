@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -17,32 +16,6 @@ from experiments.report.lines import Axis, lines_of
 from experiments.report.looks import looks_for
 from tests.unit.experiments.run_folders import DATA, write_seed
 from tests.unit.experiments.test_study import write_checkpoint
-
-LOADS = {"src", "href", "srcset", "data", "poster", "action", "xlink:href"}
-VOID = {"meta"}
-
-
-class Strict(HTMLParser):
-    """Collects what a page would load, and checks that tags are closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.open: list[str] = []
-        self.seen: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
-        self.loads += [str(value) for key, value in attrs if key in LOADS]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
-        self.loads += [str(value) for key, value in attrs if key in LOADS]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def report(root: Path) -> str:
@@ -77,11 +50,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_page_loads_nothing(page: str) -> None:
-    parser = Strict()
-    parser.feed(page)
-    assert parser.open == []
-    assert all(value.startswith("#") for value in parser.loads)
-    assert not {"script", "link", "iframe", "img", "object", "embed", "image"} & parser.seen
+    loads = r"""\s(?:src|(?:xlink:)?href|srcset|data|poster|action)\s*=\s*["']?([^"'\s>]*)"""
+    assert all(value.startswith("#") for value in re.findall(loads, page))
+    assert not re.search(r"<(script|link|iframe|img|object|embed|image)\b", page)
     style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
     assert style
     assert "url(" not in style[1]

@@ -26,8 +26,8 @@ from experiments.report.plan import Cell, Plan
 from experiments.report.runs import Run, process_mark, process_of
 from experiments.report.sweep import Sweep, cell_command, environment, holder, own, time_left
 from server_app.output.checkpoint import save_checkpoint
+from tests.support.tiny import PRESET
 from tests.unit.experiments.run_folders import write_seed
-from tests.unit.experiments.test_command_line import TINY
 
 SWEEP = """
 preset = "tiny.toml"
@@ -56,7 +56,7 @@ def light(cell: Cell, resume: bool) -> Sequence[str]:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "tiny.toml").write_text(PRESET)
     (tmp_path / "s.toml").write_text(SWEEP)
     return Plan.load(tmp_path / "s.toml")
 
@@ -234,7 +234,7 @@ def test_after_kill_9_of_a_sweep_every_cell_completes_exactly_once(tmp_path: Pat
 @pytest.mark.slow
 def test_a_killed_run_is_resumed_from_its_checkpoint(tmp_path: Path) -> None:
     """A real child, killed after its first checkpoint; the next sweep goes on, and slims it."""
-    (tmp_path / "tiny.toml").write_text(TINY.replace("num-clients = 3", "num-clients = 2"))
+    (tmp_path / "tiny.toml").write_text(PRESET.replace("num-clients = 3", "num-clients = 2"))
     settings = 'models = "tests.support.tiny:small"\nrounds = 25\ncheckpoint-every = 5\n'
     (tmp_path / "s.toml").write_text(f'preset = "tiny.toml"\noutput-dir = "o"\n[fixed]\n{settings}')
     plan = Plan.load(tmp_path / "s.toml")

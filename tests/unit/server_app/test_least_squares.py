@@ -14,6 +14,7 @@ from server_app.aggregation.base import Rule, Update
 from server_app.aggregation.least_squares import gains, ridge_rows
 from server_app.hypernet.network import Hypernetwork
 from tests.reference.least_squares import Gains, ReferenceServer
+from tests.support.close import assert_all_equal
 
 pytestmark = pytest.mark.numeric
 
@@ -164,27 +165,19 @@ def test_the_global_model_agrees_with_the_reference() -> None:
 # --- in closed form ------------------------------------------------------------------------------
 
 
-def test_theta_moves_by_the_shared_and_the_personal_gain() -> None:
-    change = deltas(1, GROUP)
+@pytest.mark.parametrize("buffer", ["cd", GROUP])
+def test_theta_moves_by_the_shared_and_the_personal_gain(buffer: str) -> None:
+    change = deltas(1, buffer)
     got = go(make(EXACT), change)
     mean = torch.stack([padded(d) for d in change.values()]).mean(0)
-    for client_id, delta in change.items():
-        own = padded(delta) - mean
-        assert_close(got[client_id], -GAIN * (1 + BETA) * mean - OWN * own)
-    assert torch.equal(got["z"], torch.zeros(8))
-
-
-def test_who_was_not_in_the_buffer_moves_by_what_is_shared() -> None:
-    change = deltas(1, "cd")
-    got = go(make(EXACT), change)
-    mean = torch.stack([padded(d) for d in change.values()]).mean(0)
-    part = 2 / 5  # of a pass over the group
+    part = len(buffer) / 5  # of a pass over the group
     own = {c: padded(delta) - part * mean for c, delta in change.items()}
     common = torch.stack([*own.values()]).sum(0) / 5  # weights act on centred features
     shared = -GAIN * part * (1 + BETA**part * part) * mean
-    for client_id in GROUP:
+    for client_id in GROUP:  # who was not in the buffer moves by what is shared
         personal = own.get(client_id, torch.zeros(30)) - common
         assert_close(got[client_id], shared - OWN * personal)
+    assert torch.equal(got["z"], torch.zeros(8))
 
 
 def test_a_pass_in_pieces_goes_as_far_as_a_pass_at_once() -> None:
@@ -266,27 +259,16 @@ def test_frozen_groups_stay_and_embeddings_learn() -> None:
 
 
 @pytest.mark.parametrize("section", [AT_REST, LEARNING], ids=["at rest", "learning"])
-def test_resume_equals_no_interruption_and_reading_changes_nothing(section: UpdateSection) -> None:
-    whole, begun, undisturbed = make(section), make(section), make(section)
-    for rule in (whole, begun, undisturbed):
-        go(rule, deltas(1, "ca"))
-    tensors, facts = begun.hypernet.state_dict()
-    memory, learned = begun.state_dict()
-    saved = {name: tensor.clone() for name, tensor in (tensors | memory).items()}
-    resumed = make_rule(Hypernetwork(TOY, seed=0), section, total_rounds=10)
-    resumed.hypernet.load_state_dict(saved, facts)
-    resumed.load_state_dict(saved, learned)
-    for rule in (whole, resumed, undisturbed):
-        updates = [Update(c, d) for c, d in deltas(2, "bzc").items()]
-        rule.step(updates, progress=0.0)
-        if rule is whole:  # a checkpoint and a look after every step
-            rule.hypernet.state_dict()
-            rule.state_dict()
-            rule.hypernet.generate(list(SIZES))
-        rule.step([Update(c, d) for c, d in deltas(3, "abz").items()], progress=0.0)
-    for name, parameter in whole.hypernet.named_parameters().items():
-        for other in (resumed, undisturbed):
-            assert torch.equal(parameter, other.hypernet.named_parameters()[name]), name
+def test_reading_changes_nothing(section: UpdateSection) -> None:
+    read, undisturbed = make(section), make(section)
+    for seed, cohort in enumerate(("ca", "bzc", "abz")):
+        updates = [Update(c, d) for c, d in deltas(seed, cohort).items()]
+        read.step(updates, progress=0.0)
+        undisturbed.step(updates, progress=0.0)
+        read.hypernet.state_dict()  # a checkpoint and a look after every step
+        read.state_dict()
+        read.hypernet.generate(list(SIZES))
+    assert_all_equal(read.hypernet.named_parameters(), undisturbed.hypernet.named_parameters())
 
 
 def test_the_order_of_arrival_does_not_matter() -> None:
@@ -300,8 +282,7 @@ def test_the_order_of_arrival_does_not_matter() -> None:
             rule.step([Update(c, change[c]) for c in order], progress=0.0)
         return rule
 
-    one, other = (run(order).hypernet.named_parameters() for order in ("cabdzg", "zgdbac"))
-    assert all(torch.equal(parameter, other[name]) for name, parameter in one.items())
+    assert_all_equal(*(run(order).hypernet.named_parameters() for order in ("cabdzg", "zgdbac")))
 
 
 @pytest.mark.parametrize("section", [AT_REST, LEARNING], ids=["at rest", "learning"])
@@ -310,8 +291,7 @@ def test_a_delta_that_is_not_finite_moves_nothing(section: UpdateSection) -> Non
     change["a"][3] = float("nan")
     before = {n: p.detach().clone() for n, p in rule.hypernet.named_parameters().items()}
     assert not rule.step([Update(c, d) for c, d in change.items()], progress=0.0).applied
-    for name, parameter in rule.hypernet.named_parameters().items():
-        assert torch.equal(parameter, before[name]), name
+    assert_all_equal(rule.hypernet.named_parameters(), before)
 
 
 def test_diagnostics_say_how_far_theta_went() -> None:
@@ -332,7 +312,6 @@ def test_diagnostics_say_how_far_theta_went() -> None:
         (10, 30, 0.5, 0.14),
         (50, 60, 0.9, 0.028),
         (50, 300, 0.9, 0.028),
-        (100, 300, 0.95, 0.014),
         (100, 20, 0.7, 0.08),  # a short run: there is no time for more
         (50, 4, 0.0, 0.4),
     ],
