@@ -14,6 +14,7 @@ import torch
 from client_app.data.examples import prepare_data
 from common.config import ClientSection
 from common.errors import ConfigError, DataError
+from tests.support.close import assert_close
 from tests.unit.client_app.pictures import (
     REPOSITORY,
     changed,
@@ -79,6 +80,14 @@ def test_batches_visit_every_example_once_in_the_generators_order(section: Clien
     visited = torch.cat([labels for _, labels in first]).sort().values
     assert torch.equal(visited, client.train_labels.sort().values)
     assert first[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_test_batches_keep_order_and_the_last_batch(section: ClientSection) -> None:
+    client = load(section)
+    batches = list(client.test_batches(7))
+    assert torch.equal(torch.cat([labels for _, labels in batches]), client.test_labels)
+    images = torch.cat([images for images, _ in batches])
+    assert_close(images, client.normalise(client.test_images))
 
 
 # determinism, across processes too

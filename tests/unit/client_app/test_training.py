@@ -15,7 +15,7 @@ from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
 from client_app.training.allocator import keep_freed_memory
 from client_app.training.evaluation import evaluate
-from client_app.training.loop import train, warn_of_slow_bfloat16
+from client_app.training.loop import MomentumSGD, train, warn_of_slow_bfloat16
 from common.config import TrainingSection
 from common.log import logger
 from common.parameters import FlatModel
@@ -40,6 +40,24 @@ def test_local_training_equals_the_reference(name: str) -> None:
     torch.testing.assert_close(model.theta.detach(), read_theta(clear), rtol=0, atol=1e-5)
     for mine, theirs in zip(model.module.buffers(), clear.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_sgd_descends_as_torchs_does() -> None:
+    section = TrainingSection.model_validate(
+        {"learning-rate": 0.1, "momentum": 0.8, "weight-decay": 0.01}
+    )
+    ours = torch.randn(50, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    descent = MomentumSGD(ours, section)
+    torchs = torch.optim.SGD([theirs], lr=0.1, momentum=0.8, weight_decay=0.01)
+    start = ours.detach().clone()
+    for step in range(20):
+        for theta in (ours, theirs):
+            theta.grad = (theta.detach() - 1.0) * (1 + step % 3)
+        descent.step()
+        torchs.step()
+    assert not torch.allclose(ours, start, atol=0.1)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def relu_first_cnn(model: CNN, images: Tensor) -> Tensor:
