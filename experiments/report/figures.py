@@ -18,6 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from experiments.report.gain import GroupGain
 from experiments.report.groups import Study
@@ -167,27 +168,15 @@ def draw_gains(axes: Axes, gains: Sequence[GroupGain], looks: Mapping[str, Look]
                       textcoords="offset points", ha=side, color=MUTED)  # fmt: skip
 
 
-Clients = Mapping[str, Sequence[float]]
-"""Where the embeddings of clients lie on a map: {name: (x, y)}."""
-
-
-def draw_links(axes: Axes, clients: Clients, links: Mapping[tuple[str, str], float]) -> None:
-    """Join pairs of clients; the larger the weight, from 0 to 1, the darker."""
-    for pair, weight in links.items():
-        ends = np.array([clients[name] for name in pair])
-        axes.plot(ends[:, 0], ends[:, 1], color=MUTED, alpha=0.15 + 0.75 * weight, linewidth=1.2)
-
-
 def draw_map(
-    axes: Axes, clients: Clients, *, colours: Sequence[str], tips: Sequence[str],
-    marks: Sequence[str],
+    axes: Axes, places: NDArray[np.float64], names: Sequence[str], *, colours: Sequence[str],
+    tips: Sequence[str], marks: Sequence[str],
 ) -> None:  # fmt: skip
-    """Draw clients where their embeddings lie, both axes in one unit.
+    """Draw clients at their places (clients, 2), both axes in one unit.
 
     `tips` show under the pointer; `marks` are the colours of the names.
     """
-    for name, colour, tip, mark in zip(clients, colours, tips, marks, strict=True):
-        x, y = clients[name]
+    for (x, y), name, colour, tip, mark in zip(places, names, colours, tips, marks, strict=True):
         axes.plot(x, y, "o", color=colour, markersize=17, markeredgecolor=INK,
                   markeredgewidth=0.7, gid=f"{TIP}client {name}: {tip}")  # fmt: skip
         if len(name) <= LONGEST_MARK:

@@ -10,7 +10,8 @@ from statistics import fmean, stdev
 from typing import Any, Self
 
 from common.errors import RunError, listing
-from experiments.report.looks import method_label, method_place
+from common.methods import METHODS
+from experiments.report.looks import method_label
 from experiments.report.runs import Run, find_run, is_run, run_folders
 from experiments.report.settings import complete_settings, digest, essential
 
@@ -191,7 +192,8 @@ def _order(settings: Mapping[str, Any], runs: Sequence[Run]) -> tuple[Any, ...]:
     values = [(k, (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)))
               for k, v in sorted(settings.items())]  # fmt: skip
     variant = max(run.variant for run in runs)
-    return (method_place(settings["method"]), variant, values)
+    method = settings["method"]
+    return ([*METHODS, method].index(method), variant, values)  # unknown methods come last
 
 
 def _brief(value: Any) -> str:

@@ -72,7 +72,7 @@ def lines_of(study: Study, looks: Mapping[str, Look], axis: Axis) -> list[Line]:
     return lines
 
 
-def points(run: Run, axis: Axis, *, key: str = "accuracy_micro") -> Points:
+def points(run: Run, axis: Axis) -> Points:
     """Return the rounds of a run that were evaluated, completed or not."""
     if axis == "round":
         spent = [float(row["round"]) for row in run.rows]
@@ -80,9 +80,9 @@ def points(run: Run, axis: Axis, *, key: str = "accuracy_micro") -> Points:
         costs = (sum(float(row.get(name, 0)) for name in SPENT[axis]) for row in run.rows)
         spent = [*accumulate(costs)]
     return {
-        int(row["round"]): (x, float(row[key]))
+        int(row["round"]): (x, float(row["accuracy_micro"]))
         for row, x in zip(run.rows, spent, strict=True)
-        if row.get(key) is not None
+        if row.get("accuracy_micro") is not None
     }
 
 

@@ -56,8 +56,3 @@ def family_looks(names: Sequence[str]) -> dict[str, Look]:
 def method_label(method: str) -> str:
     """Return what tables and pictures call a method, which this version need not know."""
     return METHODS[method].label if method in METHODS else method
-
-
-def method_place(method: str) -> int:
-    """Return the place of a method in tables; methods that are not known come last."""
-    return [*METHODS, method].index(method)

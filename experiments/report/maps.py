@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from experiments.report.embeddings import (
     principal_axes,
     rank_correlation,
 )
-from experiments.report.figures import DARK_INK, PAPER, WHITE, draw_links, draw_map, inline_svg
+from experiments.report.figures import DARK_INK, PAPER, WHITE, draw_map, inline_svg
 from experiments.report.groups import Study
 from experiments.report.looks import family_looks
 from experiments.report.runs import Run, client_order
@@ -79,14 +79,13 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     names = sorted(moved, key=client_order)
     cosines = alignment(moved, names)
     places, shares = principal_axes(cosines)
-    clients = dict(zip(names, places.tolist(), strict=True))
 
-    def drawn(
-        colouring: str, links: Mapping[tuple[str, str], float], **looks: Sequence[str]
-    ) -> str:
+    def drawn(colouring: str, links: Mapping[tuple[int, int], float], **looks: list[str]) -> str:
         def draw(axes: Axes) -> None:
-            draw_links(axes, clients, links)
-            draw_map(axes, clients, **looks)
+            for pair, weight in links.items():
+                x, y = places[[*pair]].T
+                axes.plot(x, y, color=MUTED, alpha=0.15 + 0.75 * weight, linewidth=1.2)
+            draw_map(axes, places, names, **looks)
             axes.set_xlabel(f"component 1 ({100 * shares[0]:.0f} % of the variance)", color=MUTED)
             axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)", color=MUTED)
 
@@ -110,9 +109,8 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     said = [", ".join(f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in others)
             for i, others in enumerate(near)]  # fmt: skip
     pairs = {(min(i, j), max(i, j)) for i, others in enumerate(near) for j in others}
-    links = {(names[i], names[j]): float(overlaps[i, j]) for i, j in sorted(pairs)}
     by_labels = drawn(
-        "by label overlap", {pair: weight for pair, weight in links.items() if weight > 0},
+        "by label overlap", {p: float(overlaps[p]) for p in sorted(pairs) if overlaps[p] > 0},
         colours=[to_hex(colormaps["cividis"](share)) for share in order],
         tips=[f"labels overlap most with clients {others}" for others in said],
         marks=[DARK_INK if share > BRIGHT else WHITE for share in order],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.report import tables
 from experiments.report.figures import TITLES, draw_accuracy, draw_gains, inline_svg, swatch
-from experiments.report.gain import GroupGain, gains_over_local, missing_runs
+from experiments.report.gain import gains_over_local, missing_runs
 from experiments.report.groups import Stat, Study
 from experiments.report.lines import Axis, lines_of
 from experiments.report.looks import Look, looks_for
@@ -48,6 +48,10 @@ def render(name: str, study: Study, command: str, *, num_maps: int) -> str:
     )  # fmt: skip
     looks = looks_for([(group.key, group.method) for group in study.groups])
     gains, unmatched = gains_over_local(study)
+    gain_figure = inline_svg(
+        partial(draw_gains, gains=gains, looks=looks),
+        height_in=1.1 + 0.65 * len(gains), title="Gain of every client over Local",
+    ) if gains else ""  # fmt: skip
     maps, passed_over = embedding_maps(study, limit=num_maps)
     return environment.get_template("page.html").render(
         style=(place / "page.css").read_text(encoding="utf-8"),
@@ -57,7 +61,7 @@ def render(name: str, study: Study, command: str, *, num_maps: int) -> str:
         swatches={key: swatch(look) for key, look in looks.items()},
         tested=tables.what_is_tested(study), figures=_accuracy_figures(study, looks),
         several=any(len(group.counted) > 1 for group in study.groups),
-        gains=gains, gain_figure=_gain_figure(gains, looks), missing=missing_runs(unmatched),
+        gains=gains, gain_figure=gain_figure, missing=missing_runs(unmatched),
         no_local=not gains and not any(item.differs for item in unmatched),
         families=list(dict.fromkeys(name for gain in gains for name in gain.by_family)),
         maps=maps, passed_over=passed_over, scale=SCALE, clock=clock,
@@ -111,12 +115,6 @@ def _accuracy_figures(study: Study, looks: Mapping[str, Look]) -> list[tuple[str
             svg = inline_svg(draw, height_in=4.6, title=f"Test accuracy {TITLES[axis].lower()}")
             figures.append((TITLES[axis], svg, caption))
     return figures
-
-
-def _gain_figure(gains: Sequence[GroupGain], looks: Mapping[str, Look]) -> str:
-    draw = partial(draw_gains, gains=gains, looks=looks)
-    title = "Gain of every client over Local"
-    return inline_svg(draw, height_in=1.1 + 0.65 * len(gains), title=title) if gains else ""
 
 
 def _made_by(study: Study, command: str) -> list[str]:

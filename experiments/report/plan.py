@@ -153,16 +153,9 @@ class Plan:
     ) -> Plan:
         """Read a sweep and check every cell of it, so that no typo shows up hours later.
 
-        Parameters
-        ----------
-        name_or_file
-            A study that comes with the project, or a path that ends in .toml.
-        common
-            Settings of all cells that win over the file's.
-        output_dir
-            Where the cells go; empty: where the file says.
-
-        Raises ConfigError on an unknown key, a value out of range, or the same run twice.
+        Takes a study of the project or a path that ends in .toml. `common` and `output_dir` win
+        over the file's settings and place. Raises ConfigError on an unknown key, a value out of
+        range, or the same run twice.
         """
         path = find_sweep(str(name_or_file))
         try:

@@ -37,12 +37,6 @@ class ClientRow:
     num_test: int
     accuracy: float
 
-    @classmethod
-    def parse(cls, row: Mapping[str, str]) -> Self:
-        """Build it from the text columns; other columns are left alone."""
-        parameters, test = int(row["num_parameters"]), int(row["num_test"])
-        return cls(row["client_id"], parameters, test, float(row["accuracy"]))
-
 
 @dataclass(frozen=True)
 class Run:
@@ -235,7 +229,12 @@ def _read_clients(path: Path) -> tuple[ClientRow, ...]:
     if not path.is_file():
         return ()
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [ClientRow.parse(row) for row in csv.DictReader(file)]
+        rows = [
+            ClientRow(
+                r["client_id"], int(r["num_parameters"]), int(r["num_test"]), float(r["accuracy"])
+            )
+            for r in csv.DictReader(file)
+        ]
     return tuple(sorted(rows, key=lambda row: client_order(row.client_id)))
 
 

@@ -122,10 +122,8 @@ def _nearest(full: Mapping[str, Any], keys: Iterable[str] | None = None) -> str:
     }
     own = str(full["run-name"])
     name = own if own in changes else min(changes, key=lambda n: (len(changes[n]), n))
-    clients, pairs = (
-        full["num-partitions"],
-        [f"{k}={value_text(v)}" for k, v in changes[name].items()],
-    )
+    clients = full["num-partitions"]
+    pairs = [f"{k}={value_text(v)}" for k, v in changes[name].items()]
     return shlex.join([
         "mh-pfedhn", "run", name,
         *(["--clients", str(clients)] if clients != known[name]["num-partitions"] else []),
