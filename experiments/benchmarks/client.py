@@ -28,23 +28,22 @@ build = partial(build_model, in_channels=3, num_classes=NUM_CLASSES)
 
 def client_part(names: tuple[str, ...], machine: Machine, repeats: int) -> Row:
     """Time a step of each model on every device; the figures of the CNN on the CPU come first."""
-    models = {
+    rows = {
         f"{name}/{device}": attempt(client_step, name, device, machine, repeats)
         for device in devices()
         for name in names
     }
-    keys = ("step_seconds", "dataloader_step_seconds", "ratio")
-    return {k: v for k, v in models["cnn/cpu"].items() if k in keys} | {"models": models}
+    return rows["cnn/cpu"] | {"rows": rows}
 
 
 def batched_part(num_clients: int, repeats: int, *, quick: bool) -> Row:
     """Time batched training of CNN clients on every device."""
-    found = {}
+    rows = {}
     for device in devices():
         # Two steps a client tell enough on a CPU; a GPU gets CIFAR-100's twelve.
         steps = 1 if quick else 12 if device == "cuda" else 2
-        found[f"cnn/{device}"] = attempt(batched_training, num_clients, steps, device, repeats)
-    return found
+        rows[f"cnn/{device}"] = attempt(batched_training, num_clients, steps, device, repeats)
+    return {"rows": rows}
 
 
 def random_client(num_train: int, num_test: int, device: str = "cpu") -> ClientData:
@@ -94,27 +93,17 @@ def client_step(name: str, device: str, machine: Machine, repeats: int, steps: i
     row: Row = {f"{key}_seconds": timing.best / steps for key, timing in found.items()}
     row["ratio"] = row["dataloader_step_seconds"] / row["step_seconds"]
     if device == "cpu":
-        row["bounds"] = machine.bound(row["step_seconds"], flops=count_flops(name, train=True))
+        with FlopCounterMode(display=False) as counter:
+            build(name)(torch.zeros(BATCH, 3, 32, 32)).sum().backward()
+        row |= machine.bound(row["step_seconds"], flops=float(counter.get_total_flops()))
     return row
-
-
-def count_flops(name: str, *, train: bool) -> float:
-    """Count the operations of a batch of 64: the forward pass, when training also the backward."""
-    model = build(name).train(train)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-        logits = model(torch.zeros(BATCH, 3, 32, 32))
-        if train:
-            logits.sum().backward()
-    return float(counter.get_total_flops())
 
 
 def batched_training(num_clients: int, steps: int, device: str, repeats: int) -> Row:
     """Time one local epoch of `num_clients` CNN clients, `steps` batches of 64 each, both ways.
 
-    Returns
-    -------
-    Seconds of both, their ratio, and `difference`: the largest distance between a client's two
-    results, as a fraction of how far its training went.
+    The row's `difference` is the largest distance between a client's two results, as a fraction of
+    how far its training went.
     """
     data = random_client(BATCH * steps, BATCH, device)
     module = build("cnn").to(device)

@@ -26,22 +26,15 @@ LIMIT_BYTES = 4_000_000_000
 def memory_part(work: Workload) -> Row:
     """Run `work.num_clients` CNN clients; return the peak of their process beside the limit."""
     row = {"num_clients": work.num_clients, "limit_bytes": LIMIT_BYTES}
-    return row | in_own_process(peak, work)
+    row |= in_own_process(peak, work)
+    return row | {"rows": {"in process": row}}
 
 
 def peak(work: Workload) -> Row:
     """Run here; return the peak of this process and what its second round took."""
     config = work.config("memory", rounds=STEADY, checkpoint_every=STEADY)
-    before = peak_bytes()
     row = inprocess(work, config, workers=1)
-    return {
-        "peak_bytes": peak_bytes(),
-        "imports_bytes": before,
-        "num_accepted": row["num_accepted"],
-        "seconds_round": row["seconds_round"],
-        "seconds_server": row["seconds_server"],
-        "wire_bytes": row["bytes_up"] + row["bytes_down"],
-    }
+    return row | {"peak_bytes": peak_bytes()}
 
 
 def growth_part(work: Workload, *, rounds: int, clients: Sequence[int]) -> Row:
@@ -49,7 +42,7 @@ def growth_part(work: Workload, *, rounds: int, clients: Sequence[int]) -> Row:
     found = {f"{rounds} rounds": _grow(work, rounds, min(clients))}
     found |= {f"{n} clients": _grow(work, 4, n) for n in clients}
     draw(found, work.folder.parent / "growth.png")
-    return found
+    return {"rows": found}
 
 
 def _grow(work: Workload, rounds: int, num_clients: int) -> Row:

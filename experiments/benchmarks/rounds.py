@@ -26,8 +26,7 @@ from client_app.models.registry import build_model
 from common.config import RunConfig
 from common.errors import RunError
 from experiments.benchmarks.clear import reference_hypernet, reference_round
-from experiments.benchmarks.client import count_flops
-from experiments.benchmarks.measuring import Machine, Row, attempt, devices
+from experiments.benchmarks.measuring import Row, attempt, devices
 from experiments.run.engines import processes
 from experiments.run.engines.inprocess import run_inprocess
 from experiments.run.engines.ray import RayEngine
@@ -36,17 +35,13 @@ from server_app.hypernet.network import Hypernetwork
 
 HERE = "experiments.benchmarks.synthetic"
 PRESETS = {"parallel": "cifar100-parallel", "sequential": "cifar100-sequential"}
-HEADLINES = {
-    "reference": "reference",
-    "ray": "ray-parallel",
-    "inprocess": "inprocess-parallel",
-    "gpu_reference": "reference-gpu",
-    "gpu_batched": "batched-gpu",
-}
+HEADLINES = {"reference": "reference", "ray": "ray-parallel", "inprocess": "inprocess-parallel"}
 """The first keys of a measured part, and the runs that they are of."""
 ROUNDS = 3
 STEADY = 2
 """The round that is reported."""
+KEYS = ("seconds_round", "seconds_server", "seconds_clients", "num_accepted")
+"""What is reported of it, of its line in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Workload:
         return self.config(name, **idle, data_dir="", batch_size=1024, **settings)
 
 
-def round_part(work: Workload, machine: Machine) -> Row:
+def round_part(work: Workload) -> Row:
     """Measure a full round by engine and schedule, and the clear sequential implementation.
 
     The latter comes first: the in-process engine tunes this process's memory allocator. Where there
@@ -112,43 +107,36 @@ def round_part(work: Workload, machine: Machine) -> Row:
     result: Row = {
         "num_clients": work.num_clients,
         "data": "cifar100" if work.data_dir else "synthetic",
-        "runs": rows,
+        "rows": rows,
     }
     for name, run in HEADLINES.items():
         row = rows.get(run, {})
         result[f"{name}_seconds"] = row.get("seconds_round")
         result[f"{name}_cpu_seconds"] = row.get("cpu_seconds")
         result[f"{name}_ratio"] = row.get("ratio")
-    if not work.quick and result["inprocess_seconds"]:
-        flops = 0.75 * count_flops("cnn", train=True) + 0.25 * count_flops("cnn", train=False)
-        result["bounds"] = machine.bound(result["inprocess_seconds"], flops=50_000 / 64 * flops)
     return result
 
 
 def runtime_part(work: Workload) -> Row:
     """Measure rounds of idle clients: what the engines cost by themselves, in seconds a round."""
-    found = {"inprocess": attempt(inprocess, work, work.idle("idle"))}
+    rows = {"inprocess": attempt(inprocess, work, work.idle("idle"))}
     if not work.quick:
-        found["ray"] = attempt(ray, work, work.idle("idle-ray"))
-    for row in found.values():
-        if "seconds_round" in row:
+        rows["ray"] = attempt(ray, work, work.idle("idle-ray"))
+    for row in rows.values():
+        if "skipped" not in row:
             row["idle_seconds"] = row["seconds_round"] - row["seconds_server"]
-        if "cpu_seconds" in row:
             row["idle_cpu_seconds"] = row["cpu_seconds"] - row["seconds_server"]
-    return {"engines": found, "bounded_by": "process start, message store, polling"}
+    return {"rows": rows}
 
 
 def overhead(idle: Row, full: Row) -> Row:
     """Return the share of a full parallel round that an idle round's runtime makes up."""
-    found: Row = {}
     for engine in ("ray", "inprocess"):
-        row = idle["engines"].get(engine, {})
-        for kind in ("", "cpu_"):
-            cost, total = row.get(f"idle_{kind}seconds"), full.get(f"{engine}_{kind}seconds")
-            if cost is not None and total:
-                found.setdefault(f"overhead_{kind}fraction", cost / total)
-                found.setdefault("overhead_engine", engine)
-    return found
+        cost = idle["rows"].get(engine, {}).get("idle_seconds")
+        total = full.get(f"{engine}_seconds")
+        if cost is not None and total:
+            return {"overhead_fraction": cost / total, "overhead_engine": engine}
+    return {}
 
 
 def inprocess(work: Workload, config: RunConfig, **options: Any) -> Row:
@@ -162,10 +150,7 @@ def inprocess(work: Workload, config: RunConfig, **options: Any) -> Row:
 def batched(work: Workload, config: RunConfig) -> Row:
     """Run on the in-process engine, all clients of one architecture trained in one batched call.
 
-    Raises
-    ------
-    RunError
-        Some were trained one by one after all: that would be another figure.
+    Raises RunError where some were trained one by one after all: that would be another figure.
     """
     row = inprocess(work, config, batched_clients=work.num_clients)
     expected = work.num_clients * ROUNDS
@@ -242,5 +227,5 @@ def by_round(
 def _steady(folder: Path, used: list[float]) -> Row:
     """Return the row of the round that is reported, with the CPU seconds that it took."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    row: Row = json.loads(lines[STEADY - 1])
-    return row | {"cpu_seconds": used[STEADY] - used[STEADY - 1]}
+    row = json.loads(lines[STEADY - 1])
+    return {key: row[key] for key in KEYS} | {"cpu_seconds": used[STEADY] - used[STEADY - 1]}

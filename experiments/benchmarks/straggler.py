@@ -43,14 +43,14 @@ class Paced:
 
 def straggler_part(work: Workload, *, rounds: int, usual_s: float) -> Row:
     """Measure every schedule with and without a slow client; the growth is a fraction."""
-    found: Row = {}
+    rows: dict[str, Row] = {}
     for name, close_fraction in SCHEDULES.items():
         equal, slow = (
             seconds_per_round(work, Paced(usual_s, slow_s), close_fraction, rounds)
             for slow_s in (usual_s, 10 * usual_s)
         )
-        found[name] = {"equal_seconds": equal, "slow_seconds": slow, "growth": slow / equal - 1}
-    return found
+        rows[name] = {"equal_seconds": equal, "slow_seconds": slow, "growth": slow / equal - 1}
+    return {"rows": rows}
 
 
 def seconds_per_round(work: Workload, app: Paced, close_fraction: float, rounds: int) -> float:

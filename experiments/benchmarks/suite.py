@@ -7,9 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -33,7 +31,7 @@ RUNS = "bench-runs"
 
 
 def run_suite(args: argparse.Namespace) -> int:
-    """Measure what `--parts` names; returns 0. bench.json is written after every part."""
+    """Measure what `--parts` names, writing bench.json each time; return 1 if something failed."""
     parts = [part.strip() for part in args.parts.split(",")]
     for part in parts:
         if part not in PARTS:
@@ -51,13 +49,14 @@ def run_suite(args: argparse.Namespace) -> int:
     measure = _measures(work, machine, args.repeats)
     for part in [part for part in PARTS if part in parts]:
         console.print(f"measuring: {part}", style="dim")
-        results[part] = measure[part]()
+        found = attempt(measure[part])
+        results[part] = found if "rows" in found else {"rows": {part: found}}
         if "runtime" in results and "round" in results:
             results["runtime"] |= overhead(results["runtime"], results["round"])
         replace_file(figures, json.dumps(results, indent=2))
     print_tables(results, console)
     console.print(f"\nfigures in {figures}", highlight=False, soft_wrap=True)
-    failed = any(failures(results[part]) for part in parts)
+    failed = any(row.get("failed") for part in parts for row in results[part]["rows"].values())
     if failed:
         console.print("some measurements failed: 'traceback' in bench.json says where", style="red")
     else:
@@ -76,11 +75,11 @@ def _measures(work: Workload, machine: Machine, repeats: int) -> dict[str, Calla
         "client": lambda: client_part(models, machine, repeats),
         "batched": lambda: batched_part(work.num_clients, repeats, quick=quick),
         "wire": lambda: wire_part(6_000 if quick else IDLE_PARAMETERS, machine, repeats),
-        "round": lambda: round_part(work, machine),
+        "round": lambda: round_part(work),
         "runtime": lambda: runtime_part(work),
         "memory": lambda: memory_part(many),
         "growth": lambda: growth_part(work, rounds=rounds, clients=counts),
-        "worker": lambda: attempt(partial(worker_part, work.folder, repeats=turns)),
+        "worker": lambda: worker_part(work.folder, repeats=turns),
         "straggler": lambda: straggler_part(work, rounds=8, usual_s=usual_s),
     }
 
@@ -99,15 +98,7 @@ def earlier(path: Path, machine: Machine, *, quick: bool) -> Row:
         before = [found["machine"][key] for key in ("cpu", "gpu", "threads", "torch")]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    same = before == [machine.cpu, machine.gpu, machine.threads, machine.torch]
-    return found if same and found.get("quick") == quick else {}
-
-
-def failures(found: Any) -> list[str]:
-    """Return what went wrong anywhere in a part; too little memory for a size is no failure."""
-    if isinstance(found, dict):
-        own = [str(found["skipped"])] if found.get("failed") else []
-        return own + [text for value in found.values() for text in failures(value)]
-    if isinstance(found, list):
-        return [text for value in found for text in failures(value)]
-    return []
+    if before != [machine.cpu, machine.gpu, machine.threads, machine.torch]:
+        return {}
+    parts = {part: found[part] for part in PARTS if "rows" in found.get(part, {})}
+    return parts if found.get("quick") == quick else {}

@@ -18,7 +18,7 @@ def wire_part(num_parameters: int, machine: Machine, repeats: int) -> Row:
     """Measure every precision for a delta of `num_parameters` entries."""
     delta = np.random.default_rng(0).normal(0, 0.01, num_parameters).astype(np.float32)
     reply = Content(TrainReply(1, 0.0, 0.0).settings(), {DELTA: delta})
-    rows: Row = {}
+    rows: dict[str, Row] = {}
     for precision in get_args(Precision):
         encoding = partial(encode, Header("bench", "mh-pfedhn", 1, "nonce", precision), reply)
         content = encoding()
@@ -29,9 +29,9 @@ def wire_part(num_parameters: int, machine: Machine, repeats: int) -> Row:
             "bytes": size,
             "encode_seconds": seconds,
             "decode_seconds": found["decode"].best,
-            "bounds": machine.bound(seconds, traffic=float(delta.nbytes + size)),
+            **machine.bound(seconds, traffic=float(delta.nbytes + size)),
         }
-    return rows
+    return {"rows": rows}
 
 
 def _decode(content: RecordDict, num_parameters: int) -> None:

@@ -6,15 +6,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from common.errors import ConfigError, RunError
 from experiments.bench import add_bench_parser
 from experiments.benchmarks.client import batched_training
-from experiments.benchmarks.measuring import Machine, attempt, in_own_process
+from experiments.benchmarks.measuring import Machine, in_own_process
 from experiments.benchmarks.rounds import Workload, batched, overhead
 from experiments.benchmarks.server import least_bytes, measure
-from experiments.benchmarks.suite import clear_runs, earlier, failures
-from experiments.benchmarks.tables import rows_of
+from experiments.benchmarks.suite import clear_runs, earlier
+from experiments.benchmarks.tables import table
 
 MACHINE = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
 
@@ -36,17 +37,18 @@ def test_quick_bench_writes_the_promised_keys(
     assert bench(*arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {"sequential_seconds", "parallel_seconds", "ratio"} <= found["server"].keys()
-    assert found["server"]["sizes"][0]["least_squares"]["parallel_seconds"] > 0
-    assert found["server"]["ratio"] == found["server"]["sizes"][0]["in_turns"]["ratio"]
+    assert found["server"]["rows"]["4 x 6,000 least-squares cpu"]["ratio"] > 0
+    assert found["server"]["rows"]["4 x 6,000 adam cpu"]["reference_cpu_seconds"] > 0
     assert {"reference_seconds", "ray_seconds", "inprocess_seconds"} <= found["round"].keys()
     assert found["round"]["reference_seconds"] > 0
     assert found["round"]["inprocess_seconds"] > 0
     assert found["runtime"]["overhead_fraction"] > 0
     assert {"step_seconds", "dataloader_step_seconds"} <= found["client"].keys()
-    assert found["batched"]["cnn/cpu"]["ratio"] > 0
+    assert found["batched"]["rows"]["cnn/cpu"]["ratio"] > 0
     for name in ("float32", "float16", "bfloat16"):
-        assert {"bytes", "encode_seconds", "decode_seconds"} <= found["wire"][name].keys()
-    assert found["wire"]["bfloat16"]["bytes"] < 0.55 * found["wire"]["float32"]["bytes"]
+        assert {"bytes", "encode_seconds", "decode_seconds"} <= found["wire"]["rows"][name].keys()
+    sizes = {name: row["bytes"] for name, row in found["wire"]["rows"].items()}
+    assert sizes["bfloat16"] < 0.55 * sizes["float32"]
     assert found["memory"]["num_accepted"] == 4
     assert 1e8 < found["memory"]["peak_bytes"] < found["memory"]["limit_bytes"] == 4e9
     printed = capsys.readouterr().out
@@ -77,38 +79,43 @@ def test_memory_is_estimated_before_a_size_is_tried() -> None:
     assert least_bytes(10, 11_000_000, "least-squares") < 7e9 < 20e9 < least_bytes(10, 11_000_000)
 
 
-def test_overhead_is_a_share_and_rows_have_names() -> None:
-    idle = {"engines": {"inprocess": {"idle_seconds": 1.0}}}
+def test_overhead_is_a_share_of_a_full_round() -> None:
+    idle = {"rows": {"inprocess": {"idle_seconds": 1.0}}}
     assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
-    assert overhead({"engines": {}}, {}) == {}
-    size = {"num_clients": 50, "num_parameters": 239_856}
-    assert list(rows_of("server", {"server": {"sizes": [size]}})) == ["50 x 239,856"]
-    assert rows_of("server-gpu", {"server": {"sizes": [size]}}) == {}
-    assert rows_of("worker", {"worker": {"on": size, "seconds_measuring": 1.0}}) == {"on": size}
-    assert list(rows_of("worker", {"worker": {"skipped": "no Flower"}})) == ["worker"]
+    assert overhead({"rows": {}}, {}) == {}
+
+
+def test_a_table_shows_each_figure_and_says_what_was_skipped() -> None:
+    rows = {"a": {"step_seconds": 0.002, "seconds": [1]}, "b": {"skipped": "no Flower [x]"}}
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(table("part", rows))
+    assert "2.00 ms" in printed.get()
+    assert "b: no Flower [x]" in printed.get()
 
 
 def test_earlier_parts_of_the_same_machine_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     assert earlier(path, MACHINE, quick=False) == {}
-    path.write_text(json.dumps({"machine": asdict(MACHINE), "quick": False, "wire": {"a": 1}}))
-    assert earlier(path, MACHINE, quick=False)["wire"] == {"a": 1}
+    path.write_text(json.dumps({"machine": asdict(MACHINE), "quick": False, "wire": {"rows": {}}}))
+    assert earlier(path, MACHINE, quick=False) == {"wire": {"rows": {}}}
     assert earlier(path, MACHINE, quick=True) == {}
     assert earlier(path, replace(MACHINE, gpu="H100"), quick=False) == {}
     path.write_text("{")
     assert earlier(path, MACHINE, quick=False) == {}
 
 
-def test_what_failed_is_found_and_too_little_memory_is_no_failure(tmp_path: Path) -> None:
-    def broken() -> dict[str, float]:
+def test_a_part_that_fails_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> dict[str, float]:
         raise RuntimeError("CUDA out of memory")
 
-    row = attempt(broken)
-    assert failures({"sizes": [{"skipped": "needs 60 GB"}, {"cuda": row}]}) == [
-        "RuntimeError: CUDA out of memory"
-    ]
+    monkeypatch.setattr("experiments.benchmarks.suite.wire_part", broken)
+    assert bench("--quick", "--repeats", "1", "--parts", "wire", "--output-dir", str(tmp_path)) == 1
+    row = json.loads((tmp_path / "bench.json").read_text())["wire"]["rows"]["wire"]
+    assert row["skipped"] == "RuntimeError: CUDA out of memory"
     assert "in broken" in row["traceback"]
-    assert failures({"sizes": [{"skipped": "needs 60 GB"}]}) == []
 
 
 def test_earlier_runs_are_cleared_and_decoded_data_stay(tmp_path: Path) -> None:
