@@ -79,19 +79,9 @@ def make_certs(
 ) -> list[Path]:
     """Make a CA, a server certificate for `hosts`, and a key pair and secret for each site.
 
-    Parameters
-    ----------
-    force
-        Replace what is there: everybody has to get new files. Else it is kept.
-
-    Returns
-    -------
-    The files that were written, private ones with mode 0600.
-
-    Raises
-    ------
-    ConfigError
-        A name cannot be used, or the server certificate that is there is for other hosts.
+    What is there is kept, unless `force` replaces it: everybody then has to get new files. Returns
+    the files that were written, private ones with mode 0600. Raises ConfigError where a name cannot
+    be used, or the server certificate that is there is for other hosts.
     """
     for site in sites:
         if not _SITE.fullmatch(site) or site in RESERVED:

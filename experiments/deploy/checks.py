@@ -55,11 +55,7 @@ Check = Callable[[Trial], Finding]
 def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -> bool:
     """Run all checks and print the list; returns whether the participant can join.
 
-    Parameters
-    ----------
-    must_answer
-        Whether a server that cannot be reached is a failure. A SuperNode waits for its server, so
-        it is not when joining.
+    `must_answer` makes a server that cannot be reached a failure; a SuperNode that joins waits.
     """
     trial = Trial(settings, NodeConfig.parse(settings.node).client_section(RunConfig().client))
     checks: dict[str, Check] = {

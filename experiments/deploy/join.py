@@ -32,9 +32,7 @@ def add_join_parser(commands: Any) -> None:
 def run_join(args: argparse.Namespace) -> int:
     """Check, then take part until stopped.
 
-    Returns
-    -------
-    0 when all is done, 1 when a check failed or the SuperNode cannot run.
+    Returns 0 when all is done, 1 when a check failed or the SuperNode cannot run.
     """
     from experiments.deploy.checks import run_checks
     from experiments.deploy.supervise import Supervisor

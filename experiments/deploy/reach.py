@@ -23,18 +23,9 @@ class ServerError(MHpFedHNError):
 def check_server(server: str, certificate: Path | None, insecure: bool) -> str:
     """Connect, verify the certificate against the server's name, ask for its health.
 
-    Returns
-    -------
-    What was found, in words.
-
-    Raises
-    ------
-    ConfigError
-        The address or the certificate file cannot be used.
-    UnreachableError
-        Nobody accepts connections there.
-    ServerError
-        The certificate does not verify, or the other side is no SuperLink.
+    Returns what was found, in words. Raises ConfigError where the address or the certificate file
+    cannot be used, UnreachableError where nobody accepts connections, and ServerError where the
+    certificate does not verify or the other side is no SuperLink.
     """
     host, port = split_address(server)
     context = None if insecure else _context(certificate)

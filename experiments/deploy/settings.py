@@ -37,14 +37,9 @@ FLAGS = {
 class JoinSettings:
     """Everything that `mh-pfedhn join` needs.
 
-    Attributes
-    ----------
-    node
-        Node config as Flower gets it: kebab-case keys, absolute paths.
-    base
-        Folder that holds the participant's own Python files.
-    port
-        Where the SuperNode's own API listens on loopback; 0 means any that is free.
+    `node` is the node config as Flower gets it: kebab-case keys, absolute paths. `base` holds the
+    participant's own Python files. The SuperNode's own API listens on `port` of loopback; 0 means
+    any that is free.
     """
 
     server: str
@@ -60,10 +55,8 @@ class JoinSettings:
     def parse(cls, values: Mapping[str, Any], base: Path) -> Self:
         """Check the keys, make paths absolute, fill in what a joining participant means.
 
-        Raises
-        ------
-        ConfigError
-            A key is unknown, something required is missing, or key and insecure contradict.
+        Raises ConfigError where a key is unknown, something required is missing, or key and
+        insecure contradict.
         """
         known = {*OWN_KEYS, *NodeConfig.key_names()}
         for key in values:

@@ -44,10 +44,7 @@ _NOISE = re.compile(
 def complete(preset: Preset) -> Preset:
     """Fill in what only a launch knows: the run's own absolute folder, its name, its clients.
 
-    Raises
-    ------
-    ConfigError
-        The output folder already holds a run, or clients are to stay away from Ray.
+    Raises ConfigError where the output folder already holds a run, or Ray is to leave clients out.
     """
     run, schedule = preset.config.run, preset.config.schedule
     if preset.config.client.absent_clients and preset.engine.name != "inprocess":
@@ -74,9 +71,7 @@ def complete(preset: Preset) -> Preset:
 def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> int:
     """Run a preset, show its progress and its results; with `tensorboard` as its events too.
 
-    Returns
-    -------
-    0 when the run completed, 1 when it failed, 130 when it was interrupted.
+    Returns 0 when the run completed, 1 when it failed, 130 when it was interrupted.
     """
     preset = complete(preset)
     folder = Path(preset.config.run.output_dir)

@@ -14,12 +14,8 @@ from experiments.run.presets import EngineSection
 def check_clients(config: RunConfig, engine: EngineSection) -> None:
     """Build each model that the run config names, and look for the clients' device.
 
-    Call it when the data is prepared: channels and classes come from there.
-
-    Raises
-    ------
-    ConfigError, ModelError
-        A model cannot be built or is too large, or there is no such device for clients.
+    Call it when the data is prepared: channels and classes come from there. Raises ConfigError
+    or ModelError where a model cannot be built or is too large, or there is no such device.
     """
     from client_app.data.examples import describe_data  # imports torch: seconds
     from client_app.models.instances import pick_device

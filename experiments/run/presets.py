@@ -54,10 +54,7 @@ class Preset:
     def load(cls, name_or_file: str) -> Self:
         """Read a preset by name, or any TOML file of the same form.
 
-        Raises
-        ------
-        ConfigError
-            No such preset or file, not TOML, an unknown key, or a value out of range.
+        Raises ConfigError that names what is not there, not TOML, unknown or out of range.
         """
         if name_or_file.endswith(".toml"):
             path = Path(name_or_file).expanduser()
@@ -89,12 +86,8 @@ class Preset:
     def with_config(self, overrides: Mapping[str, Any]) -> Self:
         """Return a copy with some run config keys replaced.
 
-        The number of partitions is the number of clients: each client has one.
-
-        Raises
-        ------
-        ConfigError
-            A key is unknown or a value is out of range.
+        The number of partitions is the number of clients: each client has one. Raises ConfigError
+        where a key is unknown or a value is out of range.
         """
         if "num-partitions" in overrides:
             raise ConfigError(
@@ -121,10 +114,7 @@ class Preset:
     def with_settings(self, assignments: Iterable[str]) -> Self:
         """Apply `key=value` texts; a key belongs to the run config or to the engine.
 
-        Raises
-        ------
-        ConfigError
-            A text has no "=", a key is unknown (the nearest is named), or a value cannot be used.
+        Raises ConfigError where a text has no "=", a key is unknown or a value cannot be used.
         """
         pairs = dict(parse_assignment(text) for text in assignments)
         engine_keys = EngineSection.key_names() - {"name"}

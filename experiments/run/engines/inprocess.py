@@ -34,18 +34,11 @@ NodeConfigDict = Mapping[str, bool | int | float | str]
 class InProcessGrid(Grid):
     """Delivers messages to a ClientApp in this process.
 
-    Parameters
-    ----------
-    client_app : the app; one instance serves all nodes.
-    contexts : each node's Flower context by node_id; kept between messages, as Flower does.
-    workers : threads that run clients. 1 runs them in the calling thread, one after the other.
-    batched_clients : with one worker, so many waiting clients of one architecture at most are
-        trained in one batched call (`client_app.training.batched`); 0 or 1 trains them one by one.
-
-    Attributes
-    ----------
-    workers : how many messages are worked on at a time; the server sends no more than it helps.
-    num_together : messages handled by a batched call so far.
+    One `client_app` serves all nodes; `contexts` are theirs by node_id, kept between messages as
+    Flower does. One worker runs clients in the calling thread, one after the other, and then at
+    most `batched_clients` waiting ones of one architecture in one batched call
+    (`client_app.training.batched`). `num_together` counts the messages that such calls handled; the
+    server sends no more than `workers`, the messages that are worked on at a time.
     """
 
     def __init__(
@@ -183,15 +176,9 @@ def run_inprocess(
 ) -> int:
     """Run a whole federation in this process; raises what the ServerApp raises.
 
-    Returns how many messages batched calls handled (0 without `batched_clients`).
-
-    Parameters
-    ----------
-    workers : threads that run clients; 0 means one per CPU core, and one where the schedule has
-        a single client in flight (torch then may use its threads inside the client).
-    batched_clients : clients of one architecture that are trained in one batched call, in one
-        thread whatever `workers` says; 0 trains one by one. For GPUs: see
-        `client_app.training.batched`.
+    Returns how many messages batched calls handled. So many threads as `workers` says run clients;
+    0 means one per CPU core, and one where the schedule has a single client in flight (torch then
+    may use its threads inside the client), or where clients are batched.
     """
     from client_app.app import app as client_app
     from server_app.app import app as server_app

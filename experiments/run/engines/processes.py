@@ -41,10 +41,7 @@ def free_port() -> int:
 def find_program(name: str) -> str:
     """Return the path of one of Flower's programs, the one beside this Python before others.
 
-    Raises
-    ------
-    RunError
-        Flower is not installed here.
+    Raises RunError where Flower is not installed here.
     """
     found = shutil.which(name, path=program_path())
     if found is None:
@@ -60,10 +57,7 @@ def program_path(base: Mapping[str, str] = os.environ) -> str:
 def start(command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path) -> Process:
     """Start a process in a session of its own (Ctrl-C reaches only us), output appended to `log`.
 
-    Raises
-    ------
-    RunError
-        The program cannot be started.
+    Raises RunError where the program cannot be started.
     """
     with log.open("ab") as sink:
         try:
@@ -85,10 +79,7 @@ def start(command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Pat
 def wait_until_healthy(process: Process, *, port: int, timeout_s: float, log: Path) -> None:
     """Wait until a SuperLink answers on its health address.
 
-    Raises
-    ------
-    RunError
-        It ended, or gave no answer within `timeout_s`; the end of its log is quoted.
+    Raises RunError where it ended, or did not answer in time; the end of its log is quoted.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = monotonic() + timeout_s
@@ -126,11 +117,8 @@ def stop_marked(mark: str, *, patience_s: float = 5.0) -> int:
     """Stop all processes that carry `mark` in their environment, and all their descendants.
 
     They are asked first (SIGTERM), then killed after `patience_s`. Processes of others are never
-    touched: a candidate carries the mark or descends from one that does.
-
-    Returns
-    -------
-    How many processes were stopped.
+    touched: a candidate carries the mark or descends from one that does. Returns how many processes
+    were stopped.
     """
     stopped: set[int] = set()
     for _ in range(3):  # again, for what was being started meanwhile

@@ -35,16 +35,9 @@ COMPLETED = "finished:completed"
 class SuperLink:
     """A context in which runs can be started; leaving it stops every process and removes the rest.
 
-    Entering returns at once: the SuperLink starts while the caller does something else.
-
-    Parameters
-    ----------
-    log
-        File that receives what ServerApp and simulated clients print.
-    extra_env
-        Environment variables of all processes, beside those that isolate them.
-    options
-        More words of the command line of `flower-superlink`.
+    Entering returns at once: the SuperLink starts while the caller does something else. `log`
+    receives what ServerApp and simulated clients print, all processes get `extra_env` beside what
+    isolates them, and `options` are more words of the command line of `flower-superlink`.
     """
 
     def __init__(
@@ -96,10 +89,7 @@ class SuperLink:
     def complete(self, config: RunConfig, *words: str) -> None:
         """Run to the end; `words` are more arguments of `flwr run`.
 
-        Raises
-        ------
-        RunError
-            The run did not complete: Flower's final status, and where its log is.
+        Raises RunError with Flower's final status where the run did not complete.
         """
         processes.wait_until_healthy(
             self._superlink, port=self.port, timeout_s=START_TIMEOUT_S, log=self._superlink_log
