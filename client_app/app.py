@@ -15,7 +15,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from client_app.worker.link import Link, WorkerUnavailableError
-from common.config import NodeConfig, RunConfig
+from common.config import declared
 from common.errors import ConfigError
 from common.files import state_folder
 from common.log import logger
@@ -71,9 +71,8 @@ def _worker(context: Context) -> Link | None:
     `auto` means: where the participant itself declared a state folder (Flower's simulation declares
     none), unless this process has torch already and would gain nothing.
     """
-    config = RunConfig.parse(context.run_config)
-    node = NodeConfig.parse(context.node_config)
-    section = node.client_section(config.client)
+    run, own = context.run_config, context.node_config
+    _, node, section, client_id = declared((*run.items(),), (*own.items(),))
     if node.warm_worker == "on" and not section.state_dir:
         raise ConfigError(
             "warm-worker = 'on' needs a state-dir: the worker keeps what belongs to this "
@@ -83,13 +82,13 @@ def _worker(context: Context) -> Link | None:
     if node.warm_worker == "off" or (node.warm_worker == "auto" and not useful):
         return None
     return Link(
-        folder=state_folder(section.state_dir, node.identity) / "worker",
+        folder=state_folder(section.state_dir, client_id) / "worker",
         function=f"{__name__}:{reply_in_worker.__name__}",
         context={
             "run_id": context.run_id,
             "node_id": context.node_id,
-            "node_config": dict(context.node_config),
-            "run_config": dict(context.run_config),
+            "node_config": dict(own),
+            "run_config": dict(run),
         },
     )
 

@@ -13,11 +13,9 @@ from client_app.models.instances import pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from common.config import ClientSection, NodeConfig, RunConfig
+from common.config import ClientSection, RunConfig, declared
 from common.errors import WireError
-from common.messages import (
-    Evaluation,
-)
+from common.messages import Evaluation
 from common.records import Received
 
 
@@ -43,15 +41,14 @@ class Participant:
         ConfigError, DataError, ModelError
             Something declared cannot be used; the message says what to change.
         """
-        config = RunConfig.parse(context.run_config)
-        node = NodeConfig.parse(context.node_config)
-        section = node.client_section(config.client)
+        items = (*context.run_config.items(),), (*context.node_config.items(),)
+        config, node, section, client_id = declared(*items)
         device = pick_device(section.device)
         data = load_client_data(
             section, partition_id=node.partition_id, seed=config.run.seed, device=device
         )
         return cls(
-            client_id=node.identity,
+            client_id=client_id,
             config=config,
             section=section,
             data=data,
@@ -59,7 +56,7 @@ class Participant:
             model_name=model_for_partition(
                 section.models, node.partition_id, section.num_partitions
             ),
-            state=open_state(context, section.state_dir, node.identity),
+            state=open_state(context, section.state_dir, client_id),
             head_tag=node.head_tag,
         )
 

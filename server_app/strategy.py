@@ -17,14 +17,13 @@ from common import messages
 from common.errors import RunError
 from common.log import logger
 from common.messages import Evaluation, TrainReply
-from common.metrics import summarise, weighted_mean
 from common.records import Content, Received
 from common.seeding import numpy_generator
 from server_app.admission import Admission
 from server_app.aggregation.base import StepDiagnostics, mean_diagnostics
 from server_app.clients import Client, Registry
 from server_app.methods.base import Method, Upload
-from server_app.output.run_folder import RunFolder
+from server_app.output.run_folder import RunFolder, summarise, weighted_mean
 from server_app.scheduler import RoundOutcome, Schedule
 from server_app.transport import Arrival, Outgoing, Transport
 

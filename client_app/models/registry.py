@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     return _FAMILIES[name](in_channels=in_channels, num_classes=num_classes)
 
 
+@lru_cache(maxsize=1024)
 def model_for_partition(models: str, partition_id: int, num_partitions: int) -> str:
     """Choose a client's model: contiguous blocks of clients, in the order of the names.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-from typing import Any, Self
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from common.config.client import ClientSection, WireSection
+from common.config.client import ClientSection, NodeConfig, WireSection
 from common.config.hypernet import BY_SIZE, HypernetSection, UpdateSection
 from common.config.run import RunSection, ScheduleSection
 from common.config.section import Scalar, Section, require_known
@@ -102,6 +102,22 @@ class RunConfig(BaseModel):
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """Return a copy with some keys replaced, validated like the whole."""
         return self.parse({**self.flat(), **overrides})
+
+
+class Declared(NamedTuple):
+    """What one client goes by: both configs, and their client sections merged."""
+
+    run: RunConfig
+    node: NodeConfig
+    client: ClientSection
+    client_id: str
+
+
+@lru_cache(maxsize=1024)
+def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar], ...]) -> Declared:
+    """Parse the items of a run config and a node config, once in a process; raise ConfigError."""
+    config, own = RunConfig.parse(dict(run)), NodeConfig.parse(dict(node))
+    return Declared(config, own, own.client_section(config.client), own.identity)
 
 
 def _check_together(config: RunConfig) -> None:

@@ -22,8 +22,8 @@ from experiments.benchmarks.synthetic import IDLE_PARAMETERS
 from experiments.run.presets import Preset
 from server_app.aggregation import make_rule
 from server_app.aggregation.base import Update
-from server_app.hypernet.groups import BLOCK_CLIENTS, blocks, num_chunks
-from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.heads import num_chunks
+from server_app.hypernet.network import BLOCK_CLIENTS, Hypernetwork, blocks
 
 Rule = Literal["adam", "least-squares", "at-rest"]
 TARGET = (50, IDLE_PARAMETERS)

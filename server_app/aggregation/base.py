@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from common.config import UpdateSection
-from server_app.hypernet.groups import members_by_group
+from common.log import logger
+from server_app.hypernet.heads import members_by_group
 from server_app.hypernet.network import Hypernetwork
 
 FINAL_FRACTION = 0.05
 """Of rates and gains, at the end of their cosine."""
 SAMPLE = 8
 """Clients of a head group, and chunks of a client, that diagnostics look at."""
+
+
+WINDOW, LEAST = 64, 5
+"""Norms remembered for each group, and how many are needed before anything is clipped."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,56 @@ def schedule_factor(section: UpdateSection, progress: float, total_rounds: float
         return 1.0
     done = min(max((progress - begin) / (total_rounds - begin), 0.0), 1.0)
     return FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * done)) / 2
+
+
+class NormClip:
+    """Scales down deltas that are far larger than their group's usually are (docs/parallel.md).
+
+    A delta may have `factor` times (0: any) the running median of the norms that its head group
+    accepted before: large models have large deltas.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._norms: dict[str, deque[float]] = {}
+
+    def clip_all(self, updates: Sequence[Update], group_of: Callable[[str], str]) -> list[Update]:
+        """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
+
+        They come back sorted by client. All are compared with what was there before this call, so
+        that nothing depends on the order in which replies arrived.
+        """
+        if not self._factor:
+            return list(updates)
+        bounds = {
+            key: self._factor * median(norms)
+            for key, norms in self._norms.items()
+            if len(norms) >= LEAST
+        }
+        clipped: list[Update] = []
+        for update in sorted(updates, key=lambda u: (u.client_id, u.staleness)):
+            key = group_of(update.client_id)
+            norm = float(torch.linalg.vector_norm(update.delta.double()))
+            bound = bounds.get(key, math.inf)
+            if norm > bound:
+                logger.warning(
+                    "Delta of client %s has norm %.3g; scaled down to %.3g (clip-to-median)",
+                    update.client_id,
+                    norm,
+                    bound,
+                )
+                update, norm = replace(update, delta=update.delta * (bound / norm)), bound
+            self._norms.setdefault(key, deque(maxlen=WINDOW)).append(norm)
+            clipped.append(update)
+        return clipped
+
+    def export(self) -> dict[str, list[float]]:
+        """Return the remembered norms for a checkpoint."""
+        return {group: list(norms) for group, norms in self._norms.items()}
+
+    def restore(self, saved: Mapping[str, Sequence[float]]) -> None:
+        """Load exported norms."""
+        self._norms = {group: deque(norms, maxlen=WINDOW) for group, norms in saved.items()}
 
 
 class Probe:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from server_app.hypernet.groups import members_by_group
-from server_app.hypernet.heads import GroupDeltas, square_norm
+from server_app.hypernet.heads import GroupDeltas, members_by_group, square_norm
 from server_app.hypernet.network import Hypernetwork, by_chunk
 
 

@@ -1,4 +1,4 @@
-"""One head group: the linear heads that clients with equally many chunks share, and their deltas.
+"""Head groups: who shares heads, the linear heads of one group, and the deltas of its clients.
 
 Products work on a few chunks for ALL clients at once: what they read and write stays in the cache
 until everything that needs it is done, and memory for gathered deltas is bounded by `TILE_BYTES`.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +27,65 @@ WORK_BYTES = 8 * 2**20  # what one product reads and writes
 GPU_FACTOR = 64  # a GPU wants few launches more than a small footprint
 HUGE_BYTES = 4 * 2**20  # blocks from here on are put on huge pages
 ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would fall into the same cache sets
+
+
+def num_chunks(num_parameters: int, chunk_size: int) -> int:
+    """Return tau_i = ceil(K_i / S), the chunks that hold `num_parameters` scalars."""
+    return -(-num_parameters // chunk_size)
+
+
+def head_group(
+    section: HypernetSection, client_id: str, chunks: int, tag: str = ""
+) -> tuple[str, int]:
+    """Return the key of a client's head group and the number of heads of that group.
+
+    `head-sharing` decides, and nothing but counts and a declared tag is known of a client:
+
+    - "chunks": equally many chunks, as published (docs/method.md, "Hypernetwork"); key "79".
+    - "tolerance": size classes, fixed in advance so that nothing depends on who comes first; the
+      largest has at most `sharing-tolerance` more chunks than the smallest; key "92".
+    - "tag": equally many chunks and an equal tag; key "79-1f0c...".
+    - "own": nobody shares; key "79-<client_id>".
+
+    Differs from paper: all but "chunks" (its appendix C.5 compares separate heads).
+
+    >>> head_group(HypernetSection(head_sharing="tolerance"), "site-a", 79)
+    ('92', 92)
+    """
+    heads, suffix = chunks, ""
+    match section.head_sharing:
+        case "tolerance":  # classes 1, 2, 3, ...: each starts one above the largest of the last
+            heads = 1
+            while heads < chunks:
+                heads = max(heads + 1, int((heads + 1) * (1 + section.sharing_tolerance)))
+        case "tag":
+            suffix = f"-{tag}"
+        case "own":
+            suffix = f"-{client_id}"
+    return f"{heads}{suffix}", heads
+
+
+def group_order(key: str) -> tuple[int, str]:
+    """Sort key of head groups: by size, then by name."""
+    count, _, rest = key.partition("-")
+    return int(count), rest
+
+
+def members_by_group(
+    client_ids: Iterable[str], key_of: Callable[[str], str]
+) -> dict[str, Sequence[int]]:
+    """Return the positions of the clients of each head group.
+
+    Groups come in the order of `group_order`, positions in the order given, so that nothing
+    depends on the order in which sizes were first seen.
+
+    >>> members_by_group(["b", "a", "c"], {"a": "2", "b": "19", "c": "2"}.__getitem__)
+    {'2': [1, 2], '19': [0]}
+    """
+    positions: dict[str, list[int]] = {}
+    for position, client_id in enumerate(client_ids):
+        positions.setdefault(key_of(client_id), []).append(position)
+    return {key: positions[key] for key in sorted(positions, key=group_order)}
 
 
 class HeadGroup:

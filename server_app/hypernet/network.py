@@ -16,7 +16,8 @@ P parameters of a client (the paper's K_i), R rows of several embeddings one aft
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,10 +28,19 @@ from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError, listing
 from common.seeding import torch_generator
 from common.serialization import require_same, required_tensor
-from server_app.hypernet.groups import blocks, group_order, head_group, members_by_group, num_chunks
-from server_app.hypernet.heads import HeadGroup
+from server_app.hypernet.heads import (
+    HeadGroup,
+    group_order,
+    head_group,
+    members_by_group,
+    num_chunks,
+)
 
 TRUNK_LAYERS = 3
+BLOCK_CLIENTS = 64
+BLOCK_BYTES = 256 * 2**20
+LEAST_CLIENTS = 8
+"""A block never has fewer for its size alone: reading the heads of 11 M parameters costs more."""
 SHAPE_KEYS = ("chunk-size", "embed-dim", "hidden-dim", "head-sharing")
 
 
@@ -43,7 +53,7 @@ class Hypernetwork:
     Attributes
     ----------
     trunk : Linear(E, H), ReLU, then Linear(H, H), ReLU twice.
-    groups : head groups by key; see `server_app.hypernet.groups.head_group`.
+    groups : head groups by key; see `server_app.hypernet.heads.head_group`.
     embeddings : v_i (C_i, E) by client_id.
     """
 
@@ -258,6 +268,22 @@ class Hypernetwork:
 def by_chunk(rows_RH: Tensor, num_clients: int) -> Tensor:
     """View rows of clients one after the other (N C, H) as (C, N, H)."""
     return rows_RH.view(num_clients, -1, rows_RH.shape[1]).transpose(0, 1)
+
+
+def blocks(client_ids: Sequence[str], size_of: Callable[[str], int]) -> Iterator[Sequence[str]]:
+    """Cut clients into runs that are generated together: float32 within `BLOCK_BYTES`.
+
+    Only the list and the sizes decide, so that two runs make the same products. The runs are of
+    nearly equal length: a product of one or two rows takes another path through the BLAS.
+    """
+    if not client_ids:
+        return
+    largest = 4 * max(map(size_of, client_ids))
+    most = min(BLOCK_CLIENTS, max(LEAST_CLIENTS, BLOCK_BYTES // largest))
+    count = -(-len(client_ids) // most)
+    edges = [len(client_ids) * i // count for i in range(count + 1)]
+    for first, stop in pairwise(edges):
+        yield client_ids[first:stop]
 
 
 def _draw_trunk(section: HypernetSection, generator: torch.Generator) -> nn.Sequential:

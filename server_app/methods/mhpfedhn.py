@@ -21,10 +21,14 @@ from common.log import logger
 from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
 from common.records import Content, Received
 from server_app.aggregation import make_rule
-from server_app.aggregation.base import StepDiagnostics, Update, global_diagnostics
-from server_app.aggregation.clipping import NormClip
+from server_app.aggregation.base import (
+    NormClip,
+    StepDiagnostics,
+    Update,
+    global_diagnostics,
+)
 from server_app.clients import GLOBAL_ID, Client
-from server_app.hypernet.groups import group_order
+from server_app.hypernet.heads import group_order
 from server_app.hypernet.network import Hypernetwork
 from server_app.methods.base import Exchange, Method, Upload
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -24,6 +26,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import replace_file
 from common.log import logger
+from common.messages import Evaluation
 
 LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
@@ -243,3 +246,35 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return sum(w x) / sum(w) over (w, x) pairs; NaN when there is no weight."""
+    pairs = list(pairs)
+    total = math.fsum(w for w, _ in pairs)
+    return math.fsum(w * x for w, x in pairs) / total if total else math.nan
+
+
+def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Summarise one evaluation of the federation; {} without any.
+
+    accuracy_micro: sum of correct over sum of examples (the paper's metric); accuracy_macro: mean
+    over clients; accuracy_std: population standard deviation over clients; accuracy_worst10: mean
+    of the worst tenth of clients (at least one); test_loss: mean over examples, in nats;
+    accuracy_micro_x for a further predictor x.
+    """
+    if not evaluations:
+        return {}
+    rows = [evaluations[client_id] for client_id in sorted(evaluations)]
+    accuracies = sorted(row.num_correct / row.num_test for row in rows)
+    worst = accuracies[: max(1, math.ceil(0.1 * len(accuracies)))]
+    num_test = sum(row.num_test for row in rows)
+    others = {name: sum(row.others.get(name, 0) for row in rows) for name in rows[0].others}
+    return {
+        "accuracy_micro": sum(row.num_correct for row in rows) / num_test,
+        "accuracy_macro": fmean(accuracies),
+        "accuracy_std": pstdev(accuracies),
+        "accuracy_worst10": fmean(worst),
+        "test_loss": weighted_mean((r.num_test, r.test_loss) for r in rows),
+        **{f"accuracy_micro_{name}": count / num_test for name, count in others.items()},
+    }

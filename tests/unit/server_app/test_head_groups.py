@@ -11,7 +11,7 @@ from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
 from server_app.aggregation import make_rule
 from server_app.aggregation.base import Update
-from server_app.hypernet.groups import group_order, head_group, members_by_group, num_chunks
+from server_app.hypernet.heads import group_order, head_group, members_by_group, num_chunks
 from server_app.hypernet.network import Hypernetwork
 from tests.support.close import assert_all_equal
 from tests.support.pulls import pull

@@ -9,9 +9,8 @@ from torch import Tensor
 from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError
 from server_app.hypernet import heads
-from server_app.hypernet.groups import BLOCK_BYTES, LEAST_CLIENTS, blocks
 from server_app.hypernet.heads import HeadGroup
-from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.network import BLOCK_BYTES, LEAST_CLIENTS, Hypernetwork, blocks
 from tests.reference.algorithm import Hyper, ReferenceHypernet
 from tests.support.pulls import pull
 
