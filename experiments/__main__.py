@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from common.errors import MHpFedHNError
-from experiments.arguments import add_set_option
 from experiments.bench import add_bench_parser
-from experiments.console import make_console, say
+from experiments.console import add_set_option, make_console, say
 from experiments.deploy.certificates import add_certs_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.serve import add_serve_parser

@@ -1,7 +1,8 @@
-"""What the commands print on."""
+"""What the commands have in common: where they print, and `--set`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from rich.console import Console
@@ -15,3 +16,10 @@ def make_console(*, wide: bool = False) -> Console:
 def say(console: Console, text: str, *, style: str = "", end: str = "\n") -> None:
     """Print text as it stands: no markup in it, no colours of rich's choice, no line breaks."""
     console.print(text, style=style, end=end, markup=False, highlight=False, soft_wrap=True)
+
+
+def add_set_option(command: argparse.ArgumentParser, purpose: str) -> None:
+    """Add `--set KEY=VALUE ...` to a command; it may be given more than once."""
+    command.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=purpose
+    )

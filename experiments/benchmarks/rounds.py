@@ -9,7 +9,6 @@ clients that exchange a CNN's parameters and have nothing to compute.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from experiments.run.engines import processes
 from experiments.run.engines.inprocess import run_inprocess
 from experiments.run.engines.ray import RayEngine
 from experiments.run.presets import EngineSection, Preset
+from experiments.run.progress import RowTail, polled
 from server_app.hypernet.network import Hypernetwork
 
 HERE = "experiments.benchmarks.synthetic"
@@ -205,23 +205,14 @@ def by_round(
     folder: Path, probe: Callable[[], Any], *, every_s: float = 0.05
 ) -> Iterator[list[Any]]:
     """Fill a list with what `probe` returns at the start and whenever a round has ended."""
-    found, stop, metrics = [probe()], threading.Event(), folder / "metrics.jsonl"
+    found, tail = [probe()], RowTail(folder / "metrics.jsonl")
 
-    def watch() -> None:
-        last = False
-        while not last:
-            last = stop.wait(every_s)
-            lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            if lines > len(found) - 1:
-                found.extend([probe()] * (lines - len(found) + 1))
+    def look() -> None:
+        if rows := tail.new_rows():
+            found.extend([probe()] * len(rows))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with polled(look, every_s):
         yield found
-    finally:
-        stop.set()
-        watcher.join()
 
 
 def _steady(folder: Path, used: list[float]) -> Row:

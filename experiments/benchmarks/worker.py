@@ -9,11 +9,15 @@ worker, its start.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from common.config.keys import to_toml
 from experiments.benchmarks.measuring import Row
-from experiments.run.engines.deployment import Deployment
+from experiments.run.engines import processes
+from experiments.run.engines.superlink import SuperLink
 from experiments.run.presets import Preset
 
 SITES = 3
@@ -49,11 +53,22 @@ def deployed_rounds(folder: Path, mode: str, rounds: int) -> list[float]:
     }
     preset = Preset.load("quickstart").with_engine({"num-clients": SITES}).with_config(settings)
     folder.mkdir(parents=True)
-    with Deployment(log=folder / "run.log") as deployment:
+    with SuperLink(log=folder / "run.log") as link:
         for i in range(SITES):
             node = {"client-id": f"site-{i}", "partition-id": i, "num-partitions": SITES}
             node |= {"state-dir": str(folder / "state"), "warm-worker": mode}
-            deployment.start_node(f"site-{i}", node)
-        deployment.run(preset.config)
+            start_node(link, f"site-{i}", node)
+        link.run(preset.config)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [float(json.loads(line)["seconds_round"]) for line in lines]
+
+
+def start_node(link: SuperLink, name: str, node_config: Mapping[str, Any]) -> None:
+    """Start a SuperNode with a FLWR_HOME of its own; it waits for its SuperLink."""
+    folder = link.home / name
+    folder.mkdir()
+    (folder / "node.toml").write_text(to_toml(node_config), encoding="utf-8")
+    words = ["--insecure", "--superlink", f"127.0.0.1:{link.port}", "--host", "127.0.0.1"]
+    words += ["--port", str(processes.free_port()), "--node-config", str(folder / "node.toml")]
+    env = {"FLWR_HOME": str(folder)}
+    link.start("flower-supernode", *words, log=folder / "node.log", env=env)

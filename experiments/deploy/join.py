@@ -10,8 +10,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from common.errors import ConfigError, RunError
-from experiments.arguments import add_set_option
-from experiments.console import make_console, say
+from experiments.console import add_set_option, make_console, say
 from experiments.deploy.settings import FLAGS, read_settings
 
 CHECKS_FAILED = 1

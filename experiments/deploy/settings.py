@@ -16,6 +16,7 @@ from common.errors import ConfigError, unknown_name
 from common.files import PRIVATE, replace_file, state_folder
 from experiments.run.engines.home import flower_environment, own_modules
 from experiments.run.engines.processes import find_program
+from experiments.run.presets import read_toml
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
 OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities", "port")
@@ -134,12 +135,7 @@ def read_settings(args: argparse.Namespace) -> JoinSettings:
     if args.file:
         path = Path(args.file).expanduser().resolve()
         base = path.parent
-        try:
-            values = _absolute(tomllib.loads(path.read_text(encoding="utf-8")), base)
-        except OSError as error:
-            raise ConfigError(f"join: cannot read {path}: {error.strerror}.") from error
-        except ValueError as error:  # not TOML, or not UTF-8
-            raise ConfigError(f"join: {path} is no valid TOML: {error}.") from error
+        values = _absolute(read_toml(path), base)
     for setting in args.set:
         key, separator, value = setting.partition("=")
         if not separator:

@@ -24,6 +24,7 @@ from rich.console import Console
 from experiments.console import say
 from experiments.deploy.settings import JoinSettings
 from experiments.run.engines.processes import free_port, kill_session
+from experiments.run.progress import polled
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
 STEADY_S = 120.0
@@ -49,18 +50,17 @@ class Supervisor:
         self._stop = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._lines: deque[str] = deque(maxlen=60)
+        self._model = settings.folder / "personal_model.json"
+        self._seen = _changed(self._model)
 
     def run(self) -> int:
         """Run until Ctrl-C or SIGTERM (0), or until it cannot work (1)."""
         kept = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        watcher = threading.Thread(target=self._watch_model, daemon=True)
-        watcher.start()
         try:
-            return self._keep_running()
+            with polled(self._look_for_model, 1.0):
+                return self._keep_running()
         finally:
-            self._stop.set()
             self._end_process()
-            watcher.join(timeout=5.0)
             for number, handler in kept.items():
                 signal.signal(number, handler)
 
@@ -128,20 +128,16 @@ class Supervisor:
         if self._process is not None:
             kill_session(self._process)
 
-    def _watch_model(self) -> None:
+    def _look_for_model(self) -> None:
         """Say when a finished run has stored this participant's model."""
-        path = self._settings.folder / "personal_model.json"
-        seen = _changed(path)
-        while not self._stop.wait(1.0):
-            now = _changed(path)
-            if now != seen:
-                seen = now
-                facts = json.loads(path.read_text())
-                self._say(
-                    f"your model: {path.with_suffix('.safetensors')}, accuracy "
-                    f"{facts['test_accuracy']:.3f} on your {facts['num_test']} test examples",
-                    "bold green",
-                )
+        changed, self._seen = _changed(self._model) != self._seen, _changed(self._model)
+        if changed:
+            facts = json.loads(self._model.read_text())
+            self._say(
+                f"your model: {self._model.with_suffix('.safetensors')}, accuracy "
+                f"{facts['test_accuracy']:.3f} on your {facts['num_test']} test examples",
+                "bold green",
+            )
 
     def _say(self, text: str, style: str = "") -> None:
         say(self._console, text, style=style)

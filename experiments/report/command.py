@@ -11,8 +11,7 @@ from typing import Any
 
 from common.config.section import Scalar
 from common.errors import ConfigError
-from experiments.arguments import add_set_option
-from experiments.console import make_console, say
+from experiments.console import add_set_option, make_console, say
 from experiments.run.presets import parse_assignment, resolve_paths
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

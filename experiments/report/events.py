@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from common.errors import ConfigError
 from experiments.console import make_console, say
 from experiments.report.runs import Run, find_run
-from experiments.run.progress import RowTail
+from experiments.run.progress import RowTail, polled
 
 FOLDER = "tensorboard"
 POLL_S = 1.0
@@ -55,24 +54,12 @@ def convert(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def streamed(folder: Path) -> Iterator[None]:
     """Write a run's rounds as event files into its own folder while the block runs."""
-    require_tensorboard()  # before anything runs
-    done, tail = threading.Event(), RowTail(folder / "metrics.jsonl")
-
-    def stream() -> None:
-        with _writer(folder / FOLDER) as writer:
-            last = False
-            while not last:
-                last = done.wait(POLL_S)  # once more after the end: the last round's row
-                if rows := tail.new_rows():
-                    write_rows(writer, rows)
-
-    thread = threading.Thread(target=stream, daemon=True)
-    thread.start()
-    try:
+    tail = RowTail(folder / "metrics.jsonl")
+    with (
+        _writer(folder / FOLDER) as writer,
+        polled(lambda: write_rows(writer, tail.new_rows()), POLL_S),
+    ):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def write_rows(

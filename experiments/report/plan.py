@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from common.config.section import Scalar, kebab
 from common.errors import ConfigError, unknown_name
 from experiments.report.runs import output_root
 from experiments.report.settings import digest, essential, value_text
-from experiments.run.presets import CONFIGS, EngineSection, Preset, resolve_paths
+from experiments.run.presets import CONFIGS, EngineSection, Preset, read_toml, resolve_paths
 
 RESERVED = {
     "seed": "give seeds = [...] at the top",
@@ -77,12 +76,7 @@ class SweepFile(BaseModel):
     @classmethod
     def load(cls, path: Path) -> SweepFile:
         """Read a file; raise ConfigError that says what a sweep file has."""
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror}.") from error
-        except ValueError as error:
-            raise ConfigError(f"is not a TOML file: {error}") from error
+        tables = read_toml(path)
         known = {kebab(name) for name in cls.model_fields}
         for key in tables.keys() - known:
             raise ConfigError(unknown_name("key", key, known))

@@ -69,7 +69,7 @@ class Preset:
 
     @classmethod
     def _from_file(cls, path: Path) -> Self:
-        tables = _read_toml(path)
+        tables = read_toml(path)
         for name in tables:
             if name not in TABLES:
                 raise ConfigError(f"{path.name}: " + unknown_name("table", name, TABLES))
@@ -158,10 +158,11 @@ def _table(tables: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     return table
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a file; raise ConfigError where it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read experiment file {path}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"{path} is not a TOML file: {error}") from error

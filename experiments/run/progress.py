@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -85,13 +85,17 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def follow(folder: Path, *, rounds: int, console: Console) -> Iterator[None]:
-    """Show the progress of a run that something else runs, until the block is left.
-
-    A terminal gets a bar as well; a file or pipe gets the lines alone.
-    """
+def polled(look: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call `look` every so many seconds in a thread while the block runs, and once after it."""
     done = threading.Event()
-    thread = threading.Thread(target=_show, args=(folder, rounds, console, done), daemon=True)
+
+    def watch() -> None:
+        last = False
+        while not last:
+            last = done.wait(every_s)
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -100,7 +104,12 @@ def follow(folder: Path, *, rounds: int, console: Console) -> Iterator[None]:
         thread.join()
 
 
-def _show(folder: Path, rounds: int, console: Console, done: threading.Event) -> None:
+@contextmanager
+def follow(folder: Path, *, rounds: int, console: Console) -> Iterator[None]:
+    """Show the progress of a run that something else runs, until the block is left.
+
+    A terminal gets a bar as well; a file or pipe gets the lines alone.
+    """
     tail, pace, started = RowTail(folder / "metrics.jsonl"), Pace(rounds), monotonic()
     bar = Progress(
         SpinnerColumn(),
@@ -112,17 +121,16 @@ def _show(folder: Path, rounds: int, console: Console, done: threading.Event) ->
         transient=True,
         disable=not console.is_terminal,
     )
-    with bar:
-        task = bar.add_task("starting", total=rounds)
-        last = False
-        while not last:
-            last = done.wait(POLL_S)  # once more after the end: the last round's row
-            for row in tail.new_rows():
-                if bar.tasks[0].completed == 0:
-                    bar.console.print(f"[dim]first round after {clock(monotonic() - started)}[/]")
-                left_s = pace.add(row)
-                bar.console.print(round_line(row, rounds=rounds, left_s=left_s), highlight=False)
-                description = "finishing" if left_s == 0 else "running"
-                if left_s:
-                    description = f"time left {clock(left_s)}"
-                bar.update(task, completed=int(row["round"]), description=description)
+    task = bar.add_task("starting", total=rounds)
+
+    def show() -> None:
+        for row in tail.new_rows():
+            if bar.tasks[0].completed == 0:
+                console.print(f"[dim]first round after {clock(monotonic() - started)}[/]")
+            left_s = pace.add(row)
+            console.print(round_line(row, rounds=rounds, left_s=left_s), highlight=False)
+            description = f"time left {clock(left_s)}" if left_s else "running"
+            bar.update(task, completed=int(row["round"]), description=description)
+
+    with bar, polled(show, POLL_S):
+        yield

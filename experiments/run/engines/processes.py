@@ -55,25 +55,17 @@ def program_path(base: Mapping[str, str] = os.environ) -> str:
 
 
 def start(command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path) -> Process:
-    """Start a process in a session of its own (Ctrl-C reaches only us), output appended to `log`.
-
-    Raises RunError where the program cannot be started.
-    """
+    """Start a process in its own session (Ctrl-C reaches only us), output appended to `log`."""
     with log.open("ab") as sink:
-        try:
-            return subprocess.Popen(
-                command,
-                env=dict(env),
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise RunError(
-                f"cannot start {command[0]}: {error}. Is Flower installed here? `uv sync` does it."
-            ) from error
+        return subprocess.Popen(
+            command,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def wait_until_healthy(process: Process, *, port: int, timeout_s: float, log: Path) -> None:

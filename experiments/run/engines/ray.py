@@ -21,9 +21,9 @@ class RayEngine(SuperLink):
         super().__init__(log=log, extra_env=extra_env, options=options)
         self._engine = engine
 
-    def run(self, config: RunConfig) -> None:
+    def run(self, config: RunConfig, *words: str) -> None:
         """Run to the end; raise RunError when the run did not complete."""
-        self.complete(config, "--federation-config", self.federation())
+        super().run(config, "--federation-config", self.federation(), *words)
 
     def federation(self) -> str:
         """Return the settings of Flower's simulation: clients, their resources, Ray's CPUs."""

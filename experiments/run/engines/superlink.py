@@ -86,7 +86,7 @@ class SuperLink:
         self._started.append(process)
         return process
 
-    def complete(self, config: RunConfig, *words: str) -> None:
+    def run(self, config: RunConfig, *words: str) -> None:
         """Run to the end; `words` are more arguments of `flwr run`.
 
         Raises RunError with Flower's final status where the run did not complete.

@@ -84,7 +84,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*none\.toml: No such file"):
         read_settings(arguments(str(tmp_path / "none.toml")))
     (tmp_path / "bad.toml").write_text("a = ")
-    with pytest.raises(ConfigError, match=r"bad\.toml is no valid TOML"):
+    with pytest.raises(ConfigError, match=r"bad\.toml is not a TOML file"):
         read_settings(arguments(str(tmp_path / "bad.toml")))
 
 

@@ -61,9 +61,9 @@ def test_processes_of_others_are_left_alone(tmp_path: Path) -> None:
         other.wait(5)
 
 
-def test_missing_program_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cannot start no-such-flwr: .* `uv sync` does it"):
-        processes.start(["no-such-flwr"], env={}, log=tmp_path / "log", cwd=tmp_path)
+def test_missing_program_is_explained() -> None:
+    with pytest.raises(RunError, match=r"no-such-flwr is not installed: `pip install"):
+        processes.find_program("no-such-flwr")
 
 
 def test_superlink_that_ends_at_once_is_quoted(tmp_path: Path) -> None:
