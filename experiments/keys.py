@@ -59,7 +59,9 @@ def _print_all(console: Console, known: list[Key]) -> None:
         for column in ("key", "default", "range", "meaning"):
             table.add_column(column, no_wrap=column == "key", overflow="fold")
         for key in keys:
-            table.add_row(*map(escape, (key.name, _default(key), _range(key), _meaning(key))))
+            kind = f"{key.kind}, {key.unit}" if key.unit else key.kind
+            meaning = f"{key.where}: {key.meaning}" if key.where else key.meaning
+            table.add_row(*map(escape, (key.name, _default(key), kind, meaning)))
         console.print(table)
         console.print()
 
@@ -81,11 +83,3 @@ def _print_one(console: Console, key: Key) -> None:
 
 def _default(key: Key) -> str:
     return "" if key.default is None else toml_value(key.default)
-
-
-def _range(key: Key) -> str:
-    return f"{key.kind}, {key.unit}" if key.unit else key.kind
-
-
-def _meaning(key: Key) -> str:
-    return f"{key.where}: {key.meaning}" if key.where else key.meaning

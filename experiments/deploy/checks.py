@@ -59,7 +59,10 @@ def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -
     """
     trial = Trial(settings, NodeConfig.parse(settings.node).client_section(RunConfig().client))
     checks: dict[str, Check] = {
-        "program": lambda _: check_program(),
+        # peers of another minor version of Flower refuse each other
+        "program": lambda _: Finding(
+            f"{find_program('flower-supernode')}, Flower {version('flwr')}"
+        ),
         "state folder": lambda t: check_folder(t.settings.folder),
         "key": lambda t: check_key(t.settings.key),
         "data": check_data,
@@ -75,11 +78,9 @@ def _run(name: str, check: Check, trial: Trial, console: Console) -> bool:
     try:
         with console.status(f"checking {name}"):
             found = check(trial)
-    except MHpFedHNError as error:
-        _say(console, "failed", name, str(error))
-        return False
     except Exception as error:  # a participant's model may raise anything: that is the finding
-        _say(console, "failed", name, f"{type(error).__name__}: {error}")
+        kind = "" if isinstance(error, MHpFedHNError) else f"{type(error).__name__}: "
+        _say(console, "failed", name, f"{kind}{error}")
         return False
     _say(console, "warning" if found.warning else "ok", name, f"{found.detail} {found.warning}")
     return True
@@ -89,11 +90,6 @@ def _say(console: Console, status: str, name: str, detail: str) -> None:
     mark, style = MARKS[status]
     say(console, mark, style=style, end=" ")
     say(console, f"{name:<13}{detail.strip()}")
-
-
-def check_program() -> Finding:
-    """Find flower-supernode and its version; peers of another minor version refuse each other."""
-    return Finding(f"{find_program('flower-supernode')}, Flower {version('flwr')}")
 
 
 def check_reach(settings: JoinSettings, *, must_answer: bool) -> Finding:
@@ -164,10 +160,11 @@ def check_data(trial: Trial) -> Finding:
         hints.append(f"- none to train of class {', '.join(missing[:10])}")
     if counts[0] == 0 and not (data.test_labels == 0).any():
         hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
+    shown = ", ".join(map(str, counts[:12]))
     return Finding(
         f"{data.num_train} to train and {data.num_test} to test, {data.num_classes} classes "
-        f"{_shortened(counts)}, {data.in_channels} channel(s), {size}x{size}, on "
-        f"{data.train_images.device}",
+        f"({shown}{', ...' * (len(counts) > 12)} to train), {data.in_channels} channel(s), "
+        f"{size}x{size}, on {data.train_images.device}",
         " ".join(hints),
     )
 
@@ -233,8 +230,3 @@ def _needed(value: Any, name: str) -> Any:
     if value is None:
         raise RunError(f"not checked: needs the {name}, see above.")
     return value
-
-
-def _shortened(counts: list[int]) -> str:
-    shown = ", ".join(map(str, counts[:12]))
-    return f"({shown}{', ...' if len(counts) > 12 else ''} to train)"

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import RunError, unknown_name
+from common.errors import RunError
 from experiments.report.figures import draw_line, name_ends
-from experiments.report.lines import Curve, Line, Points, average
-from experiments.report.looks import looks_for
+from experiments.report.lines import Line, Points, average
+from experiments.report.looks import Look, looks_for
 from server_app.output.figures import Layout, picture
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -55,29 +55,22 @@ LAYOUT = Layout(
 
 
 def read_runs(path: Path) -> dict[str, Points]:
-    """Read {run: {round: (round, micro accuracy)}}; raise RunError where it cannot be read."""
+    """Read {run: {round: (round, micro accuracy)}}; a round without a test is left out."""
     found: dict[str, dict[int, tuple[float, float]]] = {}
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                points = found.setdefault(row["run"], {})
-                if row["accuracy_micro"]:  # a round without a test has none
-                    number = int(row["round"])
-                    points[number] = (float(number), float(row["accuracy_micro"]))
-    except (OSError, KeyError, ValueError) as error:
-        raise RunError(f"cannot read curves from {path}: {error!r}.") from error
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["accuracy_micro"]:
+                place = float(row["round"]), float(row["accuracy_micro"])
+                found.setdefault(row["run"], {})[int(row["round"])] = place
     return dict(found)
 
 
-def curve_of(kept: Kept, runs: Mapping[str, Points]) -> Curve:
-    """Average the seeds of one line; raise RunError where the CSV lacks one."""
-    names = [f"{kept.run} seed={seed}" for seed in kept.seeds]
-    for name in names:
-        if name not in runs:
-            raise RunError(unknown_name("run", name, runs))
-    if curve := average([runs[name] for name in names]):
-        return curve
-    raise RunError(f"{', '.join(names)} have no round in common.")
+def line_of(kept: Kept, runs: Mapping[str, Points], look: Look) -> Line:
+    """Average the seeds of one line over the rounds that all of them have."""
+    curve = average([runs[f"{kept.run} seed={seed}"] for seed in kept.seeds])
+    if curve is None:
+        raise RunError(f"the seeds of {kept.run} have no round in common.")
+    return Line(curve, look, kept.name, kept.name)
 
 
 def draw_kept(runs: Mapping[str, Points], target: Path) -> None:
@@ -86,7 +79,7 @@ def draw_kept(runs: Mapping[str, Points], target: Path) -> None:
     looks = looks_for([*names])
     with picture(LAYOUT, target) as figure:
         for axes, (title, panel) in zip(figure.axes, PANELS.items(), strict=True):
-            lines = [Line(curve_of(k, runs), looks[k.name], k.name, k.name) for k in panel]
+            lines = [line_of(kept, runs, looks[kept.name]) for kept in panel]
             for line in lines:
                 draw_line(axes, line)
             axes.set(title=title, xlabel="round", ylabel="test accuracy (%)")

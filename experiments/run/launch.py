@@ -25,7 +25,6 @@ from experiments.report.terminal import family_table, run_table
 from experiments.run.engines.home import own_modules
 from experiments.run.engines.ray import RayEngine
 from experiments.run.interrupts import terminate_as_interrupt
-from experiments.run.preflight import check_clients
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import follow
 from server_app.output.figures import draw_curves
@@ -93,24 +92,16 @@ def show(folder: Path, console: Console) -> None:
         run = Run.load(folder)
     except RunError:
         return
-    console.print()
-    console.print(run_table(run))
-    if run.clients:
+    for table in (run_table(run), *([family_table(run)] if run.clients else [])):
         console.print()
-        console.print(family_table(run))
+        console.print(table)
     if run.rows:
+        curves, metrics = folder / "curves.png", folder / "metrics.jsonl"
+        if not curves.exists() or curves.stat().st_mtime < metrics.stat().st_mtime:
+            draw_curves(folder)  # the server has not
         console.print()
-        for path in draw_pictures(run):
+        for path in (curves, *([draw_clients(run)] if run.clients else [])):
             say(console, f"picture  {path}")
-
-
-def draw_pictures(run: Run) -> list[Path]:
-    """Draw the pictures of a run into its folder, the curves unless the server has done it."""
-    curves = run.folder / "curves.png"
-    metrics = run.folder / "metrics.jsonl"
-    if not curves.exists() or curves.stat().st_mtime < metrics.stat().st_mtime:
-        draw_curves(run.folder)
-    return [curves, *([draw_clients(run)] if run.clients else [])]
 
 
 @contextlib.contextmanager
@@ -152,7 +143,8 @@ def _run(preset: Preset, folder: Path, console: Console) -> int:
             check_clients(config, preset.engine)
             with follow(folder, rounds=config.run.rounds, console=console):
                 run(config)
-            _require_completed(folder)
+            if (status := read_json(folder / "summary.json").get("status")) != "completed":
+                raise RunError(f"the run ended, but its summary says {status!r}.")
     except KeyboardInterrupt as stop:
         settle(folder, "interrupted", f"stopped by {stop or 'Ctrl-C'}", seed=seed)
         say(console, "interrupted", style="bold red", end="; ")
@@ -177,10 +169,35 @@ def _prepare_data(config: RunConfig, console: Console) -> None:
     say(console, f"data in {place}")
 
 
-def _require_completed(folder: Path) -> None:
-    status = read_json(folder / "summary.json").get("status")
-    if status != "completed":
-        raise RunError(f"the run ended, but its summary says {status!r} instead of 'completed'.")
+def check_clients(config: RunConfig, engine: EngineSection) -> None:
+    """Build each model that the run config names, and look for the clients' device.
+
+    A client that cannot build its model says so when it registers, and the server then waits for
+    others until `wait-for-clients-s` is over; here it is told at once. Channels and classes come
+    from the prepared data. Raises ConfigError or ModelError.
+    """
+    from client_app.data.examples import describe_data  # imports torch: seconds
+    from client_app.models.instances import pick_device
+    from client_app.models.registry import build_model
+    from common.parameters import num_parameters
+
+    wish = config.client.device
+    chosen = pick_device(wish).type == "cuda" and wish != "auto"
+    if chosen and engine.name == "ray" and not engine.client_gpus:
+        raise ConfigError(
+            f"device = {wish!r}, but Ray gives clients no GPU: set the share of one that each "
+            "client gets, for instance --set client-gpus=0.1."
+        )
+    in_channels, num_classes = describe_data(config.client)
+    names = [name.strip() for name in config.client.models.split(",")]
+    for name in dict.fromkeys([*names, *([config.distill.global_model] * config.distils)]):
+        model = build_model(name, in_channels=in_channels, num_classes=num_classes)
+        size, limit = num_parameters(model), config.hypernet.max_parameters
+        if size > limit:
+            raise ConfigError(
+                f"model {name!r} has {size:,} parameters here; the server accepts {limit:,} "
+                "(max-parameters)."
+            )
 
 
 def _kept(folder: Path) -> str:
