@@ -60,7 +60,7 @@ def _content(message: Message, context: Context) -> RecordDict:
             return _decode(link.ask(message_type, _encode(message.content)))
     except WorkerUnavailableError as error:
         logger.warning("No warm worker (%s); handling %s in process.", error, message_type)
-    from client_app.handlers import reply_to  # imports torch: seconds
+    from client_app.participant import reply_to  # imports torch: seconds
 
     return reply_to(message_type, message.content, context)
 
@@ -95,7 +95,7 @@ def _worker(context: Context) -> Link | None:
 
 def reply_in_worker(facts: dict[str, Any], body: bytes) -> bytes:
     """Reply to a message that its own process forwarded to the worker."""
-    from client_app.handlers import reply_to
+    from client_app.participant import reply_to
 
     message_type = facts.pop("message_type")
     return _encode(reply_to(message_type, _decode(body), Context(state=RecordDict(), **facts)))

@@ -1,4 +1,7 @@
-"""One participant for the duration of a message: what it declares, its data, what it keeps."""
+"""One participant: what it declares, its data, what it keeps, and its reply to a message.
+
+Imports torch; `app.py` decides in which process it runs.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
-from client_app.models.instances import pick_device
+from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
 from common.config import ClientSection, RunConfig, declared
 from common.errors import WireError
 from common.messages import Evaluation
-from common.records import Received
+from common.methods import method_class
+from common.records import Received, encode
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,23 @@ class Participant:
         personal = PersonalModel(self.model_name, module, self.data, evaluation)
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
+
+
+def reply_to(message_type: str, content: RecordDict, context: Context) -> RecordDict:
+    """Do what one message of the server asks, whatever the method; return the reply's content.
+
+    Raises
+    ------
+    MHpFedHNError
+        The configuration, the data, the model or the message cannot be used.
+    """
+    participant = Participant.open(context)
+    with cpu_threads(participant.section.client_threads):
+        try:
+            task = participant.task(content)
+            method = method_class(participant.config.run.method, "client_app")(participant)
+            reply = method.reply(message_type, task)
+        except WireError as error:
+            source = f"{message_type} message to client {participant.client_id}"
+            raise WireError(f"{source}: {error}") from error
+    return encode(task.header, reply, top_k=participant.config.wire.uplink_top_k)

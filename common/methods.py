@@ -7,6 +7,7 @@ class of the name given, for server_app and for client_app.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -50,11 +51,6 @@ class MethodInfo:
         """Whether the method is not this project's own."""
         return self.module != "mhpfedhn"
 
-    def load(self, side: str) -> type[Any]:
-        """Import one half, of "server_app" or "client_app"."""
-        found: type[Any] = getattr(import_module(f"{side}.methods.{self.module}"), self.class_name)
-        return found
-
 
 _FEDPROTO = (HEAD_SIZES, ("head",))
 
@@ -80,6 +76,14 @@ METHODS = {
         "pFedHN", "pfedhn", "PFedHN", SENT, (6, 0), ("group",), synchronous=False
     ),
 }  # fmt: skip
+
+
+@cache
+def method_class(name: str, side: str) -> type[Any]:
+    """Import one half of a method, of "server_app" or "client_app"."""
+    info = METHODS[name]
+    found: type[Any] = getattr(import_module(f"{side}.methods.{info.module}"), info.class_name)
+    return found
 
 
 def known_method(name: str) -> str:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError
 from common.log import logger
-from common.methods import METHODS
+from common.methods import METHODS, method_class
 from server_app.clients import Registry
 from server_app.methods.base import Method
 from server_app.output.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -37,9 +37,9 @@ def main(grid: Grid, context: Context) -> None:
         The config cannot be used, or too few clients are left. What was learned is on disk.
     """
     config = RunConfig.parse(context.run_config)
-    method_class = METHODS[config.run.method].load("server_app")
-    config = method_class.adapted(config)
-    method = method_class(config)
+    kind = method_class(config.run.method, "server_app")
+    config = kind.adapted(config)
+    method = kind(config)
     transport = Transport(
         grid,
         config.run.method,

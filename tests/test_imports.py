@@ -16,7 +16,6 @@ MEETS_FLOWER = {
     "server_app/app.py",
     "server_app/transport.py",
     "client_app/app.py",
-    "client_app/handlers.py",
     "client_app/participant.py",
     "client_app/store.py",
     "common/records.py",

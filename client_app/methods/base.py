@@ -1,6 +1,6 @@
 """The client half of a method: what it receives, how it trains, what it keeps and what it sends.
 
-A message passes hops, each of which a method may replace: `receive` -> `fit` -> `keep` ->
+A message to train passes hops, each of which a method may replace: `receive` -> `fit` -> `keep` ->
 `collect`; and `measure` for the test. What is not replaced is Local: one's own model, trained as
 every method trains, of which nothing travels.
 """
@@ -26,12 +26,23 @@ from client_app.models.instances import (
 )
 from client_app.participant import Participant
 from client_app.store import Stamp
-from client_app.training.evaluation import evaluate
-from client_app.training.loop import Loss, Trained, cross_entropy, train
+from client_app.training.loop import Loss, Trained, cross_entropy, evaluate, train
 from common.compression import Float32
 from common.config import TrainingSection
-from common.messages import THETA, Evaluation, Registration
-from common.records import Arrays, Received
+from common.errors import WireError, unknown_name
+from common.messages import (
+    EVALUATE,
+    EVALUATE_FIRST,
+    FINISH,
+    LOCATION,
+    REGISTER,
+    THETA,
+    TRAIN,
+    Evaluation,
+    Registration,
+    TrainReply,
+)
+from common.records import Arrays, Content, Received
 from common.seeding import stream_seed, torch_generator
 
 BUFFER = "buffer/"
@@ -54,6 +65,45 @@ class Method:
         self.participant = participant
         self.data = participant.data
         self.settings = participant.config.baseline
+
+    # --- a message -------------------------------------------------------------------------------
+
+    def reply(self, message_type: str, task: Received) -> Content:
+        """Do what a message asks; raise WireError where there is none of this type."""
+        handlers = {
+            REGISTER: self._reply_register,
+            TRAIN: self._reply_train,
+            EVALUATE: self._reply_evaluate,
+            FINISH: self._reply_finish,
+        }
+        if message_type not in handlers:
+            raise WireError(unknown_name("message type", message_type, handlers))
+        return handlers[message_type](task)
+
+    def _reply_register(self, task: Received) -> Content:
+        return Content(self.declare().settings())
+
+    def _reply_train(self, task: Received) -> Content:
+        """Test what came, where asked; train it, keep what stays here, send the rest."""
+        now, evaluation = task.header.server_round, None
+        if task.flag(EVALUATE_FIRST):
+            evaluation = self.measure(task, self.ready(task, before=now))
+        instance = self.ready(task, before=now)
+        trained = self.fit(task, instance)
+        self.keep(task, instance)
+        reply = TrainReply(trained.num_examples, trained.loss, trained.seconds, evaluation)
+        return Content(reply.settings(), self.collect(task, instance))
+
+    def _reply_evaluate(self, task: Received) -> Content:
+        instance = self.ready(task, before=task.header.server_round + 1)
+        return Content(self.measure(task, instance).settings())
+
+    def _reply_finish(self, task: Received) -> Content:
+        """Store the personal model as a plain torch state_dict, and say where."""
+        instance = self.ready(task, before=task.header.server_round + 1)
+        self.adapt(task, instance)
+        evaluation = evaluate(instance.model, self.data)
+        return Content({LOCATION: self.participant.store(instance.model.module, evaluation)})
 
     # --- the hops --------------------------------------------------------------------------------
 

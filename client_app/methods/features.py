@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
-from client_app.training.evaluation import TEST_BATCH
+from client_app.training.loop import TEST_BATCH
 from common.class_means import ClassMeans
 from common.errors import ModelError
 

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from client_app.methods.base import Method, as_array
 from client_app.models.instances import Instance, instance_of
-from client_app.training.evaluation import evaluate
 from client_app.training.loop import (
     MomentumSGD,
     Trained,
     cross_entropy,
+    evaluate,
     logits_of,
     mixed_precision,
     train,

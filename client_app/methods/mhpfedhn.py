@@ -15,8 +15,7 @@ from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
 from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member
-from client_app.training.distillation import Teacher
-from client_app.training.loop import Loss, Trained, cross_entropy, train
+from client_app.training.loop import Loss, Teacher, Trained, cross_entropy, train
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import WireError

@@ -16,8 +16,7 @@ from torch.nn import functional
 from client_app.methods.base import Method
 from client_app.methods.features import Tap, class_means, head_of, tapped
 from client_app.models.instances import Instance
-from client_app.training.evaluation import TEST_BATCH
-from client_app.training.loop import Loss, Trained, cross_entropy, logits_of
+from client_app.training.loop import TEST_BATCH, Loss, Trained, cross_entropy, logits_of
 from common.class_means import ClassMeans
 from common.config import BaselineSection
 from common.messages import Evaluation

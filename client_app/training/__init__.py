@@ -1,1 +1,1 @@
-"""Local training, distillation and evaluation: of one client, or of several in one batched call."""
+"""Local training and evaluation: of one client, or of several in one batched call."""

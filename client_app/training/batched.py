@@ -27,9 +27,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from client_app.data.examples import ClientData
-from client_app.models.dropout import MaskFeed, draw_mask, feeding
-from client_app.training.distillation import Teacher
-from client_app.training.loop import Trained, descend, mixed_precision
+from client_app.models.instances import MaskFeed, draw_mask, feeding
+from client_app.training.loop import Teacher, Trained, descend, mixed_precision
 from common.config import TrainingSection
 from common.errors import ModelError
 

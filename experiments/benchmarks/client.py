@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
 from client_app.training.batched import Member, train_cohort
-from client_app.training.evaluation import evaluate
-from client_app.training.loop import train
+from client_app.training.loop import evaluate, train
 from common.config import TrainingSection
 from common.parameters import FlatModel
 from experiments.benchmarks.clear import BATCH, CLIP_NORM, moved, reference, train_loader

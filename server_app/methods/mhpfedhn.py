@@ -61,6 +61,7 @@ class MHpFedHN(Method[Deltas]):
         self._global_step: StepDiagnostics | None = None
         self._holders: set[str] = set()  # clients that have this round's w_g already
         self._server_round = 0
+        self._distils, self._distill_keys = config.distils, config.distill.flat()
         # w_g does not learn when only new clients do
         trains = config.distils and not config.run.novel_only
         self._separate = trains and config.distill.gd_mode == "separate"
@@ -96,7 +97,7 @@ class MHpFedHN(Method[Deltas]):
         """Generate w_g; with messages of its own send it, and learn from the replies."""
         self._server_round = server_round
         self._holders, self._global_updates, self._global_step = set(), {}, None
-        if not self.config.distils:
+        if not self._distils:
             return
         ((_, self._global_theta),) = self.hypernet.thetas([GLOBAL_ID])
         if self._separate:
@@ -109,8 +110,8 @@ class MHpFedHN(Method[Deltas]):
     def contents(self, clients: Sequence[Client], *, training: bool) -> Iterator[Content]:
         """Generate theta with the phi of the moment; to train, w_g goes to whoever lacks it."""
         settings: dict[str, Any] = {}
-        if training and self.config.distils:
-            settings = {TRAIN_GLOBAL: self._fused, DISTIL: True, **self.config.distill.flat()}
+        if training and self._distils:
+            settings = {TRAIN_GLOBAL: self._fused, DISTIL: True, **self._distill_keys}
         for client_id, theta in self.hypernet.thetas([client.client_id for client in clients]):
             arrays = {THETA: theta}
             if settings and self._global_theta is not None and client_id not in self._holders:

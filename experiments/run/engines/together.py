@@ -19,8 +19,8 @@ from client_app.methods.mhpfedhn import PERSONAL, MHpFedHN, Role
 from client_app.models.instances import instance_of
 from client_app.participant import Participant
 from client_app.training.batched import Outcome, can_train_together, train_cohort
-from client_app.training.distillation import Teacher
-from client_app.training.evaluation import evaluate_cohort
+from client_app.training.batched_evaluation import evaluate_cohort
+from client_app.training.loop import Teacher
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import MHpFedHNError

@@ -7,16 +7,15 @@ import torch
 from torch import nn
 
 from client_app.data.examples import ClientData
-from client_app.models.dropout import MaskFeed, seed_dropout
+from client_app.models.instances import MaskFeed, seed_dropout
 from client_app.models.registry import build_model
 from client_app.training.batched import (
     Member,
     can_train_together,
     train_cohort,
 )
-from client_app.training.distillation import Teacher
-from client_app.training.evaluation import evaluate, evaluate_cohort
-from client_app.training.loop import cross_entropy, train
+from client_app.training.batched_evaluation import evaluate_cohort
+from client_app.training.loop import Teacher, cross_entropy, evaluate, train
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 from common.parameters import FlatModel
@@ -143,7 +142,7 @@ def test_mixed_precision_agrees_to_its_rounding() -> None:
 @pytest.mark.parametrize("name", ["cnn", "resnet10"])
 def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "client_app.training.evaluation.TESTED_AT_ONCE", {"cpu": 12}
+        "client_app.training.batched_evaluation.TESTED_AT_ONCE", {"cpu": 12}
     )  # several batches
     module = build_model(name, in_channels=3, num_classes=10)
     model, members, expected = FlatModel(module), [], []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from client_app.models.dropout import GeneratorDropout, seed_dropout
+from client_app.models.instances import GeneratorDropout, seed_dropout
 from client_app.models.registry import MODEL_NAMES, build_model, model_for_partition
 from common.errors import ConfigError, ModelError
 from common.parameters import num_parameters

@@ -14,8 +14,7 @@ from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
 from client_app.training.allocator import keep_freed_memory
-from client_app.training.evaluation import evaluate
-from client_app.training.loop import MomentumSGD, train, warn_of_slow_bfloat16
+from client_app.training.loop import MomentumSGD, evaluate, train, warn_of_slow_bfloat16
 from common.config import TrainingSection
 from common.log import logger
 from common.parameters import FlatModel
@@ -120,7 +119,7 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(
     model, data = FlatModel(build_model("cnn", in_channels=3, num_classes=10)), client_data()
     found = []
     for size in (64, 7):
-        monkeypatch.setattr("client_app.training.evaluation.TEST_BATCH", {"cpu": size})
+        monkeypatch.setattr("client_app.training.loop.TEST_BATCH", {"cpu": size})
         found.append(evaluate(model, data))
     assert found[0].num_correct == found[1].num_correct
     assert found[0].test_loss == pytest.approx(found[1].test_loss, rel=1e-6)
@@ -169,7 +168,7 @@ def test_a_processor_that_is_slow_in_bfloat16_is_named_once(
 
 IN_A_PROCESS = """
 import sys, torch
-from client_app.training.evaluation import evaluate
+from client_app.training.loop import evaluate
 from client_app.training.loop import train
 from client_app.models.instances import ModelKind, instance_of
 from common.config import TrainingSection

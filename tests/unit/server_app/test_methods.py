@@ -11,7 +11,7 @@ from common.class_means import ClassMeans
 from common.config import RunConfig
 from common.errors import ConfigError, RegistrationError, WireError
 from common.messages import Registration
-from common.methods import METHODS
+from common.methods import METHODS, method_class
 from common.records import Content, Header, Received, encode
 from common.seeding import torch_generator
 from server_app.clients import Client
@@ -38,11 +38,11 @@ def config(method: str, **settings: object) -> RunConfig:
 
 
 def adapted(name: str, **settings: object) -> RunConfig:
-    return METHODS[name].load("server_app").adapted(config(name, **settings))
+    return method_class(name, "server_app").adapted(config(name, **settings))
 
 
 def make(name: str, **settings: object) -> Method:
-    return METHODS[name].load("server_app")(config(name, max_delta_norm=100.0, **settings))
+    return method_class(name, "server_app")(config(name, max_delta_norm=100.0, **settings))
 
 
 def learn(server: Method, uploads: list[Upload], server_round: int) -> None:

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from common.config import RunConfig
 from common.messages import DELTA, TRAIN, TrainReply
-from common.methods import METHODS
+from common.methods import METHODS, method_class
 from common.records import Content, Received, encode
 from experiments.run.engines.inprocess import InProcessGrid
 from server_app.clients import Client
@@ -116,7 +116,7 @@ class Box:
 
     def __init__(self, name: str) -> None:
         config = RunConfig.parse({"method": name, "gd-mode": "fused", "chunk-size": 4})
-        self.method = METHODS[name].load("server_app")(config)
+        self.method = method_class(name, "server_app")(config)
         self.method.welcome(CLIENT)
         self.method.open_round(1, [CLIENT], lambda *_: [])
         self.transport = Transport(grid(), name)

@@ -1,4 +1,4 @@
-"""Testing a client's model, or those of several clients of one architecture by batched calls.
+"""Testing several clients of one architecture by batched calls.
 
 Shapes: G clients, B batch, C classes.
 """
@@ -13,37 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from client_app.data.examples import ClientData
 from client_app.training.batched import Member, cut, stacked_buffers
-from client_app.training.loop import logits_of
 from common.messages import Evaluation
-from common.parameters import FlatModel
 
-TEST_BATCH = {"cpu": 64, "cuda": 1024}
-"""By device type: on a CPU the activations of 64 pictures stay in the cache (1.3 times as fast as
-256, measured), a GPU wants few launches."""
 TESTED_AT_ONCE = {"cpu": 256, "cuda": 8192}
 """By device type: test examples of all members of a cohort together in one forward pass."""
-
-
-@torch.no_grad()
-def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
-    """Count correct test examples of the model as it is, in evaluation mode."""
-    started = time.monotonic()
-    model.module.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=model.theta.device)
-    total = torch.zeros((), dtype=torch.float64, device=model.theta.device)
-    batch_size = TEST_BATCH.get(model.theta.device.type, 256)
-    for images, labels in data.test_batches(batch_size):
-        logits = logits_of(model.module, images, data.num_classes)
-        correct += (logits.argmax(dim=1) == labels).sum()
-        total += functional.cross_entropy(logits, labels, reduction="sum").double()
-    return Evaluation(
-        num_test=data.num_test,
-        num_correct=int(correct),
-        test_loss=float(total) / data.num_test,
-        seconds=time.monotonic() - started,
-    )
 
 
 @torch.no_grad()
