@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
 
 def list_presets(args: argparse.Namespace) -> int:
     """List the presets, and the studies."""
-    from experiments.report.plan import Plan, study_names
+    from experiments.report.plan import STUDIES, Plan
     from experiments.report.terminal import preset_table, study_table
     from experiments.run.presets import Preset, preset_names
 
     console = make_console()
     console.print(preset_table([Preset.load(name) for name in preset_names()]))
     console.print()
-    console.print(study_table([Plan.load(name) for name in study_names()]))
+    console.print(study_table([Plan.load(name) for name in preset_names(STUDIES)]))
     return 0
 
 

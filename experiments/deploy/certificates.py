@@ -15,7 +15,6 @@ import ipaddress
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -89,24 +88,35 @@ def make_certs(
                 f"site {site!r}: use up to 63 letters, digits, '.', '_' and '-', starting with a "
                 f"letter or digit, and none of {listing(RESERVED)}."
             )
-    files = _Files(force)
-    ca = _authority(folder / "ca", files)
-    _server(folder / "server", hosts, ca, files)
+    maker = _Maker(folder, force)
+    maker.make_server(hosts)
     for site in sites:
-        _site(folder, site, ca, files)
-    return files.made
+        maker.make_site(site)
+    return maker.made
 
 
-class _Files:
-    """Makes files that are missing, or all of them anew; never a private one readable by others."""
+class _Maker:
+    """Loads or makes the CA, then makes the files that are missing, or with `force` all anew."""
 
-    def __init__(self, force: bool) -> None:
-        self.force = force
+    def __init__(self, folder: Path, force: bool) -> None:
+        self._folder, self._force = folder, force
         self.made: list[Path] = []
+        key_path, path = folder / "ca" / "ca.key", folder / "ca" / "ca.crt"
+        if not force and key_path.exists() != path.exists():
+            raise ConfigError(
+                f"{path.parent} has only one of ca.crt and ca.key. Put the other back, or make all "
+                "anew with --force (every participant then needs its new ca.crt)."
+            )
+        pem = self._keep(key_path, PRIVATE, lambda: _pem(_new_key()))
+        self._key = _load_key(key_path, pem, serialization.load_pem_private_key)
+        self._pem = self._keep(
+            path, PUBLIC, lambda: _certificate("MH-pFedHN federation CA", self._key)
+        )
+        self._name = _load_certificate(path, self._pem).subject
 
-    def keep(self, path: Path, mode: int, make: Callable[[], bytes]) -> bytes:
+    def _keep(self, path: Path, mode: int, make: Callable[[], bytes]) -> bytes:
         """Return the content of a file, which is made unless it is there to stay."""
-        if path.exists() and not self.force:
+        if path.exists() and not self._force:
             return path.read_bytes()
         content = make()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,67 +124,46 @@ class _Files:
         self.made.append(path)
         return content
 
+    def make_server(self, hosts: Sequence[str]) -> None:
+        """Make the server's folder, its certificate for `hosts`."""
+        folder = self._folder / "server"
+        key_path, path = folder / "server.key", folder / "server.crt"
+        if path.exists() and not self._force:
+            _require_hosts(path, hosts)
+        if not (path.exists() and key_path.exists()):  # they belong together
+            path.unlink(missing_ok=True)
+            key_path.unlink(missing_ok=True)
+        key, ca = _new_key(), (self._name, self._key)
+        self._keep(folder / "ca.crt", PUBLIC, lambda: self._pem)
+        self._keep(key_path, PRIVATE, lambda: _pem(key))
+        self._keep(path, PUBLIC, lambda: _certificate("MH-pFedHN server", key, hosts, ca))
+        self._keep(folder / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
 
-@dataclass(frozen=True)
-class _Authority:
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-    pem: bytes
-
-
-def _authority(folder: Path, files: _Files) -> _Authority:
-    """Load the CA, or make one."""
-    key_path, path = folder / "ca.key", folder / "ca.crt"
-    if not files.force and key_path.exists() != path.exists():
-        raise ConfigError(
-            f"{folder} has only one of ca.crt and ca.key. Put the other back, or make all anew "
-            "with --force (every participant then needs its new ca.crt)."
+    def make_site(self, site: str) -> None:
+        """Make a participant's folder, and its public key in the server's."""
+        folder, ssh = self._folder / site, serialization.PrivateFormat.OpenSSH
+        private = self._keep(folder / "supernode", PRIVATE, lambda: _pem(_new_key(), ssh))
+        key = _load_key(folder / "supernode", private, serialization.load_ssh_private_key)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
-    key_pem = files.keep(key_path, PRIVATE, lambda: _pem(_new_key()))
-    key = _load_key(key_path, key_pem, serialization.load_pem_private_key)
-    pem = files.keep(path, PUBLIC, lambda: _certificate("MH-pFedHN federation CA", key))
-    return _Authority(_load_certificate(path, pem), key, pem)
-
-
-def _server(folder: Path, hosts: Sequence[str], ca: _Authority, files: _Files) -> None:
-    key_path, path = folder / "server.key", folder / "server.crt"
-    if path.exists() and not files.force:
-        _require_hosts(path, hosts)
-    if not (path.exists() and key_path.exists()):  # they belong together
-        path.unlink(missing_ok=True)
-        key_path.unlink(missing_ok=True)
-    key = _new_key()
-    files.keep(folder / "ca.crt", PUBLIC, lambda: ca.pem)
-    files.keep(key_path, PRIVATE, lambda: _pem(key))
-    files.keep(path, PUBLIC, lambda: _certificate("MH-pFedHN server", key, hosts=hosts, ca=ca))
-    files.keep(folder / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
-
-
-def _site(folder: Path, site: str, ca: _Authority, files: _Files) -> None:
-    own, ssh = folder / site, serialization.PrivateFormat.OpenSSH
-    private = files.keep(own / "supernode", PRIVATE, lambda: _pem(_new_key(), ssh))
-    key = _load_key(own / "supernode", private, serialization.load_ssh_private_key)
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    line = public + f" {site}\n".encode()
-    files.keep(own / "ca.crt", PUBLIC, lambda: ca.pem)
-    files.keep(own / "supernode.pub", PUBLIC, lambda: line)
-    files.keep(own / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
-    files.keep(folder / "server" / "supernodes" / f"{site}.pub", PUBLIC, lambda: line)
+        line = public + f" {site}\n".encode()
+        self._keep(folder / "ca.crt", PUBLIC, lambda: self._pem)
+        self._keep(folder / "supernode.pub", PUBLIC, lambda: line)
+        self._keep(folder / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
+        self._keep(self._folder / "server" / "supernodes" / f"{site}.pub", PUBLIC, lambda: line)
 
 
 def _certificate(
     name: str,
     key: ec.EllipticCurvePrivateKey,
-    *,
     hosts: Sequence[str] = (),
-    ca: _Authority | None = None,
+    ca: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None = None,
 ) -> bytes:
     """Return a certificate for `hosts` that `ca` signs; without a `ca` one that signs others."""
-    signs, signer = ca is None, key if ca is None else ca.key
-    usages = {"key_cert_sign", "crl_sign"} if signs else {"digital_signature"}
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    signs, (issuer, signer) = ca is None, ca or (subject, key)
+    usages = {"key_cert_sign", "crl_sign"} if signs else {"digital_signature"}
     now = datetime.now(UTC)
     extensions: list[tuple[x509.ExtensionType, bool]] = [
         (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
@@ -188,7 +177,7 @@ def _certificate(
         extensions += [(names, False), (purpose, False), (issuer_key, False)]
     builder = x509.CertificateBuilder(
         subject_name=subject,
-        issuer_name=subject if ca is None else ca.certificate.subject,
+        issuer_name=issuer,
         public_key=key.public_key(),
         serial_number=x509.random_serial_number(),
         not_valid_before=now - timedelta(hours=1),  # clocks differ

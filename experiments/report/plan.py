@@ -30,7 +30,14 @@ from common.config.section import Scalar, kebab
 from common.errors import ConfigError, unknown_name
 from experiments.report.runs import output_root
 from experiments.report.settings import digest, essential, value_text
-from experiments.run.presets import CONFIGS, EngineSection, Preset, read_toml, resolve_paths
+from experiments.run.presets import (
+    CONFIGS,
+    EngineSection,
+    Preset,
+    find_toml,
+    read_toml,
+    resolve_paths,
+)
 
 RESERVED = {
     "seed": "give seeds = [...] at the top",
@@ -151,7 +158,7 @@ class Plan:
         over the file's settings and place. Raises ConfigError on an unknown key, a value out of
         range, or the same run twice.
         """
-        path = find_sweep(str(name_or_file))
+        path = find_toml("study", str(name_or_file), STUDIES)
         try:
             content = SweepFile.load(path)
             folder = path.parent / Path(content.output_dir).expanduser()
@@ -167,24 +174,6 @@ class Plan:
         except ConfigError as error:
             raise ConfigError(f"{path.name}: {error}") from error
         return cls(path, folder, content.description, content.checkpoints == "keep", cells)
-
-
-def study_names() -> list[str]:
-    """Return the names of the studies that come with the project, sorted."""
-    return sorted(path.stem for path in STUDIES.glob("*.toml"))
-
-
-def find_sweep(name_or_file: str) -> Path:
-    """Return the sweep file that is meant; raise ConfigError for a study that is not there."""
-    if name_or_file.endswith(".toml"):
-        return Path(name_or_file).expanduser().resolve()
-    path = STUDIES / f"{name_or_file}.toml"
-    if not path.is_file():
-        raise ConfigError(
-            unknown_name("study", name_or_file, study_names())
-            + " Or give the path of a sweep file, which ends in .toml."
-        )
-    return path
 
 
 def _cells(content: SweepFile, path: Path, folder: Path, common: Settings) -> Iterator[Cell]:

@@ -56,19 +56,7 @@ class Preset:
 
         Raises ConfigError that names what is not there, not TOML, unknown or out of range.
         """
-        if name_or_file.endswith(".toml"):
-            path = Path(name_or_file).expanduser()
-        else:
-            path = CONFIGS / f"{name_or_file}.toml"
-            if not path.is_file():
-                raise ConfigError(
-                    unknown_name("preset", name_or_file, preset_names())
-                    + " Or give the path of a .toml file of the same form."
-                )
-        return cls._from_file(path)
-
-    @classmethod
-    def _from_file(cls, path: Path) -> Self:
+        path = find_toml("preset", name_or_file, CONFIGS)
         tables = read_toml(path)
         for name in tables:
             if name not in TABLES:
@@ -125,9 +113,22 @@ class Preset:
         return self.with_engine(engine).with_config(resolve_paths(config, base=Path.cwd()))
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets that come with the project, sorted."""
-    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+def preset_names(folder: Path = CONFIGS) -> list[str]:
+    """Return the names of the presets, or of the experiment files in another folder, sorted."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def find_toml(kind: str, name_or_file: str, folder: Path) -> Path:
+    """Return the file that is meant; raise ConfigError for a name that `folder` does not have."""
+    if name_or_file.endswith(".toml"):
+        return Path(name_or_file).expanduser().resolve()
+    path = folder / f"{name_or_file}.toml"
+    if not path.is_file():
+        raise ConfigError(
+            unknown_name(kind, name_or_file, preset_names(folder))
+            + " Or give the path of a .toml file of the same form."
+        )
+    return path
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.config import RunConfig
-from experiments.report.plan import Cell, Plan, study_names
+from experiments.report.plan import STUDIES, Cell, Plan
 from experiments.run.presets import Preset, preset_names
 from server_app.output.run_folder import RunFolder
 from tests.support.tiny import HERE, MIXED, NUM_CLASSES, run_tiny
@@ -77,7 +77,7 @@ def test_preset(name: str, tmp_path: Path) -> None:
     assert run(config)["status"] == "completed"
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.parametrize("name", preset_names(STUDIES))
 def test_study(name: str, tmp_path: Path) -> None:
     assert Plan.load(name).description
     places: dict[Path, Path] = {}

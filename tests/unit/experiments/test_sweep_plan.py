@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from experiments.report.plan import Cell, Plan, study_names
-from experiments.run.presets import Preset
+from experiments.report.plan import STUDIES, Cell, Plan
+from experiments.run.presets import Preset, preset_names
 
 GRID = """
 preset = "quickstart"
@@ -179,8 +179,8 @@ def test_the_command_line_wins_and_data_change_no_name(tmp_path: Path) -> None:
 
 
 def test_studies_are_found_by_name() -> None:
-    assert len(study_names()) >= 8
-    for name in study_names():
+    assert len(preset_names(STUDIES)) >= 8
+    for name in preset_names(STUDIES):
         plan = Plan.load(name)
         assert 20 < len(plan.description) < 110
         assert plan.folder.name == name
