@@ -223,3 +223,13 @@ class Received:
         except Exception as error:  # whatever numpy throws at bytes that a peer made up
             raise WireError(f"{name} cannot be read as an array: {error}.") from error
         return raw
+
+
+def require_norm(x: Float32, name: str, most: float) -> None:
+    """Raise WireError when the Euclidean norm of a change is beyond `max-delta-norm`."""
+    norm = float(np.linalg.norm(x.astype(np.float64)))
+    if norm > most:
+        raise WireError(
+            f"{name} has norm {norm:.3g}; at most {most:.3g} is accepted (max-delta-norm). "
+            "Training diverged there, or the client is faulty."
+        )

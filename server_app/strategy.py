@@ -117,7 +117,7 @@ class TrainingRound:
     def _message(
         self, client: Client, content: Content, *, tests: bool = False, patience_s: float = math.inf
     ) -> Outgoing:
-        settings = self._config.training.flat() | {messages.EVALUATE_FIRST: tests}
+        settings = self._method.training_keys | {messages.EVALUATE_FIRST: tests}
         return self._transport.message(
             messages.TRAIN,
             (client.client_id, client.node_id),

@@ -15,12 +15,11 @@ from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
 from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member
-from client_app.training.loop import Loss, Teacher, Trained, cross_entropy, train
+from client_app.training.loop import Loss, Teacher, Trained, cross_entropy, delta, train
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import WireError
 from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
-from common.parameters import delta
 from common.records import Arrays, Received
 from common.seeding import stream_seed
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from client_app.methods.base import BatchBudget, as_array
 from client_app.methods.fedavg import FedAvg
 from client_app.models.instances import Instance
-from client_app.training.loop import Trained, cross_entropy, train
+from client_app.training.loop import Trained, cross_entropy, delta, train
 from common.config import TrainingSection
 from common.messages import DELTA, THETA
-from common.parameters import delta
 from common.records import Arrays, Received
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from client_app.models.registry import build_model
 from client_app.training.allocator import keep_freed_memory
+from client_app.training.loop import FlatModel, flatten
 from common.errors import ConfigError, ModelError
 from common.log import logger
-from common.parameters import FlatModel, flatten
 
 _own = threading.local()
 _building = threading.Lock()

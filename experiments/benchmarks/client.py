@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
 from client_app.training.batched import Member, train_cohort
-from client_app.training.loop import evaluate, train
+from client_app.training.loop import FlatModel, evaluate, train
 from common.config import TrainingSection
-from common.parameters import FlatModel
 from experiments.benchmarks.clear import BATCH, CLIP_NORM, moved, reference, train_loader
 from experiments.benchmarks.measuring import Machine, Row, attempt, devices, take_turns
 from experiments.benchmarks.synthetic import NUM_CLASSES

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.compression import Float32
 from common.config import RunConfig
-from common.errors import ConfigError, RegistrationError, WireError
+from common.errors import ConfigError, RegistrationError
 from common.log import logger
 from common.messages import Registration
 from common.methods import METHODS
@@ -59,12 +59,16 @@ class Method(Generic[T]):
     ----------
     others : further predictors whose accuracy clients report.
     num_steps : server steps taken so far.
+    max_norm : of a change that is accepted; see `common.records.require_norm`.
+    training_keys : of the run config, in every message to train.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.others = METHODS[config.run.method].others
         self.num_steps = 0
+        self.max_norm = config.schedule.max_delta_norm
+        self.training_keys = config.training.flat()
 
     # --- what is sent ----------------------------------------------------------------------------
 
@@ -85,18 +89,6 @@ class Method(Generic[T]):
     def read(self, client: Client, reply: Received) -> T | None:
         """Read and check what this client sent; any exception refuses the reply."""
         return None
-
-    def check_norm(self, x: Float32, name: str) -> None:
-        """Raise WireError when the Euclidean norm of a change is beyond `max-delta-norm`."""
-        norm, most = (
-            float(np.linalg.norm(x.astype(np.float64))),
-            self.config.schedule.max_delta_norm,
-        )
-        if norm > most:
-            raise WireError(
-                f"{name} has norm {norm:.3g}; at most {most:.3g} is accepted (max-delta-norm). "
-                "Training diverged there, or the client is faulty."
-            )
 
     # --- what is learned -------------------------------------------------------------------------
 

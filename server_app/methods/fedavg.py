@@ -16,7 +16,7 @@ from torch import Tensor
 from common.compression import Float32
 from common.config import RunConfig
 from common.messages import THETA
-from common.records import Arrays, Received
+from common.records import Arrays, Received, require_norm
 from common.serialization import required_tensor
 from server_app.clients import Client
 from server_app.methods.base import Method, Upload, mean_vector
@@ -51,7 +51,7 @@ class FedAvg(Method[Float32]):
         """Read the trained model; its change is limited as a delta is."""
         theta = reply.vector(THETA, self.size(client))
         known = self.models.get(self.key(client))
-        self.check_norm(theta if known is None else theta - known, THETA)
+        require_norm(theta if known is None else theta - known, THETA, self.max_norm)
         return theta
 
     def learn(self, uploads: Sequence[Upload[Float32]], **_: object) -> None:

@@ -19,7 +19,7 @@ from common.compression import Float32
 from common.config import RunConfig
 from common.log import logger
 from common.messages import HEAD, MEANS
-from common.records import Arrays, Received
+from common.records import Arrays, Received, require_norm
 from common.seeding import torch_generator
 from common.serialization import required_tensor
 from server_app.clients import Client
@@ -71,7 +71,7 @@ class LGFedAvg(SharedHead[Float32]):
         """Read the trained head; its change is limited as a delta is."""
         current = self.current(client)
         head = reply.vector(HEAD, current.size, meaning="weight and bias of the shared head.")
-        self.check_norm(head - current, HEAD)
+        require_norm(head - current, HEAD, self.max_norm)
         return head
 
     def learn(self, uploads: Sequence[Upload[Float32]], **_: object) -> None:
@@ -86,7 +86,7 @@ class FedGH(SharedHead[ClassMeans]):
         """Read the client's class means; their norm is limited as a delta's is."""
         sizes = client.num_classes, client.feature_dim
         means = ClassMeans.read(reply, *sizes, most=client.num_examples)
-        self.check_norm(means.means, MEANS)
+        require_norm(means.means, MEANS, self.max_norm)
         return means
 
     def learn(

@@ -19,7 +19,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.log import logger
 from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
-from common.records import Content, Received
+from common.records import Content, Received, require_norm
 from server_app.aggregation import make_rule
 from server_app.aggregation.base import (
     NormClip,
@@ -131,7 +131,7 @@ class MHpFedHN(Method[Deltas]):
 
     def _delta(self, reply: Received, name: str, size: int) -> Float32:
         delta = reply.vector(name, size, top_k=self.config.wire.uplink_top_k)
-        self.check_norm(delta, name)
+        require_norm(delta, name, self.max_norm)
         return delta
 
     # --- what is learned -------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from common.compression import Float32
 from common.config import RunConfig
 from common.errors import ConfigError, RegistrationError
 from common.messages import DELTA, THETA, Registration
-from common.records import Arrays, Received
+from common.records import Arrays, Received, require_norm
 from common.seeding import torch_generator
 from common.serialization import required_tensor
 from server_app.clients import Client
@@ -104,7 +104,7 @@ class PFedHN(Method[Float32]):
     def read(self, client: Client, reply: Received) -> Float32:
         """Read the change of the model, before minus after."""
         delta = reply.vector(DELTA, client.num_parameters)
-        self.check_norm(delta, DELTA)
+        require_norm(delta, DELTA, self.max_norm)
         return delta
 
     def learn(self, uploads: Sequence[Upload[Float32]], **_: object) -> None:

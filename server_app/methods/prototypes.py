@@ -19,7 +19,7 @@ from common.class_means import ClassMeans, pool
 from common.config import RunConfig
 from common.log import logger
 from common.messages import MEANS, Registration
-from common.records import COUNTS, Arrays, Received
+from common.records import COUNTS, Arrays, Received, require_norm
 from common.seeding import torch_generator
 from common.serialization import required_tensor
 from server_app.clients import Client
@@ -57,7 +57,7 @@ class FedProto(Method[ClassMeans]):
         """Read the client's class means; their norm is limited as a delta's is."""
         sizes = client.num_classes, self.dim(client)
         means = ClassMeans.read(reply, *sizes, most=client.num_examples)
-        self.check_norm(means.means, MEANS)
+        require_norm(means.means, MEANS, self.max_norm)
         return means
 
     def learn(

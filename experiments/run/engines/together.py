@@ -20,12 +20,11 @@ from client_app.models.instances import instance_of
 from client_app.participant import Participant
 from client_app.training.batched import Outcome, can_train_together, train_cohort
 from client_app.training.batched_evaluation import evaluate_cohort
-from client_app.training.loop import Teacher
+from client_app.training.loop import Teacher, delta
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import MHpFedHNError
 from common.messages import DISTIL, EVALUATE_FIRST, TRAIN, Evaluation, TrainReply
-from common.parameters import delta
 from common.records import Content, Received, encode
 
 

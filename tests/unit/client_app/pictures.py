@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData, load_client_data
+from client_app.training.loop import num_parameters
 from common.config import ClientSection
-from common.parameters import num_parameters
 
 REPOSITORY = Path(__file__).parents[3]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"

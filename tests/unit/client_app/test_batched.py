@@ -15,10 +15,9 @@ from client_app.training.batched import (
     train_cohort,
 )
 from client_app.training.batched_evaluation import evaluate_cohort
-from client_app.training.loop import Teacher, cross_entropy, evaluate, train
+from client_app.training.loop import FlatModel, Teacher, cross_entropy, evaluate, train
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
-from common.parameters import FlatModel
 from tests.unit.client_app.pictures import client_data, draw_theta
 
 pytestmark = pytest.mark.numeric

@@ -11,8 +11,8 @@ from torch import nn
 
 from client_app.models.instances import GeneratorDropout, seed_dropout
 from client_app.models.registry import MODEL_NAMES, build_model, model_for_partition
+from client_app.training.loop import num_parameters
 from common.errors import ConfigError, ModelError
-from common.parameters import num_parameters
 
 # method.md, "Parameter counts that the model zoo must reproduce"
 PUBLISHED = {

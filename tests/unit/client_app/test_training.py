@@ -14,10 +14,9 @@ from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
 from client_app.training.allocator import keep_freed_memory
-from client_app.training.loop import MomentumSGD, evaluate, train, warn_of_slow_bfloat16
+from client_app.training.loop import FlatModel, MomentumSGD, evaluate, train, warn_of_slow_bfloat16
 from common.config import TrainingSection
 from common.log import logger
-from common.parameters import FlatModel
 from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
 from tests.unit.client_app.pictures import client_data, draw_theta
 
@@ -104,9 +103,9 @@ class Forgetful(nn.Module):
 def test_backward_overwrites_the_flat_gradient() -> None:
     model = FlatModel(Forgetful())
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    model.zero_grad()
     model.module(x).square().sum().backward()
-    expected = model.theta.grad.clone()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.module.parameters()]
+    expected = torch.cat([gradient.flatten() for gradient in found])
     model.theta.grad.fill_(7.0)
     model.backward(model.module(x).square().sum())
     assert torch.equal(model.theta.grad, expected)

@@ -15,8 +15,8 @@ from client_app.models.instances import (
     instance_of,
 )
 from client_app.models.registry import MODEL_NAMES, build_model
+from client_app.training.loop import FlatModel
 from common.errors import ModelError
-from common.parameters import FlatModel
 from tests.support.tiny import Small
 
 pytestmark = pytest.mark.numeric
