@@ -2,20 +2,25 @@
 
 With one update this is the paper's step (docs/method.md, "One MH-pFedHN round as published"):
 vector-Jacobian product at the current phi, global norm clipped, one Adam step. With several it is
-the mean of the buffer, still one clip and one Adam step. Parameters that no update of the step
-touches (other groups' heads, other clients' embeddings) are not in the optimizer's list during
-that step: neither moments nor step counters move.
+the mean of the buffer. Of parameters that no update of the step touches (other groups' heads, other
+clients' embeddings) neither moments nor step counters move.
 
 Which mean: a head group's gradient is the mean over that group's updates in the buffer; trunk and
 embeddings get the mean over the whole buffer, so an embedding's gradient carries its client's share
 1/M (Adam is insensitive to that constant; the norm clip sees the gradient of ONE mean loss).
 Differs from paper: the mean and the two learning rates (docs/parallel.md).
+
+Shapes: N clients of a group, C chunks, S chunk size, E embedding size, H hidden size, R rows of
+several embeddings one after the other.
 """
+
+# ruff: noqa: N806 - names carry their shape as a suffix
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,27 +29,119 @@ from torch import Tensor, nn
 from common.config import UpdateSection
 from common.errors import CheckpointError
 from common.serialization import required_tensor
-from server_app.aggregation.base import (
-    Probe,
-    StepDiagnostics,
-    Update,
-    schedule_factor,
-    usable,
-)
-from server_app.hypernet.gradient import Gradient, backward, by_group, rms_and_coherence
-from server_app.hypernet.heads import GroupDeltas
-from server_app.hypernet.network import Hypernetwork
+from server_app.aggregation.base import Probe, StepDiagnostics, Update, schedule_factor, usable
+from server_app.hypernet.heads import GroupDeltas, members_by_group, square_norm
+from server_app.hypernet.network import Hypernetwork, by_chunk
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CLIP_NORM = 50.0
 """A longer gradient is scaled down to this norm before Adam (docs/method.md)."""
 
 
-class AdamRule:
-    """One `server_app.aggregation.base.Rule`.
+@dataclass(frozen=True)
+class Gradient:
+    """Parameters whose `grad` was written by `backward`, and the 2-norm of all these gradients."""
 
-    Adam's state of a parameter starts with the first step that touches it.
+    shared: list[nn.Parameter]
+    embeddings: list[nn.Parameter]
+    norm: float
+
+
+def by_group(
+    hypernet: Hypernetwork,
+    client_ids: Sequence[str],
+    deltas: Sequence[Tensor],
+    shares: Sequence[float],
+) -> list[GroupDeltas]:
+    """Split the deltas of a step by head group; raise ValueError at one of another size."""
+    for client_id, delta in zip(client_ids, deltas, strict=True):
+        shape, expected = tuple(delta.shape), (hypernet.num_parameters(client_id),)
+        if shape != expected:
+            raise ValueError(
+                f"delta of client {client_id!r} has shape {shape}; its theta has {expected}."
+            )
+    device = hypernet.device
+    return [
+        GroupDeltas(
+            key=key,
+            group=hypernet.groups[key],
+            client_ids=[client_ids[i] for i in positions],
+            deltas=[deltas[i].to(device) for i in positions],
+            shares=torch.tensor([shares[i] for i in positions], device=device),
+        )
+        for key, positions in members_by_group(client_ids, hypernet.group_key).items()
+    ]
+
+
+def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:
+    """Return `rms_delta` and `coherence` (`StepDiagnostics`); not finite where a delta is not."""
+    total = sum(sum(part.square_norms) for part in parts)
+    if not 0 < total < math.inf:
+        return math.sqrt(total), 1.0
+    agreed = sum(len(part.deltas) * part.mean_square for part in parts)
+    entries = sum(len(delta) for part in parts for delta in part.deltas)
+    return math.sqrt(total / entries), agreed / total
+
+
+def backward(
+    hypernet: Hypernetwork,
+    parts: Sequence[GroupDeltas],
+    *,
+    heads: Collection[str],
+    trunk: bool = True,
+) -> Gradient:
+    """Compute sum_i share_i J_i^T delta_i at the current phi, as `grad` of what learns.
+
+    The heads of a group get the mean over that group's clients, trunk and embeddings the sum with
+    the shares as given. One client alone with share 1 gives the published J_i^T delta_i. Heads of
+    the groups in `heads` learn, the trunk where `trunk` says so, embeddings always.
     """
+    rows = [hypernet.rows(part.client_ids) for part in parts]
+    rows_RE, lengths = torch.cat(rows).requires_grad_(), [*map(len, rows)]
+    with torch.enable_grad():
+        features_RH = hypernet.trunk(rows_RE)
+    gradient_RH = torch.empty_like(features_RH)
+    shared, square = [*hypernet.trunk.parameters()] if trunk else [], 0.0
+    learning = [*shared]
+    pieces = zip(
+        torch.split(features_RH.detach(), lengths), torch.split(gradient_RH, lengths), strict=True
+    )
+    for part, (features, gradient) in zip(parts, pieces, strict=True):
+        group, count, learns = part.group, len(part.client_ids), part.key in heads
+        pulled_CNH, weight_square = group.pull_back(
+            by_chunk(features, count), part.deltas, part.shares, learns=learns
+        )
+        by_chunk(gradient, count).copy_(pulled_CNH)
+        if learns:
+            group.bias.grad = part.mean_CS
+            square += weight_square + part.mean_square
+            learning += [group.weight, group.bias]
+    *found, rows_gradient_RE = torch.autograd.grad(features_RH, [*shared, rows_RE], gradient_RH)
+    for parameter, gradient in zip(shared, found, strict=True):
+        parameter.grad = gradient
+    embeddings = _spread(hypernet, parts, torch.split(rows_gradient_RE, lengths))
+    others = [p.grad for p in (*shared, *embeddings) if p.grad is not None]
+    square += sum(float(square_norm(g.flatten())) for g in others)
+    return Gradient(learning, embeddings, math.sqrt(square))
+
+
+def _spread(
+    hypernet: Hypernetwork, parts: Sequence[GroupDeltas], gradients: Sequence[Tensor]
+) -> list[nn.Parameter]:
+    """Give each embedding its rows of the gradient; a client that is there twice gets the sum."""
+    found: dict[str, Tensor] = {}
+    for part, gradient in zip(parts, gradients, strict=True):
+        pieces = gradient.view(len(part.client_ids), -1, gradient.shape[1])
+        for client_id, piece in zip(part.client_ids, pieces, strict=True):
+            own = piece[: len(hypernet.embeddings[client_id])]
+            found[client_id] = found[client_id] + own if client_id in found else own
+    for client_id, gradient in found.items():
+        hypernet.embeddings[client_id].grad = gradient
+    return [hypernet.embeddings[client_id] for client_id in found]
+
+
+class AdamRule:
+    """One `Rule`; Adam's state of a parameter starts with the first step that touches it."""
 
     def __init__(
         self, hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float
@@ -81,17 +178,17 @@ class AdamRule:
         total = sum(update.weight for update in used)
         mean = torch.zeros(expected, device=self.hypernet.device)
         for update in used:
-            if tuple(update.delta.shape) != expected:
+            if (shape := tuple(update.delta.shape)) != expected:
                 raise ValueError(
-                    f"global delta of client {update.client_id!r} has shape "
-                    f"{tuple(update.delta.shape)}; the global model has {expected}."
+                    f"global delta of client {update.client_id!r} has shape {shape}; the global "
+                    f"model has {expected}."
                 )
             mean.add_(update.delta.to(mean), alpha=update.weight / total)
         parts = by_group(self.hypernet, [client_id], [mean], [1.0])
         return self._take(parts, used, progress, is_global=True)
 
     def freeze(self, groups: Iterable[str]) -> None:
-        """Let trunk and these head groups never move again; embeddings and new groups learn."""
+        """See `Rule.freeze`."""
         self.frozen_groups = frozenset(groups)
         self._trunk_learns = False
 

@@ -43,8 +43,7 @@ from torch import Tensor, nn
 from common.config import BY_SIZE, UpdateSection
 from common.log import logger
 from common.serialization import required_tensor
-from server_app.aggregation.adam import AdamRule
-from server_app.hypernet.gradient import Gradient, backward
+from server_app.aggregation.adam import AdamRule, Gradient, backward
 from server_app.hypernet.heads import GroupDeltas
 from server_app.hypernet.network import Hypernetwork
 

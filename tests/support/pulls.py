@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from server_app.hypernet.gradient import Gradient, backward, by_group
+from server_app.aggregation.adam import Gradient, backward, by_group
 from server_app.hypernet.network import Hypernetwork
 
 
