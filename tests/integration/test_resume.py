@@ -3,9 +3,7 @@
 import json
 import os
 import resource
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,34 +75,6 @@ def test_resumed_in_place_equals_uninterrupted(
     assert_same_run(whole, broken)
 
 
-@pytest.mark.parametrize("rates", [0.0, 0.003], ids=["at rest", "learning"])
-def test_how_often_checkpoints_are_written_changes_no_bit(tmp_path: Path, rates: float) -> None:
-    rule = {"server_rule": "least-squares", "server_lr": rates, "embedding_lr": rates}
-    settings = {**rule, "head_init": "shared", "max_in_flight": 3, "buffer_size": 3, "rounds": 3}
-    often = config_at(tmp_path / "often", **settings, checkpoint_every=1)
-    rarely = config_at(tmp_path / "rarely", **settings, checkpoint_every=3)
-    for config in (often, rarely):
-        run_tiny(config)
-    assert len(checkpoints(often)) > len(checkpoints(rarely))
-    assert_same_run(often, rarely)
-
-
-def test_resumed_into_another_folder_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, short = config_at(tmp_path / "whole"), config_at(tmp_path / "short", rounds=2)
-    run_tiny(whole)
-    run_tiny(short)
-    rest = short.with_overrides(
-        {
-            "rounds": 5,
-            "output-dir": str(tmp_path / "rest"),
-            "resume-from": str(checkpoints(short)[0]),
-        }
-    )
-    run_tiny(rest)
-    assert_same_run(whole, rest)
-    assert len(rows(short)) == 2
-
-
 def test_a_checkpoint_cut_short_costs_the_rounds_since_the_one_before(
     tmp_path: Path, logged: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,27 +100,6 @@ def test_nothing_but_damaged_checkpoints_is_a_clear_error(tmp_path: Path) -> Non
         run_tiny(in_place(config))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
-
-
-def test_kill_9_of_the_server_costs_the_rounds_since_the_checkpoint(tmp_path: Path) -> None:
-    whole, killed = config_at(tmp_path / "whole"), config_at(tmp_path / "killed")
-    script = (
-        "import os, signal, sys\n"
-        "from common.config import RunConfig\n"
-        "from tests.integration.test_resume import stopping\n"
-        "from tests.support.tiny import run_tiny\n"
-        "import json\n"
-        "config = RunConfig.parse(json.loads(sys.argv[1]))\n"
-        "run_tiny(config, app=stopping(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))\n"
-    )
-    flat = json.dumps(killed.flat())
-    done = subprocess.run([sys.executable, "-c", script, flat], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    assert json.loads((tmp_path / "killed/run/summary.json").read_text())["status"] == "interrupted"
-    assert [row["round"] for row in rows(killed)] == [1, 2, 3]
-    run_tiny(in_place(killed))
-    run_tiny(whole)
-    assert_same_run(whole, killed)
 
 
 @contextmanager
