@@ -113,13 +113,3 @@ def test_a_late_reply_is_used_in_the_next_round_unless_it_is_too_stale(
     assert (second["num_late_used"], second["num_late_dropped"]) == (used, 1 - used)
     assert second["num_too_stale"] == 1 - used
     assert (third["num_accepted"], third["num_evaluated"]) == (6, 6)
-
-
-def test_a_cohort_goes_on_without_a_client_that_holds_it_up(tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path, rounds=2, max_in_flight=2, buffer_size=2, close_fraction=0.5, evaluation="fused"
-    )
-    grid = run_tiny(config, grid_type=Holding)
-    first = rows(config)[0]
-    assert (first["num_accepted"], first["num_unanswered"]) == (5, 1)
-    assert sorted(set(grid.order)) == list(range(6))  # everybody was asked

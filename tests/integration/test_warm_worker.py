@@ -99,18 +99,6 @@ def test_messages_share_one_worker_and_its_answers_are_those_of_the_process(home
     assert warm[0].read_bytes() == plain[0].read_bytes()
 
 
-def test_an_error_in_the_worker_is_the_same_error(home: Path) -> None:
-    bad = encode(HEADER, Content())
-    bad.config_records["config"]["protocol-version"] = 9
-    found = []
-    for mode in ("on", "off"):
-        with pytest.raises(Exception) as caught:  # noqa: PT011
-            ask(make_context(home, warm_worker=mode), "query.register", bad)
-        found.append((type(caught.value), str(caught.value)))
-    assert found[0] == found[1]
-    assert "protocol version 9; expected 2" in found[0][1]
-
-
 def test_without_a_place_for_it_the_message_is_handled_here(
     tmp_path: Path, warnings_of: pytest.LogCaptureFixture
 ) -> None:

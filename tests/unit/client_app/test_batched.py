@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from client_app.data.examples import ClientData
-from client_app.models.instances import MaskFeed, seed_dropout
+from client_app.models.instances import seed_dropout
 from client_app.models.registry import build_model
 from client_app.training.batched import (
     Member,
@@ -167,12 +167,6 @@ def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPat
     for one, other in zip(expected, found, strict=True):
         assert (one.num_test, one.num_correct) == (other.num_test, other.num_correct)
         assert other.test_loss == pytest.approx(one.test_loss, rel=1e-4)
-
-
-def test_masks_keep_the_precision_of_the_activations() -> None:
-    feed = MaskFeed([torch.tensor([[0.0, 2.0]])])
-    x = torch.ones(1, 2, dtype=torch.bfloat16)
-    assert feed.apply(x, x.shape, 0.5).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -18,7 +18,6 @@ from client_app.data.published import HubSource, IdxSource, ParquetSource
 from client_app.data.source import Examples
 from common.errors import ConfigError, DataError
 from tests.unit.client_app.pictures import (
-    REAL_DATA,
     encode,
     random_pixels,
     write_idx,
@@ -58,11 +57,6 @@ def test_pictures_and_arrays_resize_alike(size: int) -> None:
     decoded = decode_picture(encode(pixels), channels=3, image_size=32, name="x")
     assert decoded.shape == (3, 32, 32)
     assert np.array_equal(decoded, resize_array(pixels, image_size=32))
-
-
-def test_resize_takes_any_number_of_channels() -> None:
-    flat = np.full((10, 12, 5), 7, dtype=np.uint8)
-    assert np.array_equal(resize_array(flat, image_size=32), np.full((5, 32, 32), 7))
 
 
 def test_a_broken_picture_is_named() -> None:
@@ -221,16 +215,6 @@ def test_digits_are_scaled_to_full_range() -> None:
     assert images.std() / 255 == pytest.approx(examples.std[0], abs=5e-4)
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no ../shared/data beside the repository")
-@pytest.mark.parametrize(("dataset", "num_classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_real_cifar(dataset: str, num_classes: int) -> None:
-    examples = select_source(dataset, str(REAL_DATA)).read(32)
-    assert np.bincount(examples.labels).tolist() == [50_000 // num_classes] * num_classes
-    rows = range(0, 50_000, 100)
-    sample = np.stack([examples.read_example(i) for i in rows])
-    assert (sample.mean((0, 2, 3)) / 255).tolist() == pytest.approx(examples.mean, abs=0.02)
-
-
 # a participant's own
 
 
@@ -332,8 +316,3 @@ def test_own_function_fingerprint_follows_code_and_data(own: str, tmp_path: Path
 def test_own_function_that_cannot_be_used(own: str, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         select_source(f"{own}:{name}", "").read(32)
-
-
-def test_unknown_data_set_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"unknown dataset 'cifar-10'\. Did you mean 'cifar10'"):
-        select_source("cifar-10", "")

@@ -6,16 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from common.errors import ConfigError, RunError
 from experiments.bench import add_bench_parser
-from experiments.benchmarks.client import batched_training
 from experiments.benchmarks.measuring import Machine, in_own_process
-from experiments.benchmarks.rounds import Workload, batched, overhead
-from experiments.benchmarks.server import least_bytes, measure
-from experiments.benchmarks.suite import clear_runs, earlier
-from experiments.benchmarks.tables import table
+from experiments.benchmarks.rounds import Workload, batched
+from experiments.benchmarks.server import measure
+from experiments.benchmarks.suite import earlier
 
 MACHINE = Machine("x", 2, 1, 1, 0.0, "none", "none", "2", flops=100.0, bandwidth=10.0)
 
@@ -56,42 +53,9 @@ def test_quick_bench_writes_the_promised_keys(
     assert "GFLOP/s" in printed
 
 
-def test_batched_clients_are_timed_on_equal_results() -> None:
-    found = batched_training(3, 1, "cpu", 1)
-    assert found["ratio"] == found["one_by_one_seconds"] / found["batched_seconds"]
-    assert 0 < found["difference"] < 1e-3
-
-
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"part 'servr'.*server"):
         bench("--parts", "servr", "--output-dir", str(tmp_path))
-
-
-def test_a_bound_is_the_time_of_the_scarcer_resource() -> None:
-    bound = MACHINE.bound(4.0, flops=100.0, traffic=10.0)
-    assert (bound["bound_seconds"], bound["distance"]) == (2.0, 2.0)
-    assert MACHINE.bound(1.0, flops=1.0, traffic=100.0)["bounded_by"] == "memory traffic"
-
-
-def test_memory_is_estimated_before_a_size_is_tried() -> None:
-    assert least_bytes(1000, 11_000_000) > 60e9
-    assert least_bytes(1000, 239_856) < 2e9
-    assert least_bytes(10, 11_000_000, "least-squares") < 7e9 < 20e9 < least_bytes(10, 11_000_000)
-
-
-def test_overhead_is_a_share_of_a_full_round() -> None:
-    idle = {"rows": {"inprocess": {"idle_seconds": 1.0}}}
-    assert overhead(idle, {"inprocess_seconds": 10.0})["overhead_fraction"] == 0.1
-    assert overhead({"rows": {}}, {}) == {}
-
-
-def test_a_table_shows_each_figure_and_says_what_was_skipped() -> None:
-    rows = {"a": {"step_seconds": 0.002, "seconds": [1]}, "b": {"skipped": "no Flower [x]"}}
-    console = Console(width=80)
-    with console.capture() as printed:
-        console.print(table("part", rows))
-    assert "2.00 ms" in printed.get()
-    assert "b: no Flower [x]" in printed.get()
 
 
 def test_earlier_parts_of_the_same_machine_are_kept(tmp_path: Path) -> None:
@@ -116,13 +80,6 @@ def test_a_part_that_fails_is_a_row_that_says_so(
     row = json.loads((tmp_path / "bench.json").read_text())["wire"]["rows"]["wire"]
     assert row["skipped"] == "RuntimeError: CUDA out of memory"
     assert "in broken" in row["traceback"]
-
-
-def test_earlier_runs_are_cleared_and_decoded_data_stay(tmp_path: Path) -> None:
-    for name in ("cache", "inprocess-parallel"):
-        (tmp_path / name).mkdir()
-    clear_runs(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_clients_that_were_not_batched_give_no_batched_figure(

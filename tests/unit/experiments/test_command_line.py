@@ -54,30 +54,6 @@ def test_a_run_completes_and_can_be_shown(
     assert str(folder / "clients.png") in shown
 
 
-def test_run_goes_below_the_output_root(
-    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MH_PFEDHN_RUNS", str(tmp_path / "root"))
-    command = ["run", str(experiment), "--rounds", "1", "--clients", "2", "--seed", "1"]
-    assert main([*command, "--set", "models=mlp", "image-size=32"]) == 0
-    (folder,) = (tmp_path / "root").iterdir()
-    assert folder.name.startswith("tiny-2")
-    assert read_summary(folder)["seed"] == 1
-    assert main(["show", folder.name]) == 0
-
-
-def test_a_run_that_fails_says_why_and_exits_with_1(
-    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "out"
-    command = ["run", str(experiment), "--output-dir", str(folder)]
-    assert main([*command, "--set", "models=tests.support.tiny:explodes"]) == 1
-    out = capsys.readouterr().out
-    assert "failed" in out
-    assert "this model cannot run" in out
-    assert read_summary(folder)["status"] == "failed"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -52,16 +52,6 @@ def test_launch_fills_in_folder_name_and_clients(
     assert config.schedule.min_clients == 50
 
 
-def test_launch_keeps_what_was_chosen(tmp_path: Path) -> None:
-    preset = Preset.load("quickstart").with_settings(
-        [f"output-dir={tmp_path}/x", "run-name=mine", "min-clients=4"]
-    )
-    config = complete(preset).config
-    assert config.run.output_dir == f"{tmp_path}/x"
-    assert config.run.run_name == "mine"
-    assert config.schedule.min_clients == 4
-
-
 def test_a_users_own_modules_are_offered_where_they_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

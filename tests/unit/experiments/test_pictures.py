@@ -7,9 +7,8 @@ import pytest
 
 from common.errors import RunError
 from experiments.report.clients import draw_clients
-from experiments.report.looks import family_looks
 from experiments.report.runs import Run
-from server_app.output.figures import Reference, column, draw_curves, draw_steps
+from server_app.output.figures import Reference, draw_curves, draw_steps
 from tests.unit.experiments.run_folders import metric_row, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -23,16 +22,6 @@ def test_short_and_unevaluated_runs_can_be_drawn(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert draw_curves(tmp_path) == tmp_path / "curves.png"
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
-
-
-def test_nan_and_missing_values_leave_a_gap() -> None:
-    rows = [
-        {"round": 1, "x": 0.5},
-        {"round": 2, "x": float("nan")},
-        {"round": 3},
-        {"round": 4, "x": 1},
-    ]
-    assert column(rows, "x") == ([1, 4], [0.5, 1.0])
 
 
 def test_reference_is_drawn_beside_the_run(tmp_path: Path) -> None:
@@ -64,12 +53,6 @@ def test_clients_are_drawn(tmp_path: Path, clients: int) -> None:
     assert draw_clients(run).read_bytes().startswith(PNG)
     (run.folder / "clients.csv").unlink()
     assert draw_clients(Run.load(run.folder)).read_bytes().startswith(PNG)
-
-
-def test_families_keep_their_colour_however_many_clients_they_have() -> None:
-    looks = family_looks(["cnn", "cnn", "vgg8", "cnn"])
-    assert list(looks) == ["cnn", "vgg8"]
-    assert looks["cnn"] != looks["vgg8"]
 
 
 def test_steps_are_drawn_where_there_are_some(tmp_path: Path) -> None:

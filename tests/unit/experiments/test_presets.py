@@ -52,11 +52,6 @@ def test_file_has_the_form_of_a_preset(tmp_path: Path) -> None:
     assert preset.config.client.num_partitions == 3
 
 
-def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
-    preset = Preset.load(write(tmp_path, "[config]\nrounds = 3\n"))
-    assert preset.config == RunConfig.parse({"rounds": 3})
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -23,7 +23,6 @@ from experiments.report.embeddings import (
     principal_axes,
     rank_correlation,
 )
-from experiments.report.figures import spread
 from experiments.report.groups import Stat, load_study
 from experiments.report.lines import Axis, average, points
 from experiments.report.looks import Look, looks_for
@@ -135,12 +134,6 @@ def test_a_method_looks_the_same_in_every_study() -> None:
     many = looks_for([(str(i), "mh-pfedhn") for i in range(28)])
     assert len(set(many.values())) == 28
     assert len({info.look for info in METHODS.values()}) == len(METHODS)
-
-
-def test_labels_are_moved_apart_and_stay_inside() -> None:
-    assert spread([99, 98, 95], gap=10, high=100) == [99, 89, 79]
-    assert spread([3, 2, 1], gap=10, high=100) == [20, 10, 0]
-    assert spread([], gap=10, high=15) == []
 
 
 def test_overlap_and_order_of_labels() -> None:

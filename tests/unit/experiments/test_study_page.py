@@ -7,13 +7,8 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from experiments.__main__ import main
-from experiments.report.figures import draw_accuracy
-from experiments.report.groups import load_study
-from experiments.report.lines import Axis, lines_of
-from experiments.report.looks import looks_for
 from tests.unit.experiments.run_folders import DATA, write_seed
 from tests.unit.experiments.test_study import write_checkpoint
 
@@ -111,13 +106,6 @@ def test_second_predictors_are_in_both_tables(tmp_path: Path) -> None:
     assert 'Runs with evaluation = "fused" are tested when a round begins' in text_of(page)
 
 
-def test_without_local_the_page_says_so(tmp_path: Path) -> None:
-    write_seed(tmp_path / "a", dataset="folder")
-    text = text_of(report(tmp_path))
-    assert 'No run of method = "local" with the same data, models and seed is here' in text
-    assert "No completed run here has a hypernetwork, a checkpoint" in text
-
-
 def test_compare_prints_a_table_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,16 +116,3 @@ def test_compare_prints_a_table_and_draws(
         assert main(["compare", *runs, str(local), "--output", str(target), *words]) == 0
         assert "30.0 ± 10.0" in capsys.readouterr().out
         assert target.stat().st_size > 20_000
-
-
-@pytest.mark.parametrize(
-    ("axis", "label", "end"),
-    [("bytes", "MB, up and down, all clients", 6.0), ("bytes-up", "MB, up, all clients", 2.0)],
-)
-def test_traffic_is_both_ways_or_up(tmp_path: Path, axis: Axis, label: str, end: float) -> None:
-    write_seed(tmp_path / "a")  # two rounds, each 1 MB up and 2 MB down
-    study = load_study([str(tmp_path)])
-    axes = Figure().subplots()
-    draw_accuracy(axes, lines_of(study, looks_for([(study.groups[0].key, "")]), axis), axis)
-    assert axes.get_xlabel() == label
-    assert axes.get_lines()[0].get_xdata()[-1] == end

@@ -11,7 +11,7 @@ from common.config import HypernetSection, RunConfig, UpdateSection
 from common.errors import CheckpointError, ConfigError
 from server_app.aggregation import make_rule
 from server_app.aggregation.base import Update
-from server_app.hypernet.heads import group_order, head_group, members_by_group, num_chunks
+from server_app.hypernet.heads import head_group
 from server_app.hypernet.network import Hypernetwork
 from tests.support.close import assert_all_equal
 from tests.support.pulls import pull
@@ -134,13 +134,6 @@ def test_what_does_not_go_with_mixed_sizes_is_explained() -> None:
     RunConfig.parse({"head-sharing": "own", **solved})
 
 
-@pytest.mark.parametrize(
-    ("size", "chunks"), [(1, 1), (3071, 1), (3072, 1), (3073, 2), (239_856, 79), (11_000_000, 3581)]
-)
-def test_num_chunks_is_the_ceiling(size: int, chunks: int) -> None:
-    assert num_chunks(size, 3072) == chunks
-
-
 @pytest.mark.parametrize("tolerance", [0.01, 0.1, 0.25, 1.0, 3.0])
 def test_size_classes_are_runs_of_at_most_the_tolerance(tolerance: float) -> None:
     tolerant = section("tolerance", sharing_tolerance=tolerance)
@@ -150,15 +143,3 @@ def test_size_classes_are_runs_of_at_most_the_tolerance(tolerance: float) -> Non
         assert smallest <= top <= max(smallest, smallest * (1 + tolerance))
     assert largest == sorted(largest)
     assert head_group(tolerant, "a", 7) == head_group(tolerant, "b", largest[6])
-
-
-def test_members_do_not_depend_on_which_size_came_first() -> None:
-    keys = {"big": "19", "a": "2", "b": "2"}
-    assert members_by_group(["big", "b", "a"], keys.__getitem__) == {"2": [1, 2], "19": [0]}
-    assert list(members_by_group(["big", "a"], keys.__getitem__)) == ["2", "19"]
-    assert members_by_group(["a", "a"], {"a": "3"}.__getitem__) == {"3": [0, 1]}
-
-
-def test_groups_come_by_size_then_name() -> None:
-    keys = ["19", "2-b", "2", "19-x-1", "2-a"]
-    assert sorted(keys, key=group_order) == ["2", "2-a", "2-b", "19", "19-x-1"]

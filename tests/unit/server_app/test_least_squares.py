@@ -180,23 +180,6 @@ def test_theta_moves_by_the_shared_and_the_personal_gain(buffer: str) -> None:
     assert torch.equal(got["z"], torch.zeros(8))
 
 
-def test_a_pass_in_pieces_goes_as_far_as_a_pass_at_once() -> None:
-    section = EXACT.model_copy(update={"personal_gain": 0.0})
-    steady = {c: torch.ones(SIZES[c]) for c in GROUP}
-    at_once, in_pieces = make(section), make(section)
-    start = at_once.hypernet.generate(["b"])["b"]
-    for _ in range(40):  # the velocity settles: 1 / (1 - beta) steps
-        go(at_once, steady)
-        for client_id in GROUP:
-            go(in_pieces, {client_id: steady[client_id]})
-    far = [
-        float((rule.hypernet.generate(["b"])["b"] - start).mean()) for rule in (at_once, in_pieces)
-    ]
-    assert far[0] == pytest.approx(-40 * GAIN / (1 - BETA), rel=0.1)
-    part = BETA**0.2
-    assert far[1] / far[0] == pytest.approx((1 + part / 5 / (1 - part)) * (1 - BETA), rel=0.1)
-
-
 def test_equal_embeddings_learn_what_is_shared_and_nothing_else() -> None:
     change = deltas(1, GROUP)
     got = go(make(EXACT, TOY.model_copy(update={"embedding_std": 0.0})), change)

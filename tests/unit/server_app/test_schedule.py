@@ -157,16 +157,6 @@ def test_an_answer_of_its_own_round_is_bounded_too() -> None:
     assert max(age for step in actions.steps for age in step) == 99
 
 
-def test_a_late_answer_is_used_while_it_is_young_enough() -> None:
-    for bound, used in ((1, 1), (0, 0)):
-        box = Box(lambda client_id: 2 if client_id == "0" else 1)
-        outcomes, _ = run(box, 10, rounds=3, max_in_flight=0, buffer_size=0, max_staleness=bound,
-                          close_fraction=0.9)  # fmt: skip
-        assert outcomes[0].unanswered == ["0"]
-        late = [(o.late_used, o.late_dropped, o.too_stale) for o in outcomes[1:]]
-        assert (used, 1 - used, 1 - used) in late
-
-
 def test_a_failure_does_not_close_a_round_below_the_minimum() -> None:
     box = Box(lambda client_id: 1 if int(client_id) < 5 else 9, failing=frozenset("0"))
     (outcome,), _ = run(
