@@ -12,18 +12,9 @@ from common.errors import MHpFedHNError
 def load_callable(
     spec: str, *, key: str, error: type[MHpFedHNError], example: str
 ) -> Callable[..., Any]:
-    """Import `module:attribute` and return the callable it names.
+    """Import `module:attribute` and return the callable it names; raise `error` if that fails.
 
-    Parameters
-    ----------
-    spec
-        What the config says, for instance "my_package.my_models:small_net".
-    key
-        The config key that holds it, for the message.
-    error
-        The class to raise when it cannot be imported.
-    example
-        A correct value, for the message.
+    The message names the config `key` that holds it and an `example` of a correct value.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute.isidentifier():

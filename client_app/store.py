@@ -198,16 +198,8 @@ def largest_with_residual(
 ) -> Float32:
     """Return the largest entries of delta + residual (P,), 0 elsewhere; the rest is kept.
 
-    Parameters
-    ----------
-    delta : (P,), all of this round's change; it is not changed.
-    top_k : fraction of the entries that is sent, above 0; see `common.compression.num_kept`.
-    precision : in which the entries travel; what is returned is rounded to it.
-
-    Returns
-    -------
-    (P,) float32 exactly as the server will have it, with at most `num_kept(P, top_k)` entries
-    that are not 0.
+    At most `num_kept(P, top_k)` entries are not 0; they are rounded to the `precision` in which
+    they travel, exactly as the server will have them.
     """
     wanted = delta + residual.recall(delta.size)
     sent, count = np.zeros_like(wanted), num_kept(delta.size, top_k)

@@ -42,14 +42,8 @@ IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 class DecodedDataset:
     """A cache entry, opened; drawn partitions are stored in its folder too.
 
-    Attributes
-    ----------
-    images
-        (N, channels, size, size) uint8, memory-mapped read-only.
-    labels
-        (N,) int64, in memory.
-    mean, std
-        Normalisation for each channel, in units of full intensity.
+    Images (N, channels, size, size) uint8 are memory-mapped read-only, labels (N,) int64 in memory;
+    mean and std normalise each channel, in units of full intensity.
     """
 
     folder: Path
@@ -71,10 +65,7 @@ def open_dataset(
 ) -> DecodedDataset:
     """Open the cache entry of a source, decoding it first when there is none or it is damaged.
 
-    Raises
-    ------
-    DataError
-        The source cannot be read, or the cache folder cannot be written.
+    Raises DataError where the source cannot be read, or the cache folder cannot be written.
     """
     identity = [FORMAT, name, image_size, source.fingerprint()]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -89,13 +80,7 @@ def open_dataset(
 
 @contextmanager
 def entry_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache entry, across processes and threads.
-
-    Raises
-    ------
-    DataError
-        The folder cannot be written, or another process holds the lock for over an hour.
-    """
+    """Hold the lock of a cache entry, across processes and threads; DataError after an hour."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock", timeout=LOCK_TIMEOUT_S):

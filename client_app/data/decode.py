@@ -30,10 +30,7 @@ ReadExample = Callable[[int], Pixels]
 def decode_picture(data: bytes, *, channels: int, image_size: int, name: str) -> Pixels:
     """Decode an encoded picture to (channels, image_size, image_size); 1 channel grey, 3 RGB.
 
-    Raises
-    ------
-    DataError
-        The bytes are not a whole picture in one of `FORMATS`; `name` says which.
+    Raises DataError, with `name`, where the bytes are not a whole picture in one of `FORMATS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:

@@ -36,18 +36,10 @@ from common.seeding import numpy_generator
 class ClientData:
     """One client's train and test examples, on the device.
 
-    Attributes
-    ----------
-    train_images, test_images
-        (N, C, H, W) uint8, in channels-last memory: batches inherit it, and convolutions on CPU
-        are up to 1.5 times as fast with it.
-    train_labels, test_labels
-        (N,) int64.
-    mean, std
-        (C,) float32, in units of full intensity.
-    test_rows
-        (N,) int64: which examples of the source the test examples are, so that a stored model's
-        accuracy can be checked without this project.
+    Images are (N, C, H, W) uint8, in channels-last memory: batches inherit it, and convolutions on
+    CPU are up to 1.5 times as fast with it. Labels are (N,) int64; mean and std (C,) float32, in
+    units of full intensity. `test_rows` (N,) int64 says which examples of the source the test
+    examples are, so that a stored model's accuracy can be checked without this project.
     """
 
     train_images: Tensor
@@ -99,9 +91,7 @@ class ClientData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the train examples once in an order drawn from `generator`; last batch kept.
 
-        Yields
-        ------
-        images (B, C, H, W) float32, normalised; labels (B,) int64; both on the device.
+        Images (B, C, H, W) float32, normalised, and labels (B,) int64, both on the device.
         """
         order = torch.randperm(self.num_train, generator=generator, device=generator.device)
         order = order.to(self.train_labels.device)
@@ -117,10 +107,9 @@ class ClientData:
 
 
 def prepare_data(section: ClientSection, *, seed: int) -> Path:
-    """Decode the data set and draw the partition, unless that was done before.
+    """Decode the data set and draw the partition, unless that was done before a run.
 
-    Returns the folder of the cache entry. Safe to call from many processes at once. The command
-    line calls it before a run, so that the first round does not wait.
+    Returns the folder of the cache entry. Safe to call from many processes at once.
 
     Raises
     ------
@@ -144,19 +133,8 @@ def load_client_data(
     """Load one client's examples; the same arguments give the same split in every process.
 
     The last clients loaded stay in memory (512 MiB in a process), so a repeated call is free; a
-    source that changes is noticed by new processes.
-
-    Parameters
-    ----------
-    section : which data, how divided.
-    partition_id : which client, 0 to num_partitions - 1; anything for partition "none".
-    seed : of the run.
-    device : where the tensors go.
-
-    Raises
-    ------
-    ConfigError, DataError
-        As `prepare_data`, or the client does not exist or has fewer than two examples.
+    source that changes is noticed by new processes. Raises as `prepare_data`, and where the client
+    (0 to num_partitions - 1; any for partition "none") does not exist or has fewer than two.
     """
     key = (section, partition_id, seed, device)
     return LOADED.get(key, lambda: _load(*key))
@@ -192,15 +170,7 @@ LOADED = LoadedClients(max_bytes=512 << 20)
 
 
 def select_source(dataset: str, data_dir: str) -> Source:
-    """Return the source that a client's `dataset` and `data-dir` name.
-
-    Raises
-    ------
-    ConfigError
-        The data set is unknown, or data-dir is missing where it is needed.
-    DataError
-        data-dir does not hold the data set.
-    """
+    """Return the source that a client's `dataset` and `data-dir` name; raises as `prepare_data`."""
     if ":" in dataset:
         return FunctionSource(dataset, data_dir)
     if dataset == "digits":

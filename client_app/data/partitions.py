@@ -51,14 +51,8 @@ def client_indices(
 ) -> Indices:
     """Return the rows that one client owns, ascending (M_i,), at most `max-client-examples`.
 
-    With partition "none" a client owns all rows, whatever its partition_id.
-
-    Raises
-    ------
-    ConfigError
-        The partition is unknown, its settings cannot be used, or there is no such client.
-    DataError
-        The partition cannot be drawn from this data.
+    With partition "none" a client owns all rows, whatever its partition_id. Raises ConfigError for
+    a setting that cannot be used, DataError where the partition cannot be drawn from this data.
     """
     most = section.max_client_examples
     if most == 1:
@@ -166,14 +160,8 @@ def split_by_library(
     """Draw a partition with a partitioner of flwr-datasets, by one of the names in `LIBRARY`.
 
     The number of clients, the seed and the label column are filled in where the partitioner takes
-    them and `options` does not have them.
-
-    Raises
-    ------
-    ConfigError
-        The options are not those of the partitioner, or give another number of clients.
-    DataError
-        The partitioner cannot divide this data.
+    them and `options` does not have them. Raises ConfigError where the options are not those of the
+    partitioner, or give another number of clients, DataError where it cannot divide this data.
     """
     from datasets import Dataset
     from flwr_datasets import partitioner as library

@@ -30,12 +30,7 @@ def find_local_files(dataset: str, data_dir: str) -> Source:
 
     Looked at, in this order: the folders data-dir/<dataset>, data-dir/<name on the hub> and
     data-dir itself; in each, train*.parquet, then the same one folder deeper (data-dir itself:
-    only in `data`), then IDX files.
-
-    Raises
-    ------
-    DataError
-        There is no such file, or a shard of several is missing.
+    only in `data`), then IDX files. Raises DataError where nothing, or not every shard, is there.
     """
     root = Path(data_dir).expanduser().resolve()
     spec = CATALOGUE[dataset]
@@ -167,13 +162,7 @@ class IdxSource:
 
 
 def read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
-    """Read an IDX file of unsigned bytes with `num_axes` axes.
-
-    Raises
-    ------
-    DataError
-        The header is another one, or the file is longer or shorter than it says.
-    """
+    """Read an IDX file of unsigned bytes with `num_axes` axes; DataError where it is another."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:

@@ -14,16 +14,10 @@ from client_app.data.decode import ReadExample
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a source; pictures are decoded when asked for.
+    """All examples of a source: labels (N,) int64; mean and std for each channel, of 0 to 1.
 
-    Attributes
-    ----------
-    labels
-        (N,) int64, 0 to num_classes - 1.
-    mean, std
-        Normalisation for each channel, in units of full intensity.
-    read_example
-        Index -> uint8 (channels, image_size, image_size); safe to call from several threads.
+    `read_example` decodes one, by its index, to uint8 (channels, image_size, image_size); it is
+    safe to call from several threads.
     """
 
     labels: NDArray[np.int64]

@@ -28,10 +28,7 @@ def split_pathological(
     class is divided among those that hold it in proportion to U(0.4, 0.6) weights. A class that
     nobody drew is not used. Returns one disjoint index array (M_i,) for each client.
 
-    Raises
-    ------
-    ConfigError
-        A client is to draw more classes than there are.
+    Raises ConfigError where a client is to draw more classes than there are.
     """
     classes = np.unique(labels)
     if classes_per_client > len(classes):
@@ -56,10 +53,7 @@ def split_dirichlet(
     authors: at most `MAX_DIRICHLET_DRAWS` times. Returns one disjoint index array (M_i,) for each
     client; together they have all examples.
 
-    Raises
-    ------
-    DataError
-        There are fewer examples than that needs, or no draw gave enough to every client.
+    Raises DataError where there are too few examples, or no draw gave enough to every client.
     """
     if len(labels) < num_clients * (min_examples + 1):
         raise DataError(
@@ -108,12 +102,7 @@ def split_train_test(
 
     The test part has round(test_fraction M) examples, at least one and at most M - 1. A class that
     has an example to spare but none in the test part swaps one in, for an example of the class
-    that has most there.
-
-    Raises
-    ------
-    DataError
-        There are fewer than two examples.
+    that has most there. Raises DataError where there are fewer than two examples.
     """
     count = len(labels)
     if count < 2:

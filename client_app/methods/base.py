@@ -160,10 +160,7 @@ class Method:
     def ready(self, task: Received, *, before: int) -> Instance:
         """Load the own model of a round earlier than `before`, or its first weights, and receive.
 
-        Raises
-        ------
-        WireError
-            The message does not hold what this method's server sends.
+        Raises WireError where the message does not hold what this method's server sends.
         """
         instance = instance_of(self.kind)
         kept = self.load(self.own, task, instance, before=before)

@@ -37,13 +37,7 @@ class Tap:
 
 
 def head_of(module: nn.Module, num_classes: int) -> Head:
-    """Find a model's head.
-
-    Raises
-    ------
-    ModelError
-        The model does not end in a Linear with a bias.
-    """
+    """Find a model's head; raise ModelError where it does not end in a Linear with a bias."""
     named = [
         (name, layer)
         for name, layer in module.named_modules()
@@ -66,13 +60,7 @@ def head_of(module: nn.Module, num_classes: int) -> Head:
 
 
 def require_head_is_last(module: nn.Module, images: Tensor, num_classes: int) -> Head:
-    """Find the head and check, on images (B, ...), that its outputs are the logits.
-
-    Raises
-    ------
-    ModelError
-        The model has no head, or goes on after it.
-    """
+    """Find the head; raise ModelError unless, on images (B, ...), its outputs are the logits."""
     head = head_of(module, num_classes)
     outputs: list[Tensor] = []
     handle = head.layer.register_forward_hook(lambda _m, _i, output: outputs.append(output))

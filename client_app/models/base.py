@@ -37,13 +37,7 @@ class FeatureClassifier(nn.Module):
 
 
 def require_input_size(images: Tensor, model: str) -> None:
-    """Check that images are 32x32, the size the published parameter counts hold for.
-
-    Raises
-    ------
-    ModelError
-        Images have another height or width.
-    """
+    """Raise ModelError unless images are 32x32: the published parameter counts hold for that."""
     if tuple(images.shape[-2:]) != (INPUT_SIZE, INPUT_SIZE):
         height, width = images.shape[-2:]
         raise ModelError(

@@ -125,10 +125,7 @@ def _build(kind: ModelKind) -> torch.nn.Module:
 def pick_device(wish: str) -> torch.device:
     """Return the device to train on; `auto` takes CUDA where there is one, then the CPU.
 
-    Raises
-    ------
-    ConfigError
-        The wish is no torch device, or names a GPU that this machine does not have.
+    Raises ConfigError where the wish is no torch device, or a GPU that this machine does not have.
     """
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -238,12 +235,8 @@ def seed_dropout(model: nn.Module, generator: torch.Generator) -> None:
     """Make every nn.Dropout, 1d, 2d and 3d of the model draw from `generator`, in place.
 
     The generator must live on the model's device. A second call hands over to another generator.
-    Random calls inside a user's own `forward` (F.dropout) cannot be seen from here.
-
-    Raises
-    ------
-    ModelError
-        The model has another kind of dropout, whose draws could not be repeated.
+    Random calls inside a user's own `forward` (F.dropout) cannot be seen from here. Raises
+    ModelError for another kind of dropout, whose draws could not be repeated.
     """
     for path, parent in list(model.named_modules()):
         if isinstance(parent, GeneratorDropout):

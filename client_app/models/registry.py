@@ -38,13 +38,8 @@ MODEL_NAMES: tuple[str, ...] = tuple(_FAMILIES)
 def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     """Build a client's model with torch's default initialisation, on the CPU, float32.
 
-    `name` is one of `MODEL_NAMES`, or "module:factory".
-
-    Raises
-    ------
-    ModelError
-        The name is unknown, or a user's factory cannot be imported, fails, or returns something
-        whose parameters the hypernetwork cannot generate.
+    Raises ModelError where the name is unknown, or a user's factory cannot be imported, fails, or
+    returns something whose parameters the hypernetwork cannot generate.
     """
     if in_channels < 1 or num_classes < 2:
         raise ModelError(
@@ -62,12 +57,8 @@ def model_for_partition(models: str, partition_id: int, num_partitions: int) -> 
     """Choose a client's model: contiguous blocks of clients, in the order of the names.
 
     `models` is one name, or several separated by commas (method.md, "Five-model runs");
-    `partition_id` is from 0 to num_partitions - 1, any value when there is only one name.
-
-    Raises
-    ------
-    ConfigError
-        A name is unknown or missing, or partition_id does not say which block the client is in.
+    `partition_id` is from 0 to num_partitions - 1, any value when there is only one name. Raises
+    ConfigError where a name is unknown or missing, or partition_id names no block.
     """
     names = [name.strip() for name in models.split(",")]
     if not all(names):

@@ -75,16 +75,8 @@ def train_cohort(
 ) -> list[Outcome]:
     """Train every member as `loop.train` would, all of them at once; returns in their order.
 
-    Parameters
-    ----------
-    module : the architecture; its own parameters and buffers are not used and do not change.
-    members : their `data` must be on one device and be normalised alike.
-    teacher : whom all of them learn from, beside the labels.
-
-    Raises
-    ------
-    ModelError
-        The architecture has layers of the participant's own; train its clients one by one.
+    The members' `data` must be on one device and be normalised alike; the parameters and buffers of
+    `module` are not used. Raises ModelError where it has layers of the participant's own.
     """
     if not can_train_together(module):
         raise ModelError(

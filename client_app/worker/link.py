@@ -81,18 +81,10 @@ class WorkerRecord:
 class Link:
     """The way from one participant's messages to its worker.
 
-    Attributes
-    ----------
-    folder
-        The worker's own; made private to this user.
-    function
-        "module:function" that replies in the worker: (facts, body) -> body of the reply.
-    context
-        What every message's reply depends on, JSON-able; another context needs another worker.
-    idle_s
-        Seconds without a message after which the worker ends.
-    silence_s
-        Seconds without a sign of life after which the worker is killed.
+    The worker's `folder` is made private to this user. `function`, "module:function", replies in
+    it: (facts, body) -> body of the reply. Another `context` (JSON-able) needs another worker. It
+    ends after `idle_s` seconds without a message, and is killed after `silence_s` without a sign
+    of life.
     """
 
     folder: Path
@@ -104,13 +96,8 @@ class Link:
     def ask(self, message_type: str, body: bytes) -> bytes:
         """Let the worker reply to a message.
 
-        Raises
-        ------
-        WorkerUnavailableError
-            No worker replies; the message can be handled in process.
-        MHpFedHNError
-            What the function raised in the worker: class and text of an error of this project, name
-            and text of any other.
+        Raises WorkerUnavailableError where no worker replies and the message is to be handled in
+        process, and what the function raised in the worker (of another error, name and text).
         """
         facts = json.dumps({**self.context, "message_type": message_type}).encode()
         _make_private(self.folder)
