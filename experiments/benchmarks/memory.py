@@ -18,7 +18,7 @@ import psutil
 
 from experiments.benchmarks.measuring import Row, in_own_process, peak_bytes
 from experiments.benchmarks.rounds import STEADY, Workload, by_round, inprocess
-from experiments.run.engines.inprocess import run_inprocess
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 
 LIMIT_BYTES = 4_000_000_000
 
@@ -58,7 +58,7 @@ def growth(work: Workload, rounds: int) -> Row:
 
     config = work.idle(f"{work.num_clients}-{rounds}", rounds=rounds, checkpoint_every=rounds)
     with by_round(Path(config.run.output_dir), probe, every_s=0.005) as found:
-        run_inprocess(config, num_clients=work.num_clients)
+        run_inprocess(config, simulated_nodes(work.num_clients))
     resident = [bytes_ for bytes_, _ in found[1:]]
     seconds = [later - earlier for (_, earlier), (_, later) in pairwise(found)]
     return {

@@ -27,8 +27,8 @@ from common.errors import RunError
 from experiments.benchmarks.clear import reference_hypernet, reference_round
 from experiments.benchmarks.measuring import Row, attempt, devices
 from experiments.run.engines import processes
-from experiments.run.engines.inprocess import run_inprocess
-from experiments.run.engines.ray import RayEngine
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
+from experiments.run.engines.superlink import RayEngine
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import RowTail, polled
 from server_app.hypernet.network import Hypernetwork
@@ -143,8 +143,8 @@ def inprocess(work: Workload, config: RunConfig, **options: Any) -> Row:
     """Run on the in-process engine; return the steady round's row."""
     folder = Path(config.run.output_dir)
     with by_round(folder, time.process_time) as used:
-        together = run_inprocess(config, num_clients=work.num_clients, **options)
-    return _steady(folder, used) | {"num_together": together}
+        grid = run_inprocess(config, simulated_nodes(work.num_clients), **options)
+    return _steady(folder, used) | {"num_together": grid.num_together}
 
 
 def batched(work: Workload, config: RunConfig) -> Row:

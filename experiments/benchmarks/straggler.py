@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 
 from client_app.app import app as client_app
 from experiments.benchmarks.measuring import Row
 from experiments.benchmarks.rounds import Workload
-from experiments.run.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
-from server_app.app import app as server_app
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 
 SCHEDULES = {"waits for all": 1.0, "closes at 90 %": 0.9}
 """By name, the fraction of the clients whose replies close a round."""
@@ -61,11 +60,11 @@ def seconds_per_round(work: Workload, app: Paced, close_fraction: float, rounds:
     schedule = {"buffer_size": 10, "close_fraction": close_fraction, "rounds": rounds}
     config = work.idle("straggler", **schedule, checkpoint_every=rounds)
     shutil.rmtree(config.run.output_dir, ignore_errors=True)
-    contexts = make_contexts(config, simulated_nodes(work.num_clients))
-    grid = InProcessGrid(app, contexts, work.num_clients + 1)  # type: ignore[arg-type]
-    try:
-        server_app(grid, Context(1, 1, {}, RecordDict(), dict(config.flat())))
-    finally:
-        grid.close()
+    run_inprocess(
+        config,
+        simulated_nodes(work.num_clients),
+        workers=work.num_clients + 1,
+        client_app=app,  # type: ignore[arg-type]
+    )
     lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
     return mean(float(json.loads(line)["seconds_round"]) for line in lines[1:-1])

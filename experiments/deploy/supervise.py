@@ -30,14 +30,17 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
 STEADY_S = 120.0
 STOP_PATIENCE_S = 15.0
 MAX_LOG_BYTES = 10 << 20
-FATAL = {
+REASONS = {
     302: "the key cannot be used",
     303: "a key needs TLS: remove --insecure and give --certificate",
     304: "the file of trusted entities cannot be used",
+    305: "the server refused the connection; after a crash that lasts up to 60 s. If it goes on, "
+    "the server does not know your key (send its .pub to the operator) or another node uses it",
     600: "the server address cannot be used",
     603: "the certificate cannot be used",
     606: "the server runs another version of Flower: install the same on both sides",
 }
+FATAL = REASONS.keys() - {305}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -158,12 +161,4 @@ def explain(lines: list[str]) -> tuple[int, str]:
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
         return 0, last.strip()
     code = int(codes[-1])
-    if code in FATAL:
-        return code, f"{FATAL[code]} (exit code {code})"
-    if code == 305:
-        return code, (
-            "the server refused the connection (exit code 305). After a crash that lasts up to "
-            "60 s; if it goes on, the server does not know your key (send its .pub to the "
-            "operator) or another node uses it"
-        )
-    return code, f"exit code {code}"
+    return code, f"{REASONS[code]} (exit code {code})" if code in REASONS else f"exit code {code}"

@@ -23,7 +23,7 @@ from experiments.report.events import require_tensorboard, streamed
 from experiments.report.runs import Run, new_folder, settle
 from experiments.report.terminal import family_table, run_table
 from experiments.run.engines.home import own_modules
-from experiments.run.engines.ray import RayEngine
+from experiments.run.engines.superlink import RayEngine
 from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import follow
@@ -127,8 +127,7 @@ def _run_inprocess(engine: EngineSection, log: Path, config: RunConfig) -> None:
     with _log_to(log):
         run_inprocess(
             config,
-            num_clients=engine.num_clients,
-            node_configs=simulated_nodes(engine.num_clients)[:present],
+            simulated_nodes(engine.num_clients)[:present],
             workers=engine.workers,
             batched_clients=engine.batched_clients,
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import Any
 
@@ -41,19 +43,18 @@ class Pace:
     """Estimates the time left from the last rounds, without the first: that one starts Ray."""
 
     def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
-        self._seconds: list[float] = []
-        self._seen = 0
+        self._rounds, self._started = rounds, False
+        self._seconds: deque[float] = deque(maxlen=5)
 
     def add(self, row: Mapping[str, Any]) -> float | None:
         """Take a round's row; return the seconds that are left, None while nobody can know."""
-        self._seen += 1
         still = self._rounds - int(row["round"])
-        if self._seen > 1:
-            self._seconds = [*self._seconds[-4:], float(row.get("seconds_round", 0.0))]
+        if self._started:
+            self._seconds.append(float(row.get("seconds_round", 0.0)))
+        self._started = True
         if not self._seconds:
             return None if still else 0.0
-        return sum(self._seconds) / len(self._seconds) * still
+        return fmean(self._seconds) * still
 
 
 def round_line(row: Mapping[str, Any], *, rounds: int, left_s: float | None) -> str:

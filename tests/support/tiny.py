@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from torch import Tensor, nn
 
 from client_app.app import app as client_app
 from common.config import RunConfig
-from experiments.run.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
-from server_app.app import app as server_app
+from experiments.run.engines.inprocess import InProcessGrid, run_inprocess, simulated_nodes
 
 NUM_CLASSES = 4
 
@@ -171,10 +170,10 @@ def run_tiny(
     grid_type: type[InProcessGrid] = InProcessGrid,
 ) -> InProcessGrid:
     """Run the real ServerApp over an in-process grid; returns the grid for inspection."""
-    contexts = make_contexts(config, node_configs or simulated_nodes(num_clients))
-    grid = grid_type(app, contexts, workers)
-    try:
-        server_app(grid, Context(1, 1, {}, RecordDict(), dict(config.flat())))
-    finally:
-        grid.close()
-    return grid
+    return run_inprocess(
+        config,
+        node_configs or simulated_nodes(num_clients),
+        workers=workers,
+        client_app=app,
+        grid_type=grid_type,
+    )

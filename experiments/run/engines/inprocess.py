@@ -168,27 +168,28 @@ def make_contexts(config: RunConfig, node_configs: Sequence[NodeConfigDict]) -> 
 
 def run_inprocess(
     config: RunConfig,
+    node_configs: Sequence[NodeConfigDict],
     *,
-    num_clients: int,
-    node_configs: Sequence[NodeConfigDict] | None = None,
     workers: int = 0,
     batched_clients: int = 0,
-) -> int:
+    client_app: ClientApp | None = None,
+    grid_type: type[InProcessGrid] = InProcessGrid,
+) -> InProcessGrid:
     """Run a whole federation in this process; raises what the ServerApp raises.
 
-    Returns how many messages batched calls handled. So many threads as `workers` says run clients;
-    0 means one per CPU core, and one where the schedule has a single client in flight (torch then
-    may use its threads inside the client), or where clients are batched.
+    Returns its grid. The nodes run `client_app`, by default the real one, on so many threads as
+    `workers` says; 0 means one per CPU core, and one where the schedule has a single client in
+    flight (torch then may use its threads inside the client), or where clients are batched.
     """
-    from client_app.app import app as client_app
+    from client_app.app import app
     from server_app.app import app as server_app
 
     if batched_clients > 1:
         workers = 1
     if workers == 0:
         workers = 1 if config.schedule.max_in_flight == 1 else (os.cpu_count() or 1)
-    contexts = make_contexts(config, node_configs or simulated_nodes(num_clients))
-    grid = InProcessGrid(client_app, contexts, workers, batched_clients=batched_clients)
+    contexts = make_contexts(config, node_configs)
+    grid = grid_type(client_app or app, contexts, workers, batched_clients=batched_clients)
     threads = torch.get_num_threads()
     if workers > 1 and config.client.client_threads:
         # One setting for all threads: a client that set and restored it would race with the others
@@ -199,4 +200,4 @@ def run_inprocess(
     finally:
         grid.close()
         torch.set_num_threads(threads)
-    return grid.num_together
+    return grid

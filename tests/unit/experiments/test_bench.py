@@ -75,6 +75,7 @@ def test_a_part_that_fails_is_a_row_that_says_so(
     def broken(*_: object) -> dict[str, float]:
         raise RuntimeError("CUDA out of memory")
 
+    monkeypatch.setattr("experiments.benchmarks.suite.quiet", lambda: None)  # of this process
     monkeypatch.setattr("experiments.benchmarks.suite.wire_part", broken)
     assert bench("--quick", "--repeats", "1", "--parts", "wire", "--output-dir", str(tmp_path)) == 1
     row = json.loads((tmp_path / "bench.json").read_text())["wire"]["rows"]["wire"]

@@ -142,7 +142,7 @@ def test_the_commands_import_where_posix_modules_do_not_exist() -> None:
 import filelock, psutil, sys
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
-import experiments.__main__, experiments.run.launch, experiments.run.engines.ray
+import experiments.__main__, experiments.run.launch, experiments.run.engines.superlink
 import experiments.deploy.checks, experiments.deploy.supervise
 experiments.__main__.main(["--help"])
 """

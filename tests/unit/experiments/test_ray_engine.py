@@ -16,8 +16,7 @@ from experiments.run.engines.home import (
     remove_abandoned_homes,
     stage_app,
 )
-from experiments.run.engines.ray import RayEngine, available_cpus
-from experiments.run.engines.superlink import parse_status
+from experiments.run.engines.superlink import RayEngine, available_cpus, parse_status
 from experiments.run.presets import EngineSection
 
 PROJECT = Path(__file__).parents[3]
