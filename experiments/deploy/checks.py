@@ -193,13 +193,13 @@ def check_training(trial: Trial) -> Finding:
 
     from client_app.training.loop import MomentumSGD, cross_entropy
 
-    data, instance = _needed(trial.data, "data"), _needed(trial.instance, "model")
+    data: ClientData = _needed(trial.data, "data")
+    instance: Instance = _needed(trial.instance, "model")
     module, training = instance.model.module.train(), RunConfig().training
     optimizer = MomentumSGD(instance.model.theta, training)
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
     for images, labels in {0: batches[0], -1: batches[-1]}.values():
-        instance.model.zero_grad()
         logits = module(images)
         if logits.shape != (len(images), data.num_classes):
             raise ModelError(
@@ -207,7 +207,7 @@ def check_training(trial: Trial) -> Finding:
                 f"({len(images)}, {data.num_classes}): one logit for each class."
             )
         loss = cross_entropy(images, logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        instance.model.backward(loss)
         optimizer.step()
         losses.append(float(loss.detach()))
     seconds = (time.monotonic() - started) / 2
