@@ -40,10 +40,7 @@ class Participant:
     def open(cls, context: Context) -> Participant:
         """Read both configs, load the data, open the state; what the node declared wins.
 
-        Raises
-        ------
-        ConfigError, DataError, ModelError
-            Something declared cannot be used; the message says what to change.
+        Raises ConfigError, DataError or ModelError where something declared cannot be used.
         """
         items = (*context.run_config.items(),), (*context.node_config.items(),)
         config, node, section, client_id = declared(*items)

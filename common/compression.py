@@ -61,16 +61,9 @@ def unpack(
 ) -> Float32:
     """Return the vector (length,) that `pack` was given; what was not sent is 0.
 
-    Parameters
-    ----------
-    read : returns an array by name, or raises WireError.
-    meaning : ends the message about a wrong length: what the entries stand for.
-
-    Raises
-    ------
-    WireError
-        An array is missing or has a wrong dtype or shape; the indices are not of this vector, or
-        more than `top_k` allows; or an entry is not finite.
+    `read` returns an array by name. Raises WireError where an array is missing or has a wrong dtype
+    or shape (`meaning` then says what the entries stand for), the indices are not of this vector or
+    more than `top_k` allows, or an entry is not finite.
     """
     if top_k == 1:
         return _unpack_dense(name, read, length, meaning)
@@ -136,9 +129,7 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> Float32:
 def to_scaled_float16(x: Float32) -> tuple[NDArray[np.float16], Float32]:
     """Scale blocks of `SCALE_BLOCK` entries to a largest magnitude of 1 and round to float16.
 
-    Returns
-    -------
-    values (P,) float16 and scales (ceil(P / SCALE_BLOCK),) float32, with x = values * scale.
+    Returns values (P,) and scales (ceil(P / SCALE_BLOCK),) float32, with x = values * scale.
     """
     blocks = np.zeros((num_blocks(x.size), SCALE_BLOCK), dtype=np.float32)
     blocks.reshape(-1)[: x.size] = x

@@ -20,19 +20,8 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 def replace_file(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
     """Write a file so that a reader, or a crash, finds the old one or the new one, never a part.
 
-    Parameters
-    ----------
-    path
-        In a folder that exists.
-    data
-        Text is written as UTF-8, its line ends as they are.
-    mode
-        Permissions of the new file, from its first byte on; the process's umask takes from them.
-
-    Raises
-    ------
-    OSError
-        The folder is not writable or the disk is full. The old file is intact.
+    Text is written as UTF-8, its line ends as they are. The new file has the permissions `mode`,
+    less the process's umask, from its first byte on. After an OSError the old file is intact.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

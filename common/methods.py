@@ -24,27 +24,16 @@ HEAD_SIZES = ("num_classes", "feature_dim")
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method.
-
-    Attributes
-    ----------
-    label : as tables and pictures call it.
-    module, class_name : where its halves are, in `server_app.methods` and `client_app.methods`.
-    tested : what its accuracy is of.
-    look : indices of its colour and dash (`experiments.report.looks`).
-    needs : further fields of `Registration` that every client must fill in.
-    others : further predictors whose accuracy clients report.
-    synchronous : one server step a round, of everybody's replies; else the schedule decides.
-    """
+    """One method, as tables and pictures call it, and where its halves are."""
 
     label: str
     module: str
     class_name: str
-    tested: str
-    look: tuple[int, int]
-    needs: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-    synchronous: bool = True
+    tested: str  # what its accuracy is of
+    look: tuple[int, int]  # indices of its colour and dash (`experiments.report.looks`)
+    needs: tuple[str, ...] = ()  # further fields of `Registration` that clients must fill in
+    others: tuple[str, ...] = ()  # further predictors whose accuracy clients report
+    synchronous: bool = True  # one server step a round, of all replies; else the schedule decides
 
     @property
     def is_baseline(self) -> bool:

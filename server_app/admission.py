@@ -31,10 +31,7 @@ LONGEST_RETRY_ROUNDS = 16
 class Admission:
     """Keeps the registry in step with who is online.
 
-    Parameters
-    ----------
-    registry : changed in place.
-    welcome : called with every client that is admitted: new, back, or with another model.
+    `welcome` is called with every client that is admitted: new, back, or with another model.
     """
 
     def __init__(
@@ -52,10 +49,7 @@ class Admission:
     def refresh(self, server_round: int) -> list[Client]:
         """Register nodes that are new or back; wait until `min-clients` are present.
 
-        Raises
-        ------
-        RunError
-            Too few came in time; the reasons of those that could not join are named.
+        Raises RunError where too few came in time, and names why others could not join.
         """
         section, clock = self._config.schedule, self._transport.clock
         if not self._settled:

@@ -77,10 +77,7 @@ def natural_key(client_id: str) -> list[tuple[int, int, str]]:
 class Registry:
     """Maps client_id to node_id and back; refuses what would break identity.
 
-    Parameters
-    ----------
-    max_parameters : cap on K_i, checked before any head is built for it.
-    rule : what the method demands beyond that.
+    `max_parameters` caps K_i, before any head is built; `rule` is what the method demands besides.
     """
 
     def __init__(self, max_parameters: int, rule: Rule) -> None:
@@ -153,14 +150,8 @@ class Registry:
     ) -> Client | None:
         """Take what a node registered; a refused one is logged and returns None.
 
-        Parameters
-        ----------
-        key : the node's key; None where keys do not count, which also undoes a binding.
-
-        Returns
-        -------
-        The client as it is now known. Its K_i may differ from the one before: the method then
-        gives it a fresh embedding.
+        `key` is None where keys do not count, which also undoes a binding. The client's K_i may
+        differ from the one before: the method then gives it a fresh embedding.
         """
         client_id = registration.client_id
         before = self._clients.get(client_id)

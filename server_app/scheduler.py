@@ -86,13 +86,10 @@ class Schedule:
         *,
         last: bool = False,
     ) -> RoundOutcome:
-        """Train every participant once.
+        """Train every participant once: (client_id, node_id) pairs in the order of training.
 
-        Parameters
-        ----------
-        participants : (client_id, node_id) pairs in the order in which they train.
-        last : whether no round follows: then `close-fraction` does not apply, for whoever is left
-            behind now would miss the final model.
+        In the `last` round `close-fraction` does not apply, for whoever is left behind now would
+        miss the final model.
         """
         state = _RoundState[U](server_round, list(participants), self.slots(len(participants)))
         state.enough = 1.0 if last else self._section.close_fraction

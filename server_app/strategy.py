@@ -146,13 +146,7 @@ class TrainingRound:
 
 
 class Rounds:
-    """Runs rounds of a method over whoever is present.
-
-    Parameters
-    ----------
-    method : what goes out, what is learned from what comes back.
-    save : writes a checkpoint.
-    """
+    """Runs rounds of a method over whoever is present; `save` writes a checkpoint."""
 
     def __init__(
         self,

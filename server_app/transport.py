@@ -95,13 +95,9 @@ class Arrival:
 class Transport:
     """Sends messages, yields what arrives, reads replies; counts payload bytes both ways.
 
-    Parameters
-    ----------
-    grid : Flower's grid, or anything with its push and pull. A grid with an attribute `workers`
-        answers so many messages at a time, and gets messages as it has use for them; others get
-        all at once.
-    method, precision : of every message's header.
-    timeout_s : time to live of a message; a node that did not answer by then is given up on.
+    A grid (Flower's, or anything with its push and pull) with an attribute `workers` answers so
+    many messages at a time, and gets them as it has use for them; others get all at once. A node
+    that did not answer a message within `timeout_s` is given up on.
 
     Attributes
     ----------

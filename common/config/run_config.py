@@ -79,11 +79,8 @@ class RunConfig(BaseModel):
     def parse(cls, flat: Mapping[str, Any]) -> Self:
         """Build the config from flat kebab-case keys; keys left out keep their default.
 
-        Raises
-        ------
-        ConfigError
-            A key is unknown (the nearest one is named), a value is out of range, or values do not
-            go together.
+        Raises ConfigError where a key is unknown (the nearest one is named), a value is out of
+        range, or values do not go together.
         """
         where = "run config"
         require_known(flat, cls.key_names(), where)

@@ -91,19 +91,10 @@ class Rule(Protocol):
     def step(self, updates: Sequence[Update], *, progress: float) -> StepDiagnostics:
         """Take one step along the updates; change phi and the embeddings in place.
 
-        Parameters
-        ----------
-        updates
-            At least one, in any order. Weight 0 leaves an update out.
-        progress
-            Rounds done when the step is taken, fractions included; drives the decay.
-
-        Raises
-        ------
-        RegistrationError
-            A client has no embedding.
-        ValueError
-            No update with a positive weight, or a delta of the wrong size.
+        Updates come in any order; weight 0 leaves one out. `progress` is the number of rounds done
+        when the step is taken, fractions included, and drives the decay. Raises RegistrationError
+        where a client has no embedding, ValueError without an update of positive weight or at a
+        delta of the wrong size.
         """
 
     def step_global(
@@ -122,22 +113,16 @@ class Rule(Protocol):
         """Export what the rule remembers: tensors, which stay shared, and JSON-able facts."""
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Restore an exported state; the hypernetwork must have been restored before.
+        """Restore an exported state into a rule whose hypernetwork has been restored.
 
-        Raises
-        ------
-        CheckpointError
-            The state does not fit the hypernetwork, or a tensor is missing.
+        Raises CheckpointError where it does not fit the hypernetwork, or a tensor is missing.
         """
 
 
 def usable(updates: Sequence[Update]) -> list[Update]:
     """Return the updates with a weight, in an order that does not depend on their arrival.
 
-    Raises
-    ------
-    ValueError
-        A weight is negative or not finite, or none is positive.
+    Raises ValueError where a weight is negative or not finite, or none is positive.
     """
     for update in updates:
         if not 0 <= update.weight < math.inf:

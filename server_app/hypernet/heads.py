@@ -139,13 +139,9 @@ class HeadGroup:
     ) -> list[Tensor]:
         """Emit theta_i (P_i,) of every client; no graph is recorded.
 
-        They are rows of one block of memory, which is freed with the last of them.
-
-        Parameters
-        ----------
-        features_CNH : of all chunks, or of those asked for.
-        sizes : how many entries are wanted of each client.
-        chunks : emit these alone, one after the other.
+        They are rows of one block of memory, which is freed with the last of them. `sizes` says how
+        many entries are wanted of each client; with `chunks` these alone are emitted, one after the
+        other, and `features_CNH` are theirs.
         """
         count, emitted = len(sizes), len(features_CNH)
         block = _fresh_rows(count, emitted * self.chunk_size, self.bias.device)
@@ -170,10 +166,7 @@ class HeadGroup:
         df_i,c = w_i W_c delta_i,c, and where the group `learns`,
         dW_c = sum_i w_i f_i,c delta_i,c^T / sum w becomes `weight.grad`. It is the mean over this
         group's clients, and so is the gradient of the bias, the mean delta.
-
-        Returns
-        -------
-        The gradient of the features (C, N, H), and the squared norm of dW.
+        Returns the gradient of the features (C, N, H), and the squared norm of dW.
         """
         within_NS = (shares / shares.sum())[:, None]
         gradient = self._gradient_buffer() if learns else None

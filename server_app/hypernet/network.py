@@ -74,14 +74,8 @@ class Hypernetwork:
     def add_client(self, client_id: str, num_parameters: int, *, tag: str = "") -> None:
         """Give a client an embedding and a head group, an old or a new one.
 
-        Parameters
-        ----------
-        tag : what it declared; it counts where `head-sharing = "tag"`.
-
-        Raises
-        ------
-        RegistrationError
-            The client is known already, or its size is outside 1..max-parameters.
+        A declared `tag` counts where `head-sharing = "tag"`. Raises RegistrationError where the
+        client is known already, or its size is outside 1..max-parameters.
         """
         if client_id in self._sizes:
             raise RegistrationError(
@@ -149,19 +143,9 @@ class Hypernetwork:
     ) -> dict[str, Tensor]:
         """Generate theta_i = h(v_i; phi) for several clients, one batched product per head group.
 
-        Parameters
-        ----------
-        chunks : ascending; only these chunks, one after the other. Clients of one group then.
-
-        Returns
-        -------
-        dict of client_id to theta (P_i,), float32, on `device`, in the order asked for; they do
-        not overlap, but those of one head group share a block of memory.
-
-        Raises
-        ------
-        RegistrationError
-            A client is not known.
+        With `chunks` (ascending; of clients of one group) only these, one after the other. Returns
+        theta (P_i,), float32, on `device`, by client_id in the order asked for; those of one head
+        group share a block of memory. Raises RegistrationError where a client is not known.
         """
         thetas: dict[str, Tensor] = {}
         for key, positions in members_by_group(client_ids, self.group_key).items():
@@ -230,11 +214,7 @@ class Hypernetwork:
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore an exported state into this hypernetwork, which must have no clients yet.
 
-        Raises
-        ------
-        CheckpointError
-            There are clients already, the shape of the hypernetwork differs, or a tensor is
-            missing or has another shape.
+        Raises CheckpointError where it has, where its shape differs, or a tensor does not fit.
         """
         if self._sizes:
             raise CheckpointError(

@@ -97,9 +97,7 @@ class Method(Generic[T]):
     ) -> StepDiagnostics | None:
         """Take one server step on good uploads, at least one, in order of client_id.
 
-        Parameters
-        ----------
-        progress : rounds done so far, the share of this one that has answered included.
+        `progress` counts the rounds done so far, the share of this one that has answered included.
         """
         return None
 
@@ -126,10 +124,7 @@ class Method(Generic[T]):
     def adapted(cls, config: RunConfig) -> RunConfig:
         """Return the config as the method runs it: most take one step a round, of all replies.
 
-        Raises
-        ------
-        ConfigError
-            The method cannot run with this config.
+        Raises ConfigError where the method cannot run with this config.
         """
         name, info = config.run.method, METHODS[config.run.method]
         if info.is_baseline and config.run.novel_only:
@@ -146,10 +141,8 @@ class Method(Generic[T]):
     def admit(self, registration: Registration, known: Collection[Client]) -> None:
         """Check a registration by itself and against everybody else's.
 
-        Raises
-        ------
-        RegistrationError
-            It lacks something, declares absurd sizes, or cannot take part with the others.
+        Raises RegistrationError where it lacks something, declares absurd sizes, or cannot take
+        part with the others.
         """
         name, needs = self.config.run.method, self.config.needs
         who = f"client {registration.client_id}"

@@ -52,23 +52,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the next checkpoint of a folder and drop all but the newest `keep`, at least 1.
 
-    Parameters
-    ----------
-    folder
-        Made when missing. Checkpoints that are there stay until the new one is safely on disk.
-    tensors
-        Any device, any shape; copied to the CPU.
-    meta
-        What `json.dumps` takes.
-
-    Returns
-    -------
-    The directory of the new checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        The disk is full or not writable, or `meta` is not JSON. Earlier checkpoints are intact.
+    Tensors of any device and shape are copied to the CPU; `meta` is JSON. Returns the directory of
+    the new checkpoint. Raises CheckpointError where the disk is full or not writable, or `meta` is
+    not JSON; earlier checkpoints are then intact.
     """
     if keep < 1:
         raise CheckpointError(f"keep = {keep}: at least one checkpoint must be kept.")
@@ -100,12 +86,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint: the one that `folder` is, or the newest good one of those it holds.
 
     A checkpoint that is cut short or altered is logged and passed over for the one before it,
-    unless it was asked for by its own path.
-
-    Raises
-    ------
-    CheckpointError
-        Nothing whole is there; every checkpoint that was tried is named with its fault.
+    unless it was asked for by its own path. Raises CheckpointError where nothing whole is there,
+    naming every checkpoint that was tried with its fault.
     """
     if folder.name.startswith(_PREFIX) or (folder / MANIFEST).exists():
         return _load_one(folder)

@@ -74,10 +74,7 @@ class Reference:
     def load(cls, path: Path) -> Self:
         """Read `{"source", "columns": ["round", "loss", "accuracy"], "rows": [[...], ...]}`.
 
-        Raises
-        ------
-        RunError
-            The file cannot be read or has another form.
+        Raises RunError where the file cannot be read or has another form.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

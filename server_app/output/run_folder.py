@@ -33,13 +33,7 @@ DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
 
 
 def run_folder_path(config: RunConfig) -> Path:
-    """Return the absolute folder of a run: `output-dir`, or a dated one below the user's home.
-
-    Raises
-    ------
-    ConfigError
-        `output-dir` is relative: the ServerApp's working directory is not the user's.
-    """
+    """Return the absolute folder of a run: `output-dir`, or a dated one below the user's home."""
     if config.run.output_dir:
         path = Path(config.run.output_dir).expanduser()
         if not path.is_absolute():
@@ -56,14 +50,8 @@ class RunFolder:
     """Writes one run's folder.
 
     Nothing in the folder changes before `begin`. A full disk costs what could not be written, not
-    the run: it is logged, and written with the next round.
-
-    Raises
-    ------
-    RunError
-        Another server is writing to the folder.
-    ConfigError
-        The folder holds another run.
+    the run: it is logged, and written with the next round. Raises RunError where another server is
+    writing to the folder, ConfigError where it holds another run.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
