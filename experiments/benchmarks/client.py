@@ -1,4 +1,4 @@
-"""Client: one local step against a plain DataLoader script, and batched training of many clients.
+"""Client: a local step against a plain DataLoader script, many clients batched, a reply encoded.
 
 Batched training (`client_app.training.batched`) is made for GPUs, where a step of one small model
 leaves most of the chip idle; on a CPU the grouped kernels are the slower ones.
@@ -7,8 +7,11 @@ leaves most of the chip idle; on a CPU the grouped kernels are the slower ones.
 from __future__ import annotations
 
 from functools import partial
+from typing import get_args
 
+import numpy as np
 import torch
+from flwr.app import RecordDict
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +19,10 @@ from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
 from client_app.training.batched import Member, train_cohort
 from client_app.training.loop import FlatModel, evaluate, train
+from common.compression import Precision
 from common.config import TrainingSection
+from common.messages import DELTA, TrainReply
+from common.records import Content, Header, Received, encode, payload_bytes
 from experiments.benchmarks.clear import BATCH, CLIP_NORM, moved, reference, train_loader
 from experiments.benchmarks.measuring import Machine, Row, attempt, devices, take_turns
 from experiments.benchmarks.synthetic import NUM_CLASSES
@@ -140,3 +146,29 @@ def batched_training(num_clients: int, steps: int, device: str, repeats: int) ->
         "ratio": found["one_by_one"].best / found["batched"].best,
         "difference": max(apart),
     }
+
+
+def wire_part(num_parameters: int, machine: Machine, repeats: int) -> Row:
+    """Measure every precision for a delta of `num_parameters` entries."""
+    delta = np.random.default_rng(0).normal(0, 0.01, num_parameters).astype(np.float32)
+    reply = Content(TrainReply(1, 0.0, 0.0).settings(), {DELTA: delta})
+    rows: dict[str, Row] = {}
+    for precision in get_args(Precision):
+        encoding = partial(encode, Header("bench", "mh-pfedhn", 1, "nonce", precision), reply)
+        content = encoding()
+        decoding = partial(_decode, content, num_parameters)
+        found = take_turns({"encode": encoding, "decode": decoding}, repeats)
+        size, seconds = payload_bytes(content), found["encode"].best
+        rows[precision] = {
+            "bytes": size,
+            "encode_seconds": seconds,
+            "decode_seconds": found["decode"].best,
+            **machine.bound(seconds, traffic=float(delta.nbytes + size)),
+        }
+    return {"rows": rows}
+
+
+def _decode(content: RecordDict, num_parameters: int) -> None:
+    received = Received(content)
+    TrainReply.read(received, most=1)
+    received.vector(DELTA, num_parameters)

@@ -14,7 +14,7 @@ from rich.console import Console
 from common.errors import ConfigError, unknown_name
 from common.files import replace_file
 from experiments.bench import PARTS
-from experiments.benchmarks.client import batched_part, client_part
+from experiments.benchmarks.client import batched_part, client_part, wire_part
 from experiments.benchmarks.measuring import Machine, Row, attempt, inspect_machine, quiet
 from experiments.benchmarks.memory import growth_part, memory_part
 from experiments.benchmarks.rounds import Workload, overhead, round_part, runtime_part
@@ -22,7 +22,6 @@ from experiments.benchmarks.server import server_part
 from experiments.benchmarks.straggler import straggler_part
 from experiments.benchmarks.synthetic import IDLE_PARAMETERS
 from experiments.benchmarks.tables import print_tables
-from experiments.benchmarks.wire import wire_part
 from experiments.benchmarks.worker import worker_part
 
 MANY_CLIENTS = 1000

@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from common.config.section import Scalar
@@ -72,15 +71,14 @@ def report(args: argparse.Namespace) -> int:
     from experiments.report.page import write_report
     from experiments.report.tables import rich_table
 
-    started, console = perf_counter(), make_console(wide=True)
+    console = make_console(wide=True)
     folder = Path(args.folder).expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder. Give the folder that holds the runs.")
     study = load_study([str(folder)])
     paths = write_report(folder, study, num_maps=args.maps)
     console.print(rich_table(study))
-    seconds = perf_counter() - started
-    say(console, f"\n{len(study.runs)} runs in {seconds:.1f} s")
+    say(console, f"\n{len(study.runs)} runs")
     for path in paths:
         say(console, f"written  {path}")
     return 0

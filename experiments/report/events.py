@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from experiments.console import make_console, say
-from experiments.report.runs import Run, find_run
+from experiments.report.runs import find_run
 from experiments.run.progress import RowTail, polled
 
 FOLDER = "tensorboard"
@@ -45,7 +45,10 @@ def convert(args: argparse.Namespace) -> int:
         for old in target.glob("events.out.tfevents.*"):
             old.unlink()  # a second conversion replaces the first
         with _writer(target) as writer:
-            write_rows(writer, run.rows, started=_started(run))
+            # the summary was written when the last round ended
+            ended = (run.folder / "summary.json").stat().st_mtime if run.summary else None
+            started = None if ended is None else ended - run.total("seconds_round")
+            write_rows(writer, run.rows, started=started)
         say(console, f"{len(run.rows)} rounds  {target}")
     say(console, f"look  tensorboard --logdir {logdir}")
     return 0
@@ -103,10 +106,3 @@ def require_tensorboard() -> Any:
 
 def _writer(target: Path) -> contextlib.closing[Any]:
     return contextlib.closing(require_tensorboard()(log_dir=str(target)))
-
-
-def _started(run: Run) -> float | None:
-    """Estimate when a run started: its summary was written when its last round ended."""
-    if not run.summary:
-        return None
-    return (run.folder / "summary.json").stat().st_mtime - run.total("seconds_round")

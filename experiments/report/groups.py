@@ -160,7 +160,9 @@ def _names(drafts: Sequence[Draft]) -> list[tuple[str, str]]:
     from_sweep = any(run.variant for _, runs in drafts for run in runs)
     if len(_differing(every)) > NAMED_KEYS and not from_sweep and len(folders) == len(drafts):
         return [(runs[0].name, runs[0].name) for _, runs in drafts]  # too much for a label
-    bases = [_base(*draft) for draft in drafts]
+    variants = [{run.variant for run in runs} - {""} for _, runs in drafts]
+    bases = [own.pop() if len(own) == 1 else method_label(settings["method"])
+             for own, settings in zip(variants, every, strict=True)]  # fmt: skip
     one_base = len(set(bases)) == 1
     names = []
     for settings, base in zip(every, bases, strict=True):
@@ -175,11 +177,6 @@ def _names(drafts: Sequence[Draft]) -> list[tuple[str, str]]:
     marks = [f" ({digest(s)})" if labels.count(label) > 1 else ""
              for s, label in zip(every, labels, strict=True)]  # fmt: skip
     return [(long + mark, short + mark) for (long, short), mark in zip(names, marks, strict=True)]
-
-
-def _base(settings: Mapping[str, Any], runs: Sequence[Run]) -> str:
-    variants = {run.variant for run in runs} - {""}
-    return variants.pop() if len(variants) == 1 else method_label(settings["method"])
 
 
 def _differing(many: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -105,7 +105,8 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
     except MHpFedHNError as error:
         return EmbeddingMap(title, by_family, legend, tuple(findings), why=str(error))
     findings += _of_labels(cosines, overlaps, np.array([len(moved[name]) for name in names]))
-    order, near = ordering(overlaps).tolist(), [_nearest(overlaps, i) for i in range(len(names))]
+    order, closest = ordering(overlaps).tolist(), np.argsort(-overlaps, kind="stable").tolist()
+    near = [[j for j in row if j != i][:LINKS_PER_CLIENT] for i, row in enumerate(closest)]
     said = [", ".join(f"{names[j]} ({100 * overlaps[i, j]:.0f} %)" for j in others)
             for i, others in enumerate(near)]  # fmt: skip
     pairs = {(min(i, j), max(i, j)) for i, others in enumerate(near) for j in others}
@@ -116,12 +117,6 @@ def _map_of(run: Run, title: str, moved: Mapping[str, Array]) -> EmbeddingMap:
         marks=[DARK_INK if share > BRIGHT else WHITE for share in order],
     )  # fmt: skip
     return EmbeddingMap(title, by_family, legend, tuple(findings), by_labels)
-
-
-def _nearest(overlaps: Array, i: int) -> list[int]:
-    """Return the clients whose labels overlap most with those of client i."""
-    others = [int(j) for j in np.argsort(-overlaps[i], kind="stable") if j != i]
-    return others[:LINKS_PER_CLIENT]
 
 
 def _of_families(cosines: Array, families: NDArray[np.str_]) -> list[str]:
