@@ -141,7 +141,7 @@ def test_system_equals_the_reference(tmp_path: Path, models: str, method: str, c
                 close(seen["global-delta", *where], trace.global_delta[client_id])
     path = next(Path(config.run.output_dir).glob("checkpoint/*/tensors.safetensors"))
     final = load_file(path)
-    for name, expected in trace.phi[-1].items():
+    for name, expected in reference.state().items():
         close(final[name], expected)
 
 

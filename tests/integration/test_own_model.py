@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from torch import Tensor, nn
@@ -122,13 +121,6 @@ def test_the_description_says_how_to_use_it(finished: Path) -> None:
     assert photos["program"] == "personal_model.pt2"
     assert "torch.export.load('personal_model.pt2')" in photos["run"]
     assert (photos["num_classes"], photos["in_channels"]) == (2, 1)
-
-
-def test_the_test_rows_are_rows_of_the_source_and_few(finished: Path) -> None:
-    rows = np.load(finished / "state" / "scans" / "test_rows.npy", allow_pickle=False)
-    assert rows.dtype == np.int64
-    assert len(set(rows.tolist())) == len(rows) == facts(finished, "scans")["num_test"]
-    assert 0 <= rows.min() < rows.max() < 600
 
 
 class Branches(nn.Module):

@@ -61,15 +61,21 @@ class Client:
         return sum(len(labels) for _, labels in self.global_batches or self.batches)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A server step: its gradients, their norm before it is clipped, and phi after it."""
+
+    gradients: dict[str, Tensor]
+    grad_norm: float
+    phi: dict[str, Tensor]
+
+
 @dataclass
 class Trace:
-    """What happened in a round, to compare with: by client, and after each server step."""
+    """What crossed the wire in a round, by client."""
 
     theta: dict[str, Tensor] = field(default_factory=dict)
     delta: dict[str, Tensor] = field(default_factory=dict)
-    gradients: list[dict[str, Tensor]] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    phi: list[dict[str, Tensor]] = field(default_factory=list)
     global_theta: Tensor | None = None
     global_delta: dict[str, Tensor] = field(default_factory=dict)
 
@@ -111,7 +117,7 @@ class ReferenceHypernet:
         chunks = [head(self.trunk(row)) for head, row in zip(heads, embedding, strict=True)]
         return torch.cat(chunks)[: self.sizes[client_id]]
 
-    def step(self, deltas: Mapping[str, Tensor], weights: Mapping[str, float]) -> Trace:
+    def step(self, deltas: Mapping[str, Tensor], weights: Mapping[str, float]) -> Step:
         """Clip the mean of J_i^T delta_i and take one Adam step; parameters left out do not move.
 
         Trunk and embeddings get sum_i w_i J_i^T delta_i over the buffer, w summing to 1; the heads
@@ -129,21 +135,15 @@ class ReferenceHypernet:
             for parameter in self.heads[group].parameters():
                 parameter.grad = parameter.grad / share
         parameters = [p for group in self.adam.param_groups for p in group["params"]]
-        trace = Trace(gradients=[self.gradients()])
+        gradients = self._named(lambda p: None if p.grad is None else p.grad.clone())
         touched = [p for p in parameters if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(touched, self.hyper.server_clip)
         self.adam.step()
-        trace.grad_norms.append(norm.item())
-        trace.phi.append(self.state())
-        return trace
+        return Step(gradients, norm.item(), self.state())
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of phi and the embeddings under the system's names and shapes."""
         return self._named(lambda p: p.detach().clone())
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return copies of the gradients under the same names; those that are None are left out."""
-        return self._named(lambda p: None if p.grad is None else p.grad.clone())
 
     def _named(self, read: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
         named = {f"trunk.{name}": read(p) for name, p in self.trunk.named_parameters()}
@@ -190,13 +190,11 @@ def one_round_gd(
         deltas[client_id] = sent - read_theta(model)
     total = sum(clients[client_id].num_examples for client_id in order)
     mean = sum(clients[c].num_examples / total * deltas[c] for c in order)
-    step = hypernet.step({global_id: mean}, {global_id: 1.0})
+    hypernet.step({global_id: mean}, {global_id: 1.0})
 
     teacher = load_theta(make_global(), sent).eval()
     trace = _personal_round(hypernet, clients, order, teacher=teacher)
     trace.global_theta, trace.global_delta = sent, deltas
-    for name in ("gradients", "grad_norms", "phi"):
-        setattr(trace, name, getattr(step, name) + getattr(trace, name))
     return trace
 
 
@@ -217,10 +215,7 @@ def _personal_round(
             theta = trace.theta[client_id]
             trained = train_client(clients[client_id], theta, hyper=hypernet.hyper, teacher=teacher)
             trace.delta[client_id] = theta - trained
-        step = hypernet.step({c: trace.delta[c] for c in cohort}, dict.fromkeys(cohort, 1.0))
-        trace.gradients += step.gradients
-        trace.grad_norms += step.grad_norms
-        trace.phi += step.phi
+        hypernet.step({c: trace.delta[c] for c in cohort}, dict.fromkeys(cohort, 1.0))
     return trace
 
 
@@ -263,21 +258,15 @@ def local_training(
         loss = nn.functional.cross_entropy(logits, labels)
         if teacher is not None:
             with torch.no_grad():
-                teacher_logits = teacher(images)
-            divergence = kl_divergence(teacher_logits, logits, temperature=hyper.temperature)
+                log_p = torch.log_softmax(teacher(images) / hyper.temperature, dim=1)
+            log_q = torch.log_softmax(logits / hyper.temperature, dim=1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
             loss = hyper.alpha * hyper.temperature**2 * divergence + (1 - hyper.alpha) * loss
         sgd.zero_grad()
         loss.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         sgd.step()
-
-
-def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float) -> Tensor:
-    """Return KL(softmax(teacher / T) || softmax(student / T)), mean over the batch."""
-    log_p = torch.log_softmax(teacher_logits / temperature, dim=1)
-    log_q = torch.log_softmax(student_logits / temperature, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 
 
 def load_theta(model: nn.Module, theta: Tensor) -> nn.Module:

@@ -28,13 +28,6 @@ def assert_close(got: Tensor | ArrayLike, expected: Tensor | ArrayLike, note: st
     )
 
 
-def assert_all_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Compare named tensors as `assert_close` does; the names must be the same."""
-    assert got.keys() == expected.keys()
-    for name, tensor in got.items():
-        assert_close(tensor, expected[name], name)
-
-
 def assert_all_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Compare the bits of named tensors that were computed in the same shapes, or copied."""
     assert got.keys() == expected.keys()

@@ -20,7 +20,6 @@ from client_app.training.loop import num_parameters
 from common.config import ClientSection
 
 REPOSITORY = Path(__file__).parents[3]
-REAL_DATA = REPOSITORY.parent / "shared" / "data"
 
 
 def random_pixels(count: int, *shape: int) -> NDArray[np.uint8]:

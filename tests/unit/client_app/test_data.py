@@ -20,7 +20,6 @@ from tests.unit.client_app.pictures import (
     changed,
     load,
     random_pixels,
-    write_parquet,
 )
 
 
@@ -126,14 +125,6 @@ def test_a_participant_with_its_own_data_has_all_of_it(section: ClientSection) -
     )
 
 
-@pytest.mark.filterwarnings("ignore:The sum of partition sizes")
-def test_library_partition_end_to_end(section: ClientSection) -> None:
-    options = '{"partition_sizes": [60, 40]}'
-    sized = changed(section, partition="size", num_partitions=2, partition_options=options)
-    clients = [load(sized, i) for i in range(2)]
-    assert [(c.num_train, c.num_test) for c in clients] == [(45, 15), (30, 10)]
-
-
 # bad input
 
 
@@ -197,17 +188,3 @@ def test_partition_id_out_of_range(section: ClientSection, partition_id: int) ->
         ConfigError, match=rf"partition-id = {partition_id} is not in 0\.\.5 .*partition = 'none'"
     ):
         load(section, partition_id)
-
-
-def test_whole_data_of_one_example(section: ClientSection, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "data/cifar10/train.parquet", random_pixels(1, 32, 32, 3), [0])
-    with pytest.raises(DataError, match=r"cifar10, client -1: 1 example\(s\) cannot be split"):
-        load(changed(section, partition="none"), -1)
-
-
-def test_digits_for_the_quickstart(tmp_path: Path) -> None:
-    section = ClientSection(cache_dir=str(tmp_path))
-    clients = [load(section, i) for i in range(10)]
-    assert all(client.train_images.shape[1:] == (1, 32, 32) for client in clients)
-    classes = [len(c.train_labels.unique()) for c in clients]
-    assert classes == [2] * 10

@@ -188,15 +188,6 @@ def test_emnist_is_turned_upright(tmp_path: Path, suffix: str) -> None:
     assert np.array_equal(_all(source.read(28))[:, 0], upright)
 
 
-def test_fashion_mnist_from_idx_files_of_the_system(tmp_path: Path) -> None:
-    pixels = random_pixels(2, 28, 28)
-    write_idx(tmp_path / "train-images-idx3-ubyte.gz", pixels)
-    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([9, 0], np.uint8))
-    examples = select_source("fashion-mnist", str(tmp_path)).read(28)
-    assert np.array_equal(_all(examples)[:, 0], pixels)
-    assert examples.mean == (0.2860,)
-
-
 def test_idx_file_cut_short(tmp_path: Path) -> None:
     path = write_idx(tmp_path / "x", random_pixels(2, 4, 4))
     path.write_bytes(path.read_bytes()[:-1])

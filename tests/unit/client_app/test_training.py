@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
 from client_app.training.allocator import keep_freed_memory
-from client_app.training.loop import FlatModel, MomentumSGD, evaluate, train, warn_of_slow_bfloat16
+from client_app.training.loop import FlatModel, MomentumSGD, evaluate, train
 from common.config import TrainingSection
-from common.log import logger
 from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
 from tests.unit.client_app.pictures import client_data, draw_theta
 
@@ -140,27 +138,6 @@ def test_mixed_precision_goes_where_float32_goes(name: str) -> None:
     assert not torch.equal(exact, mixed)
     assert (exact - mixed).norm() < 0.2 * exact.norm()
     assert mixed_loss == pytest.approx(exact_loss, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("supported", "device", "warnings"), [(0, "cpu", 1), (1, "cpu", 0), (0, "cuda", 0)]
-)
-def test_a_processor_that_is_slow_in_bfloat16_is_named_once(
-    supported: int,
-    device: str,
-    warnings: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: bool(supported))
-    monkeypatch.setattr("client_app.training.loop.torch.ops.mkldnn", mkldnn)
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger.parent, "propagate", True)
-    warn_of_slow_bfloat16.cache_clear()
-    for _ in range(2):
-        warn_of_slow_bfloat16(device)
-    assert [record.message.count("float32") for record in caplog.records] == [2] * warnings
-    warn_of_slow_bfloat16.cache_clear()
 
 
 # in a process of its own: a message's

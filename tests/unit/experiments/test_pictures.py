@@ -24,17 +24,6 @@ def test_short_and_unevaluated_runs_can_be_drawn(
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
-def test_reference_is_drawn_beside_the_run(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a")
-    content = {"source": "s", "columns": ["round", "loss", "accuracy"], "rows": [[1, 2.5, 0.1]]}
-    (tmp_path / "r.json").write_text(json.dumps(content))
-    reference = Reference.load(tmp_path / "r.json")
-    assert reference == Reference("s", (1,), (0.1,), (2.5,))
-    target = draw_curves(folder, reference=reference, target=tmp_path / "both.png")
-    assert target.read_bytes().startswith(PNG)
-    assert not (folder / "curves.png").exists()
-
-
 @pytest.mark.parametrize("content", ["[]", "{", '{"columns": ["round"], "rows": []}'])
 def test_other_json_is_not_a_reference(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.json").write_text(content)

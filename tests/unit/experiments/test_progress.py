@@ -22,15 +22,6 @@ def test_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     assert tail.new_rows() == []
 
 
-def test_tail_starts_anew_with_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"round": 1}\n{"round": 2}\n')
-    tail = RowTail(path)
-    assert len(tail.new_rows()) == 2
-    path.write_text('{"round": 1}\n')
-    assert tail.new_rows() == [{"round": 1}]
-
-
 def test_pace_is_the_mean_of_the_last_five_rounds_without_the_first() -> None:
     pace = Pace(rounds=10)
     assert pace.add({"round": 1, "seconds_round": 100.0}) is None

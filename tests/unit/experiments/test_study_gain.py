@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -63,17 +62,6 @@ def test_no_gain_over_a_local_that_trained_otherwise(
     gains, (run,) = gains_over_local(load_study([str(tmp_path)]))
     assert gains == []
     assert {k: own for k, (own, _) in run.differs.items()} == {key: value}
-
-
-def test_of_several_locals_that_fit_the_newest_is_taken(tmp_path: Path) -> None:
-    """server-lr says nothing about training alone."""
-    old = write_seed(tmp_path / "l1", method="local", clients=HALF)
-    write_seed(tmp_path / "l2", method="local", clients=HIGH, server_lr=0.5)
-    for file in ("summary.json", "metrics.jsonl"):
-        os.utime(old / file, (1, 1))
-    write_seed(tmp_path / "h", clients=HIGH, server_lr=0.1)
-    (gain,), _ = gains_over_local(load_study([str(tmp_path)]))
-    assert gain.mean.mean == 0.0
 
 
 def test_rounds_between_evaluations_count_where_the_last_round_has_none() -> None:
