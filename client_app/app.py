@@ -24,30 +24,16 @@ app = ClientApp()
 
 
 @app.query("register")
-def register(message: Message, context: Context) -> Message:
-    """Reply to `query.register`: identity and counts."""
-    return _reply(message, context)
-
-
 @app.train("personal")
-def train_personal(message: Message, context: Context) -> Message:
-    """Reply to `train.personal`: test and train what came; send what the method sends."""
-    return _reply(message, context)
-
-
 @app.evaluate("personal")
-def evaluate_personal(message: Message, context: Context) -> Message:
-    """Reply to `evaluate.personal`: test counts of the weights as received."""
-    return _reply(message, context)
-
-
 @app.query("finish")
-def finish(message: Message, context: Context) -> Message:
-    """Reply to `query.finish`: store the personal model and say where."""
-    return _reply(message, context)
+def reply(message: Message, context: Context) -> Message:
+    """Reply to a message, whatever its type.
 
-
-def _reply(message: Message, context: Context) -> Message:
+    `query.register`: identity and counts; `train.personal`: test and train what came, send what the
+    method sends; `evaluate.personal`: test counts of the weights as received; `query.finish`: store
+    the personal model and say where.
+    """
     return Message(_content(message, context), reply_to=message)
 
 

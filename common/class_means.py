@@ -7,6 +7,7 @@ Shapes: C classes, D size of one vector, N examples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from common.compression import Float32
 from common.errors import WireError
 from common.messages import MEANS
-from common.records import COUNTS, LARGEST, Received
+from common.records import COUNTS, LARGEST, Received, require_norm
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,15 @@ class ClassMeans:
         return cls(counts, (sums / np.maximum(counts, 1)[:, None]).astype(np.float32))
 
     @classmethod
-    def read(cls, received: Received, num_classes: int, dim: int, *, most: int = LARGEST) -> Self:
+    def read(
+        cls,
+        received: Received,
+        num_classes: int,
+        dim: int,
+        *,
+        most: int = LARGEST,
+        max_norm: float = math.inf,
+    ) -> Self:
         """Read what `arrays` makes, of at most `most` examples; raise WireError if it is not it."""
         counts = received.counts(num_classes)
         if counts.sum() > most:
@@ -46,6 +55,7 @@ class ClassMeans:
         meaning = f"{dim} entries for each class with a count above 0."
         found = received.vector(MEANS, int(present.sum()) * dim, meaning=meaning)
         means[present] = found.reshape(-1, dim)
+        require_norm(means, MEANS, max_norm)
         return cls(counts, means)
 
     def arrays(self) -> dict[str, Float32]:

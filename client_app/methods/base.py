@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.examples import ClientData
-from client_app.methods.features import require_head_is_last
+from client_app.methods.features import Head, head_of, require_head_is_last
 from client_app.models.instances import (
     Instance,
     ModelKind,
@@ -220,6 +220,10 @@ class Method:
             server_round=task.header.server_round,
             client_id=self.participant.client_id,
         )
+
+    def head(self, instance: Instance) -> Head:
+        """Find the own model's head."""
+        return head_of(instance.model.module, self.data.num_classes)
 
     def vector(self, task: Received, name: str, length: int) -> Tensor:
         """Read a received vector (length,) on the device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from client_app.methods.base import Method, as_array
-from client_app.methods.features import class_means, head_of
+from client_app.methods.features import class_means
 from client_app.models.instances import Instance
 from common.messages import HEAD
 from common.records import Arrays, Received
@@ -16,13 +16,13 @@ class LGFedAvg(Method):
 
     def receive(self, task: Received, instance: Instance) -> None:
         """Put the shared head on the own features."""
-        span = head_of(instance.model.module, self.data.num_classes).span
+        span = self.head(instance).span
         with torch.no_grad():
             instance.model.theta[span] = self.vector(task, HEAD, span.stop - span.start)
 
     def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the trained head."""
-        span = head_of(instance.model.module, self.data.num_classes).span
+        span = self.head(instance).span
         return {HEAD: as_array(instance.model.theta[span])}
 
 
@@ -31,6 +31,4 @@ class FedGH(LGFedAvg):
 
     def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the mean feature of every class, after training."""
-        return class_means(
-            instance.model.module, self.data, head_of(instance.model.module, self.data.num_classes)
-        ).arrays()
+        return class_means(instance.model.module, self.data, self.head(instance)).arrays()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from client_app.methods.base import Method
-from client_app.methods.features import Tap, class_means, head_of, tapped
+from client_app.methods.features import Tap, class_means, tapped
 from client_app.models.instances import Instance
 from client_app.training.loop import TEST_BATCH, Loss, Trained, cross_entropy, logits_of
 from common.class_means import ClassMeans
@@ -34,14 +34,12 @@ class FedProto(Method):
         known = self._prototypes(task, instance)
         if known is None:
             return self.train(task, instance, cross_entropy)
-        with tapped(head_of(instance.model.module, self.data.num_classes)) as tap:
+        with tapped(self.head(instance)) as tap:
             return self.train(task, instance, prototype_loss(tap, *known, self.settings))
 
     def collect(self, task: Received, instance: Instance) -> Arrays:
         """Send the mean feature of every class, after training."""
-        return class_means(
-            instance.model.module, self.data, head_of(instance.model.module, self.data.num_classes)
-        ).arrays()
+        return class_means(instance.model.module, self.data, self.head(instance)).arrays()
 
     @torch.no_grad()
     def measure(self, task: Received, instance: Instance) -> Evaluation:
@@ -54,7 +52,7 @@ class FedProto(Method):
         instance.model.module.eval()
         nearest = by_head = torch.zeros((), dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        with tapped(head_of(instance.model.module, self.data.num_classes)) as tap:
+        with tapped(self.head(instance)) as tap:
             for images, labels in self.data.test_batches(TEST_BATCH.get(device.type, 256)):
                 logits = logits_of(instance.model.module, images, self.data.num_classes)
                 chosen = logits.argmax(dim=1)
@@ -76,7 +74,7 @@ class FedProto(Method):
         """Return the received prototypes (C, D) and which classes have one (C,), or None."""
         if COUNTS not in task:
             return None
-        dim = head_of(instance.model.module, self.data.num_classes).layer.in_features
+        dim = self.head(instance).layer.in_features
         received = ClassMeans.read(task, self.data.num_classes, dim)
         device = self.participant.device
         present = torch.from_numpy(received.counts > 0).to(device)

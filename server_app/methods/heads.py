@@ -18,7 +18,7 @@ from common.class_means import ClassMeans
 from common.compression import Float32
 from common.config import RunConfig
 from common.log import logger
-from common.messages import HEAD, MEANS
+from common.messages import HEAD
 from common.records import Arrays, Received, require_norm
 from common.seeding import torch_generator
 from common.serialization import required_tensor
@@ -84,10 +84,8 @@ class FedGH(SharedHead[ClassMeans]):
 
     def read(self, client: Client, reply: Received) -> ClassMeans:
         """Read the client's class means; their norm is limited as a delta's is."""
-        sizes = client.num_classes, client.feature_dim
-        means = ClassMeans.read(reply, *sizes, most=client.num_examples)
-        require_norm(means.means, MEANS, self.max_norm)
-        return means
+        sizes, most = (client.num_classes, client.feature_dim), client.num_examples
+        return ClassMeans.read(reply, *sizes, most=most, max_norm=self.max_norm)
 
     def learn(
         self, uploads: Sequence[Upload[ClassMeans]], *, server_round: int, progress: float

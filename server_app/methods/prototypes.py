@@ -19,7 +19,7 @@ from common.class_means import ClassMeans, pool
 from common.config import RunConfig
 from common.log import logger
 from common.messages import MEANS, Registration
-from common.records import COUNTS, Arrays, Received, require_norm
+from common.records import COUNTS, Arrays, Received
 from common.seeding import torch_generator
 from common.serialization import required_tensor
 from server_app.clients import Client
@@ -55,10 +55,8 @@ class FedProto(Method[ClassMeans]):
 
     def read(self, client: Client, reply: Received) -> ClassMeans:
         """Read the client's class means; their norm is limited as a delta's is."""
-        sizes = client.num_classes, self.dim(client)
-        means = ClassMeans.read(reply, *sizes, most=client.num_examples)
-        require_norm(means.means, MEANS, self.max_norm)
-        return means
+        sizes, most = (client.num_classes, self.dim(client)), client.num_examples
+        return ClassMeans.read(reply, *sizes, most=most, max_norm=self.max_norm)
 
     def learn(
         self, uploads: Sequence[Upload[ClassMeans]], *, server_round: int, progress: float
