@@ -15,7 +15,7 @@ from client_app.data.examples import load_client_data
 from client_app.models.instances import ModelKind, draw_theta
 from common.config import RunConfig
 from common.seeding import stream_seed, torch_generator
-from experiments.run.engines.inprocess import InProcessGrid
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from tests.integration.conftest import Lines
 from tests.support.outputs import assert_same_run, client_rows, rows, summary, tensors
 from tests.support.tiny import HERE, MIXED, Handler, Small, Wrapped, run_tiny, tiny_config
@@ -224,13 +224,9 @@ def test_architectures_may_differ_and_threads_change_nothing(tmp_path: Path, met
 
 
 def test_batched_engine_trains_baselines_one_by_one(tmp_path: Path) -> None:
-    class Batched(InProcessGrid):
-        def __init__(self, app: Any, contexts: Any, workers: int) -> None:
-            super().__init__(app, contexts, workers, batched_clients=6)
-
     first, second = (config_for(tmp_path / x, "fedavg", models=SMALL, rounds=1) for x in "ab")
     run_tiny(first)
-    run_tiny(second, grid_type=Batched)
+    run_inprocess(second, simulated_nodes(6), batched_clients=6)
     assert rows(first) == rows(second)
 
 

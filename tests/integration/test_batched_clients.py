@@ -3,24 +3,16 @@
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
 
-from client_app.app import app as client_app
 from common.config import RunConfig
 from experiments.run.engines import together
-from experiments.run.engines.inprocess import InProcessGrid, make_contexts, simulated_nodes
-from server_app.app import app as server_app
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from tests.support.outputs import rows
 from tests.support.tiny import HERE, tiny_config
 
 
 def run(config: RunConfig, batched_clients: int) -> list[dict]:
-    contexts = make_contexts(config, simulated_nodes(6))
-    grid = InProcessGrid(client_app, contexts, batched_clients=batched_clients)
-    try:
-        server_app(grid, Context(1, 1, {}, RecordDict(), dict(config.flat())))
-    finally:
-        grid.close()
+    run_inprocess(config, simulated_nodes(6), batched_clients=batched_clients)
     return rows(config)
 
 

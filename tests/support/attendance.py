@@ -16,10 +16,8 @@ def attended_by(
 ) -> type[InProcessGrid]:
     """Make a grid class for one run.
 
-    Parameters
-    ----------
-    plan : round -> indices of the node configs that are online; the server looks once a round.
-    keys : public key by index; a node with one is registered by name.
+    `plan` says for each round which node configs are online; the server looks once a round. A node
+    with a public key in `keys` is registered by name.
     """
 
     class Grid(InProcessGrid):

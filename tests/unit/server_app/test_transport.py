@@ -54,15 +54,6 @@ def test_what_was_not_sent_can_be_dropped() -> None:
     assert answered == len(made) == PUSH_BATCH
 
 
-def test_a_grid_that_names_no_workers_gets_everything_at_once() -> None:
-    made: list[int] = []
-    plain = grid()
-    del plain.workers
-    transport = Transport(plain, "mh-pfedhn")
-    transport.send(messages(transport, made))
-    assert len(made) == NUM
-
-
 class Malformed(InProcessGrid):
     """Raises over the reply of node 5, as Flower does when it cannot put one together."""
 
