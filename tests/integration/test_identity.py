@@ -83,6 +83,33 @@ def test_a_site_that_stays_away_for_five_rounds_keeps_its_embedding(
     assert logged.find("Client 3 is back, on node 8")
 
 
+def test_server_and_nodes_restart_and_find_each_other(tmp_path: Path, logged: Lines) -> None:
+    """Same keys, other order of nodes: nobody gets the embedding of another."""
+    config = config_at(tmp_path)
+    names = [f"site-{i}" for i in EVERYBODY]
+    run_tiny(
+        config,
+        node_configs=named(*names, folder=tmp_path),
+        grid_type=attended_by(lambda _: EVERYBODY, KEYS),
+    )
+    order = [4, 2, 0, 5, 1, 3]
+    nodes = named(*names, folder=tmp_path)
+    run_tiny(
+        resumed(config, rounds=3),
+        node_configs=[nodes[i] for i in order],
+        grid_type=attended_by(
+            lambda _: EVERYBODY, {place: KEYS[i] for place, i in enumerate(order)}
+        ),
+    )
+    assert accepted(config) == [6, 6, 6]
+    assert not logged.find("Refused")
+    after = tensors_after(config, 3)
+    assert sorted(k for k in after if k.startswith("embeddings.")) == [
+        f"embeddings.site-{i}" for i in EVERYBODY
+    ]
+    assert {after[f"adam.step.embeddings.site-{i}"].item() for i in EVERYBODY} == {3.0}
+
+
 def test_somebody_elses_key_is_refused_after_a_restart_of_both(
     tmp_path: Path, logged: Lines
 ) -> None:

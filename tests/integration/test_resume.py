@@ -72,6 +72,18 @@ def test_resumed_in_place_equals_uninterrupted(
     assert_same_run(whole, broken)
 
 
+@pytest.mark.parametrize("rates", [0.0, 0.003], ids=["at rest", "learning"])
+def test_how_often_checkpoints_are_written_changes_no_bit(tmp_path: Path, rates: float) -> None:
+    rule = {"server_rule": "least-squares", "server_lr": rates, "embedding_lr": rates}
+    settings = {**rule, "head_init": "shared", "max_in_flight": 3, "buffer_size": 3, "rounds": 3}
+    often = config_at(tmp_path / "often", **settings, checkpoint_every=1)
+    rarely = config_at(tmp_path / "rarely", **settings, checkpoint_every=3)
+    for config in (often, rarely):
+        run_tiny(config)
+    assert len(checkpoints(often)) > len(checkpoints(rarely))
+    assert_same_run(often, rarely)
+
+
 def test_a_checkpoint_cut_short_costs_the_rounds_since_the_one_before(
     tmp_path: Path, logged: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
