@@ -99,7 +99,7 @@ class Evaluation:
             num_test=num_test,
             num_correct=reply.count("num-correct", most=num_test),
             test_loss=reply.number("test-loss"),
-            seconds=reply.number("seconds-evaluation"),
+            seconds=reply.number("seconds-evaluation", least=0),
             others={name: reply.count(f"num-correct-{name}", most=num_test) for name in others},
         )
 
@@ -129,6 +129,6 @@ class TrainReply:
         return cls(
             num_examples=reply.count("num-examples", least=1, most=most),
             train_loss=reply.number("train-loss"),
-            seconds=reply.number("seconds"),
+            seconds=reply.number("seconds", least=0),
             evaluation=Evaluation.read(reply, others) if tested else None,
         )

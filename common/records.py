@@ -164,11 +164,11 @@ class Received:
             raise WireError(f"{key} = {value:.6g}; expected {least} to {most:,}.")
         return value
 
-    def number(self, key: str) -> float:
-        """Return a finite float."""
+    def number(self, key: str, *, least: float = -LARGEST) -> float:
+        """Return a finite float of at least `least`."""
         value = self.value(key, float)
-        if not abs(value) <= LARGEST:
-            raise WireError(f"{key} is {value}; expected a finite number up to {LARGEST:g}.")
+        if not least <= value <= LARGEST:
+            raise WireError(f"{key} is {value}; expected a number from {least:g} to {LARGEST:g}.")
         return value
 
     def section(self, section: type[S]) -> S:

@@ -31,7 +31,7 @@ LONGEST_RETRY_ROUNDS = 16
 class Admission:
     """Keeps the registry in step with who is online.
 
-    `welcome` is called with every client that is admitted: new, back, or with another model.
+    `add_client` is called with every client that is admitted: new, back, or with another model.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Admission:
         config: RunConfig,
         transport: Transport,
         registry: Registry,
-        welcome: Callable[[Client], None],
+        add_client: Callable[[Client], None],
     ) -> None:
         self._config, self._transport = config, transport
-        self._registry, self._welcome = registry, welcome
+        self._registry, self._add_client = registry, add_client
         self._silences: Counter[int] = Counter()
         self._settled = False
 
@@ -90,7 +90,7 @@ class Admission:
             key = keys[node_id]
             client = self._registry.admit(node_id, registration, server_round, key=key)
             if client is not None:
-                self._welcome(client)
+                self._add_client(client)
 
     def _keys(self) -> dict[int, NodeKey | None]:
         """Return who is online, with the key that each node proved to hold."""

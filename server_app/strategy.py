@@ -159,7 +159,7 @@ class Rounds:
         self._config, self._method = method.config, method
         self._transport, self._registry = transport, registry
         self._folder, self._save = folder, save
-        self._admission = Admission(self._config, transport, registry, method.welcome)
+        self._admission = Admission(self._config, transport, registry, method.add_client)
         self._schedule = Schedule(self._config.schedule, transport)
 
     def run(self, first: int = 1) -> None:
@@ -245,7 +245,7 @@ class Rounds:
         read = partial(Received.value, key=messages.LOCATION, kind=str)
         stored = self._ask(clients, server_round, messages.FINISH, read)
         if locations := sorted(filter(None, stored.values())):
-            logger.info("Personal models of %d clients stored, e.g. %s", len(stored), locations[0])
+            logger.info("Personal models of %d clients stored, e.g. %r", len(stored), locations[0])
 
     def _require_enough(self, row: Mapping[str, float], server_round: int) -> None:
         asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]

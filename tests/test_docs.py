@@ -47,8 +47,8 @@ def subcommands() -> set[str]:
 def test_lines_are_short(path: Path) -> None:
     long = [
         number
-        for number, line in prose(path)
-        if len(line) > LINE and not line.lstrip().startswith("|") and "](" not in line
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > LINE and not line.lstrip().startswith("|")
     ]
     assert not long, f"{path.name}: lines {long} are longer than {LINE}"
 

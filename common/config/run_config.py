@@ -155,14 +155,14 @@ def _check_patience(config: RunConfig) -> None:
             f"{s.min_fraction:g} of its clients have answered, and such a round stops the run. Set "
             "close-fraction to min-fraction or more."
         )
-    trips = [f"evaluation = {config.run.evaluation!r}"] * (config.run.evaluation == "separate")
+    waits = [f"evaluation = {config.run.evaluation!r}"] * (config.run.evaluation == "separate")
     if config.distils and config.distill.gd_mode == "separate":
-        trips.append("gd-mode = 'separate'")
-    if s.close_fraction < 1 and trips:
+        waits.append("gd-mode = 'separate'")
+    if s.close_fraction < 1 and waits:
         raise ConfigError(
             f"run config: close-fraction = {s.close_fraction:g} lets a round go on without its "
-            f"slowest clients, but {' and '.join(trips)} makes trips of its own, which wait for "
-            "everybody who is free. Set " + ("both " if len(trips) > 1 else "it ") + "to 'fused'."
+            f"slowest clients, but {' and '.join(waits)} takes messages of its own, which wait for "
+            "everybody who is free. Set " + ("both " if len(waits) > 1 else "it ") + "to 'fused'."
         )
 
 

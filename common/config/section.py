@@ -36,7 +36,11 @@ class Section(BaseModel):
     """A frozen part of the configuration; keys are the kebab-case field names."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        alias_generator=kebab,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
     @classmethod

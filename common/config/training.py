@@ -30,7 +30,7 @@ class DistillSection(Section):
         "cnn", "architecture of w_g, and of FML's auxiliary model", where="MH-pFedHNGD, FML"
     )
     gd_mode: Literal["separate", "fused"] = key(
-        "separate", '"separate": w_g in a trip of its own, as published; "fused": in the same',
+        "separate", '"separate": w_g in a message of its own, as published; "fused": in the same',
         where="MH-pFedHNGD",
     )  # fmt: skip
     distill_alpha: float = key(0.02, "weight of the teacher", where="MH-pFedHNGD", ge=0, le=1)

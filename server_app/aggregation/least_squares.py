@@ -63,7 +63,7 @@ ROUNDING = 1e-9
 
 
 @dataclass
-class GroupMemory:
+class GroupState:
     """What the rule remembers of a group: velocity u and running mean m of the deltas, (C, S)."""
 
     velocity: Tensor
@@ -86,7 +86,7 @@ class LeastSquaresRule(AdamRule):
         self, hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float
     ) -> None:
         super().__init__(hypernet, section, total_rounds=total_rounds)
-        self._memory: dict[str, GroupMemory] = {}
+        self._state: dict[str, GroupState] = {}
         self._crowded: set[str] = set()
         self._at_rest = not (section.server_lr or section.embedding_lr)
         self._solved: dict[str, Solved] = {}
@@ -94,15 +94,15 @@ class LeastSquaresRule(AdamRule):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Export also the memory, as `least-squares.<velocity|mean>.<key>`, and the keys."""
         tensors, facts = super().state_dict()
-        for key, memory in self._memory.items():
+        for key, memory in self._state.items():
             tensors |= {f"least-squares.{part}.{key}": x for part, x in vars(memory).items()}
-        return tensors, facts | {"least-squares": sorted(self._memory)}
+        return tensors, facts | {"least-squares": sorted(self._state)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore an exported state; see `Rule.load_state_dict`."""
         super().load_state_dict(tensors, facts)
         for key in facts.get("least-squares", []):  # nothing in a checkpoint of another rule
-            memory = self._remembered(key)
+            memory = self._state_of(key)
             for part, x in vars(memory).items():
                 x.copy_(required_tensor(tensors, f"least-squares.{part}.{key}", tuple(x.shape)))
 
@@ -132,7 +132,7 @@ class LeastSquaresRule(AdamRule):
         beta, own_gain = gains(section, num_clients=count, rounds=self.total_rounds)
         portion = min(1.0, n / count)
         beta **= portion
-        memory = self._remembered(part.key)
+        memory = self._state_of(part.key)
         memory.mean.lerp_(part.mean_CS, portion)
         memory.velocity.mul_(beta).add_(part.mean_CS, alpha=portion)
         shared_CS = part.mean_CS.add(memory.velocity, alpha=beta)
@@ -151,7 +151,7 @@ class LeastSquaresRule(AdamRule):
         solved_CnH = torch.cat([solved_CnH, -solved_CnH.sum(1, keepdim=True)], dim=1)
         across_CHn = solved_CnH.transpose(1, 2)
         onto_C1n = mean_CH[:, None] @ across_CHn
-        vectors = [*part.deltas, self._remembered(part.key).mean.view(-1)]
+        vectors = [*part.deltas, self._state_of(part.key).mean.view(-1)]
         for work, moves_cnS in part.group.gathered(vectors):
             part.group.weight[work].baddbmm_(across_CHn[work], moves_cnS, alpha=-1)
             part.group.bias[work].unsqueeze(1).baddbmm_(onto_C1n[work], moves_cnS)
@@ -169,11 +169,11 @@ class LeastSquaresRule(AdamRule):
             self._solved[key] = solved
         return solved
 
-    def _remembered(self, key: str) -> GroupMemory:
-        if key not in self._memory:
+    def _state_of(self, key: str) -> GroupState:
+        if key not in self._state:
             blank = torch.zeros_like(self.hypernet.groups[key].bias, requires_grad=False)
-            self._memory[key] = GroupMemory(blank, blank.clone())
-        return self._memory[key]
+            self._state[key] = GroupState(blank, blank.clone())
+        return self._state[key]
 
     def _warn_of_crowd(self, part: GroupDeltas, count: int) -> None:
         """Say once where a group has more clients than its heads can tell apart."""

@@ -173,7 +173,7 @@ class Method(Generic[T]):
         head = registration.num_classes * (registration.feature_dim + 1)
         return {"a head": head, "a shared model": registration.num_global_parameters}
 
-    def welcome(self, client: Client) -> None:
+    def add_client(self, client: Client) -> None:
         """Take note of a client that was just admitted: new, back, or with another model."""
 
     def learners(self, clients: list[Client]) -> list[Client]:

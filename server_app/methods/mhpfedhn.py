@@ -69,7 +69,7 @@ class MHpFedHN(Method[Deltas]):
 
     # --- who takes part --------------------------------------------------------------------------
 
-    def welcome(self, client: Client) -> None:
+    def add_client(self, client: Client) -> None:
         """Give a client an embedding of its size, unless it has one; GD: v_g with the first."""
         hypernet, client_id, tag = self.hypernet, client.client_id, client.group
         if hypernet.has_client(client_id):

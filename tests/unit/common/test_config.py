@@ -71,6 +71,7 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
         ({"rounds": 0}, "run config: rounds = 0 cannot be used: Input should be greater than"),
         ({"rounds": "many"}, "run config: rounds = 'many' cannot be used"),
         ({"method": "fedavgg"}, "method = 'fedavgg' cannot be used: .*'fedavg'"),
+        ({"max-delta-norm": float("inf")}, "max-delta-norm = inf cannot be used"),
         ({"min-fraction": 1.5}, r"min-fraction = 1\.5 cannot be used"),
         ({"max-client-examples": -1}, "max-client-examples = -1 cannot be used"),
         # keys of different sections that do not go together

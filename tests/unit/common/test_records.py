@@ -172,12 +172,17 @@ def test_vectors_that_nobody_asked_for_are_refused() -> None:
         (
             TrainReply(5, float("nan"), 0.1).settings(),
             lambda r: TrainReply.read(r, most=5),
-            "train-loss is nan; expected a finite number",
+            "train-loss is nan; expected a number from",
         ),
         (
             TrainReply(5, 1.5e308, 0.1).settings(),
             lambda r: TrainReply.read(r, most=5),
-            "train-loss is 1.5e+308; expected a finite number up to 1e+12",
+            "train-loss is 1.5e+308; expected a number from -1e+12 to 1e+12",
+        ),
+        (
+            TrainReply(5, 0.1, -1.0).settings(),
+            lambda r: TrainReply.read(r, most=5),
+            "seconds is -1.0; expected a number from 0",
         ),
         (
             Registration("a", 0, 1).settings(),

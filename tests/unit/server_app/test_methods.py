@@ -51,7 +51,7 @@ def learn(server: Method, uploads: list[Upload], server_round: int) -> None:
 
 def open_round(server: Method, clients: list[Client]) -> None:
     for one in clients:
-        server.welcome(one)
+        server.add_client(one)
     server.open_round(1, clients, lambda *_: [])
 
 

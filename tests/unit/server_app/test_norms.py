@@ -87,7 +87,7 @@ def test_a_step_lets_a_large_client_be_among_small_ones() -> None:
     sizes = {**{f"small {i}": 30 for i in range(8)}, "large": 3000}
     clients = {name: Client(name, size, 1) for name, size in sizes.items()}
     for client in clients.values():
-        method.welcome(client)
+        method.add_client(client)
 
     def norm_after(norms: dict[str, float]) -> float:
         """The norm over all deltas that reached the hypernetwork."""

@@ -108,7 +108,7 @@ class Box:
     def __init__(self, name: str) -> None:
         config = RunConfig.parse({"method": name, "gd-mode": "fused", "chunk-size": 4})
         self.method = method_class(name, "server_app")(config)
-        self.method.welcome(CLIENT)
+        self.method.add_client(CLIENT)
         self.method.open_round(1, [CLIENT], lambda *_: [])
         self.transport = Transport(grid(), name)
 
