@@ -23,6 +23,8 @@ THETA, GLOBAL_THETA, DELTA, GLOBAL_DELTA = "theta", "global-theta", "delta", "gl
 HEAD, MEANS = "head", "means"
 EVALUATE_FIRST, TRAIN_GLOBAL, DISTIL = "evaluate", "train-global", "distil"
 LOCATION = "location"
+ALONE = "alone"
+"""The predictor that any method may report: the same model, trained without the federation."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Evaluation:
     """Test counts of one client: weights exactly as received, its own BatchNorm statistics.
 
     `others` are the counts of correct examples of further predictors that a method reports beside
-    its own, by name (FedProto: its head).
+    its own, by name (FedProto: its head), and of the model trained alone where it is measured.
     """
 
     num_test: int
@@ -95,6 +97,8 @@ class Evaluation:
     def read(cls, reply: Received, others: Iterable[str] = ()) -> Self:
         """Read and check test counts: 0 <= num_correct <= num_test, also of other predictors."""
         num_test = reply.count("num-test", least=1)
+        if reply.has_setting(f"num-correct-{ALONE}"):
+            others = (*others, ALONE)
         return cls(
             num_test=num_test,
             num_correct=reply.count("num-correct", most=num_test),

@@ -17,6 +17,7 @@ SENT = "the model that the server sends, before local training"
 TUNED = "the model that the server sends, after one more local epoch"
 OWN = "the client's own model, after local training"
 HEAD = "own features after local training, under the head that the server sends"
+MIXED = "the own and the common model that the server sends, weighed by the validation part"
 PROTOTYPES = "own features after local training, by the nearest prototype that the server sends"
 
 HEAD_SIZES = ("num_classes", "feature_dim")
@@ -38,7 +39,7 @@ class MethodInfo:
     @property
     def is_baseline(self) -> bool:
         """Whether the method is not this project's own."""
-        return self.module != "mhpfedhn"
+        return not self.module.startswith("mhpfedhn")
 
 
 _FEDPROTO = (HEAD_SIZES, ("head",))
@@ -48,6 +49,10 @@ METHODS = {
     "mh-pfedhn-gd": MethodInfo(
         "MH-pFedHNGD", "mhpfedhn", "MHpFedHN", SENT, (1, 0), ("num_global_parameters",),
         synchronous=False,
+    ),
+    "mh-pfedhn-pg": MethodInfo(
+        "MH-pFedHN-PG", "mhpfedhn", "MHpFedHNPG", MIXED, (1, 1), ("num_global_parameters",),
+        ("own", "common"), synchronous=False,
     ),
     "local": MethodInfo("Local", "base", "Local", OWN, (7, 1)),
     "fedavg": MethodInfo("FedAvg", "fedavg", "FedAvg", SENT, (2, 0), ("group",)),

@@ -7,14 +7,13 @@ every method trains, of which nothing travels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import chain, islice, repeat
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from client_app.data.examples import ClientData
 from client_app.methods.features import Head, head_of, require_head_is_last
 from client_app.models.instances import (
     Instance,
@@ -26,11 +25,20 @@ from client_app.models.instances import (
 )
 from client_app.participant import Participant
 from client_app.store import Stamp
-from client_app.training.loop import Loss, Trained, cross_entropy, evaluate, train
+from client_app.training.loop import (
+    Loss,
+    Trained,
+    cross_entropy,
+    evaluate,
+    logits_over,
+    num_correct,
+    train,
+)
 from common.compression import Float32
 from common.config import TrainingSection
 from common.errors import WireError, unknown_name
 from common.messages import (
+    ALONE,
     EVALUATE,
     EVALUATE_FIRST,
     FINISH,
@@ -65,6 +73,8 @@ class Method:
         self.participant = participant
         self.data = participant.data
         self.settings = participant.config.baseline
+        is_alone = participant.config.run.method == "local"
+        self.trains_alone = participant.section.measure_alone and not is_alone
 
     # --- a message -------------------------------------------------------------------------------
 
@@ -87,7 +97,9 @@ class Method:
         """Test what came, where asked; train it, keep what stays here, send the rest."""
         now, evaluation = task.header.server_round, None
         if task.flag(EVALUATE_FIRST):
-            evaluation = self.measure(task, self.ready(task, before=now))
+            evaluation = self._tested(task, before=now)
+        if self.trains_alone:
+            self._train_alone(task)
         instance = self.ready(task, before=now)
         trained = self.fit(task, instance)
         self.keep(task, instance)
@@ -95,8 +107,13 @@ class Method:
         return Content(reply.settings(), self.collect(task, instance))
 
     def _reply_evaluate(self, task: Received) -> Content:
-        instance = self.ready(task, before=task.header.server_round + 1)
-        return Content(self.measure(task, instance).settings())
+        return Content(self._tested(task, before=task.header.server_round + 1).settings())
+
+    def _tested(self, task: Received, *, before: int) -> Evaluation:
+        """Test what came, and the model trained alone where there is one."""
+        alone = {ALONE: self._correct_alone(task, before=before)} if self.trains_alone else {}
+        found = self.measure(task, self.ready(task, before=before))
+        return replace(found, others={**found.others, **alone})
 
     def _reply_finish(self, task: Received) -> Content:
         """Store the personal model as a plain torch state_dict, and say where."""
@@ -128,6 +145,26 @@ class Method:
 
     def adapt(self, task: Received, instance: Instance) -> None:
         """Make the model what this client will use from now on (finish)."""
+
+    # --- alone: the same model by the same recipe, of which the server sees one count ------------
+
+    def _correct_alone(self, task: Received, *, before: int) -> int:
+        """Count the test examples that the model trained alone gets right."""
+        model = self._ready_alone(task, before=before).model
+        return num_correct(logits_over(model, self.data), self.data.test_labels)
+
+    def _train_alone(self, task: Received) -> None:
+        """Train it as Local does, and keep it."""
+        instance = self._ready_alone(task, before=task.header.server_round)
+        self.train(task, instance, cross_entropy)
+        self.save(ALONE, task, instance, theta=True)
+
+    def _ready_alone(self, task: Received, *, before: int) -> Instance:
+        instance = instance_of(replace(self.kind, role=ALONE))
+        kept = self.load(ALONE, task, instance, before=before, drops_as=Method.own)
+        seed = stream_seed(self.participant.config.run.seed, "first-theta")
+        self.load_theta(instance, kept, seed)
+        return instance
 
     # --- around them -----------------------------------------------------------------------------
 
@@ -171,11 +208,11 @@ class Method:
         return instance
 
     def load(
-        self, name: str, task: Received, instance: Instance, *, before: int
+        self, name: str, task: Received, instance: Instance, *, before: int, drops_as: str = ""
     ) -> Mapping[str, Tensor]:
         """Give a model its kept buffers, or fresh ones, and seed its dropout."""
         kept: Mapping[str, Tensor] = self.participant.state.load(name, before=before) or {}
-        instance.reset(buffers_of(kept), self.dropout_seed(name, task))
+        instance.reset(buffers_of(kept), self.dropout_seed(drops_as or name, task))
         return kept
 
     def dropout_seed(self, name: str, task: Received) -> int:
@@ -256,18 +293,3 @@ def as_array(x: Tensor) -> Float32:
     """Copy a vector off the device, to be sent."""
     array: Float32 = x.detach().cpu().numpy().copy()
     return array
-
-
-class BatchBudget:
-    """A client's examples, epoch after epoch, cut off after a number of batches."""
-
-    def __init__(self, data: ClientData, num_batches: int) -> None:
-        self._data, self._num_batches = data, num_batches
-        self.num_train, self.num_classes = data.num_train, data.num_classes
-
-    def batches(
-        self, batch_size: int, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield exactly so many batches; every epoch has an order of its own."""
-        epochs = (self._data.batches(batch_size, generator) for _ in repeat(None))
-        return islice(chain.from_iterable(epochs), self._num_batches)

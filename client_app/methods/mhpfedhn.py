@@ -1,11 +1,13 @@
 """MH-pFedHN and MH-pFedHNGD on the client (arXiv 2507.22330): train what was generated for it.
 
 The change goes back; BatchNorm statistics stay. With GD the client also trains a copy of the global
-model w_g, and distils from w_g as it was sent.
+model w_g, and distils from w_g as it was sent. With PG that is a common model of its own, and the
+client predicts with both.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +15,32 @@ from torch import Tensor, nn
 
 from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
+from client_app.predictor import choose_weight, mixture
 from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member
-from client_app.training.loop import Loss, Teacher, Trained, cross_entropy, delta, train
+from client_app.training.loop import (
+    Loss,
+    Teacher,
+    Trained,
+    cross_entropy,
+    delta,
+    judged,
+    logits_over,
+    num_correct,
+    train,
+)
 from common.compression import Float32
 from common.config import DistillSection, TrainingSection
 from common.errors import WireError
-from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
+from common.messages import (
+    DELTA,
+    DISTIL,
+    GLOBAL_DELTA,
+    GLOBAL_THETA,
+    THETA,
+    TRAIN_GLOBAL,
+    Evaluation,
+)
 from common.records import Arrays, Received
 from common.seeding import stream_seed
 
@@ -192,3 +213,25 @@ class MHpFedHN(Method):
         if theta is None or not task.flag(DISTIL):
             return cross_entropy
         return Teacher(self.teacher(theta), task.section(DistillSection)).loss
+
+
+class MHpFedHNPG(MHpFedHN):
+    """Trains both models that came; predicts with what the validation examples prefer."""
+
+    def ready(self, task: Received, *, before: int) -> Instance:
+        """Load both models, each with its own statistics; return the own one."""
+        self._ready(GLOBAL, task, before)
+        return super().ready(task, before=before)
+
+    def measure(self, task: Received, instance: Instance) -> Evaluation:
+        """Test the own model, the common model and the predictor."""
+        started, data = time.monotonic(), self.data
+        models = (instance.model, instance_of(self.global_kind).model)
+        own, common = (logits_over(model, data, validation=True) for model in models)
+        weight = choose_weight(own, common, data.validation_labels)
+        own, common = (logits_over(model, data) for model in models)
+        others = {
+            "own": num_correct(own, data.test_labels),
+            "common": num_correct(common, data.test_labels),
+        }
+        return replace(judged(mixture(own, common, weight), data, started), others=others)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from client_app.methods.base import BatchBudget, as_array
+from collections.abc import Iterator
+from itertools import chain, islice, repeat
+
+import torch
+from torch import Tensor
+
+from client_app.data.examples import ClientData
+from client_app.methods.base import as_array
 from client_app.methods.fedavg import FedAvg
 from client_app.models.instances import Instance
 from client_app.training.loop import Trained, cross_entropy, delta, train
@@ -29,3 +36,18 @@ class PFedHN(FedAvg):
         """Send the change, before minus after."""
         sent = self.vector(task, THETA, instance.model.num_parameters)
         return {DELTA: as_array(delta(sent, instance.model.theta.detach()))}
+
+
+class BatchBudget:
+    """A client's examples, epoch after epoch, cut off after a number of batches."""
+
+    def __init__(self, data: ClientData, num_batches: int) -> None:
+        self._data, self._num_batches = data, num_batches
+        self.num_train, self.num_classes = data.num_train, data.num_classes
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield exactly so many batches; every epoch has an order of its own."""
+        epochs = (self._data.batches(batch_size, generator) for _ in repeat(None))
+        return islice(chain.from_iterable(epochs), self._num_batches)

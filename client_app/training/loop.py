@@ -244,23 +244,34 @@ def train(
 
 
 @torch.no_grad()
+def logits_over(model: FlatModel, data: ClientData, *, validation: bool = False) -> Tensor:
+    """Return the logits (B, C) of the test or validation examples, in evaluation mode."""
+    model.module.eval()
+    size = TEST_BATCH.get(model.theta.device.type, 256)
+    batches = data.validation_batches(size) if validation else data.test_batches(size)
+    found = [logits_of(model.module, images, data.num_classes) for images, _ in batches]
+    return torch.cat(found) if found else model.theta.new_empty(0, data.num_classes)
+
+
 def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
     """Count correct test examples of the model as it is, in evaluation mode."""
     started = time.monotonic()
-    model.module.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=model.theta.device)
-    total = torch.zeros((), dtype=torch.float64, device=model.theta.device)
-    batch_size = TEST_BATCH.get(model.theta.device.type, 256)
-    for images, labels in data.test_batches(batch_size):
-        logits = logits_of(model.module, images, data.num_classes)
-        correct += (logits.argmax(dim=1) == labels).sum()
-        total += functional.cross_entropy(logits, labels, reduction="sum").double()
+    return judged(logits_over(model, data), data, started)
+
+
+def judged(logits: Tensor, data: ClientData, started: float) -> Evaluation:
+    """Count correct test examples by their logits (B, C); `started` is when that was begun."""
     return Evaluation(
         num_test=data.num_test,
-        num_correct=int(correct),
-        test_loss=float(total) / data.num_test,
+        num_correct=num_correct(logits, data.test_labels),
+        test_loss=float(functional.cross_entropy(logits.double(), data.test_labels)),
         seconds=time.monotonic() - started,
     )
+
+
+def num_correct(logits: Tensor, labels: Tensor) -> int:
+    """Count the examples whose largest logit (B, C) is that of their label (B,)."""
+    return int((logits.argmax(dim=1) == labels).sum())
 
 
 def logits_of(module: nn.Module, images: Tensor, num_classes: int) -> Tensor:

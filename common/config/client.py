@@ -49,7 +49,18 @@ class ClientSection(Section):
         0, "cap on a client's examples, train and test together, labels in proportion; 0: all", ge=0
     )
     partition_options: str = key("{}", "JSON keywords", where="a flwr-datasets partitioner")
-    test_fraction: float = key(0.25, "of a client's examples, held back to test", gt=0, lt=1)
+    test_fraction: float = key(0.25, "of a client's examples, held back from training", gt=0, lt=1)
+    validation_fraction: float = key(
+        0.0,
+        "of a client's examples, of those held back: what its predictor is chosen on, never tested",
+        ge=0,
+        lt=1,
+    )
+    measure_alone: bool = key(
+        False,
+        "train the model also alone, by the same recipe and never touched by the federation: what "
+        "joining is worth",
+    )
     image_size: int = key(32, "pictures of another size are scaled", unit="pixels a side", ge=8)
     device: str = key("auto", "auto, cpu, cuda:0")
     theta_offset: Literal["none", "init"] = key(
@@ -105,6 +116,8 @@ class NodeConfig(Section):
     max_client_examples: int | None = key(None, AS_RUN, ge=0)
     partition_options: str | None = key(None, AS_RUN)
     test_fraction: float | None = key(None, AS_RUN, gt=0, lt=1)
+    validation_fraction: float | None = key(None, AS_RUN, ge=0, lt=1)
+    measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8)
     device: str | None = key(None, AS_RUN)
     client_threads: int | None = key(None, AS_RUN, ge=0)

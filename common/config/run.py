@@ -15,8 +15,8 @@ class RunSection(Section):
 
     method: Annotated[str, AfterValidator(known_method)] = key(
         "mh-pfedhn-gd",
-        '"mh-pfedhn", "mh-pfedhn-gd" with the distilling global model, or a baseline: '
-        "docs/baselines.md",
+        '"mh-pfedhn"; "mh-pfedhn-gd" with one global model that all distil from; "mh-pfedhn-pg" '
+        "with a personal common model for each; or a baseline: docs/baselines.md",
     )
     rounds: int = key(28, "one round is one pass over the clients present", ge=1)
     seed: int = key(42, "of the data split, first weights, the order of clients, batches", ge=0)

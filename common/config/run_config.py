@@ -55,8 +55,23 @@ class RunConfig(BaseModel):
 
     @property
     def distils(self) -> bool:
-        """Whether the run has a global model (MH-pFedHNGD)."""
+        """Whether clients learn from a common model: the global one, or each from its own."""
+        return self.has_global_model or self.has_personal_common
+
+    @property
+    def has_global_model(self) -> bool:
+        """Whether there is one w_g for everybody (MH-pFedHNGD)."""
         return self.run.method == "mh-pfedhn-gd"
+
+    @property
+    def has_personal_common(self) -> bool:
+        """Whether every client has a common model of its own (MH-pFedHN-PG)."""
+        return self.run.method == "mh-pfedhn-pg"
+
+    @property
+    def exchanges_first(self) -> bool:
+        """Whether the global model has a message of its own before the personal one."""
+        return self.has_global_model and self.distill.gd_mode == "separate"
 
     @property
     def is_baseline(self) -> bool:
@@ -137,6 +152,18 @@ def _check_together(config: RunConfig) -> None:
             "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "
             "theta-offset = 'init' as well, or head-init = 'shared'."
         )
+    c = config.client
+    if c.validation_fraction >= c.test_fraction:
+        raise ConfigError(
+            f"run config: validation-fraction = {c.validation_fraction:g} of a client's examples "
+            f"is taken from test-fraction = {c.test_fraction:g}, and leaves nothing to test on. "
+            "Set it lower; 0 is for methods that choose nothing."
+        )
+    if config.has_personal_common and not c.validation_fraction:
+        raise ConfigError(
+            "run config: mh-pfedhn-pg weighs the own and the common model on validation examples; "
+            "validation-fraction = 0 leaves none. Set 0.1, say."
+        )
     if config.client.absent_clients >= config.client.num_partitions:
         raise ConfigError(
             f"run config: absent-clients = {config.client.absent_clients} of "
@@ -156,7 +183,7 @@ def _check_patience(config: RunConfig) -> None:
             "close-fraction to min-fraction or more."
         )
     waits = [f"evaluation = {config.run.evaluation!r}"] * (config.run.evaluation == "separate")
-    if config.distils and config.distill.gd_mode == "separate":
+    if config.exchanges_first:
         waits.append("gd-mode = 'separate'")
     if s.close_fraction < 1 and waits:
         raise ConfigError(

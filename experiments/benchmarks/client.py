@@ -66,6 +66,8 @@ def random_client(num_train: int, num_test: int, device: str = "cpu") -> ClientD
         train_labels=labels(num_train),
         test_images=images(num_test),
         test_labels=labels(num_test),
+        validation_images=images(0),
+        validation_labels=labels(0),
         mean=torch.full((3,), 0.5, device=device),
         std=torch.full((3,), 0.25, device=device),
         num_classes=NUM_CLASSES,

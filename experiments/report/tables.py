@@ -16,7 +16,9 @@ from experiments.report.settings import complete_settings
 
 Cell = Callable[[Group], str]
 NONE = "-"
-OTHER_PREFIX = "accuracy_micro_"
+OTHER_PREFIX = "accuracy_"
+SUMMARIES = ("micro", "macro", "std", "worst10")
+"""What of `accuracy_...` is no further predictor."""
 ERRORS = "Mean ± standard error over seeds; only completed runs, one for each seed."
 
 
@@ -50,6 +52,7 @@ def _span(value: Callable[[Run], float | None]) -> Cell:
 def _other_predictors(group: Group) -> str:
     keys = {key for run in group.counted for key in run.summary.get("last") or {}}
     names = sorted(k.removeprefix(OTHER_PREFIX) for k in keys if k.startswith(OTHER_PREFIX))
+    names = [name for name in names if name not in SUMMARIES]
     return ", ".join(f"{name} {_share(OTHER_PREFIX + name)(group)}" for name in names) or NONE
 
 

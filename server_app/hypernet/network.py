@@ -71,10 +71,13 @@ class Hypernetwork:
 
     # --- clients ---------------------------------------------------------------------------------
 
-    def add_client(self, client_id: str, num_parameters: int, *, tag: str = "") -> None:
+    def add_client(
+        self, client_id: str, num_parameters: int, *, tag: str = "", group: str = ""
+    ) -> None:
         """Give a client an embedding and a head group, an old or a new one.
 
-        A declared `tag` counts where `head-sharing = "tag"`. Raises RegistrationError where the
+        A declared `tag` counts where `head-sharing = "tag"`; who names a `group` shares with all
+        of the same name and size, whatever `head-sharing` says. Raises RegistrationError where the
         client is known already, or its size is outside 1..max-parameters.
         """
         if client_id in self._sizes:
@@ -93,7 +96,9 @@ class Hypernetwork:
         generator = torch_generator(self.seed, "embedding", client_id=client_id)
         rows = torch.randn(chunks, s.embed_dim, generator=generator) * s.embedding_std
         self.embeddings[client_id] = nn.Parameter(rows.to(self.device))
-        key, heads = head_group(s, client_id, chunks, tag)
+        key, heads = (
+            (f"{chunks}-{group}", chunks) if group else head_group(s, client_id, chunks, tag)
+        )
         if key not in self.groups:
             drawn = HeadGroup.draw(s, heads, torch_generator(self.seed, f"head/{key}"))
             self.groups[key] = drawn.to(self.device)

@@ -3,6 +3,8 @@
 Generate every client's parameters; pull the changes that come back through the hypernetwork. GD
 adds a global model w_g, generated from an embedding of its own, that all clients train and distil
 from: in a message of its own before the personal one, as published, or in the same (`gd-mode`).
+PG gives every client a personal common model w_i in its place. Differs from paper: there is one for
+all, and a client predicts with its own model alone.
 """
 
 from __future__ import annotations
@@ -61,11 +63,11 @@ class MHpFedHN(Method[Deltas]):
         self._global_step: StepDiagnostics | None = None
         self._holders: set[str] = set()  # clients that have this round's w_g already
         self._server_round = 0
-        self._distils, self._distill_keys = config.distils, config.distill.flat()
+        self._distils, self.distill_keys = config.has_global_model, config.distill.flat()
         # w_g does not learn when only new clients do
-        trains = config.distils and not config.run.novel_only
-        self._separate = trains and config.distill.gd_mode == "separate"
-        self._fused = trains and config.distill.gd_mode == "fused"
+        trains = config.has_global_model and not config.run.novel_only
+        self._separate = trains and config.exchanges_first
+        self._fused = trains and not config.exchanges_first
 
     # --- who takes part --------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class MHpFedHN(Method[Deltas]):
             hypernet.remove_client(client_id)
             self._frozen_clients.discard(client_id)
         hypernet.add_client(client_id, client.num_parameters, tag=tag)
-        if self.config.distils and not hypernet.has_client(GLOBAL_ID):
+        if self.config.has_global_model and not hypernet.has_client(GLOBAL_ID):
             hypernet.add_client(GLOBAL_ID, client.num_global_parameters, tag=GLOBAL_ID)
 
     def learners(self, clients: list[Client]) -> list[Client]:
@@ -111,7 +113,7 @@ class MHpFedHN(Method[Deltas]):
         """Generate theta with the phi of the moment; to train, w_g goes to whoever lacks it."""
         settings: dict[str, Any] = {}
         if training and self._distils:
-            settings = {TRAIN_GLOBAL: self._fused, DISTIL: True, **self._distill_keys}
+            settings = {TRAIN_GLOBAL: self._fused, DISTIL: True, **self.distill_keys}
         for client_id, theta in self.hypernet.thetas([client.client_id for client in clients]):
             arrays = {THETA: theta}
             if settings and self._global_theta is not None and client_id not in self._holders:
@@ -124,12 +126,13 @@ class MHpFedHN(Method[Deltas]):
         """Read the client's delta, and that of w_g where it was asked for."""
         shared = self._read_global(client, reply) if self._fused else None
         size = self.hypernet.num_parameters(client.client_id)
-        return Deltas(self._delta(reply, DELTA, size), shared)
+        return Deltas(self.delta(reply, DELTA, size), shared)
 
     def _read_global(self, client: Client, reply: Received) -> Float32:
-        return self._delta(reply, GLOBAL_DELTA, self.hypernet.num_parameters(GLOBAL_ID))
+        return self.delta(reply, GLOBAL_DELTA, self.hypernet.num_parameters(GLOBAL_ID))
 
-    def _delta(self, reply: Received, name: str, size: int) -> Float32:
+    def delta(self, reply: Received, name: str, size: int) -> Float32:
+        """Read a change (size,) that is not absurdly large; raise WireError where there is none."""
         delta = reply.vector(name, size, top_k=self.config.wire.uplink_top_k)
         require_norm(delta, name, self.max_norm)
         return delta
@@ -142,12 +145,14 @@ class MHpFedHN(Method[Deltas]):
         """Take one step of the rule along J^T delta of these clients."""
         shared = [(u, u.content.shared) for u in uploads if u.content.shared is not None]
         self._global_updates |= _weighted(shared)
-        updates = [
-            Update(u.client.client_id, torch.from_numpy(u.content.personal), staleness=u.staleness)
-            for u in uploads
-        ]
+        updates = [update for upload in uploads for update in self.updates(upload)]
         usual = self.clip.clip_all(updates, self.hypernet.group_key)
         return self.rule.step(usual, progress=progress)
+
+    def updates(self, upload: Upload[Deltas]) -> list[Update]:
+        """Return what the rule's step gets from one upload."""
+        delta = torch.from_numpy(upload.content.personal)
+        return [Update(upload.client.client_id, delta, staleness=upload.staleness)]
 
     def close_round(self) -> dict[str, float]:
         """Fused GD: one step for w_g, from the deltas that came with the personal ones."""
@@ -201,6 +206,47 @@ class MHpFedHN(Method[Deltas]):
         if hypernet.section.head_sharing != "chunks":
             facts["head_group"] = hypernet.group_key(client_id)
         return facts
+
+
+def common_id(client_id: str) -> str:
+    """Return the name of a client's common model in the hypernetwork; no client is called so."""
+    return f"{GLOBAL_ID}/{client_id}"
+
+
+class MHpFedHNPG(MHpFedHN):
+    """MH-pFedHN-PG (docs/method.md): two embeddings a client, of its own and its common model.
+
+    All common models have one small architecture and share one head group, whatever the clients'
+    own architectures are: through it everybody learns from everybody.
+    """
+
+    def add_client(self, client: Client) -> None:
+        """Give a client both embeddings, unless it has them; the common one survives its model."""
+        super().add_client(client)
+        name, size = common_id(client.client_id), client.num_global_parameters
+        if not self.hypernet.has_client(name):
+            self.hypernet.add_client(name, size, group=GLOBAL_ID)
+
+    def contents(self, clients: Sequence[Client], *, training: bool) -> Iterator[Content]:
+        """Generate both models with the phi of the moment."""
+        trains = {TRAIN_GLOBAL: True, DISTIL: True, **self.distill_keys} if training else {}
+        own = self.hypernet.thetas([client.client_id for client in clients])
+        common = self.hypernet.thetas([common_id(client.client_id) for client in clients])
+        for (_, theta), (_, shared) in zip(own, common, strict=True):
+            yield Content(trains, {THETA: theta, GLOBAL_THETA: shared})
+
+    def read(self, client: Client, reply: Received) -> Deltas:
+        """Read the changes of both models."""
+        size = self.hypernet.num_parameters
+        own = self.delta(reply, DELTA, size(client.client_id))
+        shared = self.delta(reply, GLOBAL_DELTA, size(common_id(client.client_id)))
+        return Deltas(own, shared)
+
+    def updates(self, upload: Upload[Deltas]) -> list[Update]:
+        """Return an update for each of the two embeddings."""
+        assert upload.content.shared is not None  # `read` made it
+        name, delta = common_id(upload.client.client_id), torch.from_numpy(upload.content.shared)
+        return [*super().updates(upload), Update(name, delta, staleness=upload.staleness)]
 
 
 def _weighted(deltas: Iterable[tuple[Upload[Any], Float32]]) -> dict[str, Update]:

@@ -26,7 +26,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import replace_file
 from common.log import logger
-from common.messages import Evaluation
+from common.messages import ALONE, Evaluation
 
 LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
@@ -249,7 +249,8 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     accuracy_micro: sum of correct over sum of examples (the paper's metric); accuracy_macro: mean
     over clients; accuracy_std: population standard deviation over clients; accuracy_worst10: mean
     of the worst tenth of clients (at least one); test_loss: mean over examples, in nats;
-    accuracy_micro_x for a further predictor x.
+    accuracy_x: micro accuracy of a further predictor x; share_gaining: the fraction of clients
+    whose accuracy is higher than that of their model trained alone, of those who measured it.
     """
     if not evaluations:
         return {}
@@ -257,12 +258,23 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     accuracies = sorted(row.num_correct / row.num_test for row in rows)
     worst = accuracies[: max(1, math.ceil(0.1 * len(accuracies)))]
     num_test = sum(row.num_test for row in rows)
-    others = {name: sum(row.others.get(name, 0) for row in rows) for name in rows[0].others}
     return {
         "accuracy_micro": sum(row.num_correct for row in rows) / num_test,
         "accuracy_macro": fmean(accuracies),
         "accuracy_std": pstdev(accuracies),
         "accuracy_worst10": fmean(worst),
         "test_loss": weighted_mean((r.num_test, r.test_loss) for r in rows),
-        **{f"accuracy_micro_{name}": count / num_test for name, count in others.items()},
+        **_others(rows),
     }
+
+
+def _others(rows: Sequence[Evaluation]) -> dict[str, float]:
+    """Summarise the further predictors, each over the clients that report it."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.others):
+        having = [row for row in rows if name in row.others]
+        num_test = sum(row.num_test for row in having)
+        found[f"accuracy_{name}"] = sum(row.others[name] for row in having) / num_test
+        if name == ALONE:
+            found["share_gaining"] = fmean(row.num_correct > row.others[name] for row in having)
+    return found

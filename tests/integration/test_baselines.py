@@ -134,9 +134,7 @@ def test_fine_tuning_is_measured_and_changes_nothing(tmp_path: Path) -> None:
     tuned = config_for(tmp_path / "b", "fedavg-ft", models=f"{HERE}:normed", rounds=3)
     for config in (plain, tuned):
         run_tiny(config)
-    assert [r["accuracy_micro"] for r in rows(plain)] == [
-        r["accuracy_micro_global"] for r in rows(tuned)
-    ]
+    assert [r["accuracy_micro"] for r in rows(plain)] == [r["accuracy_global"] for r in rows(tuned)]
     assert [r["accuracy_micro"] for r in rows(tuned)] != [r["accuracy_micro"] for r in rows(plain)]
 
 
@@ -162,7 +160,7 @@ def test_prototypes_report_the_head_too_and_send_own_classes_alone(tmp_path: Pat
     )  # fmt: skip
     run_tiny(config, app=recorded(kept, "train.personal"))
     assert {sent["means"].size for _, _, sent in kept["all"]} == {2 * 8}
-    assert "accuracy_micro_head" in rows(config)[-1]
+    assert "accuracy_head" in rows(config)[-1]
     assert "accuracy_head" in client_rows(config)[0]
 
 

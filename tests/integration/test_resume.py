@@ -20,6 +20,7 @@ METHODS = pytest.mark.parametrize(
         ("mh-pfedhn", {"max_in_flight": 1, "buffer_size": 1}),
         ("mh-pfedhn-gd", {"max_in_flight": 3, "buffer_size": 3}),
         ("mh-pfedhn-gd", {"max_in_flight": 0, "buffer_size": 0, "gd_mode": "fused"}),
+        ("mh-pfedhn-pg", {"validation_fraction": 0.1, "measure_alone": True}),
     ],
 )
 

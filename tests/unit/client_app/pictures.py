@@ -69,6 +69,8 @@ def client_data(num_train: int = 70, num_test: int = 20, classes: int = 10) -> C
         train_labels=labels(num_train),
         test_images=draw(num_test),
         test_labels=labels(num_test),
+        validation_images=draw(0),
+        validation_labels=labels(0),
         mean=torch.tensor([0.5, 0.4, 0.3]),
         std=torch.tensor([0.2, 0.25, 0.3]),
         num_classes=classes,

@@ -92,8 +92,8 @@ def test_unfinished_runs_are_named_and_in_no_mean(page: str) -> None:
 def test_second_predictors_are_in_both_tables(tmp_path: Path) -> None:
     for seed, head in ((1, 0.7), (2, 0.8)):
         write_seed(tmp_path / f"p{seed}", method="fedproto", seed=seed, evaluation="fused",
-                   row={"accuracy_micro_head": head})  # fmt: skip
-    write_seed(tmp_path / "t", method="fedavg-ft", row={"accuracy_micro_global": 0.3})
+                   row={"accuracy_head": head})  # fmt: skip
+    write_seed(tmp_path / "t", method="fedavg-ft", row={"accuracy_global": 0.3})
     write_seed(tmp_path / "a", method="fedavg")
     page = report(tmp_path)
     table = (tmp_path / "report.md").read_text()

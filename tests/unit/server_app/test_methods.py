@@ -34,7 +34,7 @@ def client(client_id: str, **facts: object) -> Client:
 
 def config(method: str, **settings: object) -> RunConfig:
     flat = {k.replace("_", "-"): v for k, v in settings.items()}
-    return RunConfig.parse({"method": method, **flat})
+    return RunConfig.parse({"method": method, "validation-fraction": 0.1, **flat})
 
 
 def adapted(name: str, **settings: object) -> RunConfig:
@@ -252,7 +252,8 @@ def uploads_for(method: str, clients: list[Client]) -> list[Upload]:
         if method in ("fedproto", "fedgh", "fedtgp", "fd"):
             content = means(rng, [0, 2, 2], 4 if method == "fd" else 3)
         if method.startswith("mh-"):
-            content = Deltas(content, None)
+            shared = rng.normal(size=5).astype(np.float32) if method == "mh-pfedhn-pg" else None
+            content = Deltas(content, shared)
         made.append(Upload(c, 10, None if method == "local" else content))
     return made
 

@@ -98,7 +98,7 @@ VECTORS = {
     **{key: {"counts": 4, "means": 12} for key in ("fedproto", "fedtgp", "fedgh")},
     "fd": {"counts": 4, "means": 16},
     **{key: {"delta": 6} for key in ("pfedhn", "mh-pfedhn")},
-    "mh-pfedhn-gd": {"delta": 6, "global-delta": 5},
+    **{key: {"delta": 6, "global-delta": 5} for key in ("mh-pfedhn-gd", "mh-pfedhn-pg")},
 }
 
 
@@ -106,7 +106,8 @@ class Box:
     """A method with its transport; replies to client a's message as told."""
 
     def __init__(self, name: str) -> None:
-        config = RunConfig.parse({"method": name, "gd-mode": "fused", "chunk-size": 4})
+        settings = {"gd-mode": "fused", "chunk-size": 4, "validation-fraction": 0.1}
+        config = RunConfig.parse({"method": name, **settings})
         self.method = method_class(name, "server_app")(config)
         self.method.add_client(CLIENT)
         self.method.open_round(1, [CLIENT], lambda *_: [])

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
-from client_app.methods.base import BatchBudget
 from client_app.methods.features import class_means, head_of, require_head_is_last, tapped
+from client_app.methods.pfedhn import BatchBudget
 from client_app.models.instances import (
     Instance,
     ModelKind,
@@ -33,6 +33,8 @@ def toy_data(count: int = 70) -> ClientData:
         train_labels=labels,
         test_images=images[:9],
         test_labels=labels[:9],
+        validation_images=images[:0],
+        validation_labels=labels[:0],
         mean=torch.tensor([0.5]),
         std=torch.tensor([0.25]),
         num_classes=4,

@@ -1,0 +1,48 @@
+"""MH-pFedHN-PG, and the model trained alone beside any method, in whole runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import RunConfig
+from tests.support.outputs import client_rows, rows
+from tests.support.tiny import run_tiny, tiny_config
+
+PREDICTORS = ("own", "common", "alone")
+
+
+def personal_common(tmp_path: Path, **settings: Any) -> RunConfig:
+    wanted = {"method": "mh-pfedhn-pg", "validation_fraction": 0.1, "measure_alone": True}
+    return tiny_config(tmp_path, **{**wanted, "max_in_flight": 0, "buffer_size": 0, **settings})
+
+
+@pytest.mark.parametrize("evaluation", ["separate", "fused"])
+def test_every_predictor_is_measured_in_every_round(tmp_path: Path, evaluation: str) -> None:
+    config = personal_common(tmp_path, rounds=3, evaluation=evaluation)
+    run_tiny(config)
+    for row in rows(config):
+        assert all(0 <= row[f"accuracy_{name}"] <= 1 for name in PREDICTORS)
+        assert 0 <= row["share_gaining"] <= 1
+        assert row["num_updates"] == 12  # of six clients, two models each
+    for client in client_rows(config):
+        assert all(0 <= float(client[f"accuracy_{name}"]) <= 1 for name in PREDICTORS)
+
+
+def test_the_common_model_learns_and_so_does_the_predictor(tmp_path: Path) -> None:
+    config = personal_common(tmp_path, rounds=12)
+    run_tiny(config)
+    last = rows(config)[-1]
+    assert last["accuracy_common"] > 0.8
+    assert last["accuracy_micro"] > 0.9
+
+
+@pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn", "fedavg"])
+def test_the_model_trained_alone_is_that_of_local(tmp_path: Path, method: str) -> None:
+    beside = personal_common(tmp_path / "beside", rounds=3, method=method)
+    local = personal_common(tmp_path / "local", rounds=3, method="local")
+    run_tiny(beside)
+    run_tiny(local)
+    for row, alone in zip(rows(beside), rows(local), strict=True):
+        assert row["accuracy_alone"] == alone["accuracy_micro"]
+        assert "accuracy_alone" not in alone
