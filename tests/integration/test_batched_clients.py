@@ -78,3 +78,25 @@ def test_dropout_and_distillation(
     for one, other in zip(alone, batched, strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
         assert other["num_accepted"] == 6
+
+
+@pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn"])
+def test_every_predictor_is_measured_as_one_by_one(
+    tmp_path: Path, method: str, sizes: list[int]
+) -> None:
+    settings = {
+        "method": method,
+        "measure_alone": True,
+        "validation_fraction": 0.1,
+        "models": f"{HERE}:normed,{HERE}:small",
+        "max_in_flight": 0,
+        "buffer_size": 0,
+        "rounds": 3,
+        "evaluation": "fused",
+    }
+    alone = run(tiny_config(tmp_path / "a", **settings), 0)
+    batched = run(tiny_config(tmp_path / "b", **settings), 6)
+    assert sizes == []
+    for one, other in zip(alone, batched, strict=True):
+        for key in (k for k in one if k.startswith("accuracy_") or k == "train_loss"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key

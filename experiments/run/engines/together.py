@@ -83,13 +83,20 @@ def _open(position: int, message: Message, context: Context) -> _Ready | None:
         return None
     try:
         participant = Participant.open(context)
-        if participant.config.is_baseline:
+        if not _is_batchable(participant):
             return None
         task, method = participant.task(message.content), MHpFedHN(participant)
         ready = _Ready(position, method, task, method.teacher_theta(task))
         return ready if ready.fits() else None
     except MHpFedHNError:
         return None  # raised again, and reported, when the client trains by itself
+
+
+def _is_batchable(participant: Participant) -> bool:
+    """Whether what it does is known here: its method's models and its tests, and no other."""
+    config = participant.config
+    known = not (config.is_baseline or config.has_personal_common)
+    return known and not participant.section.measure_alone
 
 
 def _train(group: Sequence[_Ready]) -> list[RecordDict]:
