@@ -5,6 +5,7 @@ Imports torch; `app.py` decides in which process it runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from common.config import ClientSection, RunConfig, declared
+from common.config import ClientSection, RunConfig, TrainingSection, declared
 from common.errors import WireError
 from common.messages import Evaluation
 from common.methods import method_class
@@ -69,6 +70,11 @@ class Participant:
         self.state.enter_federation(task.header.federation_id)
         return task
 
+    def in_round(self, section: TrainingSection, server_round: int) -> TrainingSection:
+        """Give local training the rate of a round of this run."""
+        rate = rate_of_round(section, server_round, self.config.run.rounds)
+        return section.model_copy(update={"learning_rate": rate})
+
     def store(self, module: nn.Module, evaluation: Evaluation) -> str:
         """Store the own model with the weights that it holds now; return their path.
 
@@ -80,6 +86,13 @@ class Participant:
         personal = PersonalModel(self.model_name, module, self.data, evaluation)
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
+
+
+def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:
+    """Return the local rate in a round, 1 to `rounds`: along a cosine to `learning-rate-final`."""
+    passed = min((server_round - 1) / max(rounds - 1, 1), 1.0)
+    final = section.learning_rate_final
+    return section.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * passed)) / 2)
 
 
 def reply_to(message_type: str, content: RecordDict, context: Context) -> RecordDict:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from client_app.data.augment import draw_moves, moved
 from client_app.data.cache import DecodedDataset, open_dataset
 from client_app.data.catalogue import CATALOGUE, DATASET_NAMES
 from client_app.data.own import FolderSource, FunctionSource
@@ -27,7 +28,7 @@ from client_app.data.partitions import WHOLE, client_indices
 from client_app.data.published import DigitsSource, HubSource, find_local_files
 from client_app.data.source import Source
 from client_app.data.splits import Indices, split_train_test
-from common.config import ClientSection
+from common.config import ClientSection, named_augmentations
 from common.errors import ConfigError, DataError, unknown_name
 from common.seeding import numpy_generator
 
@@ -40,7 +41,8 @@ class ClientData:
 
     Images are (N, C, H, W) uint8, in channels-last memory: batches inherit it, and convolutions on
     CPU are up to 1.5 times as fast with it. Labels are (N,) int64; mean and std (C,) float32, in
-    units of full intensity. `test_rows` (N,) int64 says which examples of the source the test
+    units of full intensity. `augmentation` names how train examples are changed. `test_rows` (N,)
+    int64 says which examples of the source the test
     examples are, so that a stored model's accuracy can be checked without this project.
     """
 
@@ -55,6 +57,7 @@ class ClientData:
     num_classes: int
     in_channels: int
     test_rows: Indices | None = None
+    augmentation: tuple[str, ...] = ()
 
     @property
     def num_train(self) -> int:
@@ -94,15 +97,32 @@ class ClientData:
     def batches(
         self, batch_size: int, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the train examples once in an order drawn from `generator`; last batch kept.
+        """Yield the train examples once as drawn from `generator`; last batch kept.
 
         Images (B, C, H, W) float32, normalised, and labels (B,) int64, both on the device.
         """
-        order = torch.randperm(self.num_train, generator=generator, device=generator.device)
-        order = order.to(self.train_labels.device)
+        epoch = self.draw_epoch(generator).to(self.train_labels.device)
         for start in range(0, self.num_train, batch_size):
-            rows = order[start : start + batch_size]
-            yield self.normalise(self.train_images[rows]), self.train_labels[rows]
+            rows, moves = (
+                epoch[0, start : start + batch_size],
+                epoch[1:, start : start + batch_size],
+            )
+            images = self.train_images[rows]
+            if self.augmentation:
+                images = moved(images, moves)
+            yield self.normalise(images), self.train_labels[rows]
+
+    def draw_epoch(self, generator: torch.Generator) -> Tensor:
+        """Draw the order of the train examples, (1, N) int64 on the generator's device.
+
+        With an augmentation it is (4, N): their `draw_moves` too, in the same order.
+        """
+        count, device = self.num_train, generator.device
+        order = torch.randperm(count, generator=generator, device=device)[None]
+        if not self.augmentation:
+            return order
+        size = self.train_images.shape[-1]
+        return torch.cat([order, draw_moves(self.augmentation, count, size, generator)])
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test examples once, in a fixed order; as `batches`."""
@@ -244,4 +264,5 @@ def _load(section: ClientSection, partition_id: int, seed: int, device: torch.de
         num_classes=dataset.num_classes,
         in_channels=len(dataset.mean),
         test_rows=np.asarray(rows)[test],
+        augmentation=named_augmentations(section.augmentation),
     )

@@ -28,7 +28,6 @@ from client_app.store import Stamp
 from client_app.training.loop import (
     Loss,
     Trained,
-    cross_entropy,
     evaluate,
     logits_over,
     num_correct,
@@ -129,7 +128,7 @@ class Method:
 
     def fit(self, task: Received, instance: Instance) -> Trained:
         """Train the model in place."""
-        return self.train(task, instance, cross_entropy)
+        return self.train(task, instance)
 
     def keep(self, task: Received, instance: Instance) -> None:
         """Keep what later rounds need, on this client alone."""
@@ -156,7 +155,7 @@ class Method:
     def _train_alone(self, task: Received) -> None:
         """Train it as Local does, and keep it."""
         instance = self._ready_alone(task, before=task.header.server_round)
-        self.train(task, instance, cross_entropy)
+        self.train(task, instance)
         self.save(ALONE, task, instance, theta=True)
 
     def _ready_alone(self, task: Received, *, before: int) -> Instance:
@@ -244,10 +243,15 @@ class Method:
         rounds = 2 * self.participant.config.run.checkpoint_every
         return Stamp(task.header.server_round, rounds)
 
-    def train(self, task: Received, instance: Instance, loss: Loss) -> Trained:
-        """Train as every method does, with a loss."""
-        section, generator = task.section(TrainingSection), self.shuffler("shuffle", task)
+    def train(self, task: Received, instance: Instance, loss: Loss | None = None) -> Trained:
+        """Train as every method does; with a loss of the method's own, if any."""
+        section, generator = self.training(task), self.shuffler("shuffle", task)
         return train(instance.model, self.data, section, generator=generator, loss=loss)
+
+    def training(self, task: Received) -> TrainingSection:
+        """Return how a message wants local training, at the rate of its round."""
+        now = task.header.server_round
+        return self.participant.in_round(task.section(TrainingSection), now)
 
     def shuffler(self, purpose: str, task: Received) -> torch.Generator:
         """Make the generator that shuffles the examples; every method draws the same orders."""

@@ -17,15 +17,14 @@ from torch.nn import functional
 from client_app.methods.base import Method, as_array
 from client_app.models.instances import Instance, instance_of
 from client_app.training.loop import (
-    MomentumSGD,
     Trained,
-    cross_entropy,
     evaluate,
+    label_loss,
     logits_of,
+    make_optimizer,
     mixed_precision,
     train,
 )
-from common.config import TrainingSection
 from common.messages import THETA, Evaluation
 from common.records import Arrays, Received
 from common.seeding import stream_seed
@@ -63,7 +62,10 @@ class FedAvgFineTuned(FedAvg):
 
     def adapt(self, task: Received, instance: Instance) -> None:
         """Train one epoch; what it changes is not kept."""
-        section = self.participant.config.training.model_copy(update={"local_epochs": 1})
+        section = self.participant.in_round(
+            self.participant.config.training, task.header.server_round
+        )
+        section = section.model_copy(update={"local_epochs": 1})
         train(instance.model, self.data, section, generator=self.shuffler("fine-tune", task))
 
 
@@ -75,10 +77,10 @@ class FedProx(FedAvg):
         received = instance.model.theta.detach().clone()
         parameters = list(instance.model.module.parameters())
 
-        def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        def loss(images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
             theta = torch.cat([p.reshape(-1) for p in parameters])
             distance = (theta - received).square().sum()
-            return cross_entropy(images, logits, labels) + self.settings.fedprox_mu / 2 * distance
+            return hard + self.settings.fedprox_mu / 2 * distance
 
         return self.train(task, instance, loss)
 
@@ -111,9 +113,9 @@ class FML(Method):
         return instance
 
     def _train_both(self, task: Received, instance: Instance, auxiliary: Instance) -> Trained:
-        started, section = time.monotonic(), task.section(TrainingSection)
+        started, section = time.monotonic(), self.training(task)
         models = (instance.model, auxiliary.model)
-        optimizers = [MomentumSGD(model.theta, section) for model in models]
+        optimizers = [make_optimizer(model.theta, section) for model in models]
         for model in models:
             model.module.train()
         generator = self.shuffler("shuffle", task)
@@ -125,19 +127,20 @@ class FML(Method):
                         logits_of(m.module, images, self.data.num_classes).float() for m in models
                     ]
                 for i, model in enumerate(models):
-                    value = mutual_loss(both[i], both[1 - i], labels, LABEL_WEIGHTS[i])
+                    hard = label_loss(both[i], labels, section)
+                    value = mutual_loss(both[i], both[1 - i], hard, LABEL_WEIGHTS[i])
                     model.backward(value)
                     nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
                     if i == 0:
                         total += value.detach() * len(labels)
-                for optimizer in optimizers:
-                    optimizer.step()
+                for optimizer, model in zip(optimizers, models, strict=True):
+                    optimizer.step(model.gradient)
                 seen += len(labels)
         return Trained(self.data.num_train, float(total) / seen, time.monotonic() - started)
 
 
-def mutual_loss(student_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor, weight: float) -> Tensor:
-    """Return weight CE + (1 - weight) KL(teacher || student), batchmean.
+def mutual_loss(student_BC: Tensor, teacher_BC: Tensor, hard: Tensor, weight: float) -> Tensor:
+    """Return weight hard + (1 - weight) KL(teacher || student), batchmean; hard: `label_loss`.
 
     The teacher is detached: it learns from a loss of its own.
     """
@@ -147,4 +150,4 @@ def mutual_loss(student_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor, weight
         reduction="batchmean",
         log_target=True,
     )
-    return weight * functional.cross_entropy(student_BC, labels_B) + (1 - weight) * divergence
+    return weight * hard + (1 - weight) * divergence

@@ -22,7 +22,6 @@ from client_app.training.loop import (
     Loss,
     Teacher,
     Trained,
-    cross_entropy,
     delta,
     judged,
     logits_over,
@@ -30,7 +29,7 @@ from client_app.training.loop import (
     train,
 )
 from common.compression import Float32
-from common.config import DistillSection, TrainingSection
+from common.config import DistillSection
 from common.errors import WireError
 from common.messages import (
     DELTA,
@@ -202,16 +201,16 @@ class MHpFedHN(Method):
         return train(
             instance.model,
             self.data,
-            task.section(TrainingSection),
+            self.training(task),
             generator=self.shuffler(role.shuffle, task),
-            loss=self._loss(task) if role is PERSONAL else cross_entropy,
+            loss=self._loss(task) if role is PERSONAL else None,
             clip=role.clip,
         )
 
-    def _loss(self, task: Received) -> Loss:
+    def _loss(self, task: Received) -> Loss | None:
         theta = self.teacher_theta(task)
         if theta is None or not task.flag(DISTIL):
-            return cross_entropy
+            return None
         return Teacher(self.teacher(theta), task.section(DistillSection)).loss
 
 

@@ -12,8 +12,7 @@ from client_app.data.examples import ClientData
 from client_app.methods.base import as_array
 from client_app.methods.fedavg import FedAvg
 from client_app.models.instances import Instance
-from client_app.training.loop import Trained, cross_entropy, delta, train
-from common.config import TrainingSection
+from client_app.training.loop import Trained, delta, train
 from common.messages import DELTA, THETA
 from common.records import Arrays, Received
 
@@ -24,11 +23,11 @@ class PFedHN(FedAvg):
     def fit(self, task: Received, instance: Instance) -> Trained:
         """Train `pfedhn-batches` batches; 0 means the epochs of every other method."""
         if not self.settings.pfedhn_batches:
-            return self.train(task, instance, cross_entropy)
+            return self.train(task, instance)
         return train(
             instance.model,
             BatchBudget(self.data, self.settings.pfedhn_batches),
-            task.section(TrainingSection).model_copy(update={"local_epochs": 1}),
+            self.training(task).model_copy(update={"local_epochs": 1}),
             generator=self.shuffler("shuffle", task),
         )
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from client_app.methods.base import Method
 from client_app.methods.features import Tap, class_means, tapped
 from client_app.models.instances import Instance
-from client_app.training.loop import TEST_BATCH, Loss, Trained, cross_entropy, logits_of
+from client_app.training.loop import TEST_BATCH, Loss, Trained, logits_of
 from common.class_means import ClassMeans
 from common.config import BaselineSection
 from common.messages import Evaluation
@@ -33,7 +33,7 @@ class FedProto(Method):
         """Train with the prototypes' term, once there are any."""
         known = self._prototypes(task, instance)
         if known is None:
-            return self.train(task, instance, cross_entropy)
+            return self.train(task, instance)
         with tapped(self.head(instance)) as tap:
             return self.train(task, instance, prototype_loss(tap, *known, self.settings))
 
@@ -91,7 +91,7 @@ class FD(Method):
     def fit(self, task: Received, instance: Instance) -> Trained:
         """Train with the distillation term, once there are mean logits."""
         if COUNTS not in task:
-            return self.train(task, instance, cross_entropy)
+            return self.train(task, instance)
         classes = self.data.num_classes
         received = ClassMeans.read(task, classes, classes)
         device = self.participant.device
@@ -105,19 +105,19 @@ class FD(Method):
 
 
 def fd_loss(logits_CC: Tensor, present_C: Tensor, weight: float) -> Loss:
-    """Make the loss: cross-entropy + weight KL(softmax(mean logits of the class) || student).
+    """Make the loss: the labels' + weight KL(softmax(mean logits of the class) || student).
 
     Examples of classes without mean logits add nothing.
     """
     targets_CC = functional.log_softmax(logits_CC, dim=1)
 
-    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
         student_BC = functional.log_softmax(logits, dim=1)
         divergence_BC = functional.kl_div(
             student_BC, targets_CC[labels], reduction="none", log_target=True
         )
         divergence = (divergence_BC * present_C[labels, None]).sum() / len(labels)
-        return cross_entropy(images, logits, labels) + weight * divergence
+        return hard + weight * divergence
 
     return loss
 
@@ -125,16 +125,16 @@ def fd_loss(logits_CC: Tensor, present_C: Tensor, weight: float) -> Loss:
 def prototype_loss(
     tap: Tap, prototypes_CD: Tensor, present_C: Tensor, settings: BaselineSection
 ) -> Loss:
-    """Make the loss: cross-entropy + weight times the distance of features to their prototypes.
+    """Make the loss: the labels' + weight times the distance of features to their prototypes.
 
     The distance is the mean over batch and entries of the squared difference. Examples of classes
     without a prototype add nothing. Differs from paper: there it is the Euclidean distance.
     """
 
-    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
         gaps_BD = (tap.features - prototypes_CD[labels]) * present_C[labels, None]
         distance = gaps_BD.square().mean()
-        return cross_entropy(images, logits, labels) + settings.prototype_weight * distance
+        return hard + settings.prototype_weight * distance
 
     return loss
 

@@ -24,11 +24,11 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn import functional
 
+from client_app.data.augment import moved
 from client_app.data.examples import ClientData
 from client_app.models.instances import MaskFeed, draw_mask, feeding
-from client_app.training.loop import Teacher, Trained, descend, mixed_precision
+from client_app.training.loop import Teacher, Trained, label_loss, make_optimizer, mixed_precision
 from common.config import TrainingSection
 from common.errors import ModelError
 
@@ -137,12 +137,13 @@ class _Cohort:
         self._module, self._members, self._section, self._clip = module, members, section, clip
         self._teacher = teacher
         self._theta = torch.stack([member.theta for member in members])
-        self._momentum = torch.zeros_like(self._theta)
+        self._optimizer = make_optimizer(self._theta, section)
         self._buffers = stacked_buffers(module, members)
         self._pads = not any(isinstance(m, _BatchNorm) for m in module.modules())
         self._images = torch.cat([member.data.train_images for member in members])
         self._labels = torch.cat([member.data.train_labels for member in members])
         self._counts = [member.data.num_train for member in members]
+        self._augments = any(member.data.augmentation for member in members)
         self._loss = torch.zeros(len(members), device=self._theta.device)
         self._wanted = self._wanted_masks()
 
@@ -176,7 +177,7 @@ class _Cohort:
         """Take every step of one pass over the examples."""
         self._module.train()
         size = self._section.batch_size
-        rows = self._shuffled_rows()
+        rows = self._shuffled_rows()  # and moves
         starts = range(0, max(self._counts), size)
         sizes = [[min(size, count - first) for count in self._counts] for first in starts]
         on_device = torch.tensor(sizes, device=rows.device)  # one transfer for all steps
@@ -184,7 +185,7 @@ class _Cohort:
             active = [count for count in step_sizes if count > 0]
             for group in self._groups(active):
                 width = max(active[group])
-                batch = rows[group, first : first + width]
+                batch = rows[:, group, first : first + width]
                 self._step(group, batch, counts[group], active[group])
 
     def _groups(self, sizes: Sequence[int]) -> Iterator[slice]:
@@ -199,31 +200,32 @@ class _Cohort:
             start = stop
 
     def _shuffled_rows(self) -> Tensor:
-        """Draw each member's order as `ClientData.batches` does; rows of `_images` (G, most)."""
+        """Draw each member's epoch as `ClientData.batches` does: rows of `_images` (1, G, most).
+
+        With an augmentation (4, G, most): each picture's moves too, zeros where there are none.
+        """
         width = -(-max(self._counts) // self._section.batch_size) * self._section.batch_size
-        table = torch.zeros(len(self._counts), width, dtype=torch.int64)
+        depth = 4 if self._augments else 1
+        table = torch.zeros(depth, len(self._counts), width, dtype=torch.int64)
         offset = 0
-        for row, member, count in zip(table, self._members, self._counts, strict=True):
-            generator = member.generator
-            drawn = torch.randperm(count, generator=generator, device=generator.device)
-            row[:count] = drawn.cpu() + offset
-            row[count:] = offset  # padding: an example of the member's own
+        for i, (member, count) in enumerate(zip(self._members, self._counts, strict=True)):
+            drawn = member.data.draw_epoch(member.generator).cpu()
+            table[: len(drawn), i, :count] = drawn
+            table[0, i] += offset  # padding: an example of the member's own
             offset += count
         return table.to(self._theta.device)
 
-    def _step(
-        self,
-        group: slice,
-        rows_GB: Tensor,  # noqa: N803
-        count: Tensor,
-        sizes: Sequence[int],
-    ) -> None:
-        """Take one SGD step of the members in `group`, in place; `count` is `sizes`, there."""
-        place = torch.arange(rows_GB.shape[1], device=rows_GB.device)
+    def _step(self, group: slice, batch: Tensor, count: Tensor, sizes: Sequence[int]) -> None:
+        """Take one step of the members in `group`, in place; `count` is `sizes`, there.
+
+        `batch` (1 or 4, G, B) is their part of `_shuffled_rows`.
+        """
+        width = batch.shape[2]
+        place = torch.arange(width, device=batch.device)
         share = (place < count[:, None]) / count[:, None]
         theta = self._theta[group].detach().requires_grad_()
-        masks = self._masks(group, rows_GB.shape[1], sizes)
-        loss = (self._losses(theta, group, rows_GB, masks) * share).sum(dim=1)
+        masks = self._masks(group, width, sizes)
+        loss = (self._losses(theta, group, batch, masks) * share).sum(dim=1)
         (gradient,) = torch.autograd.grad(loss.sum(), theta)
         self._loss[group] += loss.detach() * count
         self._descend(group, gradient)
@@ -232,12 +234,15 @@ class _Cohort:
         self,
         theta: Tensor,
         group: slice,
-        rows_GB: Tensor,  # noqa: N803
+        batch: Tensor,
         masks: list[Tensor],
     ) -> Tensor:
         """Return the loss of every example (G, B)."""
-        data = self._members[0].data
-        images = data.normalise(self._images[rows_GB.flatten()])
+        rows_GB, moves = batch[0], batch[1:]  # noqa: N806
+        pictures = self._images[rows_GB.flatten()]
+        if self._augments:
+            pictures = moved(pictures, moves.flatten(1))
+        images = self._members[0].data.normalise(pictures)
         labels = self._labels[rows_GB].flatten()
         buffers = {name: stacked[group] for name, stacked in self._buffers.items()}
 
@@ -252,20 +257,19 @@ class _Cohort:
         with mixed_precision(self._section, images.device):
             out = vmap(logits)(cut(theta, self._module), buffers, masks, stacked_images)
             out = out.flatten(0, 1).float()
-            if self._teacher is None:
-                losses = functional.cross_entropy(out, labels, reduction="none")
-            else:
-                losses = self._teacher.losses(images, out, labels)
+            losses = label_loss(out, labels, self._section, reduction="none")
+            if self._teacher is not None:
+                losses = self._teacher.losses(images, out, losses)
         return losses.view(rows_GB.shape)
 
     @torch.no_grad()
     def _descend(self, group: slice, gradient: Tensor) -> None:
-        """Clip each member's gradient by its own norm, then SGD with momentum and decay."""
+        """Clip each member's gradient by its own norm, then take the optimizer's step."""
         s = self._section
         if self._clip:
             norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient = gradient * (s.client_clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        descend(self._theta[group], gradient, self._momentum[group], s)
+        self._optimizer.step(gradient, group)
 
     def outcomes(self, started: float) -> Iterator[Outcome]:
         """Yield what became of each member, in the cohort's order."""

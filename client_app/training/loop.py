@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import EllipsisType
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.examples import ClientData
+from client_app.training.optim import AdamW
 from common.config import DistillSection, TrainingSection
 from common.errors import ModelError
 from common.log import logger
@@ -26,8 +28,8 @@ TEST_BATCH = {"cpu": 64, "cuda": 1024}
 """By device type: on a CPU the activations of 64 pictures stay in the cache (1.3 times as fast as
 256, measured), a GPU wants few launches."""
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images (B, ...), logits (B, C), labels (B,)) -> scalar loss."""
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(images (B, ...), logits (B, C), labels (B,), the scalar `label_loss`) -> scalar loss."""
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -79,6 +81,12 @@ class FlatModel:
         """P, the paper's K_i."""
         return self.theta.numel()
 
+    @property
+    def gradient(self) -> Tensor:
+        """`theta.grad` (P,)."""
+        assert self.theta.grad is not None
+        return self.theta.grad
+
     @torch.no_grad()
     def load(self, theta: Tensor) -> None:
         """Overwrite all parameters with theta (P,); raise ModelError at another length."""
@@ -91,8 +99,7 @@ class FlatModel:
     def backward(self, loss: Tensor) -> None:
         """Overwrite `theta.grad` (P,) with the gradient of a scalar loss, 0 where there is none."""
         gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
-        assert self.theta.grad is not None
-        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.theta.grad)
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,12 @@ class Examples(Protocol):
         """Yield what one epoch trains on, as `ClientData.batches`."""
 
 
-def cross_entropy(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a batch, in nats."""
-    return functional.cross_entropy(logits, labels)
+def label_loss(
+    logits: Tensor, labels: Tensor, section: TrainingSection, *, reduction: str = "mean"
+) -> Tensor:
+    """Return the cross-entropy with the labels, smoothed by `label-smoothing`, in nats."""
+    smoothing = section.label_smoothing
+    return functional.cross_entropy(logits, labels, reduction=reduction, label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)
@@ -137,15 +147,13 @@ class Teacher:
     module: nn.Module
     section: DistillSection
 
-    def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch: images (B, ...), logits (B, C), labels (B,)."""
-        divergence = self._divergence(images, logits, reduction="batchmean")
-        return self._mixed(divergence, functional.cross_entropy(logits, labels))
+    def loss(self, images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
+        """Return the mean loss of a batch; as `Loss`."""
+        return self._mixed(self._divergence(images, logits, reduction="batchmean"), hard)
 
-    def losses(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of every example, (B,)."""
-        divergence = self._divergence(images, logits, reduction="none").sum(dim=1)
-        return self._mixed(divergence, functional.cross_entropy(logits, labels, reduction="none"))
+    def losses(self, images: Tensor, logits: Tensor, hard: Tensor) -> Tensor:
+        """Return the loss of every example (B,), of which `hard` (B,) is the `label_loss`."""
+        return self._mixed(self._divergence(images, logits, reduction="none").sum(dim=1), hard)
 
     def _divergence(self, images: Tensor, logits: Tensor, *, reduction: str) -> Tensor:
         self.module.eval()
@@ -182,29 +190,28 @@ def warn_of_slow_bfloat16(device_type: str) -> None:
         )
 
 
-@torch.no_grad()
-def descend(theta: Tensor, gradient: Tensor, momentum: Tensor, section: TrainingSection) -> None:
-    """Take a step of SGD with momentum and weight decay in place, as torch.optim.SGD computes it.
+class MomentumSGD:
+    """Descends theta (..., P) in place as torch.optim.SGD would; its momentum starts at zero.
 
     Written out because torch.optim imports the whole of torch's compiler on first use: two seconds,
-    in every process that trains. All three tensors have one shape, that of theta.
+    in every process that trains.
     """
-    momentum.mul_(section.momentum).add_(gradient).add_(theta, alpha=section.weight_decay)
-    theta.sub_(momentum, alpha=section.learning_rate)
-
-
-class MomentumSGD:
-    """Descends along a flat vector's own gradient; its momentum starts at zero."""
 
     def __init__(self, theta: Tensor, section: TrainingSection) -> None:
-        self._theta = theta
-        self._section = section
-        self._momentum = torch.zeros_like(theta, requires_grad=False)
+        self._theta, self._section = theta.detach(), section
+        self._momentum = torch.zeros_like(self._theta)
 
-    def step(self) -> None:
-        """Descend along `theta.grad` (P,)."""
-        assert self._theta.grad is not None
-        descend(self._theta, self._theta.grad, self._momentum, self._section)
+    @torch.no_grad()
+    def step(self, gradient: Tensor, of: slice | EllipsisType = ...) -> None:
+        """Descend along a gradient (..., P) with the models `of` a stack, or with all."""
+        theta, momentum, section = self._theta[of], self._momentum[of], self._section
+        momentum.mul_(section.momentum).add_(gradient).add_(theta, alpha=section.weight_decay)
+        theta.sub_(momentum, alpha=section.learning_rate)
+
+
+def make_optimizer(theta: Tensor, section: TrainingSection) -> MomentumSGD | AdamW:
+    """Make what descends theta (..., P) by `optimizer`, its state afresh."""
+    return (AdamW if section.optimizer == "adamw" else MomentumSGD)(theta, section)
 
 
 def train(
@@ -213,19 +220,20 @@ def train(
     section: TrainingSection,
     *,
     generator: torch.Generator,
-    loss: Loss = cross_entropy,
+    loss: Loss | None = None,
     clip: bool = True,
 ) -> Trained:
-    """Train in place: SGD with fresh momentum, shuffled batches, last batch kept.
+    """Train in place: a fresh optimizer, shuffled batches, last batch kept.
 
     Parameters
     ----------
     model : its theta (P,) is updated; its BatchNorm buffers move too.
     generator : shuffles the examples.
+    loss : what is descended; None: the `label_loss`.
     clip : whether the gradient's norm is clipped at `client-clip-norm` (w_g is trained without).
     """
     started = time.monotonic()
-    optimizer = MomentumSGD(model.theta, section)
+    optimizer = make_optimizer(model.theta, section)
     model.module.train()
     total = torch.zeros((), device=model.theta.device)
     seen = 0
@@ -233,11 +241,12 @@ def train(
         for images, labels in data.batches(section.batch_size, generator):
             with mixed_precision(section, images.device):
                 logits = logits_of(model.module, images, data.num_classes).float()
-                value = loss(images, logits, labels)
+                value = label_loss(logits, labels, section)
+                value = loss(images, logits, labels, value) if loss else value
             model.backward(value)
             if clip:
                 nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
-            optimizer.step()
+            optimizer.step(model.gradient)
             total += value.detach() * len(labels)
             seen += len(labels)
     return Trained(data.num_train, float(total) / seen, time.monotonic() - started)

@@ -4,7 +4,7 @@ The fields of the sections are the one place that says a key's default, bounds, 
 pyproject's table and `mh-pfedhn keys` are made from them (`common.config.keys`).
 """
 
-from common.config.client import ClientSection, NodeConfig, WireSection
+from common.config.client import ClientSection, NodeConfig, WireSection, named_augmentations
 from common.config.hypernet import BY_SIZE, HypernetSection, UpdateSection
 from common.config.run import RunSection, ScheduleSection
 from common.config.run_config import Declared, RunConfig, declared
@@ -25,4 +25,5 @@ __all__ = [
     "UpdateSection",
     "WireSection",
     "declared",
+    "named_augmentations",
 ]

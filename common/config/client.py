@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from common.config.section import Section, key
+from common.errors import unknown_name
 
 SIMULATED = "engine inprocess"
 AS_RUN = "wins over the run config's"
+AUGMENTATIONS = ("flip", "crop")
+
+
+def named_augmentations(text: str) -> tuple[str, ...]:
+    """Return the names of a comma list, () for "none"; raise ValueError at an unknown one.
+
+    >>> named_augmentations("flip, crop")
+    ('flip', 'crop')
+    """
+    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in AUGMENTATIONS:
+            known = unknown_name("augmentation", name, AUGMENTATIONS).removesuffix(".")
+            raise ValueError(f'{known}; "none" stands alone')
+    return names
+
+
+def _known_augmentations(text: str) -> str:
+    named_augmentations(text)
+    return text
+
+
+Augmentation = Annotated[str, AfterValidator(_known_augmentations)]
 
 
 class ClientSection(Section):
@@ -62,6 +86,9 @@ class ClientSection(Section):
         "joining is worth",
     )
     image_size: int = key(32, "pictures of another size are scaled", unit="pixels a side", ge=8)
+    augmentation: Augmentation = key(
+        "none", "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8)"
+    )
     device: str = key("auto", "auto, cpu, cuda:0")
     theta_offset: Literal["none", "init"] = key(
         "init",
@@ -119,6 +146,7 @@ class NodeConfig(Section):
     validation_fraction: float | None = key(None, AS_RUN, ge=0, lt=1)
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8)
+    augmentation: Augmentation | None = key(None, AS_RUN)
     device: str | None = key(None, AS_RUN)
     client_threads: int | None = key(None, AS_RUN, ge=0)
     state_dir: str | None = key(None, AS_RUN)

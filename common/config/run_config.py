@@ -21,7 +21,7 @@ TITLES = {
     "schedule": "who trains when",
     "hypernet": "hypernetwork",
     "update": "server update",
-    "training": "local training (SGD)",
+    "training": "local training",
     "distill": "MH-pFedHNGD",
     "baseline": "baselines (docs/baselines.md)",
     "client": "clients that declare nothing themselves (a node config wins over all of this)",

@@ -8,13 +8,26 @@ from common.config.section import Section, key
 
 
 class TrainingSection(Section):
-    """Local training of one client in one round: SGD (docs/method.md, "Local training")."""
+    """Local training of one client in one round (docs/method.md, "Local training")."""
 
     local_epochs: int = key(1, "passes over a client's examples in a round", ge=1)
     batch_size: int = key(16, "of a local step; FedGH, FedTGP: also of a server step", ge=1)
-    learning_rate: float = key(0.03, "local rate, the same in all rounds", gt=0)
-    momentum: float = key(0.9, "starts afresh every round; 0: none", ge=0, lt=1)
-    weight_decay: float = key(2e-3, "times the weights, added to the gradient; 0: none", ge=0)
+    optimizer: Literal["sgd", "adamw"] = key(
+        "sgd", '"sgd" with momentum, or "adamw", which wants a rate near 0.001'
+    )
+    learning_rate: float = key(0.03, "local rate, of the first round", gt=0)
+    learning_rate_final: float = key(
+        1.0, "fraction of it that the last round has, along a cosine; 1: constant", gt=0, le=1
+    )
+    momentum: float = key(
+        0.9, "starts afresh every round; 0: none", where='optimizer "sgd"', ge=0, lt=1
+    )
+    weight_decay: float = key(
+        2e-3, 'times the weights, added to the gradient ("adamw": to the step); 0: none', ge=0
+    )
+    label_smoothing: float = key(
+        0.0, "part of a label that all classes share in training; 0: none", ge=0, lt=1
+    )
     client_clip_norm: float = key(
         50.0, "a batch's longer gradient is scaled down to it (w_g's is not)", unit="norm", gt=0
     )

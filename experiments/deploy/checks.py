@@ -191,12 +191,12 @@ def check_training(trial: Trial) -> Finding:
     """Train on a first and a last batch, then classify one picture: what breaks, breaks here."""
     import torch
 
-    from client_app.training.loop import MomentumSGD, cross_entropy
+    from client_app.training.loop import label_loss, make_optimizer
 
     data: ClientData = _needed(trial.data, "data")
     instance: Instance = _needed(trial.instance, "model")
     module, training = instance.model.module.train(), RunConfig().training
-    optimizer = MomentumSGD(instance.model.theta, training)
+    optimizer = make_optimizer(instance.model.theta, training)
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
     for images, labels in {0: batches[0], -1: batches[-1]}.values():
@@ -206,9 +206,9 @@ def check_training(trial: Trial) -> Finding:
                 f"images {tuple(images.shape)} become {tuple(logits.shape)}; expected "
                 f"({len(images)}, {data.num_classes}): one logit for each class."
             )
-        loss = cross_entropy(images, logits, labels)
+        loss = label_loss(logits, labels, training)
         instance.model.backward(loss)
-        optimizer.step()
+        optimizer.step(instance.model.gradient)
         losses.append(float(loss.detach()))
     seconds = (time.monotonic() - started) / 2
     if not all(torch.isfinite(torch.tensor(losses))) or not instance.model.theta.isfinite().all():

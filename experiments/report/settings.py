@@ -30,7 +30,7 @@ DATA_KEYS = (
 """Keys that, with the seed, decide which examples a client has."""
 
 LOCAL_KEYS = (
-    "rounds", *sorted(TrainingSection.key_names()), "evaluation", "evaluate-every",
+    "rounds", "augmentation", *sorted(TrainingSection.key_names()), "evaluation", "evaluate-every",
 )  # fmt: skip
 """Keys that, with the data, the models and the seed, decide what a client reaches alone."""
 

@@ -22,7 +22,7 @@ from client_app.training.batched import Outcome, can_train_together, train_cohor
 from client_app.training.batched_evaluation import evaluate_cohort
 from client_app.training.loop import Teacher, delta
 from common.compression import Float32
-from common.config import DistillSection, TrainingSection
+from common.config import DistillSection
 from common.errors import MHpFedHNError
 from common.messages import DISTIL, EVALUATE_FIRST, TRAIN, Evaluation, TrainReply
 from common.records import Content, Received, encode
@@ -53,7 +53,7 @@ class _Ready:
         task, participant = self.task, self.method.participant
         sent = None if self.teacher is None else sha256(self.teacher.data).digest()
         models = tuple(self.method.kind_of(role) for role in self.starts)
-        training, tests = task.section(TrainingSection), task.flag(EVALUATE_FIRST)
+        training, tests = self.method.training(task), task.flag(EVALUATE_FIRST)
         alike = (training, self.distill, tests, participant.section.theta_offset)
         return models, participant.data.looks, sent, alike
 
@@ -143,7 +143,7 @@ def _cohort(group: Sequence[_Ready], role: Role) -> _Shared:
     teacher, distill = None, first.distill
     if role is PERSONAL and first.teacher is not None and distill is not None:
         teacher = Teacher(first.method.teacher(first.teacher), distill)
-    section = first.task.section(TrainingSection)
+    section = first.method.training(first.task)
     outcomes = train_cohort(module, members, section, clip=role.clip, teacher=teacher)
     trained = torch.stack([outcome.theta for outcome in outcomes])
     return _Shared(outcomes, list(delta(starts, trained).cpu().numpy()), evaluations)

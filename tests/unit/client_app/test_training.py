@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
+from client_app.participant import rate_of_round
 from client_app.training.allocator import keep_freed_memory
-from client_app.training.loop import FlatModel, MomentumSGD, evaluate, train
+from client_app.training.loop import FlatModel, evaluate, label_loss, make_optimizer, train
 from common.config import TrainingSection
 from tests.reference.algorithm import Hyper, load_theta, local_training, read_theta
 from tests.unit.client_app.pictures import client_data, draw_theta
@@ -38,22 +39,64 @@ def test_local_training_equals_the_reference(name: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_momentum_sgd_descends_as_torchs_does() -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_optimizers_descend_as_torchs_do(optimizer: str) -> None:
     section = TrainingSection.model_validate(
-        {"learning-rate": 0.1, "momentum": 0.8, "weight-decay": 0.01}
+        {"optimizer": optimizer, "learning-rate": 0.1, "momentum": 0.8, "weight-decay": 0.01}
     )
     ours = torch.randn(50, generator=torch.Generator().manual_seed(1)).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
-    descent = MomentumSGD(ours, section)
-    torchs = torch.optim.SGD([theirs], lr=0.1, momentum=0.8, weight_decay=0.01)
+    descent = make_optimizer(ours, section)
+    if optimizer == "sgd":
+        torchs = torch.optim.SGD([theirs], lr=0.1, momentum=0.8, weight_decay=0.01)
+    else:
+        torchs = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.01)
     start = ours.detach().clone()
     for step in range(20):
         for theta in (ours, theirs):
             theta.grad = (theta.detach() - 1.0) * (1 + step % 3)
-        descent.step()
+        descent.step(ours.grad)
         torchs.step()
     assert not torch.allclose(ours, start, atol=0.1)
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_stack_descends_as_each_by_itself(optimizer: str) -> None:
+    """The second of two models takes every other step."""
+    section = TrainingSection.model_validate({"optimizer": optimizer, "learning-rate": 0.01})
+    generator = torch.Generator().manual_seed(2)
+    stack = torch.randn(2, 30, generator=generator)
+    alone = [theta.clone() for theta in stack]
+    together = make_optimizer(stack, section)
+    own = [make_optimizer(theta, section) for theta in alone]
+    for step in range(6):
+        gradients = torch.randn(2, 30, generator=generator)
+        active = 1 + step % 2
+        together.step(gradients[:active], slice(0, active))
+        for one, gradient in zip(own[:active], gradients[:active], strict=True):
+            one.step(gradient)
+    torch.testing.assert_close(stack, torch.stack(alone))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing_is_torchs(smoothing: float) -> None:
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    labels, section = torch.tensor([0, 3, 1, 1, 2]), TrainingSection(label_smoothing=smoothing)
+    found = label_loss(logits, labels, section)
+    assert torch.equal(found, nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels))
+    each = label_loss(logits, labels, section, reduction="none")
+    torch.testing.assert_close(each.mean(), found)
+
+
+def test_the_rate_falls_along_a_cosine() -> None:
+    section = TrainingSection(learning_rate=0.02, learning_rate_final=0.1)
+    rates = [rate_of_round(section, now, rounds=5) for now in range(1, 6)]
+    assert rates == pytest.approx([0.02, 0.0173640, 0.011, 0.0046360, 0.002], rel=1e-4)
+    assert rate_of_round(section, 9, rounds=5) == pytest.approx(0.002)
+    assert rate_of_round(section, 1, rounds=1) == pytest.approx(0.02)
+    constant = TrainingSection(learning_rate=0.03)
+    assert {rate_of_round(constant, now, rounds=7) for now in range(1, 8)} == {0.03}
 
 
 def relu_first_cnn(model: CNN, images: Tensor) -> Tensor:

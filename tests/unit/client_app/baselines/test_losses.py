@@ -10,7 +10,8 @@ from torch import Tensor
 from client_app.methods.features import Tap
 from client_app.methods.fedavg import mutual_loss
 from client_app.methods.prototypes import fd_loss, nearest_class, prototype_loss
-from common.config import BaselineSection
+from client_app.training.loop import label_loss
+from common.config import BaselineSection, TrainingSection
 
 pytestmark = pytest.mark.numeric
 
@@ -30,6 +31,10 @@ def softmax(row: Tensor) -> list[float]:
 def slow_cross_entropy(logits: Tensor) -> float:
     rows = [-math.log(softmax(x)[y]) for x, y in zip(logits, LABELS.tolist(), strict=True)]
     return sum(rows) / len(rows)
+
+
+def hard(logits: Tensor) -> Tensor:
+    return label_loss(logits, LABELS, TrainingSection())
 
 
 def slow_kl(teacher: Tensor, student: Tensor) -> float:
@@ -55,14 +60,14 @@ def test_prototype_loss() -> None:
     for x, y in zip(features, LABELS, strict=True):
         gaps.append(float((x - prototypes[y]).square().sum()) / 5 if present[y] else 0.0)
     expected = slow_cross_entropy(logits) + 7.0 * sum(gaps) / 3
-    assert float(loss(IMAGES, logits, LABELS)) == pytest.approx(expected, rel=1e-5)
+    assert float(loss(IMAGES, logits, LABELS, hard(logits))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_prototype_loss_has_a_finite_gradient_at_the_prototype() -> None:
     settings = BaselineSection()
     features = draw(4, 5)[LABELS].requires_grad_()
     loss = prototype_loss(tapping(features), draw(4, 5), torch.ones(4, dtype=torch.bool), settings)
-    loss(IMAGES, draw(3, 4), LABELS).backward()
+    loss(IMAGES, draw(3, 4), LABELS, torch.zeros(())).backward()
     assert torch.isfinite(features.grad).all()
 
 
@@ -77,19 +82,19 @@ def test_nearest_class_is_the_nearest_that_has_a_prototype() -> None:
 def test_fd_target_is_a_distribution_not_logits() -> None:
     mean_logits, logits = 5 * draw(4, 4), draw(3, 4)
     present = torch.tensor([True, True, False, True])
-    found = float(fd_loss(mean_logits, present, 2.0)(IMAGES, logits, LABELS))
+    found = float(fd_loss(mean_logits, present, 2.0)(IMAGES, logits, LABELS, hard(logits)))
     known = [i for i, y in enumerate(LABELS.tolist()) if present[y]]
     divergence = slow_kl(mean_logits[LABELS[known]], logits[known]) * len(known) / 3
     assert found == pytest.approx(slow_cross_entropy(logits) + 2 * divergence, rel=1e-4)
     same = fd_loss(logits[[1, 2, 0]], torch.ones(3, dtype=torch.bool), 1.0)
-    assert float(same(IMAGES, logits, LABELS)) == pytest.approx(
+    assert float(same(IMAGES, logits, LABELS, hard(logits))) == pytest.approx(
         slow_cross_entropy(logits), rel=1e-5
     )
 
 
 def test_mutual_loss_is_batchmean_and_its_teacher_is_detached() -> None:
     student, teacher = draw(3, 4).requires_grad_(), draw(3, 5)[:, :4].clone().requires_grad_()
-    loss = mutual_loss(student, teacher, LABELS, 0.25)
+    loss = mutual_loss(student, teacher, hard(student), 0.25)
     expected = 0.25 * slow_cross_entropy(student.detach()) + 0.75 * slow_kl(
         teacher.detach(), student.detach()
     )
