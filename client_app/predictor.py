@@ -10,9 +10,16 @@ Shapes: B examples, C classes.
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from client_app.data.examples import ClientData
+from client_app.training.loop import FlatModel, judged, logits_over, num_correct
+from common.messages import Evaluation
 
 STEPS = 20
 """Weights that are tried: 0, 1/20, ..., 1."""
@@ -41,3 +48,16 @@ def mixture(own_BC: Tensor, common_BC: Tensor, weight: float) -> Tensor:
     own = functional.softmax(own_BC, dim=1)
     common = functional.softmax(common_BC, dim=1)
     return torch.lerp(common, own, weight).clamp_min(1e-30).log()
+
+
+def evaluate_both(own: FlatModel, common: FlatModel, data: ClientData) -> Evaluation:
+    """Test both models as they are, and the mixture that the validation examples prefer."""
+    started, models = time.monotonic(), (own, common)
+    own_BC, common_BC = (logits_over(model, data, validation=True) for model in models)
+    weight = choose_weight(own_BC, common_BC, data.validation_labels)
+    own_BC, common_BC = (logits_over(model, data) for model in models)
+    correct = {
+        name: num_correct(logits, data.test_labels)
+        for name, logits in (("own", own_BC), ("common", common_BC))
+    }
+    return replace(judged(mixture(own_BC, common_BC, weight), data, started), others=correct)

@@ -18,6 +18,7 @@ TUNED = "the model that the server sends, after one more local epoch"
 OWN = "the client's own model, after local training"
 HEAD = "own features after local training, under the head that the server sends"
 MIXED = "the own and the common model that the server sends, weighed by the validation part"
+ENSEMBLE = "own and global-model, both trained alone, weighed by the validation part"
 PROTOTYPES = "own features after local training, by the nearest prototype that the server sends"
 
 HEAD_SIZES = ("num_classes", "feature_dim")
@@ -61,6 +62,10 @@ METHODS = {
     ),
     "fedprox": MethodInfo("FedProx", "fedavg", "FedProx", SENT, (2, 2), ("group",)),
     "fml": MethodInfo("FML", "fedavg", "FML", OWN, (5, 0), ("num_global_parameters",)),
+    "fedkd": MethodInfo("FedKD", "fedavg", "FedKD", OWN, (5, 2), ("num_global_parameters",)),
+    "local-ensemble": MethodInfo(
+        "Local ensemble", "fedavg", "LocalEnsemble", ENSEMBLE, (7, 2), (), ("own", "common")
+    ),
     "lg-fedavg": MethodInfo("LG-FedAvg", "heads", "LGFedAvg", HEAD, (3, 0), HEAD_SIZES),
     "fedgh": MethodInfo("FedGH", "heads", "FedGH", HEAD, (3, 1), HEAD_SIZES),
     "fedproto": MethodInfo("FedProto", "prototypes", "FedProto", PROTOTYPES, (4, 0), *_FEDPROTO),

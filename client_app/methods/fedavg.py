@@ -1,4 +1,4 @@
-"""The clients of FedAvg (arXiv 1602.05629), FedProx (arXiv 1812.06127) and FML.
+"""The clients of FedAvg (arXiv 1602.05629), FedProx (arXiv 1812.06127), and of two models each.
 
 Shapes: B batch, C classes.
 """
@@ -8,6 +8,7 @@ Shapes: B batch, C classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from client_app.methods.base import Method, as_array
 from client_app.models.instances import Instance, instance_of
+from client_app.predictor import evaluate_both
 from client_app.training.loop import (
     Trained,
     evaluate,
@@ -25,7 +27,7 @@ from client_app.training.loop import (
     mixed_precision,
     train,
 )
-from common.messages import THETA, Evaluation
+from common.messages import EVALUATE_FIRST, THETA, Evaluation
 from common.records import Arrays, Received
 from common.seeding import stream_seed
 
@@ -101,6 +103,10 @@ class FML(Method):
         """Send the trained auxiliary model."""
         return {THETA: as_array(instance_of(self.global_kind).model.theta)}
 
+    def losses(self, both: Sequence[Tensor], hard: Sequence[Tensor]) -> list[Tensor]:
+        """Return both losses, the own first, from the logits (B, C) and the label losses."""
+        return [mutual_loss(both[i], both[1 - i], hard[i], LABEL_WEIGHTS[i]) for i in (0, 1)]
+
     def _auxiliary(self, task: Received) -> Instance:
         """Load the auxiliary model: as received, or as drawn before the first mean."""
         instance = instance_of(self.global_kind)
@@ -126,9 +132,10 @@ class FML(Method):
                     both = [
                         logits_of(m.module, images, self.data.num_classes).float() for m in models
                     ]
-                for i, model in enumerate(models):
-                    hard = label_loss(both[i], labels, section)
-                    value = mutual_loss(both[i], both[1 - i], hard, LABEL_WEIGHTS[i])
+                hard = [label_loss(logits, labels, section) for logits in both]
+                for i, (model, value) in enumerate(
+                    zip(models, self.losses(both, hard), strict=True)
+                ):
                     model.backward(value)
                     nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
                     if i == 0:
@@ -137,6 +144,42 @@ class FML(Method):
                     optimizer.step(model.gradient)
                 seen += len(labels)
         return Trained(self.data.num_train, float(total) / seen, time.monotonic() - started)
+
+
+class FedKD(FML):
+    """FedKD (Wu et al. 2022, arXiv 2108.13323, equations 1 to 3): the worse both are, the less KL.
+
+    Differs from paper: logits alone are distilled, hidden layers of unlike architectures are not,
+    and what travels is not cut by singular values.
+    """
+
+    def losses(self, both: Sequence[Tensor], hard: Sequence[Tensor]) -> list[Tensor]:
+        """Return CE + KL / (CE of both together) for each model."""
+        doubt = (hard[0] + hard[1]).detach()
+        return [hard[i] + mutual_loss(both[i], both[1 - i], hard[i], 0.0) / doubt for i in (0, 1)]
+
+
+class LocalEnsemble(Method):
+    """Own and `global-model`, both trained alone by one recipe; predicts with their mixture."""
+
+    def fit(self, task: Received, instance: Instance) -> Trained:
+        """Train both, each on the same batches as everywhere else."""
+        second = self._second(task, before=task.header.server_round)
+        before = self.train(task, second)
+        self.save(AUXILIARY, task, second, theta=True)
+        trained = super().fit(task, instance)
+        return replace(trained, seconds=before.seconds + trained.seconds)
+
+    def measure(self, task: Received, instance: Instance) -> Evaluation:
+        """Test both and their mixture, as trained so far."""
+        before = task.header.server_round + (not task.flag(EVALUATE_FIRST))
+        return evaluate_both(instance.model, self._second(task, before=before).model, self.data)
+
+    def _second(self, task: Received, *, before: int) -> Instance:
+        instance = instance_of(self.global_kind)
+        kept = self.load(AUXILIARY, task, instance, before=before)
+        self.load_theta(instance, kept, stream_seed(self.participant.config.run.seed, AUXILIARY))
+        return instance
 
 
 def mutual_loss(student_BC: Tensor, teacher_BC: Tensor, hard: Tensor, weight: float) -> Tensor:

@@ -7,7 +7,6 @@ client predicts with both.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
-from client_app.predictor import choose_weight, mixture
+from client_app.predictor import evaluate_both
 from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member
 from client_app.training.loop import (
@@ -23,9 +22,6 @@ from client_app.training.loop import (
     Teacher,
     Trained,
     delta,
-    judged,
-    logits_over,
-    num_correct,
     train,
 )
 from common.compression import Float32
@@ -224,13 +220,4 @@ class MHpFedHNPG(MHpFedHN):
 
     def measure(self, task: Received, instance: Instance) -> Evaluation:
         """Test the own model, the common model and the predictor."""
-        started, data = time.monotonic(), self.data
-        models = (instance.model, instance_of(self.global_kind).model)
-        own, common = (logits_over(model, data, validation=True) for model in models)
-        weight = choose_weight(own, common, data.validation_labels)
-        own, common = (logits_over(model, data) for model in models)
-        others = {
-            "own": num_correct(own, data.test_labels),
-            "common": num_correct(common, data.test_labels),
-        }
-        return replace(judged(mixture(own, common, weight), data, started), others=others)
+        return evaluate_both(instance.model, instance_of(self.global_kind).model, self.data)

@@ -40,7 +40,9 @@ class DistillSection(Section):
     """MH-pFedHNGD: the global model and the distillation from it (paper section 3.3)."""
 
     global_model: str = key(
-        "cnn", "architecture of w_g, and of FML's auxiliary model", where="MH-pFedHNGD, FML"
+        "cnn",
+        "architecture of w_g, of the common models, and of a baseline's second model",
+        where="MH-pFedHNGD, MH-pFedHN-PG, FML, FedKD, local-ensemble",
     )
     gd_mode: Literal["separate", "fused"] = key(
         "separate", '"separate": w_g in a message of its own, as published; "fused": in the same',

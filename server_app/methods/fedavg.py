@@ -19,7 +19,7 @@ from common.messages import THETA
 from common.records import Arrays, Received, require_norm
 from common.serialization import required_tensor
 from server_app.clients import Client
-from server_app.methods.base import Method, Upload, mean_vector
+from server_app.methods.base import Local, Method, Upload, mean_vector
 
 
 class FedAvg(Method[Float32]):
@@ -91,3 +91,11 @@ class FML(FedAvg):
     def size(self, client: Client) -> int:
         """Return the size of the auxiliary model."""
         return client.num_global_parameters
+
+
+class FedKD(FML):
+    """FedKD (Wu et al. 2022, arXiv 2108.13323) differs on the client alone."""
+
+
+class LocalEnsemble(Local):
+    """Nothing travels: two models trained alone on each client, and their mixture."""

@@ -59,6 +59,7 @@ EASY = {"baseline_server_lr": 0.3}
     ("method", "up", "down", "first_down"),
     [
         ("local", [], [], []),
+        ("local-ensemble", [], [], []),
         ("fedavg", [172], [172], []),
         ("fedavg-ft", [172], [172], []),
         ("fedprox", [172], [172], []),
@@ -68,6 +69,7 @@ EASY = {"baseline_server_lr": 0.3}
         ("fedtgp", MEANS, MEANS, []),
         ("fd", LOGITS, LOGITS, []),
         ("fml", [172], [172], []),
+        ("fedkd", [172], [172], []),
         ("pfedhn", [172], [172], [172]),
     ],
 )

@@ -91,9 +91,9 @@ CLIENT = Client(
     "a", 6, 10, num_global_parameters=5, group="aa", num_classes=4, feature_dim=3, node_id=2
 )
 VECTORS = {
-    "local": {},
+    **{key: {} for key in ("local", "local-ensemble")},
     **{key: {"theta": 6} for key in ("fedavg", "fedavg-ft", "fedprox")},
-    "fml": {"theta": 5},
+    **{key: {"theta": 5} for key in ("fml", "fedkd")},
     "lg-fedavg": {"head": 16},
     **{key: {"counts": 4, "means": 12} for key in ("fedproto", "fedtgp", "fedgh")},
     "fd": {"counts": 4, "means": 16},
