@@ -23,6 +23,8 @@ from common.messages import Evaluation
 
 STEPS = 20
 """Weights that are tried: 0, 1/20, ..., 1."""
+PER_POINT = 4.0
+"""Weight of a teacher for each unit of accuracy by which it leads: all of it from 25 points on."""
 UNSURE = 0.0
 """The weight of the own model where there is no validation example."""
 
@@ -41,6 +43,20 @@ def choose_weight(own_BC: Tensor, common_BC: Tensor, labels_B: Tensor) -> float:
     common_B1 = functional.softmax(common_BC.double(), dim=1).gather(1, picked)
     mixed_BW = common_B1 + weights_W * (own_B1 - common_B1)
     return float(weights_W[mixed_BW.clamp_min(1e-30).log().mean(0).argmax()])
+
+
+def teaching_weight(
+    student_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor, *, most: float
+) -> float:
+    """Return the weight of a teacher in the loss, 0 to `most`, from both models' logits.
+
+    PER_POINT times what the teacher gets right more often than the student, of the validation
+    examples: a teacher that is no better teaches nothing, and so it cannot hurt.
+    """
+    if not len(labels_B):
+        return 0.0
+    lead = num_correct(teacher_BC, labels_B) - num_correct(student_BC, labels_B)
+    return min(most, max(0.0, PER_POINT * lead / len(labels_B)))
 
 
 def mixture(own_BC: Tensor, common_BC: Tensor, weight: float) -> Tensor:

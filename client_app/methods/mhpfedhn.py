@@ -10,18 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
-from client_app.predictor import evaluate_both
+from client_app.predictor import evaluate_both, teaching_weight
 from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member
 from client_app.training.loop import (
+    FlatModel,
     Loss,
     Teacher,
     Trained,
     delta,
+    logits_over,
     train,
 )
 from common.compression import Float32
@@ -158,12 +160,12 @@ class MHpFedHN(Method):
         theta: Float32 = kept["theta"].numpy()
         return theta
 
-    def teacher(self, theta: Float32) -> nn.Module:
+    def teacher(self, theta: Float32, task: Received) -> FlatModel:
         """Return this thread's teacher with the weights theta (K_g,)."""
         instance = instance_of(replace(self.global_kind, role="teacher"))
         instance.reset(None, 0)
         instance.model.load(self.placed(GLOBAL, theta))
-        return instance.model.module
+        return instance.model
 
     def member(self, role: Role, task: Received, placed: Tensor) -> Member:
         """Hand over what a batched call needs to test or train one of the client's models.
@@ -207,7 +209,14 @@ class MHpFedHN(Method):
         theta = self.teacher_theta(task)
         if theta is None or not task.flag(DISTIL):
             return None
-        return Teacher(self.teacher(theta), task.section(DistillSection)).loss
+        teacher, section = self.teacher(theta, task), task.section(DistillSection)
+        alpha = self.teaching_weight(teacher, section.distill_alpha)
+        section = section.model_copy(update={"distill_alpha": alpha})
+        return Teacher(teacher.module, section).loss if alpha else None
+
+    def teaching_weight(self, teacher: FlatModel, most: float) -> float:
+        """Return the weight of the teacher in this round; `most` is `distill-alpha`."""
+        return most
 
 
 class MHpFedHNPG(MHpFedHN):
@@ -217,6 +226,19 @@ class MHpFedHNPG(MHpFedHN):
         """Load both models, each with its own statistics; return the own one."""
         self._ready(GLOBAL, task, before)
         return super().ready(task, before=before)
+
+    def teacher(self, theta: Float32, task: Received) -> FlatModel:
+        """Return the teacher with the statistics of this client's common model."""
+        model = super().teacher(theta, task)
+        instance = instance_of(replace(self.global_kind, role="teacher"))
+        self.load(GLOBAL.buffers, task, instance, before=task.header.server_round)
+        return model
+
+    def teaching_weight(self, teacher: FlatModel, most: float) -> float:
+        """Measure on the validation examples how much better the teacher is, before training."""
+        models = (instance_of(self.kind).model, teacher)
+        own, common = (logits_over(model, self.data, validation=True) for model in models)
+        return teaching_weight(own, common, self.data.validation_labels, most=most)
 
     def measure(self, task: Received, instance: Instance) -> Evaluation:
         """Test the own model, the common model and the predictor."""

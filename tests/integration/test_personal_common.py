@@ -34,7 +34,7 @@ def test_the_common_model_learns_and_so_does_the_predictor(tmp_path: Path) -> No
     run_tiny(config)
     last = rows(config)[-1]
     assert last["accuracy_common"] > 0.8
-    assert last["accuracy_micro"] > 0.9
+    assert last["accuracy_micro"] > 0.8
 
 
 @pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn", "fedavg"])

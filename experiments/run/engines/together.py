@@ -142,7 +142,7 @@ def _cohort(group: Sequence[_Ready], role: Role) -> _Shared:
         evaluations[:] = evaluate_cohort(module, members)
     teacher, distill = None, first.distill
     if role is PERSONAL and first.teacher is not None and distill is not None:
-        teacher = Teacher(first.method.teacher(first.teacher), distill)
+        teacher = Teacher(first.method.teacher(first.teacher, first.task).module, distill)
     section = first.method.training(first.task)
     outcomes = train_cohort(module, members, section, clip=role.clip, teacher=teacher)
     trained = torch.stack([outcome.theta for outcome in outcomes])
