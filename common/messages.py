@@ -93,6 +93,14 @@ class Evaluation:
             **{f"num-correct-{name}": count for name, count in self.others.items()},
         }
 
+    def accuracies(self) -> dict[str, float]:
+        """Return the accuracy of every predictor, and what is gained over training alone."""
+        found = {"accuracy": self.num_correct / self.num_test}
+        found |= {f"accuracy_{name}": n / self.num_test for name, n in self.others.items()}
+        if ALONE in self.others:
+            found["gain"] = (self.num_correct - self.others[ALONE]) / self.num_test
+        return found
+
     @classmethod
     def read(cls, reply: Received, others: Iterable[str] = ()) -> Self:
         """Read and check test counts: 0 <= num_correct <= num_test, also of other predictors."""
@@ -105,6 +113,39 @@ class Evaluation:
             test_loss=reply.number("test-loss"),
             seconds=reply.number("seconds-evaluation", least=0),
             others={name: reply.count(f"num-correct-{name}", most=num_test) for name in others},
+        )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What joining is worth: accuracy with the federation minus that of the same model alone.
+
+    Of the participants that measured both; `micro` is over all their test examples alike, a
+    fraction.
+    """
+
+    micro: float
+    num_gaining: int
+    num_measured: int
+
+    @classmethod
+    def of(cls, participants: Iterable[tuple[int, float]]) -> Self | None:
+        """Sum up (test examples, gain) of each; None where nobody trained alone."""
+        found = list(participants)
+        if not found:
+            return None
+        micro = sum(n * gain for n, gain in found) / sum(n for n, _ in found)
+        return cls(micro, sum(gain > 0 for _, gain in found), len(found))
+
+    def __str__(self) -> str:
+        """Write it as a line.
+
+        >>> print(Gain.of([(30, 0.1), (10, -0.1)]))
+        gain over training alone: +5.0 points, 1 of 2 participants gain
+        """
+        return (
+            f"gain over training alone: {100 * self.micro:+.1f} points, "
+            f"{self.num_gaining} of {self.num_measured} participants gain"
         )
 
 

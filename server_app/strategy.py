@@ -268,8 +268,7 @@ class Rounds:
                 "num_train": client.num_examples,
                 "num_test": tested.num_test,
                 "correct": tested.num_correct,
-                "accuracy": tested.num_correct / tested.num_test,
-                **{f"accuracy_{k}": n / tested.num_test for k, n in tested.others.items()},
+                **tested.accuracies(),
                 "test_loss": tested.test_loss,
                 "rejected": self._transport.rejected[client.client_id],
             }

@@ -141,7 +141,7 @@ def name_ends(axes: Axes, lines: Sequence[Line], *, longest: int = LONGEST_NAME)
 
 
 def draw_gains(axes: Axes, gains: Sequence[GroupGain], looks: Mapping[str, Look]) -> None:
-    """Draw every client's gain over Local, a row for each group, and the mean with its error."""
+    """Draw every client's gain over training alone, a row a group, and the mean with its error."""
     across = axes.get_yaxis_transform()  # x from 0 (left) to 1 (right), y in rows
     axes.axvline(0, color=MUTED, linewidth=1.0)
     for row, gain in enumerate(gains):
@@ -160,7 +160,7 @@ def draw_gains(axes: Axes, gains: Sequence[GroupGain], looks: Mapping[str, Look]
         axes.errorbar(mean, row + 0.12, xerr=error, color=INK, elinewidth=3, alpha=0.5)
         axes.plot(mean, row + 0.12, "|", color=INK, markersize=20, markeredgewidth=2.4)
     axes.set(yticks=[], ylim=(len(gains) - 0.5, -0.6))
-    axes.set_xlabel("accuracy minus Local's (points); a dot for each client and seed")
+    axes.set_xlabel("accuracy minus that alone (points); a dot for each client and seed")
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     for words, side, shift in (("← worse than alone", "right", -5), ("better →", "left", 5)):

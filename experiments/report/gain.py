@@ -1,6 +1,7 @@
 """What each client gains over training alone: the same client, data, model and seed under Local.
 
-Only a Local run that trained with the same settings says what federation gains.
+Only a Local run that trained with the same settings says what federation gains; where there is
+none, the models that the run itself trained alone (`measure-alone`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class ClientGain:
-    """One client of one seed: accuracy minus its accuracy under Local, a fraction."""
+    """One client of one seed: accuracy minus its accuracy alone, a fraction."""
 
     seed: int
     client_id: str
@@ -33,7 +34,7 @@ class ClientGain:
 
 @dataclass(frozen=True)
 class GroupGain:
-    """All clients of a group whose seeds have a Local run that fits.
+    """All clients of a group whose seeds have a Local run that fits, or measured it themselves.
 
     `mean` is over seeds of the mean over clients; `by_family` likewise, for each architecture.
     """
@@ -92,7 +93,7 @@ def gains_over_local(study: Study) -> tuple[list[GroupGain], list[Unmatched]]:
         clients: list[ClientGain] = []
         for run in () if group.method == LOCAL else group.counted:
             other, differs = _fitting(run, alone.get(_identity(run), []))
-            if other is None:
+            if other is None and run.gain is None:
                 unmatched.append(Unmatched(group.label, run, differs))
             else:
                 clients += _client_gains(run, other)
@@ -126,8 +127,11 @@ def _fitting(run: Run, alone: Sequence[Run]) -> tuple[Run | None, dict[str, tupl
     return None, min(differences, key=len, default={})
 
 
-def _client_gains(run: Run, alone: Run) -> list[ClientGain]:
-    before = {client.client_id: client.accuracy for client in alone.clients}
+def _client_gains(run: Run, local: Run | None) -> list[ClientGain]:
+    """Compare with the clients of a Local run, or with what the run measured itself."""
+    before = {c.client_id: c.accuracy for c in local.clients} if local else {
+        c.client_id: c.alone for c in run.clients if c.alone is not None
+    }  # fmt: skip
     families = run.families()
     return [
         ClientGain(run.seed, c.client_id, families[c.client_id], c.accuracy - before[c.client_id])

@@ -50,7 +50,7 @@ def render(name: str, study: Study, command: str, *, num_maps: int) -> str:
     gains, unmatched = gains_over_local(study)
     gain_figure = inline_svg(
         partial(draw_gains, gains=gains, looks=looks),
-        height_in=1.1 + 0.65 * len(gains), title="Gain of every client over Local",
+        height_in=1.1 + 0.65 * len(gains), title="Gain of every client over training alone",
     ) if gains else ""  # fmt: skip
     maps, passed_over = embedding_maps(study, limit=num_maps)
     return environment.get_template("page.html").render(

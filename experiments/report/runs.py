@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -17,6 +17,7 @@ import psutil
 
 from common.errors import ConfigError, RunError, unknown_name
 from common.files import read_json, read_rows, replace_file
+from common.messages import Gain
 from experiments.run.engines.processes import is_alive
 from server_app.output.run_folder import DEFAULT_ROOT
 
@@ -30,12 +31,13 @@ CLOCK_SLACK_S = 2.0
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One line of clients.csv: a client's newest evaluation."""
+    """One line of clients.csv: a client's newest evaluation; `alone` where it was measured."""
 
     client_id: str
     num_parameters: int
     num_test: int
     accuracy: float
+    alone: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Run:
     def rounds_planned(self) -> int:
         """Rounds that the run was to have."""
         return int(self.config.get("rounds", self.rounds_done))
+
+    @cached_property
+    def gain(self) -> Gain | None:
+        """What joining was worth; None where no client trained alone as well."""
+        return gain_of(self.clients)
 
     def last(self, key: str) -> float | None:
         """Return a value of the last evaluated round."""
@@ -225,13 +232,22 @@ def client_order(client_id: str) -> tuple[int, int, str]:
     return (0, int(client_id), "") if client_id.isdecimal() else (1, 0, client_id)
 
 
+def gain_of(clients: Iterable[ClientRow]) -> Gain | None:
+    """Sum up what joining was worth to those of some clients that trained alone as well."""
+    return Gain.of((c.num_test, c.accuracy - c.alone) for c in clients if c.alone is not None)
+
+
 def _read_clients(path: Path) -> tuple[ClientRow, ...]:
     if not path.is_file():
         return ()
     with path.open(newline="", encoding="utf-8") as file:
         rows = [
             ClientRow(
-                r["client_id"], int(r["num_parameters"]), int(r["num_test"]), float(r["accuracy"])
+                r["client_id"],
+                int(r["num_parameters"]),
+                int(r["num_test"]),
+                float(r["accuracy"]),
+                float(r["accuracy_alone"]) if r.get("accuracy_alone") else None,
             )
             for r in csv.DictReader(file)
         ]

@@ -17,15 +17,15 @@ from experiments.run.presets import Preset, preset_names
 
 INCIDENTAL = frozenset({
     "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",
-    "keep-checkpoints", "message-timeout-s", "min-clients", "output-dir", "resume-from",
-    "run-name", "state-dir", "wait-for-clients-s",
+    "keep-checkpoints", "measure-alone", "message-timeout-s", "min-clients", "output-dir",
+    "resume-from", "run-name", "state-dir", "wait-for-clients-s",
 })  # fmt: skip
 """Keys that change no result of a run that completed."""
 
 DATA_KEYS = (
     "dataset", "data-dir", "partition", "num-partitions", "classes-per-client", "dirichlet-alpha",
     "min-client-examples", "max-client-examples", "partition-options", "test-fraction",
-    "image-size",
+    "validation-fraction", "image-size",
 )  # fmt: skip
 """Keys that, with the seed, decide which examples a client has."""
 
@@ -34,7 +34,7 @@ LOCAL_KEYS = (
 )  # fmt: skip
 """Keys that, with the data, the models and the seed, decide what a client reaches alone."""
 
-NOT_SET = (INCIDENTAL - {"data-dir"}) | {"num-partitions", "seed"}
+NOT_SET = (INCIDENTAL - {"data-dir", "measure-alone"}) | {"num-partitions", "seed"}
 """Keys that a command that repeats a run does not set, or not by `--set`."""
 
 

@@ -17,18 +17,22 @@ from experiments.report.settings import complete_settings
 Cell = Callable[[Group], str]
 NONE = "-"
 OTHER_PREFIX = "accuracy_"
-SUMMARIES = ("micro", "macro", "std", "worst10")
-"""What of `accuracy_...` is no further predictor."""
+NAMED = ("micro", "macro", "std", "worst10", "own", "common", "alone")
+"""What of `accuracy_...` has a column of its own."""
 ERRORS = "Mean ± standard error over seeds; only completed runs, one for each seed."
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its header, what it means, and how a group's cell is written."""
+    """A column: its header, what it means, and how a group's cell is written.
+
+    One that is not `always` there is left out where no group has anything to write in it.
+    """
 
     header: str
     meaning: str
     cell: Cell
+    always: bool = True
 
 
 def _share(key: str) -> Cell:
@@ -52,16 +56,29 @@ def _span(value: Callable[[Run], float | None]) -> Cell:
 def _other_predictors(group: Group) -> str:
     keys = {key for run in group.counted for key in run.summary.get("last") or {}}
     names = sorted(k.removeprefix(OTHER_PREFIX) for k in keys if k.startswith(OTHER_PREFIX))
-    names = [name for name in names if name not in SUMMARIES]
+    names = [name for name in names if name not in NAMED]
     return ", ".join(f"{name} {_share(OTHER_PREFIX + name)(group)}" for name in names) or NONE
+
+
+def _gain(group: Group) -> str:
+    stat = group.stat(lambda run: run.gain.micro if run.gain else None)
+    return f"{'+' if stat and stat.mean > 0 else ''}{percent(stat)}"
 
 
 COLUMNS: tuple[Column, ...] = (
     Column("method / variant", "", lambda group: group.label),
     Column("micro", "last round: correct of all test examples, %", _share("accuracy_micro")),
+    Column("own", "last round: micro accuracy of the own models without the common ones, %",
+           _share("accuracy_own"), always=False),
+    Column("common", "last round: micro accuracy of the clients' common models, %",
+           _share("accuracy_common"), always=False),
+    Column("alone", "last round: micro accuracy of the same models, trained without the "
+           "federation, %", _share("accuracy_alone"), always=False),
+    Column("gain", "micro minus alone, of the clients that measured both, points", _gain,
+           always=False),
     Column("other predictor", "last round: micro accuracy of what else the method predicts with: "
            "the head (FedProto, FedTGP), the model before its epoch (global: FedAvg + "
-           "fine-tuning), %", _other_predictors),
+           "fine-tuning), %", _other_predictors, always=False),
     Column("macro", "last round: mean of the clients' accuracies, %", _share("accuracy_macro")),
     Column("std", "last round: standard deviation over clients, points", _share("accuracy_std")),
     Column("worst 10 %", "last round: mean of the worst tenth of the clients, %",
@@ -78,9 +95,8 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def columns(study: Study) -> list[Column]:
-    """Return the columns of a study's table: other predictors only where there are any."""
-    some = any(_other_predictors(group) != NONE for group in study.groups)
-    return [c for c in COLUMNS if some or c.cell is not _other_predictors]
+    """Return the columns of a study's table that have something to say."""
+    return [c for c in COLUMNS if c.always or any(c.cell(g) != NONE for g in study.groups)]
 
 
 def status(group: Group) -> str:

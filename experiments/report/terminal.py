@@ -10,10 +10,11 @@ from rich.table import Table
 
 from experiments.report.looks import method_label
 from experiments.report.plan import Plan
-from experiments.report.runs import ClientRow, Run
+from experiments.report.runs import ClientRow, Run, gain_of
 from experiments.run.presets import Preset
 from experiments.run.progress import clock
 from server_app.output.figures import Reference
+from server_app.output.run_folder import weighted_mean
 
 REFERENCE_ROUNDS = (10, 20, 30, 40)
 TOLERANCE = -4
@@ -76,19 +77,17 @@ def run_table(run: Run) -> Table:
 
 def family_table(run: Run) -> Table:
     """Compare the architectures of a run, from the newest evaluation of every client."""
-    table = table_of(
-        "model", "clients", "parameters", "test examples", "micro", "mean", "worst",
-        numbers=range(1, 7),
-    )  # fmt: skip
-    names = run.families()
-    groups: dict[str, list[ClientRow]] = {}
+    measured = ("alone", "gain (points)") if run.gain else ()
+    names = ("clients", "parameters", "test examples", "micro", "mean", "worst", *measured)
+    table = table_of("model", *names, numbers=range(1, 9))
+    families, groups = run.families(), dict[str, list[ClientRow]]()
     for client in run.clients:
-        groups.setdefault(names[client.client_id], []).append(client)
+        groups.setdefault(families[client.client_id], []).append(client)
     for name, clients in groups.items():
-        table.add_row(name, *_family_cells(clients))
+        table.add_row(name, *_family_cells(clients)[: len(names)])
     if len(groups) > 1:
         table.add_section()
-        table.add_row("all", *_family_cells(run.clients))
+        table.add_row("all", *_family_cells(run.clients)[: len(names)])
     return table
 
 
@@ -130,6 +129,8 @@ def _family_cells(clients: Sequence[ClientRow]) -> list[str]:
     sizes = sorted({client.num_parameters for client in clients})
     tests = sum(client.num_test for client in clients)
     correct = sum(client.accuracy * client.num_test for client in clients)
+    alone = [(c.num_test, c.alone) for c in clients if c.alone is not None]
+    gain = gain_of(clients)
     return [
         str(len(clients)),
         " - ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1]))),
@@ -137,4 +138,6 @@ def _family_cells(clients: Sequence[ClientRow]) -> list[str]:
         percent(correct / tests),
         percent(fmean(client.accuracy for client in clients)),
         percent(min(client.accuracy for client in clients)),
+        percent(weighted_mean(alone) if alone else None),
+        f"{100 * gain.micro:+.1f}" if gain else "-",
     ]

@@ -95,6 +95,8 @@ def show(folder: Path, console: Console) -> None:
     for table in (run_table(run), *([family_table(run)] if run.clients else [])):
         console.print()
         console.print(table)
+    if run.gain:
+        say(console, f"\n{run.gain}", style="bold")
     if run.rows:
         curves, metrics = folder / "curves.png", folder / "metrics.jsonl"
         if not curves.exists() or curves.stat().st_mtime < metrics.stat().st_mtime:

@@ -61,7 +61,9 @@ def round_line(row: Mapping[str, Any], *, rounds: int, left_s: float | None) -> 
     """Return one line about a round: accuracy, loss, traffic, seconds, time left."""
     parts = [f"round {int(row['round']):>{len(str(rounds))}}/{rounds}"]
     if (accuracy := row.get("accuracy_micro")) is not None:
-        parts.append(f"accuracy {100 * accuracy:5.1f} %")
+        alone = row.get("accuracy_alone")
+        beside = "" if alone is None else f" (alone {100 * alone:.1f} %)"
+        parts.append(f"accuracy {100 * accuracy:5.1f} %{beside}")
     for key, name in (("test_loss", "test loss"), ("train_loss", "train loss")):
         if (loss := row.get(key)) is not None:
             parts.append(f"{name} {loss:.3f}")

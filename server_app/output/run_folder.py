@@ -26,7 +26,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import replace_file
 from common.log import logger
-from common.messages import ALONE, Evaluation
+from common.messages import ALONE, Evaluation, Gain
 
 LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
@@ -140,6 +140,7 @@ class RunFolder:
         seconds = [r["seconds_round"] for r in self._rows[-5:]]
         left = (rounds - server_round) * sum(seconds) / len(seconds)
         found = f"accuracy {row['accuracy_micro']:.3f}" if "accuracy_micro" in row else "trained"
+        found += f" (alone {row['accuracy_alone']:.3f})" if "accuracy_alone" in row else ""
         lost = int(row["num_failed"] + row["num_unanswered"])
         return (
             f"round {server_round:>{len(str(rounds))}}/{rounds}  {found}  "
@@ -156,7 +157,8 @@ class RunFolder:
         kept = [r for r in self._client_rows if r["client_id"] not in fresh]
         self._client_rows = kept + list(fresh.values())
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(self._client_rows[0]))
+        names = dict.fromkeys(name for row in self._client_rows for name in row)
+        writer = csv.DictWriter(text, fieldnames=list(names))
         writer.writeheader()
         writer.writerows(self._client_rows)
         try:
@@ -179,7 +181,14 @@ class RunFolder:
             logger.error("The last results are not on disk: %s", error)
         finally:
             self._lock.release()
+        if gain := self._gain():
+            logger.info("%s", str(gain).capitalize())
         logger.info("Run %s. Results in %s", status, self.path)
+
+    def _gain(self) -> Gain | None:
+        """Sum up the newest evaluations of the clients that trained alone as well."""
+        measured = (row for row in self._client_rows if "gain" in row)
+        return Gain.of((row["num_test"], row["gain"]) for row in measured)
 
     def _draw(self) -> None:
         if not any("accuracy_micro" in row for row in self._rows):
@@ -195,6 +204,7 @@ class RunFolder:
     def _write_summary(self, status: str, reason: str = "") -> None:
         config = self._config
         scored = [row for row in self._rows if "accuracy_micro" in row]
+        gain = self._gain()
         summary: dict[str, Any] = {
             "status": status,
             "reason": reason,
@@ -209,6 +219,9 @@ class RunFolder:
             },
             "best": max(scored, key=lambda row: row["accuracy_micro"]) if scored else None,
             "last": scored[-1] if scored else None,
+            "gain": gain.micro if gain else None,
+            "num_gaining": gain.num_gaining if gain else 0,
+            "num_measured": gain.num_measured if gain else 0,
             "bytes_up": sum(int(row["bytes_up"]) for row in self._rows),
             "bytes_down": sum(int(row["bytes_down"]) for row in self._rows),
             "seconds": time.monotonic() - self._started,

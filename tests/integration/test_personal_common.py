@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from common.config import RunConfig
-from tests.support.outputs import client_rows, rows
+from experiments.run.engines.inprocess import simulated_nodes
+from tests.support.outputs import client_rows, rows, summary
 from tests.support.tiny import run_tiny, tiny_config
 
 PREDICTORS = ("own", "common", "alone")
@@ -27,6 +28,20 @@ def test_every_predictor_is_measured_in_every_round(tmp_path: Path, evaluation: 
         assert row["num_updates"] == 12  # of six clients, two models each
     for client in client_rows(config):
         assert all(0 <= float(client[f"accuracy_{name}"]) <= 1 for name in PREDICTORS)
+        better = float(client["accuracy"]) - float(client["accuracy_alone"])
+        assert float(client["gain"]) == pytest.approx(better)
+    found, last = summary(config), rows(config)[-1]
+    assert found["gain"] == pytest.approx(last["accuracy_micro"] - last["accuracy_alone"])
+    assert found["num_measured"] == 6
+    assert found["num_gaining"] == 6 * last["share_gaining"]
+
+
+def test_one_participant_alone_may_measure_what_joining_is_worth(tmp_path: Path) -> None:
+    config = personal_common(tmp_path, method="mh-pfedhn", measure_alone=False)
+    nodes = simulated_nodes(6)
+    run_tiny(config, node_configs=[*nodes[:5], {**nodes[5], "measure-alone": True}])
+    assert [row["client_id"] for row in client_rows(config) if row["gain"]] == ["5"]
+    assert summary(config)["num_measured"] == 1
 
 
 def test_the_common_model_learns_and_so_does_the_predictor(tmp_path: Path) -> None:

@@ -78,14 +78,18 @@ def write_run(folder: Path, *, rounds: int = 4, models: str = "cnn,vgg8", client
     return folder
 
 
-def write_clients(folder: Path, names: list[str], accuracies: Sequence[float]) -> None:
+def write_clients(
+    folder: Path, names: list[str], accuracies: Sequence[float], alone: Sequence[float] = ()
+) -> None:
     """Clients in reverse order: a reader must not rely on the file's order."""
     with (folder / "clients.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS.split())
+        writer.writerow([*COLUMNS.split(), *(["accuracy_alone"] if alone else [])])
         for i, accuracy in reversed([*enumerate(accuracies)]):
             size = SIZES[names[i * len(names) // len(accuracies)]]
-            writer.writerow([i, size, 1, 30, 10, round(10 * accuracy), accuracy, 1.0])
+            writer.writerow(
+                [i, size, 1, 30, 10, round(10 * accuracy), accuracy, 1.0, *alone[i : i + 1]]
+            )
 
 
 def write_seed(
@@ -95,6 +99,7 @@ def write_seed(
     seed: int = 1,
     accuracies: tuple[float, ...] = (0.1, 0.4),
     clients: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8),
+    alone: tuple[float, ...] = (),
     status: str = "completed",
     row: dict[str, Any] | None = None,
     **settings: Any,
@@ -115,5 +120,5 @@ def write_seed(
         "reason": "" if status == "completed" else "RunError: <no> client came",
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-    write_clients(folder, config["models"].split(","), clients)
+    write_clients(folder, config["models"].split(","), clients, alone)
     return folder

@@ -38,6 +38,8 @@ def test_round_line_says_what_happened() -> None:
         "round  3/40  accuracy  51.2 %  test loss 1.488  train loss 0.667  3.0 MB  10.0 s"
         "  lost 3 clients  left 6:10"
     )
+    measured = round_line(metric_row(3, 0.5, accuracy_alone=0.4), rounds=40, left_s=None)
+    assert "accuracy  50.0 % (alone 40.0 %)  test loss" in measured
     line = round_line(metric_row(1, None), rounds=2, left_s=10)
     assert line == "round 1/2  train loss 2.000  3.0 MB  10.0 s  left 0:10"
 

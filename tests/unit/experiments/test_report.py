@@ -3,12 +3,15 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
+from experiments.console import make_console
 from experiments.report.runs import Run, settle
 from experiments.report.terminal import family_table, run_table
-from tests.unit.experiments.run_folders import write_run
+from experiments.run.launch import show
+from tests.unit.experiments.run_folders import write_run, write_seed
 
 
 def text(table: Table) -> str:
@@ -56,3 +59,18 @@ def test_family_table_weighs_by_examples(tmp_path: Path) -> None:
     assert rows["cnn"] == ["2", "1,000", "20", "55.0 %", "55.0 %", "50.0 %"]
     assert rows["vgg8"] == ["2", "2,000", "20", "75.0 %", "75.0 %", "70.0 %"]
     assert rows["all"] == ["4", "1,000 - 2,000", "40", "65.0 %", "65.0 %", "50.0 %"]
+
+
+def test_what_joining_is_worth_is_said_where_it_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.load(write_seed(tmp_path / "a", alone=(0.4, 0.4, 0.7, 0.9)))  # +.1 +.2 .0 -.1
+    rows = cells(family_table(run))
+    assert rows["cnn"][-2:] == ["40.0 %", "+15.0"]
+    assert rows["vgg8"][-2:] == ["80.0 %", "-5.0"]
+    assert rows["all"][-2:] == ["60.0 %", "+5.0"]
+    sentence = "gain over training alone: +5.0 points, 2 of 4 participants gain"
+    show(run.folder, make_console())
+    assert sentence in capsys.readouterr().out
+    show(write_seed(tmp_path / "b"), make_console())
+    assert "alone" not in capsys.readouterr().out

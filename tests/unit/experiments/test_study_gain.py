@@ -64,6 +64,16 @@ def test_no_gain_over_a_local_that_trained_otherwise(
     assert {k: own for k, (own, _) in run.differs.items()} == {key: value}
 
 
+def test_without_a_local_run_a_run_is_compared_with_what_it_trained_alone(tmp_path: Path) -> None:
+    write_seed(tmp_path / "h1", clients=HALF, alone=(0.3, 0.3, 0.5, 0.5))
+    write_seed(tmp_path / "h2", seed=2, clients=HALF, alone=HIGH)
+    write_seed(tmp_path / "l2", seed=2, method="local", clients=(0.4,) * 4)  # this one counts
+    (gain,), unmatched = gains_over_local(load_study([str(tmp_path)]))
+    assert unmatched == []
+    assert gain.mean.mean == pytest.approx((0.1 + 0.1) / 2)
+    assert (gain.num_better, len(gain.clients)) == (6, 8)
+
+
 def test_rounds_between_evaluations_count_where_the_last_round_has_none() -> None:
     every = {n: local_settings({"rounds": 4, "evaluate-every": n}) for n in (1, 2, 3)}
     assert every[1] == every[2]

@@ -75,7 +75,8 @@ def test_the_page_says_what_came_out(page: str) -> None:
         "Tested is the model that the server sends, before local training (MH-pFedHN, "
         "MH-pFedHNGD); the client's own model, after local training (Local). Bands:"
     ) in text
-    assert "other predictor" not in text
+    for word in ("other predictor", "alone:", "common:"):
+        assert word not in text
 
 
 def test_unfinished_runs_are_named_and_in_no_mean(page: str) -> None:
@@ -104,6 +105,18 @@ def test_second_predictors_are_in_both_tables(tmp_path: Path) -> None:
     assert "| FedAvg | 40.0 | - | 38.0 |" in table
     assert "by the nearest prototype that the server sends (FedProto)" in page
     assert 'Runs with evaluation = "fused" are tested when a round begins' in text_of(page)
+
+
+def test_own_common_alone_and_gain_have_columns_of_their_own(tmp_path: Path) -> None:
+    others = {"accuracy_own": 0.35, "accuracy_common": 0.3, "accuracy_alone": 0.2}
+    write_seed(tmp_path / "p", row=others, alone=(0.3,) * 4)
+    write_seed(tmp_path / "a", method="fedavg")
+    page = text_of(report(tmp_path))
+    table = (tmp_path / "report.md").read_text()
+    assert "| method / variant | micro | own | common | alone | gain | macro |" in table
+    assert "| MH-pFedHN | 40.0 | 35.0 | 30.0 | 20.0 | +35.0 | 38.0 |" in table
+    assert "| FedAvg | 40.0 | - | - | - | - | 38.0 |" in table
+    assert "+35.0; 4 of 4 better" in page
 
 
 def test_compare_prints_a_table_and_draws(
