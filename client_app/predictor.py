@@ -11,7 +11,9 @@ Shapes: B examples, C classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,14 +68,29 @@ def mixture(own_BC: Tensor, common_BC: Tensor, weight: float) -> Tensor:
     return torch.lerp(common, own, weight).clamp_min(1e-30).log()
 
 
+class Logits(NamedTuple):
+    """What a model says of the client's test and validation examples, (B, C) each."""
+
+    test: Tensor
+    validation: Tensor
+
+
 def evaluate_both(own: FlatModel, common: FlatModel, data: ClientData) -> Evaluation:
     """Test both models as they are, and the mixture that the validation examples prefer."""
-    started, models = time.monotonic(), (own, common)
-    own_BC, common_BC = (logits_over(model, data, validation=True) for model in models)
-    weight = choose_weight(own_BC, common_BC, data.validation_labels)
-    own_BC, common_BC = (logits_over(model, data) for model in models)
+    started = time.monotonic()
+    said = [
+        Logits(*(logits_over(model, data, validation=part) for part in (False, True)))
+        for model in (own, common)
+    ]
+    return judge_both(said, data, started)
+
+
+def judge_both(said: Iterable[Logits], data: ClientData, started: float) -> Evaluation:
+    """Test them by what own and common model said; `started` is when that was begun."""
+    own, common = said
+    weight = choose_weight(own.validation, common.validation, data.validation_labels)
     correct = {
-        name: num_correct(logits, data.test_labels)
-        for name, logits in (("own", own_BC), ("common", common_BC))
+        name: num_correct(logits.test, data.test_labels)
+        for name, logits in (("own", own), ("common", common))
     }
-    return replace(judged(mixture(own_BC, common_BC, weight), data, started), others=correct)
+    return replace(judged(mixture(own.test, common.test, weight), data, started), others=correct)

@@ -45,6 +45,7 @@ from common.messages import (
     REGISTER,
     THETA,
     TRAIN,
+    TRAIN_GLOBAL,
     Evaluation,
     Registration,
     TrainReply,
@@ -97,7 +98,7 @@ class Method:
         now, evaluation = task.header.server_round, None
         if task.flag(EVALUATE_FIRST):
             evaluation = self._tested(task, before=now)
-        if self.trains_alone:
+        if self.trains_alone and (THETA in task or not task.flag(TRAIN_GLOBAL)):
             self._train_alone(task)
         instance = self.ready(task, before=now)
         trained = self.fit(task, instance)

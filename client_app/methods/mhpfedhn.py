@@ -7,22 +7,25 @@ client predicts with both.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
-from client_app.predictor import evaluate_both, teaching_weight
+from client_app.predictor import Logits, evaluate_both, judge_both, teaching_weight
 from client_app.store import Residual, largest_with_residual
-from client_app.training.batched import Member
+from client_app.training.batched import Member, Outcome
 from client_app.training.loop import (
     FlatModel,
     Loss,
     Teacher,
     Trained,
     delta,
+    judged,
     logits_over,
     train,
 )
@@ -30,6 +33,7 @@ from common.compression import Float32
 from common.config import DistillSection
 from common.errors import WireError
 from common.messages import (
+    ALONE,
     DELTA,
     DISTIL,
     GLOBAL_DELTA,
@@ -65,10 +69,17 @@ GLOBAL = Role(
     GLOBAL_THETA, GLOBAL_DELTA, "global_buffers", "shuffle-global", "global_left_out", clip=False
 )
 """w_g is trained without clipping (method.md, Phase 1)."""
+APART = Role("", "", ALONE, "shuffle", "", clip=True)
+"""The model trained alone: neither comes nor goes."""
 
 
 class MHpFedHN(Method):
-    """Trains the personal model and, with GD, w_g: in one message or in two."""
+    """Trains the personal model and, with GD, w_g: in one message or in two.
+
+    `predicts_with` are the models that a client predicts with.
+    """
+
+    predicts_with: ClassVar[tuple[Role, ...]] = (PERSONAL,)
 
     # --- the hops --------------------------------------------------------------------------------
 
@@ -167,6 +178,30 @@ class MHpFedHN(Method):
         instance.model.load(self.placed(GLOBAL, theta))
         return instance.model
 
+    def judge(self, seen: Mapping[Role, Logits], started: float) -> Evaluation:
+        """Test what the client predicts with, by what its models say; begun at `started`."""
+        return judged(seen[PERSONAL].test, self.data, started)
+
+    def member_alone(self, task: Received) -> Member:
+        """Hand over what a batched call needs to test or train the model trained alone."""
+        instance = self._ready_alone(task, before=task.header.server_round)
+        return Member(
+            theta=instance.model.theta.detach().clone(),
+            buffers=instance.buffers(),
+            data=self.data,
+            generator=self.shuffler(APART.shuffle, task),
+            dropout=torch.Generator(self.participant.device).manual_seed(
+                self.dropout_seed(Method.own, task)
+            ),
+        )
+
+    def keep_alone(self, task: Received, outcome: Outcome) -> None:
+        """Keep the model that a batched call trained alone."""
+        instance = instance_of(self.kind_of(APART))
+        instance.reset(outcome.buffers, 0)
+        instance.model.load(outcome.theta)
+        self.save(ALONE, task, instance, theta=True)
+
     def member(self, role: Role, task: Received, placed: Tensor) -> Member:
         """Hand over what a batched call needs to test or train one of the client's models.
 
@@ -183,7 +218,9 @@ class MHpFedHN(Method):
         )
 
     def kind_of(self, role: Role) -> ModelKind:
-        """What the construction of one of the two models depends on."""
+        """What the construction of one of the models depends on."""
+        if role is APART:
+            return replace(self.kind, role=ALONE)
         return self.kind if role is PERSONAL else self.global_kind
 
     # --- how -------------------------------------------------------------------------------------
@@ -210,17 +247,26 @@ class MHpFedHN(Method):
         if theta is None or not task.flag(DISTIL):
             return None
         teacher, section = self.teacher(theta, task), task.section(DistillSection)
-        alpha = self.teaching_weight(teacher, section.distill_alpha)
-        section = section.model_copy(update={"distill_alpha": alpha})
-        return Teacher(teacher.module, section).loss if alpha else None
 
-    def teaching_weight(self, teacher: FlatModel, most: float) -> float:
-        """Return the weight of the teacher in this round; `most` is `distill-alpha`."""
+        def said() -> Iterator[Tensor]:
+            models = (instance_of(self.kind).model, teacher)
+            return (logits_over(model, self.data, validation=True) for model in models)
+
+        alpha = self.teaching_weight(section.distill_alpha, said)
+        return Teacher(teacher.module, alpha, section.distill_temperature).loss if alpha else None
+
+    def teaching_weight(self, most: float, said: Callable[[], Iterable[Tensor]]) -> float:
+        """Return the weight of the teacher in this round; `most` is `distill-alpha`.
+
+        `said` gives the own model's and the teacher's logits (N, C) of the validation examples.
+        """
         return most
 
 
 class MHpFedHNPG(MHpFedHN):
     """Trains both models that came; predicts with what the validation examples prefer."""
+
+    predicts_with = (PERSONAL, GLOBAL)
 
     def ready(self, task: Received, *, before: int) -> Instance:
         """Load both models, each with its own statistics; return the own one."""
@@ -234,12 +280,15 @@ class MHpFedHNPG(MHpFedHN):
         self.load(GLOBAL.buffers, task, instance, before=task.header.server_round)
         return model
 
-    def teaching_weight(self, teacher: FlatModel, most: float) -> float:
+    def teaching_weight(self, most: float, said: Callable[[], Iterable[Tensor]]) -> float:
         """Measure on the validation examples how much better the teacher is, before training."""
-        models = (instance_of(self.kind).model, teacher)
-        own, common = (logits_over(model, self.data, validation=True) for model in models)
+        own, common = said()
         return teaching_weight(own, common, self.data.validation_labels, most=most)
 
     def measure(self, task: Received, instance: Instance) -> Evaluation:
         """Test the own model, the common model and the predictor."""
         return evaluate_both(instance.model, instance_of(self.global_kind).model, self.data)
+
+    def judge(self, seen: Mapping[Role, Logits], started: float) -> Evaluation:
+        """Test the own model, the common model and the predictor."""
+        return judge_both((seen[role] for role in self.predicts_with), self.data, started)

@@ -28,7 +28,8 @@ from torch.func import functional_call, vmap
 from client_app.data.augment import moved
 from client_app.data.examples import ClientData
 from client_app.models.instances import MaskFeed, draw_mask, feeding
-from client_app.training.loop import Teacher, Trained, label_loss, make_optimizer, mixed_precision
+from client_app.training.loop import Trained, label_loss, make_optimizer, mixed_precision
+from client_app.training.teachers import Teachers
 from common.config import TrainingSection
 from common.errors import ModelError
 
@@ -71,7 +72,7 @@ def train_cohort(
     section: TrainingSection,
     *,
     clip: bool = True,
-    teacher: Teacher | None = None,
+    teachers: Teachers | None = None,
 ) -> list[Outcome]:
     """Train every member as `loop.train` would, all of them at once; returns in their order.
 
@@ -85,7 +86,8 @@ def train_cohort(
         )
     started = time.monotonic()
     order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)
-    cohort = _Cohort(module, [members[i] for i in order], section, clip, teacher)
+    teachers = teachers and teachers.of(order)
+    cohort = _Cohort(module, [members[i] for i in order], section, clip, teachers)
     with _tried_kernels():
         for _ in range(section.local_epochs):
             cohort.epoch()
@@ -132,10 +134,10 @@ class _Cohort:
         members: Sequence[Member],
         section: TrainingSection,
         clip: bool,
-        teacher: Teacher | None,
+        teachers: Teachers | None,
     ) -> None:
         self._module, self._members, self._section, self._clip = module, members, section, clip
-        self._teacher = teacher
+        self._teachers = teachers
         self._theta = torch.stack([member.theta for member in members])
         self._optimizer = make_optimizer(self._theta, section)
         self._buffers = stacked_buffers(module, members)
@@ -255,12 +257,12 @@ class _Cohort:
 
         stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
         with mixed_precision(self._section, images.device):
-            out = vmap(logits)(cut(theta, self._module), buffers, masks, stacked_images)
-            out = out.flatten(0, 1).float()
-            losses = label_loss(out, labels, self._section, reduction="none")
-            if self._teacher is not None:
-                losses = self._teacher.losses(images, out, losses)
-        return losses.view(rows_GB.shape)
+            out = vmap(logits)(cut(theta, self._module), buffers, masks, stacked_images).float()
+            losses = label_loss(out.flatten(0, 1), labels, self._section, reduction="none")
+            losses = losses.view(rows_GB.shape)
+            if self._teachers is not None:
+                losses = self._teachers.of(group).losses(stacked_images, out, losses)
+        return losses
 
     @torch.no_grad()
     def _descend(self, group: slice, gradient: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from client_app.data.examples import ClientData
 from client_app.training.optim import AdamW
-from common.config import DistillSection, TrainingSection
+from common.config import TrainingSection
 from common.errors import ModelError
 from common.log import logger
 from common.messages import Evaluation
@@ -136,36 +136,36 @@ def label_loss(
     return functional.cross_entropy(logits, labels, reduction=reduction, label_smoothing=smoothing)
 
 
+def distilled(
+    student: Tensor, teacher: Tensor, hard: Tensor, *, alpha: float | Tensor, temperature: float
+) -> Tensor:
+    """Return the loss of every example (..., B) from both models' logits (..., B, C).
+
+    alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) hard, as in paper
+    section 3.3 (method.md, Phase 2). `hard` is the `label_loss`, (..., B) or its mean; `alpha` is
+    one number, or every client's own (G, 1).
+    """
+    target = functional.log_softmax(teacher.float() / temperature, dim=-1)
+    found = functional.log_softmax(student / temperature, dim=-1)
+    divergence = functional.kl_div(found, target, reduction="none", log_target=True).sum(dim=-1)
+    return alpha * temperature**2 * divergence + (1 - alpha) * hard
+
+
 @dataclass(frozen=True)
 class Teacher:
-    """Learning from a model beside the labels (paper section 3.3; method.md, Phase 2).
-
-    alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) cross-entropy. The
-    teacher is w_g as it was sent: frozen, in evaluation mode, no graph is built for it.
-    """
+    """A common model as it was sent, and its weight: frozen, in evaluation mode, no graph."""
 
     module: nn.Module
-    section: DistillSection
+    alpha: float
+    temperature: float
 
     def loss(self, images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
         """Return the mean loss of a batch; as `Loss`."""
-        return self._mixed(self._divergence(images, logits, reduction="batchmean"), hard)
-
-    def losses(self, images: Tensor, logits: Tensor, hard: Tensor) -> Tensor:
-        """Return the loss of every example (B,), of which `hard` (B,) is the `label_loss`."""
-        return self._mixed(self._divergence(images, logits, reduction="none").sum(dim=1), hard)
-
-    def _divergence(self, images: Tensor, logits: Tensor, *, reduction: str) -> Tensor:
         self.module.eval()
-        temperature = self.section.distill_temperature
         with torch.no_grad():
-            target = functional.log_softmax(self.module(images).float() / temperature, dim=1)
-        student = functional.log_softmax(logits / temperature, dim=1)
-        return functional.kl_div(student, target, reduction=reduction, log_target=True)
-
-    def _mixed(self, divergence: Tensor, hard: Tensor) -> Tensor:
-        alpha, temperature = self.section.distill_alpha, self.section.distill_temperature
-        return alpha * temperature**2 * divergence + (1 - alpha) * hard
+            teacher = self.module(images)
+        losses = distilled(logits, teacher, hard, alpha=self.alpha, temperature=self.temperature)
+        return losses.mean()
 
 
 def mixed_precision(section: TrainingSection, device: torch.device) -> torch.autocast:

@@ -1,5 +1,6 @@
 """Training clients together gives what training them one by one gives."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,9 +15,10 @@ from client_app.training.batched import (
     can_train_together,
     train_cohort,
 )
-from client_app.training.batched_evaluation import evaluate_cohort
-from client_app.training.loop import FlatModel, Teacher, evaluate, train
-from common.config import DistillSection, TrainingSection
+from client_app.training.batched_evaluation import cohort_logits
+from client_app.training.loop import FlatModel, Teacher, logits_over, train
+from client_app.training.teachers import Teachers
+from common.config import TrainingSection
 from common.errors import ModelError
 from tests.unit.client_app.pictures import client_data, draw_theta
 
@@ -48,13 +50,12 @@ def compare(
     *,
     clip: bool = True,
     device: str = "cpu",
-    teacher: Teacher | None = None,
+    teachers: Teachers | None = None,
     augmentations: tuple[tuple[str, ...], ...] = ((),),
 ) -> None:
     own = torch.Generator(device)
     seed_dropout(module, own)
     model = FlatModel(module.to(device))
-    loss = teacher.loss if teacher else None
     start = draw_theta(module).to(device)
     fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
     members, expected = [], []
@@ -68,10 +69,11 @@ def compare(
         for name, buffer in module.named_buffers():
             buffer.copy_(fresh[name])
         order = torch.Generator().manual_seed(i)
+        loss = teacher_of(teachers, i).loss if teachers else None
         trained = train(model, data, section, generator=order, loss=loss, clip=clip)
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         expected.append((model.theta.detach().clone(), buffers, trained))
-    outcomes = train_cohort(module, members, section, clip=clip, teacher=teacher)
+    outcomes = train_cohort(module, members, section, clip=clip, teachers=teachers)
     for outcome, (theta, buffers, trained) in zip(outcomes, expected, strict=True):
         # AdamW's step is as long where the gradient is hardly more than rounding
         atol = 1e-5 if section.optimizer == "sgd" else section.learning_rate / 5
@@ -82,6 +84,22 @@ def compare(
             torch.testing.assert_close(outcome.buffers[name], buffer, rtol=1e-4, atol=1e-5)
         assert outcome.trained.num_examples == trained.num_examples
         assert outcome.trained.loss == pytest.approx(trained.loss, rel=1e-4)
+
+
+def teachers(count: int) -> Teachers:
+    """One teacher for all, or everybody's own; and everybody's weight of it."""
+    module = small_normed()
+    factors = torch.linspace(0.5, 2.0, count)
+    state = {
+        k: torch.stack([(f * x).to(x) for f in factors]) for k, x in module.state_dict().items()
+    }
+    return Teachers(module, state, torch.linspace(0.0, 0.8, len(COUNTS)), 4.0)
+
+
+def teacher_of(teachers: Teachers, client: int) -> Teacher:
+    module = deepcopy(teachers.module)
+    module.load_state_dict({k: x[client % len(x)] for k, x in teachers.state.items()})
+    return Teacher(module, float(teachers.alphas[client]), teachers.temperature)
 
 
 def small_normed(dropout: float = 0.0) -> nn.Module:
@@ -118,11 +136,12 @@ def test_cohort_equals_one_by_one_with_padding(
     compare(model, section, clip=clip_norm is not None)
 
 
-def test_distillation() -> None:
-    module = build_model("mlp", in_channels=3, num_classes=10)
-    teacher = build_model("cnn", in_channels=3, num_classes=10)
-    section = DistillSection(distill_alpha=0.3, distill_temperature=4.0)
-    compare(module, SECTION, teacher=Teacher(teacher, section))
+@pytest.mark.parametrize("num_teachers", [1, len(COUNTS)])
+@pytest.mark.parametrize("student", ["mlp", "normed"])
+def test_distillation(student: str, num_teachers: int) -> None:
+    mlp = build_model("mlp", in_channels=3, num_classes=10)
+    module = small_normed() if student == "normed" else mlp
+    compare(module, SECTION, teachers=teachers(num_teachers))
 
 
 @pytest.mark.parametrize("model", ["mlp", "normed"])
@@ -132,7 +151,6 @@ def test_augmentation_adamw_and_smoothing(model: str) -> None:
         if model == "normed"
         else build_model("mlp", in_channels=3, num_classes=10)
     )
-    teacher = build_model("cnn", in_channels=3, num_classes=10)
     recipe = {
         "local_epochs": 2,
         "optimizer": "adamw",
@@ -142,7 +160,7 @@ def test_augmentation_adamw_and_smoothing(model: str) -> None:
     compare(
         module,
         SECTION.model_copy(update=recipe),
-        teacher=Teacher(teacher, DistillSection(distill_alpha=0.3, distill_temperature=4.0)),
+        teachers=teachers(1),
         augmentations=(("flip", "crop"), (), ("flip",)),
     )
 
@@ -166,35 +184,35 @@ def test_mixed_precision_agrees_to_its_rounding() -> None:
     assert (outcome.theta - alone).norm() < 0.2 * (exact - start).norm()
 
 
+@pytest.mark.parametrize("counts", [(5, 8, 11), (3, 0, 0), (0, 0, 0)])
 @pytest.mark.parametrize("name", ["cnn", "resnet10"])
-def test_cohort_is_tested_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cohort_is_tested_as_one_by_one(
+    name: str, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "client_app.training.batched_evaluation.TESTED_AT_ONCE", {"cpu": 12}
     )  # several batches
     module = build_model(name, in_channels=3, num_classes=10)
     model, members, expected = FlatModel(module), [], []
-    for i, whole in enumerate(clients()[:3]):
+    for i, (whole, count) in enumerate(zip(clients(), counts, strict=False)):
         data = replace(
             whole,
-            test_images=whole.test_images[: 5 + 3 * i],
-            test_labels=whole.test_labels[: 5 + 3 * i].clone(),
+            validation_images=whole.train_images[:count],
+            validation_labels=whole.train_labels[:count],
+            test_images=whole.test_images[: 5 + i],
         )
         model.load(draw_theta(module) * (1 + i))
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(i))
-        module.eval()
-        with torch.no_grad():  # the first example, with which others are padded, is a hit
-            data.test_labels[0] = module(data.normalise(data.test_images[:1])).argmax()
         buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
         members.append(Member(model.theta.detach().clone(), buffers, data, torch.Generator()))
-        expected.append(evaluate(model, data))
-    found = evaluate_cohort(module, members)
-    assert [f.num_test for f in found] == [5, 8, 11]
-    assert all(f.num_correct > 0 for f in found)
-    for one, other in zip(expected, found, strict=True):
-        assert (one.num_test, one.num_correct) == (other.num_test, other.num_correct)
-        assert other.test_loss == pytest.approx(one.test_loss, rel=1e-4)
+        expected.append([logits_over(model, data, validation=v) for v in (False, True)])
+    for part, validation in enumerate((False, True)):
+        found = cohort_logits(module, members, validation=validation)
+        assert [len(x) for x in found] == (list(counts) if validation else [5, 6, 7])
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one[part], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
