@@ -80,7 +80,7 @@ def show(args: argparse.Namespace) -> int:
     from experiments.report import terminal as report
     from experiments.report.runs import find_run
     from experiments.run import launch
-    from server_app.output.figures import Reference, draw_curves
+    from server_app.output.curves import Reference, draw_curves
 
     console, found = make_console(), find_run(args.run)
     launch.show(found.folder, console)

@@ -1,20 +1,27 @@
-"""The picture of a run that needs to know architectures: a bar for each client, and the spread."""
+"""The picture of a run that needs to know architectures: every client, and the spread.
+
+A client is a bar, or where it was measured the way from what it reaches alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.report.looks import family_looks
 from experiments.report.runs import Run
-from server_app.output.figures import INK, Layout, folder_title, picture
+from server_app.output.figures import INK, MUTED, Layout, folder_title, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # drawing takes a second to import
 
 MOST_NUMBERS = 25
+
+GAINS: Any = {"linewidth": 3, "alpha": 0.55, "solid_capstyle": "butt"}
+LOSES = {**GAINS, "linestyle": (0, (1, 1))}
 
 Families = Mapping[str, Mapping[int, float]]
 """{architecture: {place of a client: its accuracy in per cent}}."""
@@ -27,6 +34,7 @@ def draw_clients(run: Run, target: Path | None = None) -> Path:
     """
     target = target or run.folder / "clients.png"
     names, families = run.families(), dict[str, dict[int, float]]()
+    alone = {i: 100 * c.alone for i, c in enumerate(run.clients) if c.alone is not None}
     for place, client in enumerate(run.clients):
         families.setdefault(names[client.client_id], {})[place] = 100 * client.accuracy
     colours = {name: look.light for name, look in family_looks([*families]).items()}
@@ -40,15 +48,45 @@ def draw_clients(run: Run, target: Path | None = None) -> Path:
     layout = Layout(folder_title(run.folder), subtitle, (11.0, 4.9), "ab", (2.4, 1.0))
     with picture(layout, target) as figure:
         bars, spread = figure.axes
-        _draw_bars(bars, families, colours, [client.client_id for client in run.clients])
+        ids = [client.client_id for client in run.clients]
+        (partial(_draw_ways, alone=alone) if alone else _draw_bars)(bars, families, colours, ids)
         _draw_spread(spread, families, colours)
     return target
 
 
 def _draw_bars(axes: Axes, families: Families, colours: Mapping[str, str], ids: list[str]) -> None:
-    axes.set(title="Test accuracy of each client's own model", ylabel="accuracy (%)")
     for name, own in families.items():
         axes.bar([*own], [*own.values()], width=0.82, color=colours[name], label=name)
+    _finish(axes, families, ids)
+
+
+def _draw_ways(
+    axes: Axes,
+    families: Families,
+    colours: Mapping[str, str],
+    ids: list[str],
+    *,
+    alone: Mapping[int, float],
+) -> None:
+    """Draw for each client the way from what it reaches alone to what it reaches here."""
+    big, small = (9, 7) if len(ids) <= MOST_NUMBERS else (5, 4)
+    for name, reached in families.items():
+        for place, value in reached.items():
+            before, colour = alone.get(place, value), colours[name]
+            style = LOSES if value < before else GAINS
+            axes.plot([place] * 2, [before, value], color=colour, **style)
+            axes.plot(place, before, "o", markersize=small, markerfacecolor="white",
+                      markeredgecolor=colour, markeredgewidth=1.6, clip_on=False)  # fmt: skip
+            axes.plot(place, value, "o", markersize=big, color=colour, clip_on=False)
+    marks = [axes.plot([], [], "o", color=MUTED, markerfacecolor=face)[0] for face in ("w", MUTED)]
+    marks += axes.plot([], [], color=MUTED, **LOSES)
+    words = ["alone", "in the federation", "loses"]
+    axes.legend(marks, words, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+    _finish(axes, families, ids)
+
+
+def _finish(axes: Axes, families: Families, ids: list[str]) -> None:
+    axes.set(title="Test accuracy of each client", ylabel="accuracy (%)")
     if ids:
         mean = fmean(value for own in families.values() for value in own.values())
         axes.axhline(mean, color=INK, linewidth=1.0, linestyle=(0, (5, 3)))

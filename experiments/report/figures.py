@@ -24,7 +24,7 @@ from experiments.report.gain import GroupGain
 from experiments.report.groups import Study
 from experiments.report.lines import Axis, Line, lines_of
 from experiments.report.looks import DASHES, LIGHT, Look, looks_for
-from server_app.output.figures import GRID, INK, MUTED, STYLE, Layout, picture
+from server_app.output.figures import GRID, INK, MUTED, STYLE, Layout, picture, spread
 
 PAPER, WHITE, DARK_INK = "#ffffff", "#fefefe", "#14181d"
 """PAPER follows the page; WHITE and DARK_INK, on colours of a scale, do not."""
@@ -210,20 +210,6 @@ def x_unit(axis: Axis, largest: float) -> tuple[str, float]:
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
     name, size = next((unit for unit in units if largest >= 2 * unit[1]), units[-1])
     return f"{name}, {'up' if axis == 'bytes-up' else 'up and down'}, all clients", size
-
-
-def spread(wanted: Sequence[float], *, gap: float, high: float) -> list[float]:
-    """Move label positions, given downwards, apart until neighbours are `gap` away, in 0 to `high`.
-
-    >>> spread([99, 98, 50], gap=10, high=100), spread([3, 2, 1], gap=10, high=100)
-    ([99, 89, 50], [20, 10, 0])
-    """
-    placed: list[float] = []
-    for place in wanted:
-        placed.append(min(place, placed[-1] - gap if placed else high))
-    for i in reversed(range(len(placed))):
-        placed[i] = max(placed[i], placed[i + 1] + gap if i + 1 < len(placed) else 0)
-    return placed
 
 
 def _for_page(svg: str, title: str) -> str:

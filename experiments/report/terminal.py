@@ -13,7 +13,7 @@ from experiments.report.plan import Plan
 from experiments.report.runs import ClientRow, Run, gain_of
 from experiments.run.presets import Preset
 from experiments.run.progress import clock
-from server_app.output.figures import Reference
+from server_app.output.curves import Reference
 from server_app.output.run_folder import weighted_mean
 
 REFERENCE_ROUNDS = (10, 20, 30, 40)

@@ -27,7 +27,7 @@ from experiments.run.engines.superlink import RayEngine
 from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.presets import EngineSection, Preset
 from experiments.run.progress import follow
-from server_app.output.figures import draw_curves
+from server_app.output.curves import draw_curves
 
 FAILED, INTERRUPTED = 1, 130
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

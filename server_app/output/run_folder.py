@@ -193,7 +193,8 @@ class RunFolder:
     def _draw(self) -> None:
         if not any("accuracy_micro" in row for row in self._rows):
             return
-        from server_app.output.figures import draw_curves, draw_steps  # matplotlib: a second
+        from server_app.output.curves import draw_curves  # matplotlib: a second
+        from server_app.output.figures import draw_steps
 
         try:
             draw_curves(self.path)

@@ -84,12 +84,11 @@ def write_clients(
     """Clients in reverse order: a reader must not rely on the file's order."""
     with (folder / "clients.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*COLUMNS.split(), *(["accuracy_alone"] if alone else [])])
+        writer.writerow([*COLUMNS.split(), *(["accuracy_alone", "gain"] if alone else [])])
         for i, accuracy in reversed([*enumerate(accuracies)]):
             size = SIZES[names[i * len(names) // len(accuracies)]]
-            writer.writerow(
-                [i, size, 1, 30, 10, round(10 * accuracy), accuracy, 1.0, *alone[i : i + 1]]
-            )
+            row = [i, size, 1, 30, 10, round(10 * accuracy), accuracy, 1.0]
+            writer.writerow([*row, *((alone[i], accuracy - alone[i]) if alone else ())])
 
 
 def write_seed(

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from common.errors import RunError
 from experiments.report.clients import draw_clients
 from experiments.report.runs import Run
-from server_app.output.figures import Reference, draw_curves, draw_steps
-from tests.unit.experiments.run_folders import metric_row, write_run
+from server_app.output.curves import Reference, draw_curves
+from server_app.output.figures import BLUE, ORANGE, draw_steps
+from tests.unit.experiments.run_folders import metric_row, write_run, write_seed
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -58,3 +62,43 @@ def test_steps_are_drawn_where_there_are_some(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(metric_row(i, 0.1)) + "\n" for i in range(1, 6)))
     assert draw_steps(tmp_path, target=tmp_path / "b.png") is None  # a baseline's rows
     assert not (tmp_path / "b.png").exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn, instead of files."""
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: found.append(figure))
+    return found
+
+
+def test_curves_and_gains_are_shown_where_there_are_several_predictors(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
+    others = {"accuracy_own": 0.3, "accuracy_common": 0.35, "accuracy_alone": 0.2}
+    draw_curves(write_seed(tmp_path / "a", row=others, alone=(0.4, 0.5, 0.9, 0.8)))
+    draw_curves(write_seed(tmp_path / "b", method="fedproto", row={"accuracy_head": 0.3}))
+    draw_curves(write_seed(tmp_path / "c"))
+    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in drawn]
+    every = "Test accuracy, all examples"
+    assert titles == [
+        [every, "What joining is worth", "Loss", "Traffic so far"],
+        [every, "Loss", "Traffic so far"],
+        ["Test accuracy", "Loss", "Traffic so far"],
+    ]
+    curves, gains = drawn[0].axes[:2]
+    said = [text.get_text() for text in curves.texts]
+    assert said == ["predictor 40.0", "common 35.0", "own 30.0", "alone 20.0"]
+    widths = [line.get_linewidth() for line in curves.lines]
+    assert max(widths) == widths[-1] > widths[0]
+    assert gains.get_title(loc="right") == "2 of 4 gain"
+    bars = [bar for bar in gains.patches if isinstance(bar, Rectangle) and bar.get_height()]
+    colours = {bar.get_x() < 0: bar.get_facecolor()[:3] for bar in bars if bar.get_width() > 4}
+    assert colours == {False: to_rgb(BLUE), True: to_rgb(ORANGE)}
+
+
+def test_the_way_from_alone_is_shown_for_each_client(tmp_path: Path, drawn: list[Figure]) -> None:
+    draw_clients(Run.load(write_seed(tmp_path / "a", alone=(0.4, 0.5, 0.9, 0.7))))
+    lines = drawn[0].axes[0].lines
+    ways = [[*map(round, line.get_ydata())] for line in lines if len(line.get_xdata()) == 2]
+    assert ways[:4] == [[40, 50], [50, 60], [90, 70], [70, 80]]
