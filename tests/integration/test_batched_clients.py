@@ -123,8 +123,8 @@ def test_every_predictor_is_measured_as_one_by_one(
         assert one.keys() == other.keys()
         keys = [key for key in one if key.startswith(("accuracy_", "num_"))]
         for key in (*keys, "train_loss", "test_loss", "bytes_up"):
-            # measured: 1e-7; somebody else's teacher moves the losses by 3e-5
-            assert other[key] == pytest.approx(one[key], rel=5e-6), key
+            # measured: 1e-6; somebody else's teacher moves the losses by 3e-5
+            assert other[key] == pytest.approx(one[key], rel=5e-6, abs=5e-6), key
 
 
 def test_a_model_of_its_own_kind_is_trained_with_the_common_ones(
