@@ -77,7 +77,7 @@ class PersonalModel:
 
     def describe(self) -> dict[str, Any]:
         """Return what a person or program needs to use the weights, as JSON-able facts."""
-        data = self.data
+        data, accuracies = self.data, self.evaluation.accuracies()
         return {
             "model": self.name,
             "in_channels": data.in_channels,
@@ -88,7 +88,8 @@ class PersonalModel:
             "input": "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)",
             "num_test": self.evaluation.num_test,
             "num_correct": self.evaluation.num_correct,
-            "test_accuracy": self.evaluation.num_correct / self.evaluation.num_test,
+            "test_accuracy": accuracies.pop("accuracy"),
+            **accuracies,  # of the own model by itself, of the common one, alone, and the gain
             "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
             "load": _load_line(self.name, data),
         }

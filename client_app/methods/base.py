@@ -99,7 +99,9 @@ class Method:
         if task.flag(EVALUATE_FIRST):
             evaluation = self._tested(task, before=now)
         if self.trains_alone and (THETA in task or not task.flag(TRAIN_GLOBAL)):
-            self._train_alone(task)
+            alone = self._ready_alone(task, before=now)
+            self.train(task, alone)
+            self.save(ALONE, task, alone, theta=True)
         instance = self.ready(task, before=now)
         trained = self.fit(task, instance)
         self.keep(task, instance)
@@ -110,17 +112,14 @@ class Method:
         return Content(self._tested(task, before=task.header.server_round + 1).settings())
 
     def _tested(self, task: Received, *, before: int) -> Evaluation:
-        """Test what came, and the model trained alone where there is one."""
-        alone = {ALONE: self._correct_alone(task, before=before)} if self.trains_alone else {}
-        found = self.measure(task, self.ready(task, before=before))
-        return replace(found, others={**found.others, **alone})
+        return self._beside_alone(self.measure(task, self.ready(task, before=before)), task)
 
     def _reply_finish(self, task: Received) -> Content:
         """Store the personal model as a plain torch state_dict, and say where."""
         instance = self.ready(task, before=task.header.server_round + 1)
         self.adapt(task, instance)
-        evaluation = evaluate(instance.model, self.data)
-        return Content({LOCATION: self.participant.store(instance.model.module, evaluation)})
+        found = self._beside_alone(self.final(task, instance), task)
+        return Content({LOCATION: self.participant.store(instance.model.module, found)})
 
     # --- the hops --------------------------------------------------------------------------------
 
@@ -146,18 +145,20 @@ class Method:
     def adapt(self, task: Received, instance: Instance) -> None:
         """Make the model what this client will use from now on (finish)."""
 
+    def final(self, task: Received, instance: Instance) -> Evaluation:
+        """Test what this client will use from now on (finish)."""
+        return evaluate(instance.model, self.data)
+
     # --- alone: the same model by the same recipe, of which the server sees one count ------------
 
-    def _correct_alone(self, task: Received, *, before: int) -> int:
-        """Count the test examples that the model trained alone gets right."""
+    def _beside_alone(self, found: Evaluation, task: Received) -> Evaluation:
+        """Add what the model trained alone gets right, where there is one."""
+        if not self.trains_alone:
+            return found
+        before = task.header.server_round + (not task.flag(EVALUATE_FIRST))
         model = self._ready_alone(task, before=before).model
-        return num_correct(logits_over(model, self.data), self.data.test_labels)
-
-    def _train_alone(self, task: Received) -> None:
-        """Train it as Local does, and keep it."""
-        instance = self._ready_alone(task, before=task.header.server_round)
-        self.train(task, instance)
-        self.save(ALONE, task, instance, theta=True)
+        correct = num_correct(logits_over(model, self.data), self.data.test_labels)
+        return replace(found, others={**found.others, ALONE: correct})
 
     def _ready_alone(self, task: Received, *, before: int) -> Instance:
         instance = instance_of(replace(self.kind, role=ALONE))
@@ -256,12 +257,9 @@ class Method:
 
     def shuffler(self, purpose: str, task: Received) -> torch.Generator:
         """Make the generator that shuffles the examples; every method draws the same orders."""
-        return torch_generator(
-            self.participant.config.run.seed,
-            purpose,
-            server_round=task.header.server_round,
-            client_id=self.participant.client_id,
-        )
+        seed, now = self.participant.config.run.seed, task.header.server_round
+        client_id = self.participant.client_id
+        return torch_generator(seed, purpose, server_round=now, client_id=client_id)
 
     def head(self, instance: Instance) -> Head:
         """Find the own model's head."""

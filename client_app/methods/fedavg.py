@@ -175,6 +175,8 @@ class LocalEnsemble(Method):
         before = task.header.server_round + (not task.flag(EVALUATE_FIRST))
         return evaluate_both(instance.model, self._second(task, before=before).model, self.data)
 
+    final = measure
+
     def _second(self, task: Received, *, before: int) -> Instance:
         instance = instance_of(self.global_kind)
         kept = self.load(AUXILIARY, task, instance, before=before)

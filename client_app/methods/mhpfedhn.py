@@ -289,6 +289,8 @@ class MHpFedHNPG(MHpFedHN):
         """Test the own model, the common model and the predictor."""
         return evaluate_both(instance.model, instance_of(self.global_kind).model, self.data)
 
+    final = measure
+
     def judge(self, seen: Mapping[Role, Logits], started: float) -> Evaluation:
         """Test the own model, the common model and the predictor."""
         return judge_both((seen[role] for role in self.predicts_with), self.data, started)

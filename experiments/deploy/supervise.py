@@ -15,9 +15,10 @@ import subprocess
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -136,14 +137,28 @@ class Supervisor:
         changed, self._seen = _changed(self._model) != self._seen, _changed(self._model)
         if changed:
             facts = json.loads(self._model.read_text())
-            self._say(
-                f"your model: {self._model.with_suffix('.safetensors')}, accuracy "
-                f"{facts['test_accuracy']:.3f} on your {facts['num_test']} test examples",
-                "bold green",
-            )
+            self._say(f"your model: {self._model.with_suffix('.safetensors')}", "bold green")
+            self._say(worth(facts), "bold green")
 
     def _say(self, text: str, style: str = "") -> None:
         say(self._console, text, style=style)
+
+
+def worth(facts: Mapping[str, Any]) -> str:
+    """Say what joining was worth, from a personal model's description.
+
+    >>> worth({"test_accuracy": 0.71, "num_test": 95})
+    'accuracy .71 on your 95 test examples'
+    >>> worth({"test_accuracy": 0.71, "num_test": 95, "accuracy_alone": 0.625, "gain": 0.085})
+    'joining is worth +8.5 points: alone .62, with the federation .71 on your 95 test examples'
+    """
+    reached = f"{facts['test_accuracy']:.2f}".removeprefix("0")
+    tested = f"{reached} on your {facts['num_test']} test examples"
+    if "gain" not in facts:
+        return f"accuracy {tested}"
+    alone = f"{facts['accuracy_alone']:.2f}".removeprefix("0")
+    points = f"{100 * facts['gain']:+.1f} points"
+    return f"joining is worth {points}: alone {alone}, with the federation {tested}"
 
 
 def _changed(path: Path) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from common.config import RunConfig
+from common.files import read_json
 from experiments.run.engines.inprocess import simulated_nodes
 from tests.support.outputs import client_rows, rows, summary
 from tests.support.tiny import run_tiny, tiny_config
@@ -50,6 +51,18 @@ def test_the_common_model_learns_and_so_does_the_predictor(tmp_path: Path) -> No
     last = rows(config)[-1]
     assert last["accuracy_common"] > 0.8
     assert last["accuracy_micro"] > 0.8
+
+
+@pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn", "local-ensemble"])
+def test_the_personal_model_says_what_joining_was_worth(tmp_path: Path, method: str) -> None:
+    config = personal_common(tmp_path, method=method)
+    run_tiny(config)
+    for row in client_rows(config):
+        folder = Path(config.run.output_dir) / "personal-models" / row["client_id"]
+        described = read_json(folder / "personal_model.json")
+        assert described["test_accuracy"] == float(row["accuracy"])
+        for name in {name for name in row if name.startswith("accuracy_")} | {"gain"}:
+            assert described[name] == float(row[name])
 
 
 @pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn", "fedavg"])
