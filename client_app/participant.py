@@ -83,7 +83,8 @@ class Participant:
         folder = personal_folder(self.state, self.config.run.output_dir, self.client_id)
         if folder is None:
             return ""
-        personal = PersonalModel(self.model_name, module, self.data, evaluation)
+        common = self.config.distill.global_model
+        personal = PersonalModel(self.model_name, module, self.data, evaluation, common)
         # the export takes seconds, and a simulation has many clients nobody deploys
         return str(personal.store(folder, program=isinstance(self.state, FolderState)))
 

@@ -2,9 +2,12 @@
 
 `personal_model.safetensors` is the plain torch state_dict, `personal_model.json` says how it is
 fed and what it reached, `test_rows.npy` which examples of the participant's own source that was
-measured on. A participant with a state folder also gets `personal_model.pt2`: the whole program
-(torch.export: raw weights and JSON, no pickled code), uint8 pictures in and logits out, which runs
-where only torch is installed.
+measured on. Where it is a predictor of two models, `own_model.safetensors` and
+`common_model.safetensors` are their plain state_dicts, and its own has both and the weight.
+
+A participant with a state folder also gets `personal_model.pt2`: the whole program (torch.export:
+raw weights and JSON, no pickled code), uint8 pictures in and logits out, of two models
+log-probabilities, which runs where only torch is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
-from client_app.store import PERSONAL_MODEL, FolderState
+from client_app.predictor import Predictor
+from client_app.store import COMMON_MODEL, OWN_MODEL, PERSONAL_MODEL, FolderState
 from common.files import PRIVATE, replace_file
 from common.log import logger
 from common.messages import Evaluation
@@ -50,12 +54,16 @@ class PictureClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class PersonalModel:
-    """A trained personal model, its data and what it reached on them."""
+    """A trained personal model, its data and what it reached on them.
+
+    `common` is the architecture of the second model where `module` is a predictor of two.
+    """
 
     name: str
     module: nn.Module
     data: ClientData
     evaluation: Evaluation
+    common: str = ""
 
     def store(self, folder: Path, *, program: bool) -> Path:
         """Write the files; returns the path of the safetensors file.
@@ -64,6 +72,9 @@ class PersonalModel:
         says why there is no program.
         """
         FolderState(folder).save(PERSONAL_MODEL, self.module.state_dict())
+        if isinstance(self.module, Predictor):
+            FolderState(folder).save(OWN_MODEL, self.module.own.state_dict())
+            FolderState(folder).save(COMMON_MODEL, self.module.common.state_dict())
         description = self.describe()
         if self.data.test_rows is not None:
             rows = io.BytesIO()
@@ -78,6 +89,15 @@ class PersonalModel:
     def describe(self) -> dict[str, Any]:
         """Return what a person or program needs to use the weights, as JSON-able facts."""
         data, accuracies = self.data, self.evaluation.accuracies()
+        load: dict[str, Any] = {"load": _load_line(self.name, data)}
+        if isinstance(self.module, Predictor):
+            load = {
+                "common_model": self.common,
+                "weight_of_own_model": float(self.module.weight),
+                "prediction": "weight * softmax(own) + (1 - weight) * softmax(common)",
+                "load_own": _load_line(self.name, data, OWN_MODEL),
+                "load_common": _load_line(self.common, data, COMMON_MODEL),
+            }
         return {
             "model": self.name,
             "in_channels": data.in_channels,
@@ -91,7 +111,7 @@ class PersonalModel:
             "test_accuracy": accuracies.pop("accuracy"),
             **accuracies,  # of the own model by itself, of the common one, alone, and the gain
             "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
-            "load": _load_line(self.name, data),
+            **load,
         }
 
     def _export(self, path: Path) -> dict[str, Any]:
@@ -114,7 +134,10 @@ class PersonalModel:
         The trained module shares one flat vector and has the client's own dropout inside.
         """
         data = self.data
-        fresh = build_model(self.name, in_channels=data.in_channels, num_classes=data.num_classes)
+        sizes = {"in_channels": data.in_channels, "num_classes": data.num_classes}
+        fresh = build_model(self.name, **sizes)
+        if isinstance(self.module, Predictor):
+            fresh = Predictor(fresh, build_model(self.common, **sizes), 0.0)
         fresh.load_state_dict({k: v.detach().cpu() for k, v in self.module.state_dict().items()})
         whole = PictureClassifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
         shape = (2, data.in_channels, *data.test_images.shape[-2:])
@@ -136,7 +159,7 @@ def save_program(program: tuple[nn.Module, Tensor], path: Path) -> None:
     replace_file(path, packed.getvalue(), mode=PRIVATE)
 
 
-def _load_line(name: str, data: ClientData) -> str:
+def _load_line(name: str, data: ClientData, file: str = PERSONAL_MODEL) -> str:
     build = (
         f"{name.partition(':')[0]} import {name.partition(':')[2]} as factory; "
         if ":" in name
@@ -146,5 +169,5 @@ def _load_line(name: str, data: ClientData) -> str:
     return (
         f"from {build}from safetensors.torch import load_file; "
         f"model = {call}in_channels={data.in_channels}, num_classes={data.num_classes}); "
-        "model.load_state_dict(load_file('personal_model.safetensors')); model.eval()"
+        f"model.load_state_dict(load_file('{file}.safetensors')); model.eval()"
     )

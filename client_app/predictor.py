@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.examples import ClientData
@@ -61,11 +61,33 @@ def teaching_weight(
     return min(most, max(0.0, PER_POINT * lead / len(labels_B)))
 
 
-def mixture(own_BC: Tensor, common_BC: Tensor, weight: float) -> Tensor:
+def mixture(own_BC: Tensor, common_BC: Tensor, weight: float | Tensor) -> Tensor:
     """Return the log-probabilities (B, C) of the mixture of two models' logits."""
     own = functional.softmax(own_BC, dim=1)
     common = functional.softmax(common_BC, dim=1)
     return torch.lerp(common, own, weight).clamp_min(1e-30).log()
+
+
+class Predictor(nn.Module):
+    """Both models as one: pictures (B, ...) in, log-probabilities (B, C) of the mixture out."""
+
+    weight: Tensor
+
+    def __init__(self, own: nn.Module, common: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.own, self.common = own, common
+        self.register_buffer("weight", torch.tensor(weight))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify by both."""
+        return mixture(self.own(images), self.common(images), self.weight)
+
+
+def choose_predictor(own: FlatModel, common: FlatModel, data: ClientData) -> Predictor:
+    """Return both models, mixed as the validation examples prefer."""
+    own_BC, common_BC = (logits_over(model, data, validation=True) for model in (own, common))
+    weight = choose_weight(own_BC, common_BC, data.validation_labels)
+    return Predictor(own.module, common.module, weight).to(own.theta.device)
 
 
 class Logits(NamedTuple):

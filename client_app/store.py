@@ -130,7 +130,7 @@ class FolderState:
         if known == federation_id:
             return
         for path in self.folder.glob("*.safetensors"):
-            if path.name != f"{PERSONAL_MODEL}.safetensors":
+            if path.stem not in OWNED:
                 path.unlink(missing_ok=True)
         replace_file(marker, json.dumps({"id": federation_id}))
 
@@ -143,7 +143,9 @@ def _read(path: Path) -> Tensors | None:
     return tensors
 
 
-PERSONAL_MODEL = "personal_model"
+PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL = "personal_model", "own_model", "common_model"
+OWNED = (PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL)
+"""Files that a participant keeps for good."""
 
 
 def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:

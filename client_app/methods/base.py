@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client_app.methods.features import Head, head_of, require_head_is_last
 from client_app.models.instances import (
@@ -25,14 +25,7 @@ from client_app.models.instances import (
 )
 from client_app.participant import Participant
 from client_app.store import Stamp
-from client_app.training.loop import (
-    Loss,
-    Trained,
-    evaluate,
-    logits_over,
-    num_correct,
-    train,
-)
+from client_app.training.loop import Loss, Trained, evaluate, logits_over, num_correct, train
 from common.compression import Float32
 from common.config import TrainingSection
 from common.errors import WireError, unknown_name
@@ -115,11 +108,11 @@ class Method:
         return self._beside_alone(self.measure(task, self.ready(task, before=before)), task)
 
     def _reply_finish(self, task: Received) -> Content:
-        """Store the personal model as a plain torch state_dict, and say where."""
+        """Store the personal model, and say where."""
         instance = self.ready(task, before=task.header.server_round + 1)
         self.adapt(task, instance)
         found = self._beside_alone(self.final(task, instance), task)
-        return Content({LOCATION: self.participant.store(instance.model.module, found)})
+        return Content({LOCATION: self.participant.store(self.owned(instance), found)})
 
     # --- the hops --------------------------------------------------------------------------------
 
@@ -148,6 +141,10 @@ class Method:
     def final(self, task: Received, instance: Instance) -> Evaluation:
         """Test what this client will use from now on (finish)."""
         return evaluate(instance.model, self.data)
+
+    def owned(self, instance: Instance) -> nn.Module:
+        """Return what this client will use from now on (finish)."""
+        return instance.model.module
 
     # --- alone: the same model by the same recipe, of which the server sees one count ------------
 

@@ -7,16 +7,22 @@ client predicts with both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client_app.methods.base import BUFFER, Method, buffers_of
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
-from client_app.predictor import Logits, evaluate_both, judge_both, teaching_weight
+from client_app.predictor import (
+    Logits,
+    choose_predictor,
+    evaluate_both,
+    judge_both,
+    teaching_weight,
+)
 from client_app.store import Residual, largest_with_residual
 from client_app.training.batched import Member, Outcome
 from client_app.training.loop import (
@@ -185,14 +191,13 @@ class MHpFedHN(Method):
     def member_alone(self, task: Received) -> Member:
         """Hand over what a batched call needs to test or train the model trained alone."""
         instance = self._ready_alone(task, before=task.header.server_round)
+        device = self.participant.device
         return Member(
             theta=instance.model.theta.detach().clone(),
             buffers=instance.buffers(),
             data=self.data,
             generator=self.shuffler(APART.shuffle, task),
-            dropout=torch.Generator(self.participant.device).manual_seed(
-                self.dropout_seed(Method.own, task)
-            ),
+            dropout=torch.Generator(device).manual_seed(self.dropout_seed(Method.own, task)),
         )
 
     def keep_alone(self, task: Received, outcome: Outcome) -> None:
@@ -247,19 +252,13 @@ class MHpFedHN(Method):
         if theta is None or not task.flag(DISTIL):
             return None
         teacher, section = self.teacher(theta, task), task.section(DistillSection)
-
-        def said() -> Iterator[Tensor]:
-            models = (instance_of(self.kind).model, teacher)
-            return (logits_over(model, self.data, validation=True) for model in models)
-
-        alpha = self.teaching_weight(section.distill_alpha, said)
+        models, data = (instance_of(self.kind).model, teacher), self.data
+        said = (logits_over(model, data, validation=True) for model in models)  # where asked for
+        alpha = self.teaching_weight(section.distill_alpha, lambda: said)
         return Teacher(teacher.module, alpha, section.distill_temperature).loss if alpha else None
 
     def teaching_weight(self, most: float, said: Callable[[], Iterable[Tensor]]) -> float:
-        """Return the weight of the teacher in this round; `most` is `distill-alpha`.
-
-        `said` gives the own model's and the teacher's logits (N, C) of the validation examples.
-        """
+        """Return the teacher's weight, up to `most`; `said`: both models' validation logits."""
         return most
 
 
@@ -290,6 +289,11 @@ class MHpFedHNPG(MHpFedHN):
         return evaluate_both(instance.model, instance_of(self.global_kind).model, self.data)
 
     final = measure
+
+    def owned(self, instance: Instance) -> nn.Module:
+        """Return the predictor."""
+        common = instance_of(self.global_kind).model
+        return choose_predictor(instance.model, common, self.data)
 
     def judge(self, seen: Mapping[Role, Logits], started: float) -> Evaluation:
         """Test the own model, the common model and the predictor."""

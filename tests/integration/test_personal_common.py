@@ -1,15 +1,18 @@
 """MH-pFedHN-PG, and the model trained alone beside any method, in whole runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from common.config import RunConfig
 from common.files import read_json
 from experiments.run.engines.inprocess import simulated_nodes
 from tests.support.outputs import client_rows, rows, summary
-from tests.support.tiny import run_tiny, tiny_config
+from tests.support.tiny import patterns, run_tiny, tiny_config
 
 PREDICTORS = ("own", "common", "alone")
 
@@ -74,3 +77,31 @@ def test_the_model_trained_alone_is_that_of_local(tmp_path: Path, method: str) -
     for row, alone in zip(rows(beside), rows(local), strict=True):
         assert row["accuracy_alone"] == alone["accuracy_micro"]
         assert "accuracy_alone" not in alone
+
+
+def test_the_predictor_is_owned_at_the_end(tmp_path: Path) -> None:
+    """The program alone gives the accuracy that the description says; so do both models, mixed."""
+    state = tmp_path / "state"
+    nodes = [{"client-id": f"c{i}", "partition-id": i, "state-dir": str(state)} for i in range(6)]
+    config = personal_common(tmp_path, rounds=3)
+    run_tiny(config, node_configs=nodes)
+    folder = state / "c0"
+    facts = json.loads((folder / "personal_model.json").read_text())
+    images, labels = patterns()
+    rows_tested = np.load(folder / "test_rows.npy")
+    x, y = torch.from_numpy(images[rows_tested])[:, None], torch.from_numpy(labels[rows_tested])
+    said = torch.export.load(folder / "personal_model.pt2").module()(x)
+    assert float((said.argmax(1) == y).float().mean()) == pytest.approx(facts["test_accuracy"])
+    mean, std = (torch.tensor(facts[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    weight, both = facts["weight_of_own_model"], []
+    for name in ("own", "common"):
+        scope: dict[str, Any] = {}
+        line = facts[f"load_{name}"].replace("load_file('", f"load_file('{folder}/")
+        exec(line, scope)
+        logits = scope["model"]((x / 255 - mean) / std)
+        hits = float((logits.argmax(1) == y).float().mean())
+        assert hits == pytest.approx(facts[f"accuracy_{name}"])
+        both.append(logits.softmax(1))
+    assert 0 <= facts["accuracy_alone"] <= 1
+    mixed = weight * both[0] + (1 - weight) * both[1]
+    torch.testing.assert_close(said.exp(), mixed, rtol=1e-4, atol=1e-5)
