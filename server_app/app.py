@@ -80,7 +80,7 @@ class Server:
             "federation-id": self.transport.federation_id,
             "method": run.method,
             "seed": run.seed,
-            "theta-offset": self.method.config.client.theta_offset,
+            "server-rule": self.method.config.update.server_rule,
             "num-steps": self.method.num_steps,
             "registry": self.registry.export(),
             "rejected": dict(self.transport.rejected),
@@ -139,8 +139,8 @@ class Server:
 def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Raise CheckpointError where a run cannot go on with what another method or start learned.
 
-    With theta-offset = "init" the start of every model is drawn from the seed; clients would add
-    another start to what was learned for theirs.
+    Under the kernel rule the start of every model is drawn from the seed; clients would add another
+    start to what was learned for theirs.
     """
     meta, run = checkpoint.meta, config.run
     if meta["method"] != run.method:
@@ -148,20 +148,17 @@ def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"{checkpoint.path} was written by method {meta['method']}; this run is "
             f"{run.method}. Set method to the checkpoint's to resume."
         )
-    offset, seed, wanted = meta["theta-offset"], int(meta["seed"]), config.client.theta_offset
-    if METHODS[run.method].is_baseline:
-        offset = wanted  # it has none
-    if offset != wanted:
+    rule, seed, wanted = meta["server-rule"], int(meta["seed"]), config.update.server_rule
+    has_rule = not METHODS[run.method].is_baseline
+    if has_rule and rule != wanted:
         raise CheckpointError(
-            f"{checkpoint.path} was learned with theta-offset = {offset!r}; this run has "
-            f"{wanted!r}, and every model would be another one. Set theta-offset to {offset!r} to "
-            "resume."
+            f"{checkpoint.path} was learned with server-rule = {rule!r}; this run has {wanted!r}, "
+            f"whose hypernetwork is another one. Set server-rule to {rule!r} to resume."
         )
-    if offset == "init" and seed != run.seed:
+    if has_rule and config.adds_init and seed != run.seed:
         raise CheckpointError(
-            f"{checkpoint.path} was learned with seed {seed} and theta-offset = 'init': the start "
-            f"that generated values are added to comes from the seed. Set seed to {seed} to "
-            f"resume; it is {run.seed}."
+            f"{checkpoint.path} was learned with seed {seed}: the start that generated values are "
+            f"added to comes from the seed. Set seed to {seed} to resume; it is {run.seed}."
         )
     if METHODS[run.method].is_baseline and not config.client.state_dir:
         logger.warning(

@@ -7,9 +7,8 @@ import torch
 from flwr.app import Context, Message
 
 from common.config import HypernetSection, UpdateSection
-from server_app.aggregation import make_rule
-from server_app.aggregation.base import Update
-from server_app.hypernet.network import Hypernetwork
+from server_app.aggregation import make_network, make_rule
+from server_app.hypernet.groups import Update
 from tests.support.house import (
     PACKAGES,
     Trace,
@@ -64,17 +63,15 @@ def test_a_round_passes_few_files(tmp_path: Path, method: str) -> None:
                 trace.__exit__(None, None, None)
         return handler(message, context)
 
-    config = tiny_config(
-        tmp_path, method=method, rounds=3, server_rule="least-squares", embedding_std=1.0
-    )
+    config = tiny_config(tmp_path, method=method, rounds=3, server_rule="kernel")
     run_tiny(config, app=Wrapped(handle))
     found = trace.functions()
     assert len(found) <= MOST_FILES_OF_A_ROUND, listed(found)
 
 
-@pytest.mark.parametrize("rule", ["adam", "least-squares"])
+@pytest.mark.parametrize("rule", ["adam", "kernel"])
 def test_a_server_step_passes_few_files(rule: str) -> None:
-    hypernet = Hypernetwork(HypernetSection(chunk_size=10), seed=0)
+    hypernet = make_network(rule, HypernetSection(chunk_size=10), seed=0)
     for client_id, size in {"a": 27, "b": 30}.items():
         hypernet.add_client(client_id, size)
     step = make_rule(hypernet, UpdateSection(server_rule=rule), total_rounds=5).step

@@ -131,12 +131,12 @@ class MHpFedHN(Method):
     def placed(self, role: Role, thetas: Float32) -> Tensor:
         """Return the weights (..., P) that generated thetas stand for, on the device.
 
-        With a `theta-offset` they are the model's own initialisation plus theta. The server learns
+        Under the kernel rule they are the model's own initialisation plus theta. The server learns
         nothing new from it: who has the same architecture has the same offset. Several clients of
         one architecture may come in one transfer.
         """
         received = torch.from_numpy(thetas).to(self.participant.device)
-        if self.participant.section.theta_offset == "none":
+        if not self.participant.config.adds_init:
             return received
         seed, kind = self.participant.config.run.seed, self.kind_of(role)
         sizes = (kind.name, kind.in_channels, kind.num_classes, kind.device)

@@ -5,13 +5,12 @@ pyproject's table and `mh-pfedhn keys` are made from them (`common.config.keys`)
 """
 
 from common.config.client import ClientSection, NodeConfig, WireSection, named_augmentations
-from common.config.hypernet import BY_SIZE, HypernetSection, UpdateSection
+from common.config.hypernet import HypernetSection, UpdateSection
 from common.config.run import RunSection, ScheduleSection
 from common.config.run_config import Declared, RunConfig, declared
 from common.config.training import BaselineSection, DistillSection, TrainingSection
 
 __all__ = [
-    "BY_SIZE",
     "BaselineSection",
     "ClientSection",
     "Declared",

@@ -90,12 +90,6 @@ class ClientSection(Section):
         "none", "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8)"
     )
     device: str = key("auto", "auto, cpu, cuda:0")
-    theta_offset: Literal["none", "init"] = key(
-        "init",
-        '"init": what is generated is added to what the model\'s own code draws; "none": as '
-        "published",
-        where="MH-pFedHN",
-    )
     client_threads: int = key(1, "torch CPU threads of one client; 0: torch's own choice", ge=0)
     state_dir: str = key(
         "", "where a client keeps its state; empty: in Flower's context, while the process lives"

@@ -6,35 +6,24 @@ from typing import Literal
 
 from common.config.section import Section, key
 
-BY_SIZE = -1.0
-"""A gain that follows from the number of clients of a head group (`least_squares`)."""
-
 OURS = "MH-pFedHN"
-SOLVED = 'server-rule "least-squares"'
+KERNEL = 'server-rule "kernel"'
+ADAM = 'server-rule "adam"'
 
 
 class HypernetSection(Section):
     """Shape and start of the hypernetwork (docs/method.md, "Hypernetwork")."""
 
-    chunk_size: int = key(3072, "parameters that one head generates", where=OURS, ge=1)
-    embed_dim: int = key(64, "length of a client's embedding", where=OURS + ", pFedHN", ge=1)
-    hidden_dim: int = key(
-        32,
-        "width of the trunk; with least squares at least the clients that share heads, less one",
+    chunk_size: int = key(
+        3072,
+        "parameters that one head generates; the kernel rule tells clients by so many of the last",
         where=OURS,
         ge=1,
     )
+    embed_dim: int = key(256, "length of a client's embedding; as published: 64", where=OURS, ge=1)
+    hidden_dim: int = key(32, "width of the trunk", where=ADAM, ge=1)
     embedding_std: float = key(
-        1.0,
-        "standard deviation of the embeddings as drawn; with least squares at least 0.1",
-        where=OURS,
-        ge=0,
-    )
-    head_init: Literal["torch", "shared", "zero"] = key(
-        "zero",
-        'what heads start from: "zero", for clients with a theta-offset; "shared": one model for '
-        'all clients of a group; "torch": as published',
-        where=OURS,
+        1.0, "standard deviation of the embeddings as drawn", where=ADAM, ge=0
     )
     head_sharing: Literal["chunks", "tolerance", "tag", "own"] = key(
         "chunks",
@@ -52,45 +41,24 @@ class HypernetSection(Section):
 
 
 class UpdateSection(Section):
-    """The server's rule: least squares, or Adam as published (docs/method.md, docs/parallel.md).
+    """The server's rule: the kernel rule, or Adam as published (docs/method.md)."""
 
-    Least squares moves the heads so that the generated parameters go where the deltas point;
-    trunk and embeddings keep Adam, or stand still where both rates are 0.
-    """
-
-    server_rule: Literal["adam", "least-squares"] = key(
-        "least-squares", 'or "adam", as published', where=OURS
-    )
+    server_rule: Literal["kernel", "adam"] = key("kernel", 'or "adam", as published', where=OURS)
     shared_gain: float = key(
         1.0,
         "shared steps of a pass, in units of the clients' mean change; each step has at most 1",
-        where=SOLVED,
+        where=KERNEL,
         ge=0,
-    )
-    shared_momentum: float = key(
-        BY_SIZE,
-        "Nesterov, of a pass; -1: 1 - max(5/N, 6/rounds), at least 0, for the N clients of a group",
-        where=SOLVED,
-        lt=1,
     )
     personal_gain: float = key(
-        BY_SIZE,
-        "part of a client's own change that is followed; -1: max(1.4/N, 1.6/rounds), at most 1",
-        where=SOLVED,
-    )
-    kernel_damping: float = key(
-        1e-3,
-        "ridge damping, relative to the mean squared norm of the centred features",
-        where=SOLVED,
-        gt=0,
-    )
-    server_lr: float = key(
-        2e-4,
-        'Adam\'s rate of the trunk, and of heads with "adam"; 0 here and below lets both rest',
-        where=OURS,
+        0.2,
+        "rho: rho + (1 - rho)/N of a client's own change is followed in a group of N; alone all",
+        where=KERNEL,
         ge=0,
+        le=1,
     )
-    embedding_lr: float = key(2e-4, "Adam's rate of the embeddings", where=OURS, ge=0)
+    server_lr: float = key(2e-4, "Adam's rate of trunk and heads", where=ADAM, ge=0)
+    embedding_lr: float = key(2e-4, "Adam's rate of the embeddings", where=ADAM, ge=0)
     lr_decay_from: float = key(
         0.6,
         "fraction of the rounds after which the server's rates and gains fall along a cosine to "

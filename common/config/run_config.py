@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from common.config.client import ClientSection, NodeConfig, WireSection
-from common.config.hypernet import BY_SIZE, HypernetSection, UpdateSection
+from common.config.hypernet import HypernetSection, UpdateSection
 from common.config.run import RunSection, ScheduleSection
 from common.config.section import Scalar, Section, require_known
 from common.config.training import BaselineSection, DistillSection, TrainingSection
@@ -27,8 +27,6 @@ TITLES = {
     "client": "clients that declare nothing themselves (a node config wins over all of this)",
     "wire": "on the wire",
 }
-ADAM = "server-rule=adam server-lr=0.003 embedding-lr=0.01 embedding-std=0.3 head-init=torch"
-"""Adam with rates that learn in tens of rounds, theta-offset left out."""
 FAR = 500
 """Steps of Adam over one standard deviation of the embeddings that are too many for a run."""
 
@@ -72,6 +70,14 @@ class RunConfig(BaseModel):
     def exchanges_first(self) -> bool:
         """Whether the global model has a message of its own before the personal one."""
         return self.has_global_model and self.distill.gd_mode == "separate"
+
+    @cached_property
+    def adds_init(self) -> bool:
+        """Whether what is generated is added to what a model's own code draws.
+
+        The kernel rule's hypernetwork starts at zero; the published one draws whole models.
+        """
+        return self.update.server_rule == "kernel"
 
     @property
     def is_baseline(self) -> bool:
@@ -134,23 +140,11 @@ def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar]
 
 def _check_together(config: RunConfig) -> None:
     """Raise ConfigError when keys of different sections do not go together."""
-    spread = config.hypernet.embedding_std
-    if config.update.server_rule == "least-squares" and spread < 0.1:
-        raise ConfigError(
-            "run config: server-rule = 'least-squares' tells clients by their embeddings: "
-            f"embedding-std = {spread} makes them all but equal, and the heads grow without "
-            "bound. Set embedding-std = 1.0."
-        )
     if config.wire.uplink_top_k < 1 and config.is_baseline:
         raise ConfigError(
             f"run config: uplink-top-k = {config.wire.uplink_top_k} shortens the deltas of "
             f"mh-pfedhn and mh-pfedhn-gd; method = {config.run.method!r} sends its arrays whole. "
             "Set uplink-top-k = 1."
-        )
-    if config.hypernet.head_init == "zero" and config.client.theta_offset == "none":
-        raise ConfigError(
-            "run config: head-init = 'zero' generates models of zeros, which do not learn. Set "
-            "theta-offset = 'init' as well, or head-init = 'shared'."
         )
     c = config.client
     if c.validation_fraction >= c.test_fraction:
@@ -171,7 +165,6 @@ def _check_together(config: RunConfig) -> None:
         )
     _check_patience(config)
     _check_rates(config)
-    _check_sharing(config)
 
 
 def _check_patience(config: RunConfig) -> None:
@@ -195,19 +188,14 @@ def _check_patience(config: RunConfig) -> None:
 
 def _check_rates(config: RunConfig) -> None:
     u = config.update
-    for key, gain in (("shared-momentum", u.shared_momentum), ("personal-gain", u.personal_gain)):
-        if gain < 0 and gain != BY_SIZE:
-            raise ConfigError(
-                f"run config: {key} = {gain} cannot be used: set 0 or more, or -1 for what fits "
-                "the size of a head group."
-            )
     if u.server_rule == "adam" and not u.server_lr:
         raise ConfigError(
             "run config: server-lr = 0 with server-rule = 'adam': no head would ever learn. "
-            "Set a rate; 0 is for server-rule = 'least-squares', which moves heads without one."
+            "Set a rate; 0 is for server-rule = 'kernel', which needs none."
         )
     if (
         config.run.novel_only
+        and u.server_rule == "adam"
         and not config.is_baseline
         and u.embedding_lr * FAR < config.hypernet.embedding_std
     ):
@@ -216,15 +204,4 @@ def _check_rates(config: RunConfig) -> None:
             f"that learns there, and such steps get nowhere between embeddings that lie "
             f"{config.hypernet.embedding_std:g} (embedding-std) apart. Set embedding-lr = 0.03 "
             "and lr-decay-from = 1, say."
-        )
-
-
-def _check_sharing(config: RunConfig) -> None:
-    tolerant = config.hypernet.head_sharing == "tolerance"
-    if tolerant and config.update.server_rule == "least-squares":
-        raise ConfigError(
-            "run config: head-sharing = 'tolerance' lets clients of different sizes share heads; "
-            "server-rule = 'least-squares' solves for each chunk over the group's clients, needing "
-            "all of them to have it. Share by 'chunks', 'tag' or 'own', or take Adam with its own "
-            f"rates: --set {ADAM} theta-offset=none"
         )

@@ -1,11 +1,10 @@
 """Server: generation and update of one round, all clients at once against one after the other.
 
 Sequential: N times (generate one theta, vector-Jacobian product of one delta, clip, Adam).
-Parallel: generate N, one product of N deltas, one step; under Adam, under least squares, and under
-least squares with trunk and embeddings at rest. The clear reference (tests/reference: nn.Linear
-heads, autograd, torch's Adam over everything) goes through the sequential rule as well. Each size
-and rule runs in a process of its own, for its peak memory; at a CNN's size every rule takes turns
-with the sequential one there.
+Parallel: generate N, one product of N deltas, one step; under Adam, and under the kernel rule. The
+clear reference (tests/reference: nn.Linear heads, autograd, torch's Adam over everything) goes
+through the sequential rule as well. Each size and rule runs in a process of its own, for its peak
+memory; at a CNN's size every rule takes turns with the sequential one there.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from experiments.benchmarks.clear import reference_hypernet, server_step
 from experiments.benchmarks.measuring import Row, devices, in_own_process, peak_bytes, take_turns
 from experiments.benchmarks.synthetic import IDLE_PARAMETERS
 from experiments.run.presets import Preset
-from server_app.aggregation import make_rule
-from server_app.aggregation.base import Update
-from server_app.hypernet.heads import num_chunks
-from server_app.hypernet.network import BLOCK_CLIENTS, Hypernetwork, blocks
+from server_app.aggregation import make_network, make_rule
+from server_app.hypernet.base import BLOCK_CLIENTS, blocks
+from server_app.hypernet.groups import Update, num_chunks
+from server_app.hypernet.network import Hypernetwork
 
-Rule = Literal["adam", "least-squares", "at-rest"]
+Rule = Literal["adam", "kernel"]
 TARGET = (50, IDLE_PARAMETERS)
 SIZES = [(n, k) for k in (IDLE_PARAMETERS, 2_000_000, 11_000_000) for n in (10, 50, 200, 1000)]
 QUICK_SIZE = (4, 6_000)
@@ -37,22 +36,19 @@ def settings(rule: Rule, num_parameters: int) -> RunConfig:
     """Return a run config with a rule, as the presets have it."""
     preset = "cifar100-sequential" if rule == "adam" else "cifar100-parallel"
     overrides: dict[str, float] = {"max-parameters": max(12_000_000, num_parameters)}
-    if rule == "least-squares":
-        overrides |= {"server-lr": 2e-4, "embedding-lr": 2e-4}
     return Preset.load(preset).config.with_overrides(overrides)
 
 
 def server_part(*, quick: bool, repeats: int) -> Row:
-    """Measure every (N, K) by all rules; the figures of 50 CNN clients at rest come first."""
+    """Measure every (N, K) by all rules; the kernel rule's for 50 CNN clients come first."""
     rows: dict[str, Row] = {}
     for n, k in [QUICK_SIZE] if quick else SIZES:
         for device in devices():
-            rules: tuple[Rule, ...] = get_args(Rule) if device == "cpu" else ("adam", "at-rest")
-            found = {rule: _in_own_process(n, k, repeats, rule, device) for rule in rules}
+            found = {rule: _in_own_process(n, k, repeats, rule, device) for rule in get_args(Rule)}
             for rule, row in found.items():
                 sequential = row if "sequential_seconds" in row else found["adam"]
                 rows[_name(n, k, rule, device)] = row | ratios(sequential, row)
-    return rows[_name(*(QUICK_SIZE if quick else TARGET), "at-rest", "cpu")] | {"rows": rows}
+    return rows[_name(*(QUICK_SIZE if quick else TARGET), "kernel", "cpu")] | {"rows": rows}
 
 
 def _name(num_clients: int, num_parameters: int, rule: Rule, device: str) -> str:
@@ -70,12 +66,12 @@ def _in_own_process(n: int, num_parameters: int, repeats: int, rule: Rule, devic
 
 
 def least_bytes(num_clients: int, num_parameters: int, rule: Rule = "adam") -> int:
-    """Estimate the memory of one size: phi, with gradient and moments under Adam, and deltas."""
+    """Estimate the memory of one size: what is learned, with Adam's moments, and deltas."""
     section = settings(rule, num_parameters).hypernet
     chunks = num_chunks(num_parameters, section.chunk_size)
-    heads = chunks * section.chunk_size * (section.hidden_dim + 1)
     vectors = num_clients + min(num_clients, BLOCK_CLIENTS)
-    return (16 if rule == "adam" else 4) * heads + 4 * num_parameters * vectors
+    learned = 4 * (section.hidden_dim + 1) if rule == "adam" else num_clients + 3
+    return 4 * (chunks * section.chunk_size * learned + num_parameters * vectors)
 
 
 class Server:
@@ -83,7 +79,7 @@ class Server:
 
     def __init__(self, num_clients: int, num_parameters: int, rule: Rule, device: str) -> None:
         config = settings(rule, num_parameters)
-        self.hypernet = Hypernetwork(config.hypernet, seed=0, device=device)
+        self.hypernet = make_network(rule, config.hypernet, seed=0, device=device)
         self._rule = make_rule(self.hypernet, config.update, total_rounds=10)
         generator = torch.Generator().manual_seed(0)
         self.updates = []
@@ -125,6 +121,7 @@ def measure(num_clients: int, num_parameters: int, repeats: int, rule: Rule, dev
         variants["sequential"] = adam.sequential
         times["sequential"] = num_clients / min(num_clients, SAMPLE)
     if small and rule == "adam":
+        assert isinstance(server.hypernet, Hypernetwork)
         clear, first = reference_hypernet(server.hypernet), server.updates[0]
         variants["reference"] = lambda: server_step(clear, first.client_id, first.delta)
         times["reference"] = num_clients

@@ -49,11 +49,11 @@ def keep_embeddings(folder: Path) -> bool:
 
 
 def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
-    """Return what training added to each client's embedding: its value minus its random start.
+    """Return what training added to each client's embedding: its value minus its start.
 
-    The start is drawn again from the run's seed. It can be hundreds of times as large as what is
-    learned, so that a map of the raw values shows the dice. The global model's embedding is left
-    out. A run whose embeddings stood still (`embedding-lr = 0`) has learned none: {}.
+    Under the kernel rule that is zero; under Adam it is drawn again from the run's seed, and can be
+    hundreds of times as large as what is learned, so that a map of the raw values shows the dice.
+    Common models are left out. A run whose embeddings stood still has learned none: {}.
     """
     import torch  # takes seconds
 
@@ -63,7 +63,10 @@ def learned(embeddings: Mapping[str, Array], config: Mapping[str, Any]) -> dict[
     full = complete_settings(config)
     moved = {}
     for client_id, value in embeddings.items():
-        if client_id != GLOBAL_ID:
+        if client_id.startswith(GLOBAL_ID):
+            continue
+        moved[client_id] = value
+        if full["server-rule"] != "kernel":
             generator = torch_generator(int(full["seed"]), "embedding", client_id=client_id)
             rows = torch.randn(*value.shape, generator=generator).numpy()
             moved[client_id] = value - float(full["embedding-std"]) * rows

@@ -1,19 +1,38 @@
-"""Rules that move the hypernetwork along the updates of its clients.
+"""Hypernetworks, and the rules that move them along the updates of their clients.
 
-A new rule: a class with the methods of `Rule`, a line in `RULES`, its name in `server-rule`.
+A new rule: a subclass of `Rule`, a line in `RULES`, its name in `server-rule`.
 """
 
 from __future__ import annotations
 
-from common.config import UpdateSection
+from typing import Any
+
+import torch
+
+from common.config import HypernetSection, UpdateSection
 from server_app.aggregation.adam import AdamRule
 from server_app.aggregation.base import Rule
-from server_app.aggregation.least_squares import LeastSquaresRule
+from server_app.aggregation.kernel import KernelRule
+from server_app.hypernet.base import Network
+from server_app.hypernet.kernel import KernelNetwork
 from server_app.hypernet.network import Hypernetwork
 
-RULES = {"adam": AdamRule, "least-squares": LeastSquaresRule}
+RULES: dict[str, tuple[type[Any], type[Any]]] = {
+    "adam": (Hypernetwork, AdamRule),
+    "kernel": (KernelNetwork, KernelRule),
+}
+"""By name: the hypernetwork that the rule moves, and the rule."""
 
 
-def make_rule(hypernet: Hypernetwork, section: UpdateSection, *, total_rounds: float) -> Rule:
-    """Make the rule that `server-rule` names, for one hypernetwork."""
-    return RULES[section.server_rule](hypernet, section, total_rounds=total_rounds)
+def make_network(
+    rule: str, section: HypernetSection, *, seed: int, device: torch.device | str = "cpu"
+) -> Network:
+    """Make the hypernetwork that a rule moves."""
+    network: Network = RULES[rule][0](section, seed=seed, device=device)
+    return network
+
+
+def make_rule(hypernet: Network, section: UpdateSection, *, total_rounds: float) -> Rule:
+    """Make the rule that `server-rule` names, for its hypernetwork."""
+    rule: Rule = RULES[section.server_rule][1](hypernet, section, total_rounds=total_rounds)
+    return rule

@@ -1,43 +1,25 @@
-"""What an aggregation rule takes and gives, whichever it is: updates, a step, its diagnostics."""
+"""An aggregation rule, whichever it is: from updates to one step, and what the step did."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean, median
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.config import UpdateSection
-from common.log import logger
-from server_app.hypernet.heads import members_by_group
-from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.base import Network, by_group
+from server_app.hypernet.groups import GroupDeltas, Update, members_by_group, rms_and_coherence
 
 FINAL_FRACTION = 0.05
 """Of rates and gains, at the end of their cosine."""
 SAMPLE = 8
 """Clients of a head group, and chunks of a client, that diagnostics look at."""
-
-
-WINDOW, LEAST = 64, 5
-"""Norms remembered for each group, and how many are needed before anything is clipped."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one reply brings: delta (P_i,), float32; weights are relative within a step.
-
-    `staleness` counts the server steps between the dispatch and the arrival.
-    """
-
-    client_id: str
-    delta: Tensor
-    weight: float = 1.0
-    staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +32,7 @@ class StepDiagnostics:
     grad_norm : global norm before the clip.
     clip_scale : factor the clip put on the gradient, at most 1.
     learning_rate, embedding_learning_rate : after the decay.
-    gain_factor : of both rates and of the gains of "least-squares", by the decay.
+    gain_factor : of the rates and of the gains, by the decay.
     coherence : |mean delta|^2 / mean |delta_i|^2, pooled over head groups; 1 when all agree (or
         there is one), 1/N when they are unrelated.
     mean_staleness, max_staleness : over the updates of the step.
@@ -74,49 +56,6 @@ class StepDiagnostics:
     rms_theta_change: float
     effective_rate: float
     applied: bool
-
-
-class Rule(Protocol):
-    """Moves a hypernetwork along the updates of its clients.
-
-    Clients and head groups may be added to the hypernetwork at any time.
-    """
-
-    hypernet: Hypernetwork
-
-    @property
-    def frozen_groups(self) -> frozenset[str]:
-        """Head groups that do not learn; see `freeze`."""
-
-    def step(self, updates: Sequence[Update], *, progress: float) -> StepDiagnostics:
-        """Take one step along the updates; change phi and the embeddings in place.
-
-        Updates come in any order; weight 0 leaves one out. `progress` is the number of rounds done
-        when the step is taken, fractions included, and drives the decay. Raises RegistrationError
-        where a client has no embedding, ValueError without an update of positive weight or at a
-        delta of the wrong size.
-        """
-
-    def step_global(
-        self, client_id: str, updates: Sequence[Update], *, progress: float
-    ) -> StepDiagnostics:
-        """Take one step for the global model w_g = h(v_g; phi) (docs/method.md, "MH-pFedHNGD").
-
-        `client_id` owns v_g; the updates bring delta_g,i, all of w_g's size, and weigh by their
-        numbers of examples. Raises as `step`.
-        """
-
-    def freeze(self, groups: Iterable[str]) -> None:
-        """Let trunk and these head groups never move again; embeddings and new groups learn."""
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export what the rule remembers: tensors, which stay shared, and JSON-able facts."""
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Restore an exported state into a rule whose hypernetwork has been restored.
-
-        Raises CheckpointError where it does not fit the hypernetwork, or a tensor is missing.
-        """
 
 
 def usable(updates: Sequence[Update]) -> list[Update]:
@@ -151,56 +90,6 @@ def schedule_factor(section: UpdateSection, progress: float, total_rounds: float
     return FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * done)) / 2
 
 
-class NormClip:
-    """Scales down deltas that are far larger than their group's usually are (docs/parallel.md).
-
-    A delta may have `factor` times (0: any) the running median of the norms that its head group
-    accepted before: large models have large deltas.
-    """
-
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
-        self._norms: dict[str, deque[float]] = {}
-
-    def clip_all(self, updates: Sequence[Update], group_of: Callable[[str], str]) -> list[Update]:
-        """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
-
-        They come back sorted by client. All are compared with what was there before this call, so
-        that nothing depends on the order in which replies arrived.
-        """
-        if not self._factor:
-            return list(updates)
-        bounds = {
-            key: self._factor * median(norms)
-            for key, norms in self._norms.items()
-            if len(norms) >= LEAST
-        }
-        clipped: list[Update] = []
-        for update in sorted(updates, key=lambda u: (u.client_id, u.staleness)):
-            key = group_of(update.client_id)
-            norm = float(torch.linalg.vector_norm(update.delta.double()))
-            bound = bounds.get(key, math.inf)
-            if norm > bound:
-                logger.warning(
-                    "Delta of client %s has norm %.3g; scaled down to %.3g (clip-to-median)",
-                    update.client_id,
-                    norm,
-                    bound,
-                )
-                update, norm = replace(update, delta=update.delta * (bound / norm)), bound
-            self._norms.setdefault(key, deque(maxlen=WINDOW)).append(norm)
-            clipped.append(update)
-        return clipped
-
-    def export(self) -> dict[str, list[float]]:
-        """Return the remembered norms for a checkpoint."""
-        return {group: list(norms) for group, norms in self._norms.items()}
-
-    def restore(self, saved: Mapping[str, Sequence[float]]) -> None:
-        """Load exported norms."""
-        self._norms = {group: deque(norms, maxlen=WINDOW) for group, norms in saved.items()}
-
-
 class Probe:
     """Compares how far a step moves theta with how far its deltas reach, in the same entries.
 
@@ -208,7 +97,7 @@ class Probe:
     them, when it is made and again when `moved` is called.
     """
 
-    def __init__(self, hypernet: Hypernetwork, deltas: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(self, hypernet: Network, deltas: Sequence[tuple[str, Tensor]]) -> None:
         self._hypernet = hypernet
         groups = members_by_group([client_id for client_id, _ in deltas], hypernet.group_key)
         self._groups = {key: [deltas[i] for i in found] for key, found in groups.items()}
@@ -254,6 +143,128 @@ def _spread(count: int) -> list[int]:
     ([0, 11, 22, 33, 44, 55, 66, 78], [0, 1, 2])
     """
     return sorted({i * (count - 1) // (SAMPLE - 1) for i in range(SAMPLE)})
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The 2-norm of the gradient that a step followed, not finite where it did not; its clip."""
+
+    grad_norm: float = 0.0
+    clip_scale: float = 1.0
+
+
+class Rule(ABC):
+    """Moves a hypernetwork along the updates of its clients.
+
+    Clients and head groups may be added to the hypernetwork at any time.
+
+    Attributes
+    ----------
+    frozen_groups : head groups that do not learn; see `freeze`.
+    """
+
+    def __init__(self, hypernet: Network, section: UpdateSection, *, total_rounds: float) -> None:
+        self.hypernet = hypernet
+        self.section = section
+        self.total_rounds = total_rounds
+        self.frozen_groups: frozenset[str] = frozenset()
+
+    def step(self, updates: Sequence[Update], *, progress: float) -> StepDiagnostics:
+        """Take one step along the updates; change phi and the embeddings in place.
+
+        Updates come in any order; weight 0 leaves one out. `progress` is the number of rounds done
+        when the step is taken, fractions included, and drives the decay. Raises RegistrationError
+        where a client has no embedding, ValueError without an update of positive weight or at a
+        delta of the wrong size.
+        """
+        used = usable(updates)
+        total = sum(update.weight for update in used)
+        parts = by_group(
+            self.hypernet,
+            [update.client_id for update in used],
+            [update.delta for update in used],
+            [update.weight / total for update in used],
+        )
+        return self._take(parts, used, progress)
+
+    def step_global(
+        self, client_id: str, updates: Sequence[Update], *, progress: float
+    ) -> StepDiagnostics:
+        """Take one step for the global model w_g = h(v_g; phi) (docs/method.md, "MH-pFedHNGD").
+
+        `client_id` owns v_g; the updates bring delta_g,i, all of w_g's size, and weigh by their
+        numbers of examples: the step follows their mean. Raises as `step`.
+        """
+        used = usable(updates)
+        expected = (self.hypernet.num_parameters(client_id),)
+        total = sum(update.weight for update in used)
+        mean = torch.zeros(expected, device=self.hypernet.device)
+        for update in used:
+            if (shape := tuple(update.delta.shape)) != expected:
+                raise ValueError(
+                    f"global delta of client {update.client_id!r} has shape {shape}; the global "
+                    f"model has {expected}."
+                )
+            mean.add_(update.delta.to(mean), alpha=update.weight / total)
+        parts = by_group(self.hypernet, [client_id], [mean], [1.0])
+        return self._take(parts, used, progress, is_global=True)
+
+    def freeze(self, groups: Iterable[str]) -> None:
+        """Let these head groups, and a trunk, never move again; embeddings and new groups learn."""
+        self.frozen_groups = frozenset(groups)
+
+    @abstractmethod
+    def move(self, parts: Sequence[GroupDeltas], factor: float, *, is_global: bool) -> Moved:
+        """Move the hypernetwork; `factor` is the decay, `is_global` where w_g alone moves."""
+
+    def rates(self, factor: float) -> tuple[float, float]:
+        """Return the rates of a gradient step of phi and of the embeddings; 0 where none is."""
+        return 0.0, 0.0
+
+    @abstractmethod
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export what the rule remembers: tensors, which stay shared, and JSON-able facts."""
+
+    @abstractmethod
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Restore an exported state into a rule whose hypernetwork has been restored.
+
+        Raises CheckpointError where it does not fit the hypernetwork, or a tensor is missing.
+        """
+
+    def _take(
+        self,
+        parts: Sequence[GroupDeltas],
+        used: Sequence[Update],
+        progress: float,
+        *,
+        is_global: bool = False,
+    ) -> StepDiagnostics:
+        """Move; nothing moves where a delta is not finite."""
+        factor = schedule_factor(self.section, progress, self.total_rounds)
+        rms_delta, coherence = rms_and_coherence(parts)
+        did, moved = Moved(rms_delta), 0.0
+        if math.isfinite(rms_delta):
+            deltas = [pair for p in parts for pair in zip(p.client_ids, p.deltas, strict=True)]
+            probe = Probe(self.hypernet, deltas)
+            did = self.move(parts, factor, is_global=is_global)
+            moved = probe.moved()
+        learning_rate, embedding_learning_rate = self.rates(factor)
+        return StepDiagnostics(
+            rms_delta=rms_delta,
+            grad_norm=did.grad_norm,
+            clip_scale=did.clip_scale,
+            learning_rate=learning_rate,
+            embedding_learning_rate=embedding_learning_rate,
+            gain_factor=factor,
+            coherence=coherence,
+            mean_staleness=sum(update.staleness for update in used) / len(used),
+            max_staleness=max(update.staleness for update in used),
+            num_updates=len(used),
+            rms_theta_change=moved * rms_delta if moved else 0.0,
+            effective_rate=moved,
+            applied=math.isfinite(did.grad_norm),
+        )
 
 
 def mean_diagnostics(steps: Sequence[StepDiagnostics]) -> dict[str, float]:

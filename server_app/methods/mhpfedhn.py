@@ -22,16 +22,10 @@ from common.errors import ConfigError, RunError
 from common.log import logger
 from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
 from common.records import Content, Received, require_norm
-from server_app.aggregation import make_rule
-from server_app.aggregation.base import (
-    NormClip,
-    StepDiagnostics,
-    Update,
-    global_diagnostics,
-)
+from server_app.aggregation import make_network, make_rule
+from server_app.aggregation.base import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
-from server_app.hypernet.heads import group_order
-from server_app.hypernet.network import Hypernetwork
+from server_app.hypernet.groups import NormClip, Update, group_order
 from server_app.methods.base import Exchange, Method, Upload
 
 
@@ -54,7 +48,8 @@ class MHpFedHN(Method[Deltas]):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         device = _server_device(config.run.server_device)
-        self.hypernet = Hypernetwork(config.hypernet, seed=config.run.seed, device=device)
+        rule, seed = config.update.server_rule, config.run.seed
+        self.hypernet = make_network(rule, config.hypernet, seed=seed, device=device)
         self.rule = make_rule(self.hypernet, config.update, total_rounds=config.run.rounds)
         self.clip = NormClip(config.schedule.clip_to_median)
         self._frozen_clients: set[str] = set()
@@ -194,7 +189,7 @@ class MHpFedHN(Method[Deltas]):
         self._frozen_clients |= set(before["clients"] if before else hypernet.clients())
         self.rule.freeze(map(str, before["groups"]) if before else hypernet.groups)
         logger.info(
-            "Trunk, %d head groups and %d embeddings are frozen: only new clients learn",
+            "%d head groups and %d embeddings are frozen: only new clients learn",
             len(self.rule.frozen_groups),
             len(self._frozen_clients),
         )

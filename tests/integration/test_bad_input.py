@@ -105,14 +105,14 @@ GLOBAL_GARBAGE = {
     "global length": set_delta(lambda x: x[:-1], "global-delta"),
     "global dtype": set_delta(lambda x: x.astype(np.float64), "global-delta"),
 }
-DEFAULT_RULE = {"server_rule": "least-squares", "embedding_std": 1.0}
+DEFAULT_RULE = {"server_rule": "kernel"}
 GD = DEFAULT_RULE | {"method": "mh-pfedhn-gd", "gd_mode": "fused", "evaluation": "fused"}
 
 
 @pytest.mark.parametrize(
     ("settings", "garbage"),
     [({}, GARBAGE), (DEFAULT_RULE, GARBAGE), (GD, GARBAGE | GLOBAL_GARBAGE)],
-    ids=["adam", "least-squares", "gd"],
+    ids=["adam", "kernel", "gd"],
 )
 def test_nothing_of_a_bad_reply_enters_the_hypernetwork(
     tmp_path: Path, settings: dict[str, object], garbage: dict[str, Callable]

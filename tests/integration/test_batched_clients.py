@@ -33,10 +33,10 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "offset"), [("separate", "none"), ("fused", "none"), ("fused", "init")]
+    ("evaluation", "rule"), [("separate", "adam"), ("fused", "adam"), ("fused", "kernel")]
 )
 def test_batched_clients_give_the_same_rounds(
-    tmp_path: Path, evaluation: str, offset: str, sizes: list[int]
+    tmp_path: Path, evaluation: str, rule: str, sizes: list[int]
 ) -> None:
     settings = {
         "models": f"{HERE}:small,{HERE}:wide",
@@ -44,7 +44,7 @@ def test_batched_clients_give_the_same_rounds(
         "max_in_flight": 0,
         "buffer_size": 0,
         "evaluation": evaluation,
-        "theta_offset": offset,
+        "server_rule": rule,
     }
     alone = run(tiny_config(tmp_path / "a", **settings), 0)
     assert sizes == []
@@ -113,8 +113,8 @@ def test_every_predictor_is_measured_as_one_by_one(
         "buffer_size": 0,
         "rounds": 3,
         "evaluation": "fused",
-        "theta_offset": "init",
-        "embedding_std": 3.0,  # common models that differ
+        "server_rule": "kernel",
+        "personal_gain": 1.0,  # common models that differ
     }
     alone = run(tiny_config(tmp_path / "a", **settings), 0)
     batched = run(tiny_config(tmp_path / "b", **settings), 6)

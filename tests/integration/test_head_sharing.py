@@ -11,8 +11,8 @@ from tests.integration.conftest import Lines
 from tests.support.outputs import client_rows, rows
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
-LEAST_SQUARES = {"server_rule": "least-squares", "embedding_std": 1.0}
-AT_REST = {**LEAST_SQUARES, "server_lr": 0.0, "embedding_lr": 0.0}
+KERNEL = {"server_rule": "kernel"}
+AT_REST = {**KERNEL, "server_lr": 0.0, "embedding_lr": 0.0}
 
 
 def head_groups(config: RunConfig) -> list[str]:
@@ -25,7 +25,7 @@ def head_groups(config: RunConfig) -> list[str]:
         ("tolerance", {"sharing_tolerance": 1.0}, ["4", "4", "10", "10"]),
         ("own", AT_REST, ["3-0", "3-1", "7-2", "7-3"]),
         ("tag", {**AT_REST, "method": "mh-pfedhn-gd"}, []),
-        ("own", LEAST_SQUARES, ["3-0", "3-1", "7-2", "7-3"]),
+        ("own", KERNEL, ["3-0", "3-1", "7-2", "7-3"]),
     ],
 )
 def test_groups_and_resume(tmp_path: Path, sharing: str, settings: dict, groups: list[str]) -> None:
@@ -64,7 +64,7 @@ def test_tags_are_declared_or_made_of_the_model_and_never_the_name(
         nodes[i]["head-tag"] = "hospitals"
     config = tiny_config(
         tmp_path, head_sharing="tag", rounds=1, models=f"{HERE}:small", num_partitions=5,
-        max_in_flight=0, buffer_size=0, **LEAST_SQUARES,
+        max_in_flight=0, buffer_size=0, **KERNEL,
     )  # fmt: skip
     run_tiny(config, app=Wrapped(overhear), node_configs=nodes)
     assert sent["0"] == sent["1"] != sent["2"] == sent["3"]

@@ -1,4 +1,4 @@
-"""theta-offset: the server generates a change of the model's own start, and learns nothing new."""
+"""Under the kernel rule what is generated is added to what a model's own code draws."""
 
 from pathlib import Path
 
@@ -14,9 +14,7 @@ from common.seeding import stream_seed
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
 SETTINGS = {
-    "theta_offset": "init",
-    "head_init": "zero",
-    "server_rule": "least-squares",
+    "server_rule": "kernel",
     "personal_gain": 0.3,
     "max_in_flight": 0,
     "buffer_size": 0,
@@ -41,7 +39,7 @@ def test_clients_start_from_their_own_initialisation(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, models=models, rounds=3, **SETTINGS)
     run_tiny(config, app=Wrapped(record))
 
-    assert not sent["theta", 1, 0].any()  # the heads are zero: all there is comes from the offset
+    assert not sent["theta", 1, 0].any()  # the base is zero: all there is comes from the own start
     assert not sent["theta", 1, 5].any()
     assert sent["delta", 1, 0].any()
     assert sent["theta", 2, 5].any()
@@ -65,7 +63,6 @@ def test_what_was_learned_for_another_start_is_not_resumed(tmp_path: Path) -> No
     again = config.with_overrides({"rounds": 2, "resume-from": config.run.output_dir})
     with pytest.raises(CheckpointError, match=r"learned with seed .* Set seed to"):
         run_tiny(again.with_overrides({"seed": config.run.seed + 1}))
-    without = {"theta-offset": "none", "head-init": "shared"}
-    with pytest.raises(CheckpointError, match="learned with theta-offset = 'init'; this run has"):
-        run_tiny(again.with_overrides(without))
+    with pytest.raises(CheckpointError, match="learned with server-rule = 'kernel'; this run has"):
+        run_tiny(again.with_overrides({"server-rule": "adam"}))
     run_tiny(again)

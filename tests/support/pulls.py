@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from server_app.aggregation.adam import Gradient, backward, by_group
+from server_app.aggregation.adam import Gradient, backward
+from server_app.hypernet.base import by_group
 from server_app.hypernet.network import Hypernetwork
 
 

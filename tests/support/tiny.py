@@ -110,8 +110,6 @@ PUBLISHED = {
     "buffer-size": 1,
     "server-rule": "adam",
     "lr-decay-from": 1.0,
-    "head-init": "torch",
-    "theta-offset": "none",
     "weight-decay": 0.0005,
     "distill-alpha": 0.2,
     "distill-temperature": 15.0,

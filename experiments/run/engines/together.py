@@ -90,7 +90,7 @@ class _Ready:
         training, distil = self.method.training(task), task.flag(DISTIL)
         section = task.section(DistillSection) if distil and role is PERSONAL else None
         alike = (training, section, self.teacher is None, self.tests)
-        looks = (*participant.data.looks, participant.section.theta_offset)
+        looks = (*participant.data.looks, participant.config.adds_init)
         return role, self.method.kind_of(role), alike, looks
 
     def judge(self, seconds: float) -> None:

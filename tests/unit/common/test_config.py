@@ -40,11 +40,11 @@ def test_every_key_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["server-lr"], ["0.0002", "number >= 0", "Adam's rate of the trunk", "MH-pFedHN"]),
+        (["server-lr"], ["0.0002", "number >= 0", "Adam's rate of trunk and heads"]),
         (["head_sharing"], ["chunks | tolerance | tag | own"]),
         (["round-deadline-s"], ["unit         s", "every run"]),
         (["head-tag", "--node"], ["the server sees a hash of it"]),
-        ([], ["hypernetwork", "kernel-damping", "batched-clients"]),
+        ([], ["hypernetwork", "personal-gain", "batched-clients"]),
         (["--json-schema"], ['"additionalProperties": false']),
         (["--toml"], ["[tool.flwr.app.config]"]),
     ],
@@ -75,12 +75,18 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
         ({"min-fraction": 1.5}, r"min-fraction = 1\.5 cannot be used"),
         ({"max-client-examples": -1}, "max-client-examples = -1 cannot be used"),
         # keys of different sections that do not go together
-        ({"embedding-std": 0.002}, r"embedding-std = 0\.002 .* Set embedding-std = 1\.0"),
-        ({"theta-offset": "none"}, r"models of zeros.*theta-offset = 'init'"),
+        ({"validation-fraction": 0.3}, "validation-fraction = 0.3 .* nothing to test on"),
+        ({"method": "mh-pfedhn-pg", "validation-fraction": 0}, "validation-fraction = 0 leaves"),
         ({"absent-clients": 10}, "absent-clients = 10 of 10 clients leaves nobody"),
         ({"server-rule": "adam", "server-lr": 0}, "server-lr = 0 .* no head would ever learn"),
-        ({"embedding-lr": 0, "novel-only": True}, "novel-only with embedding-lr = 0"),
-        ({"novel-only": True}, "novel-only with embedding-lr = 0.0002: .*Set"),
+        (
+            {"server-rule": "adam", "embedding-lr": 0, "novel-only": True},
+            "novel-only with embedding-lr = 0",
+        ),
+        (
+            {"server-rule": "adam", "novel-only": True},
+            "novel-only with embedding-lr = 0.0002: .*Set",
+        ),
     ],
 )
 def test_bad_run_config_names_key_value_and_remedy(flat: dict, message: str) -> None:
@@ -92,6 +98,7 @@ def test_what_goes_together_is_accepted() -> None:
     RunConfig.parse({"absent-clients": 9})
     RunConfig.parse({"novel-only": True, "embedding-lr": 0.03})
     RunConfig.parse({"server-lr": 0, "embedding-lr": 0})
+    RunConfig.parse({"head-sharing": "tolerance"})
 
 
 def test_bad_node_config_is_refused() -> None:

@@ -34,7 +34,7 @@ def test_quick_bench_writes_the_promised_keys(
     assert bench(*arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {"sequential_seconds", "parallel_seconds", "ratio"} <= found["server"].keys()
-    assert found["server"]["rows"]["4 x 6,000 least-squares cpu"]["ratio"] > 0
+    assert found["server"]["rows"]["4 x 6,000 kernel cpu"]["ratio"] > 0
     assert found["server"]["rows"]["4 x 6,000 adam cpu"]["reference_cpu_seconds"] > 0
     assert {"reference_seconds", "ray_seconds", "inprocess_seconds"} <= found["round"].keys()
     assert found["round"]["reference_seconds"] > 0

@@ -35,7 +35,7 @@ def test_sequential_preset_has_the_published_settings() -> None:
     published = {
         "server-rule": "adam", "server-lr": 2e-4, "embedding-lr": 2e-4, "lr-decay-from": 1.0,
         "chunk-size": 3072, "embed-dim": 64, "hidden-dim": 128, "embedding-std": 0.002,
-        "head-init": "torch", "head-sharing": "chunks", "theta-offset": "none",
+        "head-sharing": "chunks",
         "local-epochs": 1, "batch-size": 64, "learning-rate": 5e-3, "momentum": 0.9,
         "weight-decay": 5e-4, "client-clip-norm": 50.0, "training-precision": "float32",
         "clip-to-median": 0.0, "wire-precision": "float32", "uplink-top-k": 1.0,

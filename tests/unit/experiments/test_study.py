@@ -189,10 +189,12 @@ def test_what_is_learned_starts_from_what_the_server_drew() -> None:
     tensors, _ = hypernet.state_dict()
     drawn = {"a": tensors["embeddings.a"].numpy().astype(np.float64)}
     now = {"a": drawn["a"] + np.eye(3)}
-    moved = learned({**now, "__global__": drawn["a"]}, {"seed": 7, "embedding-std": 0.5})
+    config = {"seed": 7, "embedding-std": 0.5, "server-rule": "adam"}
+    moved = learned({**now, "__global__": drawn["a"]}, config)
     assert list(moved) == ["a"]
     np.testing.assert_allclose(moved["a"], np.eye(3), atol=1e-7)
-    assert learned(drawn, {"seed": 7, "embedding-std": 0.5}) == {}, "there is nothing to draw"
+    assert learned(drawn, config) == {}, "there is nothing to draw"
+    assert learned(now, config | {"server-rule": "kernel"}) == now
 
 
 def test_alignment_uses_the_chunks_that_both_clients_have() -> None:

@@ -2,16 +2,16 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from common.config import HypernetSection, RunConfig, UpdateSection
-from common.errors import CheckpointError, ConfigError
-from server_app.aggregation import make_rule
-from server_app.aggregation.base import Update
-from server_app.hypernet.heads import head_group
+from common.config import HypernetSection, UpdateSection
+from common.errors import CheckpointError
+from server_app.aggregation import make_network, make_rule
+from server_app.hypernet.groups import Update, head_group
 from server_app.hypernet.network import Hypernetwork
 from tests.support.close import assert_all_equal
 from tests.support.pulls import pull
@@ -20,17 +20,18 @@ pytestmark = pytest.mark.numeric
 
 SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}  # 6, 1, 3, 6 and 3 chunks of 10
 ADAM = UpdateSection(server_rule="adam", server_lr=0.01, embedding_lr=0.01)
-SOLVED = UpdateSection(server_rule="least-squares", embedding_lr=0.01)
+KERNEL = UpdateSection(server_rule="kernel")
 
 
 def section(sharing: str, **changes: object) -> HypernetSection:
-    values = {"chunk_size": 10, "embed_dim": 4, "hidden_dim": 8, "embedding_std": 0.5,
-              "head_init": "torch"}  # fmt: skip
+    values = {"chunk_size": 10, "embed_dim": 4, "hidden_dim": 8, "embedding_std": 0.5}
     return HypernetSection(**{**values, "head_sharing": sharing, **changes})
 
 
-def make(sharing: str, sizes: dict[str, int] = SIZES, **changes: object) -> Hypernetwork:
-    hypernet = Hypernetwork(section(sharing, **changes), seed=3)
+def make(
+    sharing: str, sizes: dict[str, int] = SIZES, *, rule: str = "adam", **changes: object
+) -> Any:
+    hypernet = make_network(rule, section(sharing, **changes), seed=3)
     for client_id, size in sizes.items():
         hypernet.add_client(client_id, size, tag="7a" if client_id in "de" else "7b")
     return hypernet
@@ -98,18 +99,17 @@ def test_another_tag_is_another_model() -> None:
 
 @pytest.mark.parametrize(
     ("sharing", "rule"),
-    [(sharing, rule) for sharing in GROUPS for rule in (ADAM, SOLVED)
-     if (sharing, rule) != ("tolerance", SOLVED)],  # refused by the run config
-)  # fmt: skip
+    [(sharing, rule) for sharing in GROUPS for rule in (ADAM, KERNEL)],
+)
 def test_restored_state_goes_on_as_if_nothing_had_happened(
     sharing: str, rule: UpdateSection
 ) -> None:
-    update = make_rule(make(sharing), rule, total_rounds=9)
+    update = make_rule(make(sharing, rule=rule.server_rule), rule, total_rounds=9)
     update.step(updates(1, *SIZES), progress=0.0)
     tensors, meta = update.hypernet.state_dict()
     memory, learning = update.state_dict()
     saved = tensors | memory
-    again = make_rule(Hypernetwork(section(sharing), seed=0), rule, total_rounds=9)
+    again = make_rule(make(sharing, {}, rule=rule.server_rule), rule, total_rounds=9)
     again.hypernet.load_state_dict(saved, json.loads(json.dumps(meta)))
     again.load_state_dict(saved, json.loads(json.dumps(learning)))
     for one in (update, again):
@@ -125,13 +125,6 @@ def test_restored_state_goes_on_as_if_nothing_had_happened(
 def test_state_of_another_criterion_is_refused() -> None:
     with pytest.raises(CheckpointError, match="head-sharing = chunks; this run has own"):
         Hypernetwork(section("own"), seed=3).load_state_dict(*make("chunks").state_dict())
-
-
-def test_what_does_not_go_with_mixed_sizes_is_explained() -> None:
-    solved = {"server-rule": "least-squares", "embedding-std": 1.0}
-    with pytest.raises(ConfigError, match=r"'tolerance' lets clients of .*by 'chunks', .*adam"):
-        RunConfig.parse({"head-sharing": "tolerance", **solved})
-    RunConfig.parse({"head-sharing": "own", **solved})
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.1, 0.25, 1.0, 3.0])

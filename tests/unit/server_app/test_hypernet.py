@@ -8,16 +8,15 @@ from torch import Tensor
 
 from common.config import HypernetSection
 from common.errors import CheckpointError, RegistrationError
-from server_app.hypernet import heads
-from server_app.hypernet.network import BLOCK_BYTES, LEAST_CLIENTS, Hypernetwork, blocks
+from server_app.hypernet import network
+from server_app.hypernet.base import BLOCK_BYTES, LEAST_CLIENTS, blocks
+from server_app.hypernet.network import Hypernetwork
 from tests.reference.algorithm import Hyper, ReferenceHypernet
 from tests.support.pulls import pull
 
 pytestmark = pytest.mark.numeric
 
-TOY = HypernetSection(
-    chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5, head_init="torch"
-)
+TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)
 # one chunk, exact last chunk, ragged last chunk, two clients of one group; not in ascending order
 SIZES = {"d": 57, "a": 7, "c": 30, "b": 60, "e": 28}
 
@@ -39,7 +38,7 @@ def reference_of(hypernet: Hypernetwork) -> ReferenceHypernet:
 
 
 def test_published_shape_has_41344_trunk_parameters() -> None:
-    hypernet = Hypernetwork(HypernetSection(hidden_dim=128, head_init="torch"), seed=0)
+    hypernet = Hypernetwork(HypernetSection(embed_dim=64, hidden_dim=128), seed=0)
     assert sum(p.numel() for p in hypernet.trunk.parameters()) == 41_344
 
 
@@ -58,9 +57,7 @@ def test_generate_equals_the_heads_one_by_one() -> None:
 
 
 def test_initialisation_is_torchs_default_for_linear() -> None:
-    hypernet = make(
-        {"a": 3000}, HypernetSection(chunk_size=500, embed_dim=16, hidden_dim=32, head_init="torch")
-    )
+    hypernet = make({"a": 3000}, HypernetSection(chunk_size=500, embed_dim=16, hidden_dim=32))
     group = hypernet.groups["6"]
     bound = 1 / math.sqrt(32)
     for tensor in (group.weight, group.bias, hypernet.trunk[2].weight):
@@ -69,9 +66,9 @@ def test_initialisation_is_torchs_default_for_linear() -> None:
     assert hypernet.embeddings["a"].std().item() == pytest.approx(1.0, rel=0.3)
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 500, heads.TILE_BYTES])
+@pytest.mark.parametrize("tile_bytes", [1, 500, network.TILE_BYTES])
 def test_backward_equals_autograd(tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(network, "TILE_BYTES", tile_bytes)
     hypernet, deltas = make(SIZES), random_deltas(SIZES)
     reference = reference_of(hypernet)
     shares = {"d": 0.1, "a": 0.2, "c": 0.3, "b": 0.25, "e": 0.15}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.config import RunConfig
-from server_app.aggregation.base import LEAST, NormClip, Update
 from server_app.clients import Client
+from server_app.hypernet.groups import LEAST, NormClip, Update
 from server_app.methods.base import Upload
 from server_app.methods.mhpfedhn import Deltas, MHpFedHN
 from tests.support.tiny import PUBLISHED

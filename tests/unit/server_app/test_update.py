@@ -9,16 +9,15 @@ from torch import Tensor
 from common.config import HypernetSection, UpdateSection
 from common.errors import CheckpointError, RegistrationError
 from server_app.aggregation import make_rule
-from server_app.aggregation.base import Rule, Update, schedule_factor
+from server_app.aggregation.base import Rule, schedule_factor
+from server_app.hypernet.groups import Update
 from server_app.hypernet.network import Hypernetwork
 from tests.reference.algorithm import Hyper, ReferenceHypernet
 from tests.support.close import assert_all_equal
 
 pytestmark = pytest.mark.numeric
 
-TOY = HypernetSection(
-    chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5, head_init="torch"
-)
+TOY = HypernetSection(chunk_size=10, embed_dim=4, hidden_dim=8, embedding_std=0.5)
 UPDATE = UpdateSection(server_rule="adam", server_lr=1e-3, embedding_lr=5e-3, lr_decay_from=1.0)
 HYPER = Hyper(server_lr=1e-3, embedding_lr=5e-3)
 ATOL = 5e-5

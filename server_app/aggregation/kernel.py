@@ -1,0 +1,134 @@
+"""The kernel rule: theta goes where the deltas point, embeddings learn who is like whom.
+
+Adam decides how far a HEAD's weight moves; how far theta moves follows from the features, and is
+far too much for what all clients share and far too little for what is each one's own
+(docs/parallel.md has the measurements). This rule moves the dual form (`hypernet.kernel`) instead,
+in units of what the clients' own training moved. For n updates of a head group of N clients (all
+that are known, present or not, w_g among them), p = n/N of a pass, f the decay, m_now the mean of
+the deltas and m its running mean,
+
+    m <- m + p (m_now - m), at first m_now                  u <- beta^p u + p m_now
+    b <- b - min(1, g p) f (m_now + beta^p u)               what is shared: Nesterov momentum
+    a_i <- a_i - r f (delta_i - m)                          what is the client's own
+    v_i <- v_i + sketch of the last entries of delta_i - m  who it is like
+
+beta = max(0, 1 - 5/N): a client's own delta comes back to it through what is shared, g / (N (1 -
+beta)) of it in all, from five clients on a fifth for g = 1. r = rho + (1 - rho)/N. g is
+`shared-gain`, rho `personal-gain`. A client alone in its group has beta = 0 and r = 1, and moves by
+exactly its own delta: training alone. A pass makes shared steps of g in all, in one piece or in N/n
+of them; no step has a gain above 1, beyond which the first rounds diverge.
+
+An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
+the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
+
+Shapes: C chunks of a group, S chunk size, P parameters of a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import UpdateSection
+from common.serialization import required_tensor
+from server_app.aggregation.base import Moved, Rule
+from server_app.hypernet.groups import GroupDeltas
+from server_app.hypernet.kernel import KernelNetwork
+
+RETURNED = 5.0
+"""beta = 1 - RETURNED / N."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the rule remembers of a group: velocity u and running mean m of the deltas, (C S,)."""
+
+    velocity: Tensor
+    mean: Tensor
+
+
+class KernelRule(Rule):
+    """Moves a `KernelNetwork`."""
+
+    hypernet: KernelNetwork
+
+    def __init__(
+        self, hypernet: KernelNetwork, section: UpdateSection, *, total_rounds: float
+    ) -> None:
+        super().__init__(hypernet, section, total_rounds=total_rounds)
+        self._memory: dict[str, Memory] = {}
+
+    @torch.no_grad()
+    def move(self, parts: Sequence[GroupDeltas], factor: float, *, is_global: bool) -> Moved:
+        """Move what is shared, and what is each client's own; in frozen groups embeddings alone.
+
+        w_g's mean delta is followed whole, r = 1, which is FedAvg's step; it is like nobody.
+        """
+        network = self.hypernet
+        for part in parts:
+            num_clients, n = len(network.members(part.key)), len(part.deltas)
+            beta, gain = gains(self.section.personal_gain, num_clients)
+            gain = factor * (1.0 if is_global else gain)
+            memory, learns = self._memory_of(part), part.key not in self.frozen_groups
+            if learns:
+                self._move_shared(part, memory, beta, min(1.0, n / num_clients), factor)
+            for client_id, delta, weight in zip(
+                part.client_ids, part.deltas, part.within, strict=True
+            ):
+                change = delta - memory.mean[: len(delta)]
+                if learns:
+                    network.personal[client_id].sub_(change, alpha=gain * n * weight)
+                if not is_global:
+                    embedding = network.embeddings[client_id]
+                    embedding += network.groups[part.key].sketch(change, len(embedding))
+        return Moved()
+
+    def _move_shared(
+        self, part: GroupDeltas, memory: Memory, beta: float, portion: float, factor: float
+    ) -> None:
+        """Move m, u and b by `portion` p of a pass."""
+        beta **= portion
+        gain = min(1.0, self.section.shared_gain * portion) * factor
+        memory.mean.lerp_(part.mean, portion)
+        memory.velocity.mul_(beta).add_(part.mean, alpha=portion)
+        base = self.hypernet.groups[part.key].base
+        base.sub_(part.mean, alpha=gain).sub_(memory.velocity, alpha=gain * beta)
+
+    def _memory_of(self, part: GroupDeltas) -> Memory:
+        if part.key not in self._memory:
+            self._memory[part.key] = Memory(torch.zeros_like(part.mean), part.mean.clone())
+        return self._memory[part.key]
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Export the memory as `kernel.<velocity|mean>.<key>`, and the keys with their lengths."""
+        tensors = {
+            f"kernel.{name}.{key}": x
+            for key, memory in self._memory.items()
+            for name, x in vars(memory).items()
+        }
+        return tensors, {"kernel": {key: len(m.mean) for key, m in sorted(self._memory.items())}}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Restore an exported state; see `Rule.load_state_dict`."""
+
+        def own(name: str, key: str, length: int) -> Tensor:
+            saved = required_tensor(tensors, f"kernel.{name}.{key}", (length,))
+            return saved.to(self.hypernet.device, copy=True)
+
+        self._memory = {
+            key: Memory(own("velocity", key, length), own("mean", key, length))
+            for key, length in facts["kernel"].items()
+        }
+
+
+def gains(rho: float, num_clients: int) -> tuple[float, float]:
+    """Return beta of a whole pass, and r, of a group of N clients.
+
+    >>> gains(0.2, 1), gains(0.2, 50)
+    ((0.0, 1.0), (0.9, 0.216))
+    """
+    return max(0.0, 1 - RETURNED / num_clients), rho + (1 - rho) / num_clients

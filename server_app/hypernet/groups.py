@@ -1,0 +1,236 @@
+"""Head groups: which clients share, and what they send: updates, clipped, and deltas by group.
+
+Shapes: n deltas, P parameters of a client (the paper's K_i).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from common.config import HypernetSection
+from common.log import logger
+
+TILE_BYTES = 16 * 2**20  # of gathered vectors: half of a common L3 cache
+GPU_FACTOR = 64  # a GPU wants few launches more than a small footprint
+HUGE_BYTES = 4 * 2**20  # blocks from here on are put on huge pages
+ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would fall into the same cache sets
+WINDOW, LEAST = 64, 5
+"""Norms remembered for each group, and how many are needed before anything is clipped."""
+
+
+def num_chunks(num_parameters: int, chunk_size: int) -> int:
+    """Return tau_i = ceil(K_i / S), the chunks that hold `num_parameters` scalars."""
+    return -(-num_parameters // chunk_size)
+
+
+def head_group(
+    section: HypernetSection, client_id: str, chunks: int, tag: str = ""
+) -> tuple[str, int]:
+    """Return the key of a client's head group and the number of heads of that group.
+
+    `head-sharing` decides, and nothing but counts and a declared tag is known of a client:
+
+    - "chunks": equally many chunks, as published (docs/method.md, "Hypernetwork"); key "79".
+    - "tolerance": size classes, fixed in advance so that nothing depends on who comes first; the
+      largest has at most `sharing-tolerance` more chunks than the smallest; key "92".
+    - "tag": equally many chunks and an equal tag; key "79-1f0c...".
+    - "own": nobody shares; key "79-<client_id>".
+
+    Differs from paper: all but "chunks" (its appendix C.5 compares separate heads).
+
+    >>> head_group(HypernetSection(head_sharing="tolerance"), "site-a", 79)
+    ('92', 92)
+    """
+    heads, suffix = chunks, ""
+    match section.head_sharing:
+        case "tolerance":  # classes 1, 2, 3, ...: each starts one above the largest of the last
+            heads = 1
+            while heads < chunks:
+                heads = max(heads + 1, int((heads + 1) * (1 + section.sharing_tolerance)))
+        case "tag":
+            suffix = f"-{tag}"
+        case "own":
+            suffix = f"-{client_id}"
+    return f"{heads}{suffix}", heads
+
+
+def group_order(key: str) -> tuple[int, str]:
+    """Sort key of head groups: by size, then by name."""
+    count, _, rest = key.partition("-")
+    return int(count), rest
+
+
+def members_by_group(
+    client_ids: Iterable[str], key_of: Callable[[str], str]
+) -> dict[str, Sequence[int]]:
+    """Return the positions of the clients of each head group.
+
+    Groups come in the order of `group_order`, positions in the order given, so that nothing
+    depends on the order in which sizes were first seen.
+
+    >>> members_by_group(["b", "a", "c"], {"a": "2", "b": "19", "c": "2"}.__getitem__)
+    {'2': [1, 2], '19': [0]}
+    """
+    positions: dict[str, list[int]] = {}
+    for position, client_id in enumerate(client_ids):
+        positions.setdefault(key_of(client_id), []).append(position)
+    return {key: positions[key] for key in sorted(positions, key=group_order)}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one reply brings: delta (P_i,), float32; weights are relative within a step.
+
+    `staleness` counts the server steps between the dispatch and the arrival.
+    """
+
+    client_id: str
+    delta: Tensor
+    weight: float = 1.0
+    staleness: int = 0
+
+
+class NormClip:
+    """Scales down deltas that are far larger than their group's usually are (docs/parallel.md).
+
+    A delta may have `factor` times (0: any) the running median of the norms that its head group
+    accepted before: large models have large deltas.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._norms: dict[str, deque[float]] = {}
+
+    def clip_all(self, updates: Sequence[Update], group_of: Callable[[str], str]) -> list[Update]:
+        """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
+
+        They come back sorted by client. All are compared with what was there before this call, so
+        that nothing depends on the order in which replies arrived.
+        """
+        if not self._factor:
+            return list(updates)
+        bounds = {
+            key: self._factor * median(norms)
+            for key, norms in self._norms.items()
+            if len(norms) >= LEAST
+        }
+        clipped: list[Update] = []
+        for update in sorted(updates, key=lambda u: (u.client_id, u.staleness)):
+            key = group_of(update.client_id)
+            norm = float(torch.linalg.vector_norm(update.delta.double()))
+            bound = bounds.get(key, math.inf)
+            if norm > bound:
+                logger.warning(
+                    "Delta of client %s has norm %.3g; scaled down to %.3g (clip-to-median)",
+                    update.client_id,
+                    norm,
+                    bound,
+                )
+                update, norm = replace(update, delta=update.delta * (bound / norm)), bound
+            self._norms.setdefault(key, deque(maxlen=WINDOW)).append(norm)
+            clipped.append(update)
+        return clipped
+
+    def export(self) -> dict[str, list[float]]:
+        """Return the remembered norms for a checkpoint."""
+        return {group: list(norms) for group, norms in self._norms.items()}
+
+    def restore(self, saved: Mapping[str, Sequence[float]]) -> None:
+        """Load exported norms."""
+        self._norms = {group: deque(norms, maxlen=WINDOW) for group, norms in saved.items()}
+
+
+@dataclass(frozen=True)
+class GroupDeltas:
+    """The deltas of one step that belong to one head group.
+
+    Attributes
+    ----------
+    width : entries of the group's longest theta, the chunks of its heads whole.
+    client_ids : who sent them; one may appear twice (two of its replies in one step).
+    deltas : (P_i,) each, on the hypernetwork's device.
+    shares : (n,) float32, positive; the shares of the whole step.
+    """
+
+    key: str
+    width: int
+    client_ids: Sequence[str]
+    deltas: Sequence[Tensor]
+    shares: Tensor
+
+    @cached_property
+    def square_norms(self) -> list[float]:
+        """|delta_i|^2 of each; not finite where an entry is not, or a norm is beyond float32."""
+        squares: list[float] = torch.stack([square_norm(delta) for delta in self.deltas]).tolist()
+        return squares
+
+    @cached_property
+    def within(self) -> list[float]:
+        """The shares of the deltas within the group; they sum to 1."""
+        found: list[float] = (self.shares / self.shares.sum()).tolist()
+        return found
+
+    @property
+    def mean_square(self) -> float:
+        """|mean delta|^2."""
+        return float(square_norm(self.mean))
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Their mean by shares (width,), each padded with zeros."""
+        mean = torch.zeros(self.width, device=self.shares.device)
+        for delta, weight in zip(self.deltas, self.within, strict=True):
+            mean[: len(delta)].add_(delta, alpha=weight)
+        return mean
+
+
+def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:
+    """Return `rms_delta` and `coherence` (`StepDiagnostics`); not finite where a delta is not."""
+    total = sum(sum(part.square_norms) for part in parts)
+    if not 0 < total < math.inf:
+        return math.sqrt(total), 1.0
+    agreed = sum(len(part.deltas) * part.mean_square for part in parts)
+    entries = sum(len(delta) for part in parts for delta in part.deltas)
+    return math.sqrt(total / entries), agreed / total
+
+
+def fresh_rows(count: int, length: int, device: torch.device) -> Tensor:
+    """Return uninitialised rows (count, length), float32, of one block.
+
+    A large block lies on huge pages: its first use costs a fault for 2 MiB instead of 4 KiB
+    (48 MB: 4 ms instead of 12). Linux gives them where it may ("madvise").
+    """
+    shape = (count, length + ROW_PADDING)
+    num_bytes = 4 * math.prod(shape)
+    block = None
+    if device.type == "cpu" and num_bytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+            block = torch.frombuffer(pages, dtype=torch.float32).view(shape)
+        except OSError:  # a kernel without them
+            pass
+    return (torch.empty(shape, device=device) if block is None else block)[:, :length]
+
+
+def gather(block: Tensor, vectors: Sequence[Tensor], start: int) -> None:
+    """Copy entries from `start` on of flat vectors (P_i,) to rows of a block; 0 past their ends."""
+    for row, vector in zip(block, vectors, strict=True):
+        part = vector[start : start + len(row)]
+        row[: len(part)] = part
+        row[len(part) :] = 0
+
+
+def square_norm(vector: Tensor) -> Tensor:
+    """Return |vector|^2, piece by piece: one float32 sum over 11 M entries is off by 4e-4."""
+    norms = [torch.linalg.vector_norm(piece) for piece in torch.split(vector, 2**16)]
+    return torch.stack(norms).double().square().sum()

@@ -1,0 +1,152 @@
+"""The hypernetwork in dual form: a base, a vector of each client's own, and a kernel.
+
+    theta_i = b + sum_j K_ij a_j,      K_ij = k(v_i, v_j) / sum_l k(v_i, v_l),
+    k(v, w) = max(0, cos(v, w)); with oneself 1, also where nothing has been learned yet
+
+over the clients of a head group (docs/method.md, "What this project does by default"). b is what
+all of a group share, a_j what client j adds, and the embeddings decide who takes how much of whose:
+who joins takes from its like as soon as its embedding says who they are. The published heads are
+linear in H features of a client and hold H + 1 numbers for each parameter; this form holds N + 1
+and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0 beyond its end.
+
+Sums run over the clients sorted by name, so that nothing depends on who came first.
+
+Shapes: n clients asked for, N clients of a group, P parameters of a client, C chunks of a group, S
+chunk size, E embedding size.
+"""
+
+# ruff: noqa: N806 - names carry their shape as a suffix
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.config import HypernetSection
+from common.seeding import torch_generator
+from server_app.hypernet.base import Network
+from server_app.hypernet.groups import GPU_FACTOR, TILE_BYTES, fresh_rows, gather, group_order
+
+
+@dataclass(frozen=True)
+class KernelGroup:
+    """What the clients of a group have in common.
+
+    Attributes
+    ----------
+    base : b (C S,), float32.
+    places, signs : (S,), the count sketch of the group (`sketch`).
+    """
+
+    base: Tensor
+    places: Tensor
+    signs: Tensor
+
+    @property
+    def num_chunks(self) -> int:
+        """C, the most chunks of a client."""
+        return len(self.base) // len(self.places)
+
+    def sketch(self, change: Tensor, size: int) -> Tensor:
+        """Return a change of theta (P,) in `size` numbers: a count sketch of its last entries.
+
+        Each of the last min(P, S) entries is added to, or taken from, one number, drawn for its
+        place counted from the end, alike for all clients of a group. Inner products are kept on
+        average (Charikar, Chen, Farach-Colton 2002). Where clients differ shows most in the last
+        layers; in all of theta, noise hides it.
+        """
+        last = change[-len(self.places) :]
+        kept = torch.zeros(size, device=change.device)
+        return kept.index_add_(0, self.places[-len(last) :], last * self.signs[-len(last) :])
+
+
+class KernelNetwork(Network):
+    """Generates from a base and the clients' own vectors, by likeness of embeddings.
+
+    Attributes
+    ----------
+    groups : by key.
+    personal : a_i (P_i,) by client_id; zero at first, as all of the following.
+    embeddings : v_i (E,) by client_id.
+    """
+
+    shape_keys = ("chunk-size", "embed-dim", "head-sharing")
+    groups: dict[str, KernelGroup]
+    embeddings: dict[str, Tensor]
+
+    def __init__(
+        self, section: HypernetSection, *, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(section, seed=seed, device=device)
+        self.groups = {}
+        self.personal: dict[str, Tensor] = {}
+        self.embeddings = {}
+
+    def _embed(self, client_id: str, key: str, num_heads: int) -> None:
+        self.personal[client_id] = torch.zeros(self._sizes[client_id], device=self.device)
+        self.embeddings[client_id] = torch.zeros(self.section.embed_dim, device=self.device)
+        if key not in self.groups:
+            self.groups[key] = self._group(key, torch.zeros(num_heads * self.section.chunk_size))
+
+    def _group(self, key: str, base: Tensor) -> KernelGroup:
+        """Make a group; its sketch is drawn from the seed and its key."""
+        s, generator = self.section, torch_generator(self.seed, f"sketch/{key}")
+        places = torch.randint(s.embed_dim, (s.chunk_size,), generator=generator)
+        signs = torch.randint(2, (s.chunk_size,), generator=generator) * 2.0 - 1.0
+        return KernelGroup(*(x.to(self.device) for x in (base, places, signs)))
+
+    def _forget(self, client_id: str) -> None:
+        del self.personal[client_id], self.embeddings[client_id]
+
+    def kernel(self, key: str, client_ids: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Return K_ij (n, N) of clients of one group, and the clients j."""
+        members = self.members(key)
+        v_nE, w_NE = (
+            functional.normalize(torch.stack([self.embeddings[c] for c in ids]), dim=1)
+            for ids in (client_ids, members)
+        )
+        likeness_nN = (v_nE @ w_NE.T).clamp_(min=0)
+        own = [members.index(client_id) for client_id in client_ids]
+        likeness_nN[range(len(own)), own] = 1.0
+        return members, likeness_nN / likeness_nN.sum(1, keepdim=True)
+
+    def _emit(
+        self, key: str, ids: Sequence[str], sizes: Sequence[int], chunks: Sequence[int] | None
+    ) -> list[Tensor]:
+        """See `Network.generate`; a tile of entries at a time for all, as long as it is cached."""
+        members, weights_nN = self.kernel(key, ids)
+        used = weights_nN.any(0).tolist()
+        weights_nN = weights_nN[:, used]
+        vectors = [self.personal[c] for c, is_used in zip(members, used, strict=True) if is_used]
+        base, size = self.groups[key].base, self.section.chunk_size
+        budget = TILE_BYTES * (GPU_FACTOR if base.is_cuda else 1) // 4
+        step, most = max(size, budget // (len(ids) + len(vectors))), max(sizes)
+        starts = [*range(0, most, step)]
+        if chunks is not None:
+            starts, step, most = [size * j for j in chunks], size, size * len(chunks)
+        out_nP = fresh_rows(len(ids), most, self.device)
+        rows_NT = fresh_rows(len(vectors), min(step, most), self.device)
+        for start, out_nT in zip(starts, torch.split(out_nP, step, dim=1), strict=True):
+            own_NT = rows_NT[:, : out_nT.shape[1]]
+            gather(own_NT, vectors, start)
+            torch.addmm(base[start : start + out_nT.shape[1]], weights_nN, own_NT, out=out_nT)
+        return [row[:entries] for row, entries in zip(out_nP, sizes, strict=True)]
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return `base.<key>` (C S,), and by client_id `personal.` (P_i,), `embeddings.` (E,)."""
+        named = {f"base.{k}": self.groups[k].base for k in sorted(self.groups, key=group_order)}
+        named |= {f"personal.{client_id}": a for client_id, a in self.personal.items()}
+        return named | {f"embeddings.{client_id}": v for client_id, v in self.embeddings.items()}
+
+    def _restore(self, own: Callable[..., Tensor], facts: Mapping[str, Any]) -> None:
+        s = self.section
+        for key, num_heads in facts["heads"].items():
+            self.groups[key] = self._group(key, own(f"base.{key}", num_heads * s.chunk_size))
+        for client_id, size in self._sizes.items():
+            self.personal[client_id] = own(f"personal.{client_id}", size)
+            self.embeddings[client_id] = own(f"embeddings.{client_id}", s.embed_dim)
