@@ -12,7 +12,6 @@ from tests.support.outputs import client_rows, rows
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
 KERNEL = {"server_rule": "kernel"}
-AT_REST = {**KERNEL, "server_lr": 0.0, "embedding_lr": 0.0}
 
 
 def head_groups(config: RunConfig) -> list[str]:
@@ -23,8 +22,8 @@ def head_groups(config: RunConfig) -> list[str]:
     ("sharing", "settings", "groups"),
     [
         ("tolerance", {"sharing_tolerance": 1.0}, ["4", "4", "10", "10"]),
-        ("own", AT_REST, ["3-0", "3-1", "7-2", "7-3"]),
-        ("tag", {**AT_REST, "method": "mh-pfedhn-gd"}, []),
+        ("tolerance", {**KERNEL, "sharing_tolerance": 1.0}, ["4", "4", "10", "10"]),
+        ("tag", {**KERNEL, "method": "mh-pfedhn-gd"}, []),
         ("own", KERNEL, ["3-0", "3-1", "7-2", "7-3"]),
     ],
 )

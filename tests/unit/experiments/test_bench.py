@@ -96,4 +96,4 @@ def test_a_measurement_that_fails_in_its_own_process_says_why() -> None:
     row = in_own_process(measure, 2, 3000, 1, "adam", "no-such-device")
     assert row["failed"]
     assert "no-such-device" in row["skipped"]
-    assert in_own_process(measure, 2, 3000, 1, "at-rest", "cpu")["parallel_seconds"] > 0
+    assert in_own_process(measure, 2, 3000, 1, "kernel", "cpu")["parallel_seconds"] > 0
