@@ -75,8 +75,9 @@ def compare(
         expected.append((model.theta.detach().clone(), buffers, trained))
     outcomes = train_cohort(module, members, section, clip=clip, teachers=teachers)
     for outcome, (theta, buffers, trained) in zip(outcomes, expected, strict=True):
-        # AdamW's step is as long where the gradient is hardly more than rounding
-        atol = 1e-5 if section.optimizer == "sgd" else section.learning_rate / 5
+        # where a gradient is no more than rounding, AdamW's step is as long as elsewhere, and may
+        # go the other way: single weights are a step or two apart, the whole of them is not
+        atol = 1e-5 if section.optimizer == "sgd" else 2 * section.learning_rate
         torch.testing.assert_close(outcome.theta, theta, rtol=1e-4, atol=atol)
         assert (outcome.theta - theta).norm() < 1e-3 * (theta - start).norm()
         assert outcome.buffers.keys() == buffers.keys()
