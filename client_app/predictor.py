@@ -1,7 +1,8 @@
 """What a client predicts with: its own model, its common model, or a mixture of the two.
 
 The mixture is of probabilities, w own + (1 - w) common, and w is chosen on the client's validation
-examples, which neither model was trained on and no test counts (docs/method.md, "The predictor").
+examples, which neither model was trained on and no test counts (docs/method.md, "One MH-pFedHN-PG
+round").
 
 Shapes: B examples, C classes.
 """

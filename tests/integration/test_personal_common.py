@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.config import RunConfig
 from common.files import read_json
 from experiments.run.engines.inprocess import simulated_nodes
-from tests.support.outputs import client_rows, rows, summary
+from tests.support.close import assert_all_equal
+from tests.support.outputs import checkpoints, client_rows, rows, summary
 from tests.support.tiny import patterns, run_tiny, tiny_config
 
 PREDICTORS = ("own", "common", "alone")
@@ -56,6 +58,33 @@ def test_the_common_model_learns_and_so_does_the_predictor(tmp_path: Path) -> No
     assert last["accuracy_micro"] > 0.8
 
 
+@pytest.mark.parametrize("sharing", ["chunks", "own"])
+def test_all_common_models_share_one_head_group_with_nobody_else(
+    tmp_path: Path, sharing: str
+) -> None:
+    config = personal_common(tmp_path, rounds=1, head_sharing=sharing)
+    run_tiny(config)
+    facts = read_json(checkpoints(config)[-1] / "meta.json")["learned"]["hypernet"]["groups"]
+    common = {key for name, key in facts.items() if name.startswith("__global__/")}
+    assert len([name for name in facts if name.startswith("__global__/")]) == 6
+    assert len(common) == 1
+    assert not common & {key for name, key in facts.items() if not name.startswith("__global__/")}
+
+
+def test_the_common_model_teaches_by_its_lead_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str, most: float) -> list[float]:
+        config = personal_common(tmp_path / name, rounds=4, distill_alpha=most)
+        run_tiny(config)
+        return [row["train_loss"] for row in rows(config)]
+
+    taught, untaught = losses("taught", 0.9), losses("untaught", 0.0)
+    assert taught != untaught
+    monkeypatch.setattr("client_app.predictor.PER_POINT", 0.0)  # nobody leads
+    assert losses("nobody leads", 0.9) == untaught
+
+
 @pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn", "local-ensemble"])
 def test_the_personal_model_says_what_joining_was_worth(tmp_path: Path, method: str) -> None:
     config = personal_common(tmp_path, method=method)
@@ -68,12 +97,16 @@ def test_the_personal_model_says_what_joining_was_worth(tmp_path: Path, method: 
             assert described[name] == float(row[name])
 
 
-@pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn", "fedavg"])
+@pytest.mark.parametrize("method", ["mh-pfedhn-pg", "mh-pfedhn-gd", "mh-pfedhn", "fedavg"])
 def test_the_model_trained_alone_is_that_of_local(tmp_path: Path, method: str) -> None:
     beside = personal_common(tmp_path / "beside", rounds=3, method=method)
     local = personal_common(tmp_path / "local", rounds=3, method="local")
-    run_tiny(beside)
-    run_tiny(local)
+    kept = []
+    for config, name in ((beside, "alone"), (local, "own_model")):
+        state = str(tmp_path / name)
+        run_tiny(config, node_configs=[{**n, "state-dir": state} for n in simulated_nodes(6)])
+        kept.append(load_file(tmp_path / name / f"5/{name}@00000003.safetensors"))
+    assert_all_equal(*kept)  # weights and statistics; the model of client 5 has dropout
     for row, alone in zip(rows(beside), rows(local), strict=True):
         assert row["accuracy_alone"] == alone["accuracy_micro"]
         assert "accuracy_alone" not in alone
@@ -85,7 +118,7 @@ def test_the_predictor_is_owned_at_the_end(tmp_path: Path) -> None:
     nodes = [{"client-id": f"c{i}", "partition-id": i, "state-dir": str(state)} for i in range(6)]
     config = personal_common(tmp_path, rounds=3)
     run_tiny(config, node_configs=nodes)
-    folder = state / "c0"
+    folder = state / "c5"  # its own model is of another architecture than the common one
     facts = json.loads((folder / "personal_model.json").read_text())
     images, labels = patterns()
     rows_tested = np.load(folder / "test_rows.npy")

@@ -51,6 +51,19 @@ def test_every_picture_is_the_one_of_its_label(section: ClientSection) -> None:
     assert len(seen) == len(set(seen))
 
 
+def test_validation_examples_are_held_back_ones_that_no_test_counts(section: ClientSection) -> None:
+    def pictures(images: torch.Tensor) -> list[bytes]:
+        return [image.contiguous().numpy().tobytes() for image in images]
+
+    whole, parted = load(section), load(changed(section, validation_fraction=0.1))
+    assert pictures(parted.train_images) == pictures(whole.train_images)
+    tested, chosen_on = pictures(parted.test_images), pictures(parted.validation_images)
+    assert len(chosen_on) == round(0.4 * whole.num_test)
+    assert sorted(tested + chosen_on) == sorted(pictures(whole.test_images))
+    assert not set(tested) & set(chosen_on)
+    assert len(whole.validation_labels) == 0
+
+
 def test_normalise_is_the_textbook_formula(section: ClientSection) -> None:
     client = load(section)
     images = client.test_images[:5]
