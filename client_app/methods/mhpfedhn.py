@@ -253,7 +253,7 @@ class MHpFedHN(Method):
             return None
         teacher, section = self.teacher(theta, task), task.section(DistillSection)
         models, data = (instance_of(self.kind).model, teacher), self.data
-        said = (logits_over(model, data, validation=True) for model in models)  # where asked for
+        said = (logits_over(model, data, validation=True) for model in models)  # read if needed
         alpha = self.teaching_weight(section.distill_alpha, lambda: said)
         return Teacher(teacher.module, alpha, section.distill_temperature).loss if alpha else None
 

@@ -100,7 +100,8 @@ class KernelRule(Rule):
 
     def _memory_of(self, part: GroupDeltas) -> Memory:
         if part.key not in self._memory:
-            self._memory[part.key] = Memory(torch.zeros_like(part.mean), part.mean.clone())
+            mean = part.mean * (part.key not in self.frozen_groups)  # nothing was learned there
+            self._memory[part.key] = Memory(torch.zeros_like(mean), mean)
         return self._memory[part.key]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

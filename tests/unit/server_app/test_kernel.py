@@ -168,6 +168,14 @@ def test_neither_who_came_first_nor_reading_changes_a_bit() -> None:
     assert_all_equal(*(rule.hypernet.generate(list(SIZES)) for rule in (first, second)))
 
 
+def test_in_a_frozen_group_that_never_stepped_a_new_client_is_told_from_others() -> None:
+    rule = made()
+    rule.freeze(["3"])
+    rule.step([Update("c0", drawn(1, SIZES, "c0")[0][1])], progress=0.0)
+    assert rule.hypernet.embeddings["c0"].any()
+    assert not rule.hypernet.personal["c0"].any()
+
+
 def test_a_restored_state_goes_on_bit_by_bit() -> None:
     first, second = made(), made({})
     first.step([Update(c, d) for c, d, _ in drawn(1, SIZES, *SIZES)], progress=0.0)
