@@ -36,7 +36,8 @@ def choose_weight(own_BC: Tensor, common_BC: Tensor, labels_B: Tensor) -> float:
     """Return the weight of the own model that makes the labels most likely; logits come in.
 
     Of the weights 0, 1/20, ..., 1 the one with the least cross-entropy, the smaller of two equals:
-    counting correct answers would be noise with some tens of examples.
+    counting correct answers would be noise with some tens of examples. Where it is not better than
+    the better of the two models by more than a standard error, that model predicts alone.
     """
     if not len(labels_B):
         return UNSURE
@@ -45,7 +46,12 @@ def choose_weight(own_BC: Tensor, common_BC: Tensor, labels_B: Tensor) -> float:
     own_B1 = functional.softmax(own_BC.double(), dim=1).gather(1, picked)
     common_B1 = functional.softmax(common_BC.double(), dim=1).gather(1, picked)
     mixed_BW = common_B1 + weights_W * (own_B1 - common_B1)
-    return float(weights_W[mixed_BW.clamp_min(1e-30).log().mean(0).argmax()])
+    likely_BW = mixed_BW.clamp_min(1e-30).log()
+    own, common, best = STEPS, 0, int(likely_BW.mean(0).argmax())
+    alone = own if likely_BW[:, own].mean() > likely_BW[:, common].mean() else common
+    lead_B = likely_BW[:, best] - likely_BW[:, alone]
+    sure = lead_B.mean() > lead_B.std(correction=0) / len(lead_B) ** 0.5
+    return float(weights_W[best if sure else alone])
 
 
 def teaching_weight(

@@ -12,11 +12,13 @@ the deltas and m its running mean,
     a_i <- a_i - r f (delta_i - m)                          what is the client's own
     v_i <- v_i + sketch of the last entries of delta_i - m  who it is like
 
-beta = max(0, 1 - 5/N): a client's own delta comes back to it through what is shared, g / (N (1 -
-beta)) of it in all, from five clients on a fifth for g = 1. r = rho + (1 - rho)/N. g is
-`shared-gain`, rho `personal-gain`. A client alone in its group has beta = 0 and r = 1, and moves by
-exactly its own delta: training alone. A pass makes shared steps of g in all, in one piece or in N/n
-of them; no step has a gain above 1, beyond which the first rounds diverge.
+beta = max(0, 1 - max(5/N, 6/R)) in a run of R rounds. A client's own delta comes back to it through
+what is shared, g / (N (1 - beta)) of it in all: for g = 1 a fifth at most, from five clients on.
+And the velocity remembers a sixth of the run at most: what a longer memory overshoots in the first
+rounds is not made good before the end. r = rho + (1 - rho)/N. g is `shared-gain`, rho
+`personal-gain`. A client alone in its group has beta = 0 and r = 1, and moves by exactly its own
+delta: training alone. A pass makes shared steps of g in all, in one piece or in N/n of them; no
+step has a gain above 1, beyond which the first rounds diverge.
 
 An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
 the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
@@ -40,7 +42,9 @@ from server_app.hypernet.groups import GroupDeltas
 from server_app.hypernet.kernel import KernelNetwork
 
 RETURNED = 5.0
-"""beta = 1 - RETURNED / N."""
+"""beta is at most 1 - RETURNED / N."""
+REMEMBERED = 6.0
+"""beta is at most 1 - REMEMBERED / R."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class KernelRule(Rule):
         network = self.hypernet
         for part in parts:
             num_clients, n = len(network.members(part.key)), len(part.deltas)
-            beta, gain = gains(self.section.personal_gain, num_clients)
+            beta, gain = gains(self.section.personal_gain, num_clients, self.total_rounds)
             gain = factor * (1.0 if is_global else gain)
             memory, learns = self._memory_of(part), part.key not in self.frozen_groups
             if learns:
@@ -126,10 +130,11 @@ class KernelRule(Rule):
         }
 
 
-def gains(rho: float, num_clients: int) -> tuple[float, float]:
-    """Return beta of a whole pass, and r, of a group of N clients.
+def gains(rho: float, num_clients: int, num_rounds: float) -> tuple[float, float]:
+    """Return beta of a whole pass, and r, of a group of N clients in a run of R rounds.
 
-    >>> gains(0.2, 1), gains(0.2, 50)
-    ((0.0, 1.0), (0.9, 0.216))
+    >>> gains(0.2, 1, 100), gains(0.2, 50, 100), gains(0.2, 50, 40)
+    ((0.0, 1.0), (0.9, 0.216), (0.85, 0.216))
     """
-    return max(0.0, 1 - RETURNED / num_clients), rho + (1 - rho) / num_clients
+    beta = 1 - max(RETURNED / num_clients, REMEMBERED / max(num_rounds, 1.0))
+    return max(0.0, beta), rho + (1 - rho) / num_clients

@@ -1,7 +1,8 @@
 """The default rule of the server, slowly and clearly: float64, plain loops over clients.
 
 Independent of the system: nothing is imported from it; the sketch is given as places and signs.
-With n updates of a group of N clients, p = min(1, n / N), weights w_i that sum to 1:
+With n updates of a group of N clients, p = min(1, n / N), weights w_i that sum to 1, and
+beta = max(0, 1 - max(5 / N, 6 / R)) in a run of R rounds:
 
     m_now = sum_i w_i delta_i        m <- m + p (m_now - m)        u <- beta^p u + p m_now
     b <- b - min(1, g p) f (m_now + beta^p u)
@@ -28,6 +29,7 @@ class ReferenceGroup:
     embed_dim: int
     rho: float = 0.2
     shared_gain: float = 1.0
+    rounds: float = 100.0
     sizes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class ReferenceGroup:
     ) -> None:
         n, count = len(updates), len(self.sizes)
         part, total = min(1.0, n / count), sum(weight for _, _, weight in updates)
-        beta = max(0.0, 1 - 5 / count) ** part
+        beta = max(0.0, 1 - max(5 / count, 6 / self.rounds)) ** part
         gain = 1.0 if is_global else self.rho + (1 - self.rho) / count
         now = torch.zeros_like(self.base)
         for _, delta, weight in updates:

@@ -27,6 +27,19 @@ def test_models_that_are_right_on_different_examples_are_mixed() -> None:
     torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
 
 
+def test_a_mixture_that_is_better_by_less_than_a_standard_error_is_not_used() -> None:
+    labels = torch.zeros(40, dtype=torch.int64)
+    common = torch.zeros(40, 3)
+    common[:, 0] = 1.0
+    common[0, 0] = -4.0  # one example by which the own model is better; it is worse on all others
+    own = torch.zeros(40, 3)
+    own[:, 0] = 0.8
+    picked = torch.stack([model.log_softmax(1)[:, 0] for model in (own, common)])
+    mixed = mixture(own, common, 0.5)[:, 0]
+    assert mixed.mean() > picked.mean(1).max(), "the mixture is the likeliest of the three"
+    assert choose_weight(own, common, labels) == float(picked[0].mean() > picked[1].mean())
+
+
 def test_without_validation_examples_the_common_model_predicts_and_nobody_teaches() -> None:
     nothing = torch.empty(0, 3)
     assert choose_weight(nothing, nothing, LABELS[:0]) == 0.0
