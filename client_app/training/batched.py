@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client_app.data.augment import moved
 from client_app.data.examples import ClientData
@@ -88,7 +89,7 @@ def train_cohort(
     order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)
     teachers = teachers and teachers.of(order)
     cohort = _Cohort(module, [members[i] for i in order], section, clip, teachers)
-    with _tried_kernels():
+    with batched_kernels(members[0].theta.device):
         for _ in range(section.local_epochs):
             cohort.epoch()
     outcomes = dict(zip(order, cohort.outcomes(started), strict=True))
@@ -112,12 +113,17 @@ def stacked_buffers(module: nn.Module, members: Sequence[Member]) -> dict[str, T
 
 
 @contextmanager
-def _tried_kernels() -> Iterator[None]:
-    """Let cuDNN try its kernels for each new shape; a cohort has few shapes and many steps."""
+def batched_kernels(device: torch.device) -> Iterator[None]:
+    """Choose what suits a batched model on a GPU: cuDNN tries its kernels, attention is unfused.
+
+    A cohort has few shapes and many steps. Fused attention refuses the strides that vmap makes
+    ("LSE is not correctly aligned").
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
+            yield
     finally:
         torch.backends.cudnn.benchmark = before
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from client_app.training.batched import Member, cut, stacked_buffers
+from client_app.training.batched import Member, batched_kernels, cut, stacked_buffers
 
 TESTED_AT_ONCE = {"cpu": 256, "cuda": 8192}
 """By device type: examples of all members of a cohort together in one forward pass."""
@@ -34,10 +34,11 @@ def cohort_logits(
     at_once = max(1, TESTED_AT_ONCE.get(theta.device.type, 256) // len(members))
     together, rows = torch.cat(examples), _rows(examples).to(theta.device)
     found = [theta.new_empty(len(members), 0, members[0].data.num_classes)]
-    for start in range(0, rows.shape[1], at_once):
-        part = rows[:, start : start + at_once]
-        batch = members[0].data.normalise(together[part.flatten()])
-        found.append(vmap(logits)(weights, buffers, batch.view(*part.shape, *batch.shape[1:])))
+    with batched_kernels(theta.device):
+        for start in range(0, rows.shape[1], at_once):
+            part = rows[:, start : start + at_once]
+            batch = members[0].data.normalise(together[part.flatten()])
+            found.append(vmap(logits)(weights, buffers, batch.view(*part.shape, *batch.shape[1:])))
     by_member = torch.cat(found, dim=1)
     return [out[: len(own)] for out, own in zip(by_member, examples, strict=True)]
 

@@ -12,13 +12,13 @@ the deltas and m its running mean,
     a_i <- a_i - r f (delta_i - m)                          what is the client's own
     v_i <- v_i + sketch of the last entries of delta_i - m  who it is like
 
-beta = max(0, 1 - max(5/N, 6/R)) in a run of R rounds. A client's own delta comes back to it through
-what is shared, g / (N (1 - beta)) of it in all: for g = 1 a fifth at most, from five clients on.
-And the velocity remembers a sixth of the run at most: what a longer memory overshoots in the first
-rounds is not made good before the end. r = rho + (1 - rho)/N. g is `shared-gain`, rho
-`personal-gain`. A client alone in its group has beta = 0 and r = 1, and moves by exactly its own
-delta: training alone. A pass makes shared steps of g in all, in one piece or in N/n of them; no
-step has a gain above 1, beyond which the first rounds diverge.
+beta = max(0, min(1 - 5/N, t/(t + 3))) after t passes of the group: Nesterov's own sequence, whose
+memory grows with what there is to remember (a long one overshoots the first rounds, when all deltas
+agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
+of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
+A client alone in its group has beta = 0 and r = 1, and moves by exactly its own delta: training
+alone. A pass makes shared steps of g in all, in one piece or in N/n of them; no step has a gain
+above 1, beyond which the first rounds diverge.
 
 An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
 the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
@@ -43,16 +43,20 @@ from server_app.hypernet.kernel import KernelNetwork
 
 RETURNED = 5.0
 """beta is at most 1 - RETURNED / N."""
-REMEMBERED = 6.0
-"""beta is at most 1 - REMEMBERED / R."""
+RAMP = 3.0
+"""beta is t / (t + RAMP) in the first passes (Nesterov 1983)."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Memory:
-    """What the rule remembers of a group: velocity u and running mean m of the deltas, (C S,)."""
+    """What the rule remembers of a group.
+
+    Velocity u and running mean m of the deltas, (C S,), and how many passes t it has made.
+    """
 
     velocity: Tensor
     mean: Tensor
+    passes: float = 0.0
 
 
 class KernelRule(Rule):
@@ -75,9 +79,9 @@ class KernelRule(Rule):
         network = self.hypernet
         for part in parts:
             num_clients, n = len(network.members(part.key)), len(part.deltas)
-            beta, gain = gains(self.section.personal_gain, num_clients, self.total_rounds)
-            gain = factor * (1.0 if is_global else gain)
             memory, learns = self._memory_of(part), part.key not in self.frozen_groups
+            beta, gain = gains(self.section.personal_gain, num_clients, memory.passes)
+            gain = factor * (1.0 if is_global else gain)
             if learns:
                 self._move_shared(part, memory, beta, min(1.0, n / num_clients), factor)
             for client_id, delta, weight in zip(
@@ -101,6 +105,7 @@ class KernelRule(Rule):
         memory.velocity.mul_(beta).add_(part.mean, alpha=portion)
         base = self.hypernet.groups[part.key].base
         base.sub_(part.mean, alpha=gain).sub_(memory.velocity, alpha=gain * beta)
+        memory.passes += portion
 
     def _memory_of(self, part: GroupDeltas) -> Memory:
         if part.key not in self._memory:
@@ -109,13 +114,14 @@ class KernelRule(Rule):
         return self._memory[part.key]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the memory as `kernel.<velocity|mean>.<key>`, and the keys with their lengths."""
+        """Export the memory as `kernel.<velocity|mean>.<key>`, lengths and passes by key."""
         tensors = {
             f"kernel.{name}.{key}": x
             for key, memory in self._memory.items()
-            for name, x in vars(memory).items()
+            for name, x in (("velocity", memory.velocity), ("mean", memory.mean))
         }
-        return tensors, {"kernel": {key: len(m.mean) for key, m in sorted(self._memory.items())}}
+        sizes = {key: [len(m.mean), m.passes] for key, m in sorted(self._memory.items())}
+        return tensors, {"kernel": sizes}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore an exported state; see `Rule.load_state_dict`."""
@@ -125,16 +131,16 @@ class KernelRule(Rule):
             return saved.to(self.hypernet.device, copy=True)
 
         self._memory = {
-            key: Memory(own("velocity", key, length), own("mean", key, length))
-            for key, length in facts["kernel"].items()
+            key: Memory(own("velocity", key, length), own("mean", key, length), passes)
+            for key, (length, passes) in facts["kernel"].items()
         }
 
 
-def gains(rho: float, num_clients: int, num_rounds: float) -> tuple[float, float]:
-    """Return beta of a whole pass, and r, of a group of N clients in a run of R rounds.
+def gains(rho: float, num_clients: int, passes: float) -> tuple[float, float]:
+    """Return beta of a whole pass, and r, of a group of N clients after t passes.
 
-    >>> gains(0.2, 1, 100), gains(0.2, 50, 100), gains(0.2, 50, 40)
-    ((0.0, 1.0), (0.9, 0.216), (0.85, 0.216))
+    >>> gains(0.25, 1, 3), gains(0.25, 50, 3), gains(0.25, 50, 100)
+    ((0.0, 1.0), (0.5, 0.265), (0.9, 0.265))
     """
-    beta = 1 - max(RETURNED / num_clients, REMEMBERED / max(num_rounds, 1.0))
-    return max(0.0, beta), rho + (1 - rho) / num_clients
+    beta = max(0.0, min(1 - RETURNED / num_clients, passes / (passes + RAMP)))
+    return beta, rho + (1 - rho) / num_clients

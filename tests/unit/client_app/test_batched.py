@@ -217,7 +217,7 @@ def test_cohort_is_tested_as_one_by_one(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["cnn", "mlp", "vgg8"])
+@pytest.mark.parametrize("name", ["cnn", "mlp", "vgg8", "vit"])
 def test_cohort_equals_one_by_one_on_a_gpu(name: str) -> None:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

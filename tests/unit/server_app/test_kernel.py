@@ -23,19 +23,16 @@ SIZES = {f"c{i}": 25 + i % 4 for i in range(7)}  # 3 chunks each
 MIXED = {"a": 55, "b": 100, "c": 57, "d": 72, "e": 99}  # 6 to 10 chunks, in one class of sizes
 
 
-def made(
-    sizes: dict[str, int] = SIZES, shape: HypernetSection = SECTION, *, rounds: float = 40.0
-) -> KernelRule:
+def made(sizes: dict[str, int] = SIZES, shape: HypernetSection = SECTION) -> KernelRule:
     network = KernelNetwork(shape, seed=3)
     for client_id, size in sizes.items():
         network.add_client(client_id, size)
-    return KernelRule(network, STEADY, total_rounds=rounds)
+    return KernelRule(network, STEADY, total_rounds=10)
 
 
 def reference(rule: KernelRule, key: str = "3") -> ReferenceGroup:
     group = rule.hypernet.groups[key]
-    places, signs = group.places.tolist(), group.signs.tolist()
-    slow = ReferenceGroup(len(group.base), places, signs, 16, rounds=rule.total_rounds)
+    slow = ReferenceGroup(len(group.base), group.places.tolist(), group.signs.tolist(), 16)
     for client_id in rule.hypernet.members(key):
         slow.add_client(client_id, rule.hypernet.num_parameters(client_id))
     return slow
@@ -62,12 +59,9 @@ def assert_equal(rule: KernelRule, slow: ReferenceGroup) -> None:
 
 
 @pytest.mark.parametrize("sizes", [SIZES, MIXED], ids=["chunks", "tolerance"])
-@pytest.mark.parametrize("rounds", [8, 40], ids=["short", "long"])
 @pytest.mark.parametrize("buffer_size", [1, 3, 5, 7])
-def test_every_schedule_agrees_with_the_reference(
-    sizes: dict[str, int], buffer_size: int, rounds: int
-) -> None:
-    rule = made(sizes, TOLERANT if sizes is MIXED else SECTION, rounds=rounds)
+def test_every_schedule_agrees_with_the_reference(sizes: dict[str, int], buffer_size: int) -> None:
+    rule = made(sizes, TOLERANT if sizes is MIXED else SECTION)
     (key,) = rule.hypernet.groups
     slow, names = reference(rule, key), list(sizes)
     for step in range(12):
