@@ -15,11 +15,10 @@ the deltas and m its running mean,
 beta = max(0, min(1 - 5/N, t/(t + 3))) after t passes of the group: Nesterov's own sequence, whose
 memory grows with what there is to remember (a long one overshoots the first rounds, when all deltas
 agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
-of it in all, to a fifth for g = 1. What is personal makes way as it does: r = rho_t + (1 - rho_t)/N
-with rho_t = max(rho, 3/(t + 3)), so that a client first moves as if it trained alone. g is
-`shared-gain`, rho `personal-gain`. A client alone in its group has beta = 0 and r = 1, and moves by
-exactly its own delta: training alone. A pass makes shared steps of g in all, in one piece or in N/n
-of them; no step has a gain above 1, beyond which the first rounds diverge.
+of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
+A client alone in its group has beta = 0 and r = 1, and moves by exactly its own delta: training
+alone. A pass makes shared steps of g in all, in one piece or in N/n of them; no step has a gain
+above 1, beyond which the first rounds diverge.
 
 An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
 the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
@@ -45,7 +44,7 @@ from server_app.hypernet.kernel import KernelNetwork
 RETURNED = 5.0
 """beta is at most 1 - RETURNED / N."""
 RAMP = 3.0
-"""beta is t / (t + RAMP) in the first passes (Nesterov 1983), and rho the rest to 1."""
+"""beta is t / (t + RAMP) in the first passes (Nesterov 1983)."""
 
 
 @dataclass
@@ -141,8 +140,7 @@ def gains(rho: float, num_clients: int, passes: float) -> tuple[float, float]:
     """Return beta of a whole pass, and r, of a group of N clients after t passes.
 
     >>> gains(0.25, 1, 3), gains(0.25, 50, 3), gains(0.25, 50, 100)
-    ((0.0, 1.0), (0.5, 0.51), (0.9, 0.265))
+    ((0.0, 1.0), (0.5, 0.265), (0.9, 0.265))
     """
     beta = max(0.0, min(1 - RETURNED / num_clients, passes / (passes + RAMP)))
-    rho = max(rho, RAMP / (passes + RAMP))
     return beta, rho + (1 - rho) / num_clients

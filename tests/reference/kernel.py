@@ -2,8 +2,7 @@
 
 Independent of the system: nothing is imported from it; the sketch is given as places and signs.
 With n updates of a group of N clients, p = min(1, n / N), weights w_i that sum to 1, and
-beta = max(0, min(1 - 5 / N, t / (t + 3))) and r = rho_t + (1 - rho_t) / N, rho_t = max(rho, 3 /
-(t + 3)), after t passes, the sum of the p's:
+beta = max(0, min(1 - 5 / N, t / (t + 3))) after t passes, the sum of the p's:
 
     m_now = sum_i w_i delta_i        m <- m + p (m_now - m)        u <- beta^p u + p m_now
     b <- b - min(1, g p) f (m_now + beta^p u)
@@ -76,8 +75,7 @@ class ReferenceGroup:
         n, count = len(updates), len(self.sizes)
         part, total = min(1.0, n / count), sum(weight for _, _, weight in updates)
         beta = max(0.0, min(1 - 5 / count, self.passes / (self.passes + 3))) ** part
-        rho = max(self.rho, 3 / (self.passes + 3))
-        gain = 1.0 if is_global else rho + (1 - rho) / count
+        gain = 1.0 if is_global else self.rho + (1 - self.rho) / count
         now = torch.zeros_like(self.base)
         for _, delta, weight in updates:
             now += weight / total * self.padded(delta)
