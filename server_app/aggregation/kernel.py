@@ -12,7 +12,7 @@ the deltas and m its running mean,
     a_i <- a_i - r f (delta_i - m)                          what is the client's own
     v_i <- v_i + sketch of the last entries of delta_i - m  who it is like
 
-beta = max(0, min(1 - 5/N, t/(t + 3))) after t passes of the group: Nesterov's own sequence, whose
+beta = max(0, min(1 - 5/N, t/(t + 3))) after t steps of the group: Nesterov's own sequence, whose
 memory grows with what there is to remember (a long one overshoots the first rounds, when all deltas
 agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
 of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
@@ -44,19 +44,19 @@ from server_app.hypernet.kernel import KernelNetwork
 RETURNED = 5.0
 """beta is at most 1 - RETURNED / N."""
 RAMP = 3.0
-"""beta is t / (t + RAMP) in the first passes (Nesterov 1983)."""
+"""beta is t / (t + RAMP) in the first steps (Nesterov 1983)."""
 
 
 @dataclass
 class Memory:
     """What the rule remembers of a group.
 
-    Velocity u and running mean m of the deltas, (C S,), and how many passes t it has made.
+    Velocity u and running mean m of the deltas, (C S,), and how many steps t it has made.
     """
 
     velocity: Tensor
     mean: Tensor
-    passes: float = 0.0
+    steps: int = 0
 
 
 class KernelRule(Rule):
@@ -80,7 +80,7 @@ class KernelRule(Rule):
         for part in parts:
             num_clients, n = len(network.members(part.key)), len(part.deltas)
             memory, learns = self._memory_of(part), part.key not in self.frozen_groups
-            beta, gain = gains(self.section.personal_gain, num_clients, memory.passes)
+            beta, gain = gains(self.section.personal_gain, num_clients, memory.steps)
             gain = factor * (1.0 if is_global else gain)
             if learns:
                 self._move_shared(part, memory, beta, min(1.0, n / num_clients), factor)
@@ -105,7 +105,7 @@ class KernelRule(Rule):
         memory.velocity.mul_(beta).add_(part.mean, alpha=portion)
         base = self.hypernet.groups[part.key].base
         base.sub_(part.mean, alpha=gain).sub_(memory.velocity, alpha=gain * beta)
-        memory.passes += portion
+        memory.steps += 1
 
     def _memory_of(self, part: GroupDeltas) -> Memory:
         if part.key not in self._memory:
@@ -114,13 +114,13 @@ class KernelRule(Rule):
         return self._memory[part.key]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Export the memory as `kernel.<velocity|mean>.<key>`, lengths and passes by key."""
+        """Export the memory as `kernel.<velocity|mean>.<key>`, lengths and steps by key."""
         tensors = {
             f"kernel.{name}.{key}": x
             for key, memory in self._memory.items()
             for name, x in (("velocity", memory.velocity), ("mean", memory.mean))
         }
-        sizes = {key: [len(m.mean), m.passes] for key, m in sorted(self._memory.items())}
+        sizes = {key: [len(m.mean), m.steps] for key, m in sorted(self._memory.items())}
         return tensors, {"kernel": sizes}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -131,16 +131,16 @@ class KernelRule(Rule):
             return saved.to(self.hypernet.device, copy=True)
 
         self._memory = {
-            key: Memory(own("velocity", key, length), own("mean", key, length), passes)
-            for key, (length, passes) in facts["kernel"].items()
+            key: Memory(own("velocity", key, length), own("mean", key, length), steps)
+            for key, (length, steps) in facts["kernel"].items()
         }
 
 
-def gains(rho: float, num_clients: int, passes: float) -> tuple[float, float]:
-    """Return beta of a whole pass, and r, of a group of N clients after t passes.
+def gains(rho: float, num_clients: int, steps: int) -> tuple[float, float]:
+    """Return beta of a whole pass, and r, of a group of N clients after t steps.
 
     >>> gains(0.25, 1, 3), gains(0.25, 50, 3), gains(0.25, 50, 100)
     ((0.0, 1.0), (0.5, 0.265), (0.9, 0.265))
     """
-    beta = max(0.0, min(1 - RETURNED / num_clients, passes / (passes + RAMP)))
+    beta = max(0.0, min(1 - RETURNED / num_clients, steps / (steps + RAMP)))
     return beta, rho + (1 - rho) / num_clients

@@ -2,7 +2,7 @@
 
 Independent of the system: nothing is imported from it; the sketch is given as places and signs.
 With n updates of a group of N clients, p = min(1, n / N), weights w_i that sum to 1, and
-beta = max(0, min(1 - 5 / N, t / (t + 3))) after t passes, the sum of the p's:
+beta = max(0, min(1 - 5 / N, t / (t + 3))) after t steps:
 
     m_now = sum_i w_i delta_i        m <- m + p (m_now - m)        u <- beta^p u + p m_now
     b <- b - min(1, g p) f (m_now + beta^p u)
@@ -34,7 +34,7 @@ class ReferenceGroup:
     def __post_init__(self) -> None:
         self.base = torch.zeros(self.width, dtype=torch.float64)
         self.velocity = torch.zeros_like(self.base)
-        self.passes = 0.0
+        self.steps = 0
         self.mean: Tensor | None = None
         self.own: dict[str, Tensor] = {}
         self.embeddings: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ class ReferenceGroup:
     ) -> None:
         n, count = len(updates), len(self.sizes)
         part, total = min(1.0, n / count), sum(weight for _, _, weight in updates)
-        beta = max(0.0, min(1 - 5 / count, self.passes / (self.passes + 3))) ** part
+        beta = max(0.0, min(1 - 5 / count, self.steps / (self.steps + 3))) ** part
         gain = 1.0 if is_global else self.rho + (1 - self.rho) / count
         now = torch.zeros_like(self.base)
         for _, delta, weight in updates:
@@ -86,7 +86,7 @@ class ReferenceGroup:
             self.velocity = beta * self.velocity + part * now
             shared = now + beta * self.velocity
             self.base = self.base - min(1.0, self.shared_gain * part) * factor * shared
-            self.passes += part
+            self.steps += 1
         for client_id, delta, weight in updates:
             size = self.sizes[client_id]
             own = delta.double() - self.mean[:size]
