@@ -54,7 +54,7 @@ class ClientSection(Section):
     )
     cache_dir: str = key("", "decoded data; empty: ~/.cache/mh-pfedhn")
     partition: str = key(
-        "pathological", "pathological, dirichlet, none, or a flwr-datasets partitioner"
+        "dirichlet", "pathological, dirichlet, none, or a flwr-datasets partitioner"
     )
     num_partitions: int = key(10, "where the node config has none", ge=1)
     absent_clients: int = key(
@@ -73,15 +73,15 @@ class ClientSection(Section):
         0, "cap on a client's examples, train and test together, labels in proportion; 0: all", ge=0
     )
     partition_options: str = key("{}", "JSON keywords", where="a flwr-datasets partitioner")
-    test_fraction: float = key(0.25, "of a client's examples, held back from training", gt=0, lt=1)
+    test_fraction: float = key(0.7, "of a client's examples, held back from training", gt=0, lt=1)
     validation_fraction: float = key(
-        0.0,
+        0.1,
         "of a client's examples, of those held back: what its predictor is chosen on, never tested",
         ge=0,
         lt=1,
     )
     measure_alone: bool = key(
-        False,
+        True,
         "train the model also alone, by the same recipe and never touched by the federation: what "
         "joining is worth",
     )

@@ -14,7 +14,7 @@ class RunSection(Section):
     """What to run, for how long, and where results go."""
 
     method: Annotated[str, AfterValidator(known_method)] = key(
-        "mh-pfedhn-gd",
+        "mh-pfedhn-pg",
         '"mh-pfedhn"; "mh-pfedhn-gd" with one global model that all distil from; "mh-pfedhn-pg" '
         "with a personal common model for each; or a baseline: docs/baselines.md",
     )

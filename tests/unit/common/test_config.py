@@ -75,7 +75,7 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
         ({"min-fraction": 1.5}, r"min-fraction = 1\.5 cannot be used"),
         ({"max-client-examples": -1}, "max-client-examples = -1 cannot be used"),
         # keys of different sections that do not go together
-        ({"validation-fraction": 0.3}, "validation-fraction = 0.3 .* nothing to test on"),
+        ({"validation-fraction": 0.8}, "validation-fraction = 0.8 .* nothing to test on"),
         ({"method": "mh-pfedhn-pg", "validation-fraction": 0}, "validation-fraction = 0 leaves"),
         ({"absent-clients": 10}, "absent-clients = 10 of 10 clients leaves nobody"),
         ({"server-rule": "adam", "server-lr": 0}, "server-lr = 0 .* no head would ever learn"),

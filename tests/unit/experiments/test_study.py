@@ -217,7 +217,7 @@ def test_principal_axes_of_points_on_a_line() -> None:
 
 
 def test_the_command_of_a_run_is_the_nearest_preset_and_what_differs(tmp_path: Path) -> None:
-    folder = write_seed(tmp_path / "a", seed=3, run_name="quickstart", method="mh-pfedhn-gd")
+    folder = write_seed(tmp_path / "a", seed=3, run_name="quickstart", method="mh-pfedhn-pg")
     command = run_command(Run.load(folder))
     assert command.startswith("mh-pfedhn run quickstart --clients 4 --seed 3 --set ")
     assert "models=cnn,vgg8" in command

@@ -174,7 +174,7 @@ def test_a_failure_does_not_close_a_round_below_the_minimum() -> None:
             "evaluation = 'separate' .* Set it to 'fused'",
         ),
         (
-            {"close-fraction": 0.9},
+            {"close-fraction": 0.9, "method": "mh-pfedhn-gd"},
             "'separate' and gd-mode = 'separate' .* Set both to 'fused'",
         ),
     ],
