@@ -50,7 +50,7 @@ CATALOGUE: dict[str, DatasetSpec] = {
         idx_prefix="train",
     ),
     # 1,797 digits of scikit-learn; constants computed on them at 32x32; not in the paper either
-    "digits": DatasetSpec("", 10, (0.3055,), (0.3235,), dirichlet_alpha=2.0),
+    "digits": DatasetSpec("", 10, (0.3055,), (0.3235,), dirichlet_alpha=0.1),
 }  # fmt: skip
 
 OWN = DatasetSpec(hub_id="", num_classes=0, mean=(0.5,), std=(0.5,), dirichlet_alpha=0.1)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, model_validator
 
 from common.config.section import Section, key
-from common.errors import unknown_name
+from common.errors import ConfigError, unknown_name
 
 SIMULATED = "engine inprocess"
 AS_RUN = "wins over the run config's"
@@ -54,7 +54,7 @@ class ClientSection(Section):
     )
     cache_dir: str = key("", "decoded data; empty: ~/.cache/mh-pfedhn")
     partition: str = key(
-        "dirichlet", "pathological, dirichlet, none, or a flwr-datasets partitioner"
+        "pathological", "pathological, dirichlet, none, or a flwr-datasets partitioner"
     )
     num_partitions: int = key(10, "where the node config has none", ge=1)
     absent_clients: int = key(
@@ -73,7 +73,7 @@ class ClientSection(Section):
         0, "cap on a client's examples, train and test together, labels in proportion; 0: all", ge=0
     )
     partition_options: str = key("{}", "JSON keywords", where="a flwr-datasets partitioner")
-    test_fraction: float = key(0.7, "of a client's examples, held back from training", gt=0, lt=1)
+    test_fraction: float = key(0.25, "of a client's examples, held back from training", gt=0, lt=1)
     validation_fraction: float = key(
         0.1,
         "of a client's examples, of those held back: what its predictor is chosen on, never tested",
@@ -94,6 +94,16 @@ class ClientSection(Section):
     state_dir: str = key(
         "", "where a client keeps its state; empty: in Flower's context, while the process lives"
     )
+
+    def require_test_part(self, where: str) -> None:
+        """Raise ConfigError where the validation examples would be all that is held back."""
+        if self.validation_fraction >= self.test_fraction:
+            raise ConfigError(
+                f"{where}: validation-fraction = {self.validation_fraction:g} of a client's "
+                f"examples is taken from test-fraction = {self.test_fraction:g}, and leaves nothing "
+                "to test on. Raise test-fraction, or set validation-fraction lower; 0 is for "
+                "methods that choose nothing."
+            )
 
 
 class WireSection(Section):
@@ -171,4 +181,6 @@ class NodeConfig(Section):
         merged["num-partitions"] = self.num_partitions or run.num_partitions
         if self.model:
             merged["models"] = self.model
-        return ClientSection.checked(merged, "node config")
+        section = ClientSection.checked(merged, "node config")
+        section.require_test_part("node config")
+        return section

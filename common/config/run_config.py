@@ -146,14 +146,8 @@ def _check_together(config: RunConfig) -> None:
             f"mh-pfedhn and mh-pfedhn-gd; method = {config.run.method!r} sends its arrays whole. "
             "Set uplink-top-k = 1."
         )
-    c = config.client
-    if c.validation_fraction >= c.test_fraction:
-        raise ConfigError(
-            f"run config: validation-fraction = {c.validation_fraction:g} of a client's examples "
-            f"is taken from test-fraction = {c.test_fraction:g}, and leaves nothing to test on. "
-            "Set it lower; 0 is for methods that choose nothing."
-        )
-    if config.has_personal_common and not c.validation_fraction:
+    config.client.require_test_part("run config")
+    if config.has_personal_common and not config.client.validation_fraction:
         raise ConfigError(
             "run config: mh-pfedhn-pg weighs the own and the common model on validation examples; "
             "validation-fraction = 0 leaves none. Set 0.1, say."

@@ -11,11 +11,11 @@ class TrainingSection(Section):
     """Local training of one client in one round (docs/method.md, "Local training")."""
 
     local_epochs: int = key(1, "passes over a client's examples in a round", ge=1)
-    batch_size: int = key(8, "of a local step; FedGH, FedTGP: also of a server step", ge=1)
+    batch_size: int = key(16, "of a local step; FedGH, FedTGP: also of a server step", ge=1)
     optimizer: Literal["sgd", "adamw"] = key(
         "sgd", '"sgd" with momentum, or "adamw", which wants a rate near 0.001'
     )
-    learning_rate: float = key(0.01, "local rate, of the first round", gt=0)
+    learning_rate: float = key(0.03, "local rate, of the first round", gt=0)
     learning_rate_final: float = key(
         1.0, "fraction of it that the last round has, along a cosine; 1: constant", gt=0, le=1
     )

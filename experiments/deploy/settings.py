@@ -84,8 +84,7 @@ class JoinSettings:
         node.setdefault("state-dir", str(_default_state_dir()))
         if "partition-id" not in node:
             node.setdefault("partition", "none")  # all examples are this participant's own
-            node.setdefault("test-fraction", 0.25)  # and most of them are to learn from
-        NodeConfig.parse(node)
+        NodeConfig.parse(node).client_section(RunConfig().client)
         return cls(
             server=str(settled["server"]),
             certificate=_path(settled.get("certificate")),

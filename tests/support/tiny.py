@@ -101,7 +101,6 @@ chunk-size = 64
 hidden-dim = 16
 embed-dim = 8
 cache-dir = "cache"
-test-fraction = 0.25
 validation-fraction = 0.0
 measure-alone = false
 """
@@ -124,7 +123,6 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
     """Settings of a six-client federation on the patterns; keys with underscores."""
     settings: dict[str, Any] = {
         **PUBLISHED,
-        "test-fraction": 0.25,
         "validation-fraction": 0.0,
         "measure-alone": False,
         "rounds": 2,

@@ -23,7 +23,4 @@ def section(tmp_path: Path) -> ClientSection:
         data_dir=str(tmp_path / "data"),
         cache_dir=str(tmp_path / "cache"),
         num_partitions=6,
-        partition="pathological",
-        test_fraction=0.25,
-        validation_fraction=0.0,
     )
