@@ -100,9 +100,9 @@ class ClientSection(Section):
         if self.validation_fraction >= self.test_fraction:
             raise ConfigError(
                 f"{where}: validation-fraction = {self.validation_fraction:g} of a client's "
-                f"examples is taken from test-fraction = {self.test_fraction:g}, and leaves nothing "
-                "to test on. Raise test-fraction, or set validation-fraction lower; 0 is for "
-                "methods that choose nothing."
+                f"examples is taken from test-fraction = {self.test_fraction:g}, and leaves "
+                "nothing to test on. Raise test-fraction, or set validation-fraction lower; 0 "
+                "is for methods that choose nothing."
             )
 
 
