@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common.config import RunConfig
 from common.config.keys import to_toml
 from experiments.benchmarks.measuring import Row
 from experiments.run.engines import processes
 from experiments.run.engines.superlink import SuperLink
-from experiments.run.presets import Preset
+from experiments.run.presets import EngineSection, Preset
 
 SITES = 3
 
@@ -47,11 +48,14 @@ def deployed_rounds(folder: Path, mode: str, rounds: int) -> list[float]:
         "method": "mh-pfedhn",
         "models": "cnn",
         "evaluation": "fused",
+        "validation-fraction": 0.0,
+        "measure-alone": False,
         "rounds": rounds,
         "min-clients": SITES,
         "output-dir": str(folder / "run"),
     }
-    preset = Preset.load("quickstart").with_engine({"num-clients": SITES}).with_config(settings)
+    engine = EngineSection(num_clients=SITES)
+    preset = Preset("worker", "", engine, RunConfig()).with_config(settings)
     folder.mkdir(parents=True)
     with SuperLink(log=folder / "run.log") as link:
         for i in range(SITES):

@@ -83,14 +83,16 @@ def test_a_preset_that_is_not_there_is_named(name: str, message: str) -> None:
 
 def test_settings_reach_config_and_engine_with_their_types() -> None:
     texts = ["server-lr=1e-3", "rounds=3", "rounds=7", "workers=2", "num-clients=4"]
-    preset = Preset.load("quickstart").with_settings([*texts, "run-name='a b'", "batch_size=8"])
+    quickstart = Preset.load("quickstart")
+    preset = quickstart.with_settings([*texts, "run-name='a b'", "batch_size=32"])
     assert preset.config == RunConfig.parse(
         {
+            **quickstart.config.flat(),
             "server-lr": 1e-3,
             "rounds": 7,  # the later one wins
             "num-partitions": 4,
             "run-name": "a b",
-            "batch-size": 8,
+            "batch-size": 32,
         }
     )
     assert (preset.engine.workers, preset.engine.num_clients) == (2, 4)
@@ -99,7 +101,8 @@ def test_settings_reach_config_and_engine_with_their_types() -> None:
 def test_what_differs_from_a_preset_is_told() -> None:
     """A preset's description may no longer be true: its changes stand beside it."""
     preset = Preset.load("quickstart")
-    asked = preset.with_settings(["method=local", "workers=1", "rounds=28", "output-dir=x"])
+    same = f"rounds={preset.config.run.rounds}"
+    asked = preset.with_settings(["method=local", "workers=1", same, "output-dir=x"])
     asked = asked.with_engine({"name": "inprocess", "num-clients": 4})
     changes = {"method": "local", "workers": 1, "num-clients": 4, "engine": "inprocess"}
     assert asked.changes_from(preset) == changes
