@@ -23,4 +23,5 @@ def section(tmp_path: Path) -> ClientSection:
         data_dir=str(tmp_path / "data"),
         cache_dir=str(tmp_path / "cache"),
         num_partitions=6,
+        validation_fraction=0.0,
     )

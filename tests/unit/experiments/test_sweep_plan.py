@@ -158,9 +158,9 @@ def test_nothing_to_go_on_from_is_explained(tmp_path: Path, old: str, new: str) 
 
 
 def test_a_variant_that_would_have_no_rounds_left_is_explained(tmp_path: Path) -> None:
-    message = "'later': it goes on after round 28 of 'first' and ends at round 28: it would do"
+    message = "'later': it goes on after round 12 of 'first' and ends at round 12: it would do"
     with pytest.raises(ConfigError, match=message):
-        plan_of(tmp_path, CHAIN.replace("rounds = 40", "rounds = 28"))
+        plan_of(tmp_path, CHAIN.replace("rounds = 40", "rounds = 12"))
 
 
 def test_the_command_line_wins_and_data_change_no_name(tmp_path: Path) -> None:
