@@ -162,7 +162,8 @@ def check_data(trial: Trial) -> Finding:
         hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
     shown = ", ".join(map(str, counts[:12]))
     return Finding(
-        f"{data.num_train} to train and {data.num_test} to test, {data.num_classes} classes "
+        f"{data.num_train} to train, {len(data.validation_labels)} to validate and "
+        f"{data.num_test} to test, {data.num_classes} classes "
         f"({shown}{', ...' * (len(counts) > 12)} to train), {data.in_channels} channel(s), "
         f"{size}x{size}, on {data.train_images.device}",
         " ".join(hints),

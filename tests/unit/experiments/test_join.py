@@ -172,7 +172,7 @@ def test_a_good_participant_passes(tmp_path: Path) -> None:
     with closing(OneLineServer()) as server:
         good, text = checked(own(tmp_path, server=server.address), must_answer=True)
     assert good, text
-    assert "360 to train and 72 to test, 4 classes (" in text, text
+    assert "360 to train, 48 to validate and 72 to test, 4 classes (" in text, text
     assert ":normed, 116 parameters" in text
     assert "an epoch of 23 batches" in text
     assert text.count("✗") == 0
