@@ -63,8 +63,13 @@ KNOWN = ("torch", "client_app", "tests")
 
 
 def can_train_together(module: nn.Module) -> bool:
-    """Whether clients with this architecture can be batched: every layer is a known one."""
-    return all(type(layer).__module__.split(".")[0] in KNOWN for layer in module.modules())
+    """Whether clients with this architecture can be batched: known layers that share no tensor.
+
+    Where two names stand for one tensor, `functional_call` would leave batched ones behind.
+    """
+    known = all(type(layer).__module__.split(".")[0] in KNOWN for layer in module.modules())
+    kinds = (module.named_parameters, module.named_buffers)
+    return known and all(len([*of()]) == len([*of(remove_duplicate=False)]) for of in kinds)
 
 
 def train_cohort(
@@ -83,7 +88,7 @@ def train_cohort(
     if not can_train_together(module):
         raise ModelError(
             f"{type(module).__name__} cannot be trained for several clients at once: it has "
-            "layers of your own. Set batched-clients = 0."
+            "layers of your own, or that share weights. Set batched-clients = 0."
         )
     started = time.monotonic()
     order = sorted(range(len(members)), key=lambda i: -members[i].data.num_train)

@@ -241,6 +241,16 @@ def test_a_layer_of_ones_own_is_refused() -> None:
         train_cohort(model, [], SECTION)
 
 
+def test_layers_that_share_weights_are_not_batched() -> None:
+    layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)
+    tied = nn.Linear(4, 4)
+    tied.weight = layer.weight
+    for model in ([layer, nn.ReLU(), tied], [layer, nn.ReLU(), layer], [norm, layer, norm]):
+        assert not can_train_together(nn.Sequential(*model))
+    relu = nn.ReLU()
+    assert can_train_together(nn.Sequential(relu, layer, relu))
+
+
 def test_dropout_without_a_generator_is_refused() -> None:
     model = build_model("vgg8", in_channels=3, num_classes=10)
     seed_dropout(model, torch.Generator())
