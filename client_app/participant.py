@@ -85,8 +85,12 @@ class Participant:
             return ""
         common = self.config.distill.global_model
         personal = PersonalModel(self.model_name, module, self.data, evaluation, common)
-        # the export takes seconds, and a simulation has many clients nobody deploys
-        return str(personal.store(folder, program=isinstance(self.state, FolderState)))
+        return str(personal.store(folder, program=self.exports))
+
+    @property
+    def exports(self) -> bool:
+        """Whether the personal model gets a program: that takes seconds, where many simulate."""
+        return isinstance(self.state, FolderState)
 
 
 def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:

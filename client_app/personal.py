@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from common.log import logger
 from common.messages import Evaluation
 
 TEST_ROWS = "test_rows"
+EXPORTING = threading.Lock()
+"""torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
 
 
 class PictureClassifier(nn.Module):

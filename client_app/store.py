@@ -104,7 +104,13 @@ class FolderState:
         """Replace a group of tensors, or add a version and drop those that nobody will ask for."""
         full_name = f"{name}@{stamp.server_round:08d}" if stamp else name
         path = self.folder / f"{full_name}.safetensors"
-        data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+        # copies: layers that share weights are stored twice, as their state_dict has them
+        data = save(
+            {
+                key: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, t in tensors.items()
+            }
+        )
         replace_file(path, data, mode=PRIVATE)
         if stamp:
             self._prune(name, stamp)

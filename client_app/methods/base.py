@@ -8,6 +8,7 @@ every method trains, of which nothing travels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from client_app.models.instances import (
     opaque,
 )
 from client_app.participant import Participant
+from client_app.personal import EXPORTING
 from client_app.store import Stamp
 from client_app.training.loop import Loss, Trained, evaluate, logits_over, num_correct, train
 from common.compression import Float32
@@ -109,10 +111,11 @@ class Method:
 
     def _reply_finish(self, task: Received) -> Content:
         """Store the personal model, and say where."""
-        instance = self.ready(task, before=task.header.server_round + 1)
-        self.adapt(task, instance)
-        found = self._beside_alone(self.final(task, instance), task)
-        return Content({LOCATION: self.participant.store(self.owned(instance), found)})
+        with EXPORTING if self.participant.exports else nullcontext():
+            instance = self.ready(task, before=task.header.server_round + 1)
+            self.adapt(task, instance)
+            found = self._beside_alone(self.final(task, instance), task)
+            return Content({LOCATION: self.participant.store(self.owned(instance), found)})
 
     # --- the hops --------------------------------------------------------------------------------
 

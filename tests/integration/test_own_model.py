@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.personal import PersonalModel
 from common.messages import Evaluation
 from experiments.examples import my_site
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from tests.support.tiny import run_tiny, tiny_config
 
 EXAMPLE = Path(my_site.__file__)
@@ -158,3 +160,26 @@ def test_a_model_that_cannot_be_exported_keeps_its_weights(tmp_path: Path) -> No
         "personal_model.json",
         "test_rows.npy",
     }
+
+
+def tied(*, in_channels: int, num_classes: int) -> nn.Module:
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+    second.weight = first.weight
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.Linear(64, num_classes))
+
+
+@pytest.mark.parametrize("batched", [0, 6])
+def test_every_participant_owns_its_program(tmp_path: Path, batched: int) -> None:
+    """Six threads finish at once; the models' layers share weights."""
+    name, state = f"{__name__}:tied", tmp_path / "state"
+    config = tiny_config(
+        tmp_path, method="mh-pfedhn-pg", validation_fraction=0.1, models=name, global_model=name,
+        max_in_flight=0, buffer_size=0, server_rule="kernel", state_dir=str(state),
+    )  # fmt: skip
+    run_inprocess(config, simulated_nodes(6), workers=6, batched_clients=batched)
+    for client in range(6):
+        folder = state / str(client)
+        described = json.loads((folder / "personal_model.json").read_text())
+        assert described["program"], described["program_error"]
+        model = tied(in_channels=1, num_classes=4)
+        model.load_state_dict(load_file(folder / "own_model.safetensors"))
