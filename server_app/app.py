@@ -81,6 +81,7 @@ class Server:
             "method": run.method,
             "seed": run.seed,
             "server-rule": self.method.config.update.server_rule,
+            "measure-alone": self.method.config.client.measure_alone,
             "num-steps": self.method.num_steps,
             "registry": self.registry.export(),
             "rejected": dict(self.transport.rejected),
@@ -165,6 +166,13 @@ def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
             "What %s keeps on clients (own models, BatchNorm statistics) is lost where they "
             "have no state-dir: such a client starts anew. Set state-dir to resume exactly.",
             run.method,
+        )
+    kept_alone = config.client.state_dir and meta.get("measure-alone")
+    if config.client.measure_alone and not kept_alone:
+        logger.warning(
+            "Models trained alone start anew where clients kept none (no state-dir, or "
+            "measure-alone was false before): they have fewer rounds than the federation, and the "
+            "gain over them is too large. Start a new run to measure it."
         )
     if seed != run.seed:
         logger.warning(

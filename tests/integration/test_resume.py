@@ -168,3 +168,15 @@ def test_another_method_does_not_resume(tmp_path: Path) -> None:
     run_tiny(config)
     with pytest.raises(CheckpointError, match="written by method mh-pfedhn; this run is mh-pfedhn"):
         run_tiny(in_place(config).with_overrides({"method": "mh-pfedhn-gd"}))
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"), [({"state_dir": ""}, 1), ({"measure_alone": False}, 1), ({}, 0)]
+)
+def test_a_gain_over_models_that_start_anew_is_called_too_large(
+    tmp_path: Path, logged: Lines, lost: dict[str, object], says: int
+) -> None:
+    before = config_at(tmp_path, rounds=1, **{"measure_alone": True, **lost})
+    run_tiny(before)
+    run_tiny(in_place(before).with_overrides({"rounds": 2, "measure-alone": True}))
+    assert len(logged.find("Models trained alone start anew")) == says
