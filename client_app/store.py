@@ -154,6 +154,15 @@ OWNED = (PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL)
 """Files that a participant keeps for good."""
 
 
+def save_finite(state: ClientState, name: str, tensors: Mapping[str, Tensor], stamp: Stamp) -> None:
+    """Add a version of what training left, if anything; where it diverged the last one stays.
+
+    The server refuses such an update as well, and the next round starts from sound weights.
+    """
+    if tensors and all(bool(x.isfinite().all()) for x in tensors.values()):
+        state.save(name, tensors, stamp=stamp)
+
+
 def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:
     """Open a client's state: a folder of its own below `state_dir`, or Flower's context."""
     if state_dir:

@@ -26,7 +26,7 @@ from client_app.models.instances import (
 )
 from client_app.participant import Participant
 from client_app.personal import EXPORTING
-from client_app.store import Stamp
+from client_app.store import Stamp, save_finite
 from client_app.training.loop import Loss, Trained, evaluate, logits_over, num_correct, train
 from common.compression import Float32
 from common.config import TrainingSection
@@ -236,8 +236,7 @@ class Method:
         kept = {BUFFER + key: x for key, x in instance.buffers().items()}
         if theta:
             kept[THETA] = instance.model.theta.detach()
-        if kept:
-            self.participant.state.save(name, kept, stamp=self.stamp(task))
+        save_finite(self.participant.state, name, kept, self.stamp(task))
 
     def stamp(self, task: Received) -> Stamp:
         """Return the stamp of what is kept now."""

@@ -23,7 +23,7 @@ from client_app.predictor import (
     judge_both,
     teaching_weight,
 )
-from client_app.store import Residual, largest_with_residual
+from client_app.store import Residual, largest_with_residual, save_finite
 from client_app.training.batched import Member, Outcome
 from client_app.training.loop import (
     FlatModel,
@@ -145,9 +145,8 @@ class MHpFedHN(Method):
     def keep_buffers(self, role: Role, task: Received, buffers: dict[str, Tensor]) -> None:
         """Keep a model's buffers; where w_g came alone, also w_g for the message that follows."""
         state = self.participant.state
-        if buffers:
-            kept = {BUFFER + name: x for name, x in buffers.items()}
-            state.save(role.buffers, kept, stamp=self.stamp(task))
+        kept = {BUFFER + name: x for name, x in buffers.items()}
+        save_finite(state, role.buffers, kept, self.stamp(task))
         if THETA not in task:
             theta, now = torch.from_numpy(self.start(GLOBAL, task)), task.header.server_round
             state.save(TEACHER, {"theta": theta, "round": torch.tensor(now)})

@@ -211,3 +211,26 @@ def test_a_global_model_of_no_or_absurd_size_is_not_admitted(
     run_tiny(config, app=spoiling("query.register", setting("num-global-parameters", count)))
     assert logged.find(line)
     assert summary(config)["num_clients"] == 5
+
+
+@pytest.mark.parametrize("method", ["mh-pfedhn", "mh-pfedhn-pg"])
+def test_a_round_in_which_training_diverged_leaves_no_trace_on_the_client(
+    tmp_path: Path, method: str
+) -> None:
+    """Its BatchNorm statistics and its model trained alone are those of the round before."""
+
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        settings, client = message.content["config"], context.node_config["partition-id"]
+        if client == BAD and settings["server-round"] == 2 and "learning-rate" in settings:
+            settings["learning-rate"] = 1e30
+        return handler(message, context)
+
+    normed = {"models": f"{HERE}:normed", "global_model": f"{HERE}:normed"}
+    config = tiny_config(
+        tmp_path, method=method, rounds=3, validation_fraction=0.1, measure_alone=True, **normed
+    )
+    run_tiny(config, app=Wrapped(handle))
+    assert [(r["num_accepted"], r["num_evaluated"]) for r in rows(config)] == [
+        (6, 6), (5, 6), (6, 6),
+    ]  # fmt: skip
+    assert rows(config)[-1]["accuracy_alone"] > 0.5
