@@ -75,6 +75,8 @@ class PersonalModel:
         says why there is no program.
         """
         FolderState(folder).save(PERSONAL_MODEL, self.module.state_dict())
+        for name in (OWN_MODEL, COMMON_MODEL):  # an earlier run's may be there
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
         if isinstance(self.module, Predictor):
             FolderState(folder).save(OWN_MODEL, self.module.own.state_dict())
             FolderState(folder).save(COMMON_MODEL, self.module.common.state_dict())

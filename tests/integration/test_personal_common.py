@@ -138,3 +138,5 @@ def test_the_predictor_is_owned_at_the_end(tmp_path: Path) -> None:
     assert 0 <= facts["accuracy_alone"] <= 1
     mixed = weight * both[0] + (1 - weight) * both[1]
     torch.testing.assert_close(said.exp(), mixed, rtol=1e-4, atol=1e-5)
+    run_tiny(personal_common(tmp_path / "next", method="mh-pfedhn"), node_configs=nodes)
+    assert not [*folder.glob("own_model.*"), *folder.glob("common_model.*")]
