@@ -18,7 +18,10 @@ from common.log import logger
 from common.messages import Registration
 
 GLOBAL_ID = "__global__"
-"""Key of the global model's embedding v_g; no client may register under it."""
+"""Key of the global model's embedding v_g, and what those of common models begin with.
+
+No client may register under a name that begins so: it would take another's common model.
+"""
 
 NOWHERE = 0
 """Node id of a client that is not here; Flower gives it to no node."""
@@ -183,10 +186,11 @@ class Registry:
     ) -> None:
         client_id, cap = registration.client_id, self._max_parameters
         who = f"client {client_id} (node {node_id})"
-        if client_id == GLOBAL_ID or not client_id.isprintable():
+        if client_id.startswith(GLOBAL_ID) or not client_id.isprintable():
             raise RegistrationError(
                 f"node {node_id} calls itself {client_id!r}: a client-id has printable characters "
-                f"only and is not {GLOBAL_ID!r}, which names the global model. Choose another."
+                f"only and does not begin with {GLOBAL_ID!r}, which names the models that clients "
+                "have in common. Choose another."
             )
         if registration.num_parameters > cap:
             raise RegistrationError(

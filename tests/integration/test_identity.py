@@ -14,7 +14,7 @@ from server_app.clients import fingerprint
 from tests.integration.conftest import Lines
 from tests.support.attendance import attended_by
 from tests.support.outputs import checkpoints, rows
-from tests.support.tiny import run_tiny, tiny_config
+from tests.support.tiny import HERE, run_tiny, tiny_config
 
 EVERYBODY = range(6)
 KEYS = {i: f"key {i}".encode() for i in EVERYBODY}
@@ -161,6 +161,18 @@ def test_nobody_is_the_global_model(tmp_path: Path) -> None:
     config = config_at(tmp_path, method="mh-pfedhn-gd")
     with pytest.raises(RunError, match="calls itself '__global__': a client-id has printable"):
         run_tiny(config, node_configs=named("__global__", folder=tmp_path))
+
+
+def test_nobody_takes_the_common_model_of_another(tmp_path: Path, logged: Lines) -> None:
+    models = f"{HERE}:small,{HERE}:wide"  # not of the common model's size
+    config = config_at(
+        tmp_path, method="mh-pfedhn-pg", rounds=2, validation_fraction=0.1, models=models
+    )
+    nodes = named("a", "__global__/a", folder=tmp_path)
+    run_tiny(config, node_configs=[{**node, "state-dir": ""} for node in nodes])
+    assert accepted(config) == [1, 1]
+    assert logged.find("Refused: node 3 calls itself '__global__/a'")
+    assert rows(config)[-1]["num_failed"] == 0
 
 
 def test_ignoring_keys_once_binds_anew(tmp_path: Path) -> None:
