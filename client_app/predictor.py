@@ -48,10 +48,10 @@ def choose_weight(own_BC: Tensor, common_BC: Tensor, labels_B: Tensor) -> float:
     mixed_BW = common_B1 + weights_W * (own_B1 - common_B1)
     likely_BW = mixed_BW.clamp_min(1e-30).log()
     own, common, best = STEPS, 0, int(likely_BW.mean(0).argmax())
-    alone = own if likely_BW[:, own].mean() > likely_BW[:, common].mean() else common
-    lead_B = likely_BW[:, best] - likely_BW[:, alone]
+    single = own if likely_BW[:, own].mean() > likely_BW[:, common].mean() else common
+    lead_B = likely_BW[:, best] - likely_BW[:, single]
     sure = lead_B.mean() > lead_B.std(correction=0) / len(lead_B) ** 0.5
-    return float(weights_W[best if sure else alone])
+    return float(weights_W[best if sure else single])
 
 
 def teaching_weight(
