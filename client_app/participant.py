@@ -108,7 +108,11 @@ def reply_to(message_type: str, content: RecordDict, context: Context) -> Record
     MHpFedHNError
         The configuration, the data, the model or the message cannot be used.
     """
-    participant = Participant.open(context)
+    return answer(Participant.open(context), message_type, content)
+
+
+def answer(participant: Participant, message_type: str, content: RecordDict) -> RecordDict:
+    """Do what one message asks of a participant; return the reply's content."""
     with cpu_threads(participant.section.client_threads):
         try:
             task = participant.task(content)

@@ -169,23 +169,30 @@ class Rounds:
         words = "%s: rounds %d-%d, seed %d, max-in-flight %s, buffer-size %s"
         logger.info(words, run.method, first, run.rounds, run.seed, *slots)
         for server_round in range(first, run.rounds + 1):
-            try:
-                row = self.run_round(server_round)
-            except Exception:  # whatever it is: what was learned up to here is saved first
-                if self._folder.rows:
-                    self._save()
-                raise
+            row = self.run_round(server_round)
             self._folder.add_round(row, run.rounds)
             if server_round % run.checkpoint_every == 0 or server_round == run.rounds:
                 self._save()
             self._require_enough(row, server_round)
         self._finish(run.rounds)
 
+    def _gather(self, server_round: int) -> list[Client]:
+        """Return who is present; where they are too few, what was learned is saved first.
+
+        A checkpoint holds whole rounds alone: nothing is saved from here to the end of the round.
+        """
+        try:
+            return self._admission.refresh(server_round)
+        except Exception:
+            if self._folder.rows:
+                self._save()
+            raise
+
     def run_round(self, server_round: int) -> dict[str, float]:
         """Run one round; return its row of metrics.jsonl."""
         started, transport, run = time.monotonic(), self._transport, self._config.run
         down, up = transport.bytes_down, transport.bytes_up
-        clients = self._admission.refresh(server_round)
+        clients = self._gather(server_round)
         present = self._method.learners(clients)
         # the published algorithm trains clients in random order
         rng = numpy_generator(run.seed, "client-order", server_round=server_round)

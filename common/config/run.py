@@ -43,7 +43,7 @@ class RunSection(Section):
         "where the operator registered the SuperNode under a name",
     )
     checkpoint_every: int = key(
-        10, "rounds between checkpoints; the last round always has one", unit="rounds", ge=1
+        1, "rounds between checkpoints; the last round always has one", unit="rounds", ge=1
     )
     keep_checkpoints: int = key(3, "the newest so many; an older one serves a damaged newest", ge=1)
     server_device: str = key("cpu", '"cpu", "cuda" or "auto", for the hypernetwork')
@@ -85,9 +85,8 @@ class ScheduleSection(Section):
         1e4, "a delta with a larger Euclidean norm is rejected", unit="norm", gt=0
     )
     clip_to_median: float = key(
-        0.0,
-        "scale a delta down to this multiple of the median norm of its head group's earlier ones; "
-        "0: off",
+        1.5,
+        "no delta counts for more than this multiple of the median norm in its head group; 0: off",
         where="MH-pFedHN",
         ge=0,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +22,9 @@ TILE_BYTES = 16 * 2**20  # of gathered vectors: half of a common L3 cache
 GPU_FACTOR = 64  # a GPU wants few launches more than a small footprint
 HUGE_BYTES = 4 * 2**20  # blocks from here on are put on huge pages
 ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would fall into the same cache sets
-WINDOW, LEAST = 64, 5
-"""Norms remembered for each group, and how many are needed before anything is clipped."""
+LEAST = 3
+"""Clients whose norms are known of a head group, below which nothing is clipped: of two that differ
+nobody can say which is usual."""
 
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
@@ -102,51 +102,48 @@ class Update:
 class NormClip:
     """Scales down deltas that are far larger than their group's usually are (docs/parallel.md).
 
-    A delta may have `factor` times (0: any) the running median of the norms that its head group
-    accepted before: large models have large deltas.
+    A delta may have `factor` times (0: any) the median of the newest norms of the clients of its
+    head group, those of this step included: large models have large deltas. While fewer than half
+    of them lie, the median is between two honest norms, in the first round as in any.
     """
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
-        self._norms: dict[str, deque[float]] = {}
+        self._norms: dict[str, dict[str, float]] = {}
 
     def clip_all(self, updates: Sequence[Update], group_of: Callable[[str], str]) -> list[Update]:
         """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
 
-        They come back sorted by client. All are compared with what was there before this call, so
-        that nothing depends on the order in which replies arrived.
+        They come back sorted by client, and do not depend on the order in which replies arrived.
         """
         if not self._factor:
             return list(updates)
-        bounds = {
-            key: self._factor * median(norms)
-            for key, norms in self._norms.items()
-            if len(norms) >= LEAST
-        }
-        clipped: list[Update] = []
-        for update in sorted(updates, key=lambda u: (u.client_id, u.staleness)):
-            key = group_of(update.client_id)
-            norm = float(torch.linalg.vector_norm(update.delta.double()))
-            bound = bounds.get(key, math.inf)
-            if norm > bound:
-                logger.warning(
-                    "Delta of client %s has norm %.3g; scaled down to %.3g (clip-to-median)",
-                    update.client_id,
-                    norm,
-                    bound,
-                )
-                update, norm = replace(update, delta=update.delta * (bound / norm)), bound
-            self._norms.setdefault(key, deque(maxlen=WINDOW)).append(norm)
-            clipped.append(update)
-        return clipped
+        ordered = sorted(updates, key=lambda u: (u.client_id, u.staleness))
+        norms = [float(torch.linalg.vector_norm(u.delta.double())) for u in ordered]
+        clipped = dict(enumerate(ordered))
+        for key, positions in members_by_group((u.client_id for u in ordered), group_of).items():
+            known = self._norms.setdefault(key, {})
+            known.update((ordered[i].client_id, norms[i]) for i in positions)
+            bound = self._factor * median(known.values()) if len(known) >= LEAST else math.inf
+            clipped |= {i: _scaled(ordered[i], norms[i], bound) for i in positions}
+        return [*clipped.values()]
 
-    def export(self) -> dict[str, list[float]]:
+    def export(self) -> dict[str, dict[str, float]]:
         """Return the remembered norms for a checkpoint."""
-        return {group: list(norms) for group, norms in self._norms.items()}
+        return {group: dict(norms) for group, norms in self._norms.items()}
 
-    def restore(self, saved: Mapping[str, Sequence[float]]) -> None:
+    def restore(self, saved: Mapping[str, Mapping[str, float]]) -> None:
         """Load exported norms."""
-        self._norms = {group: deque(norms, maxlen=WINDOW) for group, norms in saved.items()}
+        self._norms = {group: dict(norms) for group, norms in saved.items()}
+
+
+def _scaled(update: Update, norm: float, bound: float) -> Update:
+    """Return an update whose delta, of this norm, is no longer than the bound."""
+    if norm <= bound:
+        return update
+    text = "Delta of client %s has norm %.3g; scaled down to %.3g (clip-to-median)"
+    logger.debug(text, update.client_id, norm, bound)
+    return replace(update, delta=update.delta * (bound / norm))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ all, and a client predicts with its own model alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from server_app.aggregation import make_network, make_rule
 from server_app.aggregation.base import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
 from server_app.hypernet.groups import NormClip, Update, group_order
-from server_app.methods.base import Exchange, Method, Upload
+from server_app.methods.base import Exchange, Method, Upload, bounded_weights
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MHpFedHN(Method[Deltas]):
         self.clip = NormClip(config.schedule.clip_to_median)
         self._frozen_clients: set[str] = set()
         self._global_theta: Float32 | None = None
-        self._global_updates: dict[str, Update] = {}
+        self._global_uploads: dict[str, Upload[Float32]] = {}
         self._global_step: StepDiagnostics | None = None
         self._holders: set[str] = set()  # clients that have this round's w_g already
         self._server_round = 0
@@ -93,7 +93,7 @@ class MHpFedHN(Method[Deltas]):
     def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
         """Generate w_g; with messages of its own send it, and learn from the replies."""
         self._server_round = server_round
-        self._holders, self._global_updates, self._global_step = set(), {}, None
+        self._holders, self._global_uploads, self._global_step = set(), {}, None
         if not self._distils:
             return
         ((_, self._global_theta),) = self.hypernet.thetas([GLOBAL_ID])
@@ -101,7 +101,7 @@ class MHpFedHN(Method[Deltas]):
             content = Content({TRAIN_GLOBAL: True}, {GLOBAL_THETA: self._global_theta})
             uploads = exchange(((client, content) for client in clients), self._read_global)
             self._holders = {upload.client.client_id for upload in uploads}
-            self._global_updates = _weighted((upload, upload.content) for upload in uploads)
+            self._global_uploads = {upload.client.client_id: upload for upload in uploads}
             self._learn_global(server_round - 1.0)
 
     def contents(self, clients: Sequence[Client], *, training: bool) -> Iterator[Content]:
@@ -138,8 +138,10 @@ class MHpFedHN(Method[Deltas]):
         self, uploads: Sequence[Upload[Deltas]], *, server_round: int, progress: float
     ) -> StepDiagnostics:
         """Take one step of the rule along J^T delta of these clients."""
-        shared = [(u, u.content.shared) for u in uploads if u.content.shared is not None]
-        self._global_updates |= _weighted(shared)
+        for upload in uploads:
+            if (shared := upload.content.shared) is not None:
+                found = Upload(upload.client, upload.num_examples, shared, upload.staleness)
+                self._global_uploads[upload.client.client_id] = found
         updates = [update for upload in uploads for update in self.updates(upload)]
         usual = self.clip.clip_all(updates, self.hypernet.group_key)
         return self.rule.step(usual, progress=progress)
@@ -157,10 +159,16 @@ class MHpFedHN(Method[Deltas]):
 
     def _learn_global(self, progress: float) -> None:
         """Take ONE server step on sum_i (n_i / sum n) J_g^T delta_g,i (method.md, Phase 1)."""
-        updates = list(self._global_updates.values())
-        if updates:
-            self._global_step = self.rule.step_global(GLOBAL_ID, updates, progress=progress)
-            self.num_steps += 1
+        uploads = list(self._global_uploads.values())
+        if not uploads:
+            return
+        updates = [
+            Update(upload.client.client_id, torch.from_numpy(upload.content), weight)
+            for upload, weight in zip(uploads, bounded_weights(uploads), strict=True)
+        ]
+        usual = self.clip.clip_all(updates, lambda _: f"0-{GLOBAL_ID}")
+        self._global_step = self.rule.step_global(GLOBAL_ID, usual, progress=progress)
+        self.num_steps += 1
 
     # --- what is saved ---------------------------------------------------------------------------
 
@@ -242,16 +250,6 @@ class MHpFedHNPG(MHpFedHN):
         assert upload.content.shared is not None  # `read` made it
         name, delta = common_id(upload.client.client_id), torch.from_numpy(upload.content.shared)
         return [*super().updates(upload), Update(name, delta, staleness=upload.staleness)]
-
-
-def _weighted(deltas: Iterable[tuple[Upload[Any], Float32]]) -> dict[str, Update]:
-    """Return the updates of w_g by client, weighted by examples."""
-    return {
-        upload.client.client_id: Update(
-            upload.client.client_id, torch.from_numpy(delta), weight=float(upload.num_examples)
-        )
-        for upload, delta in deltas
-    }
 
 
 def _server_device(wish: str) -> torch.device:

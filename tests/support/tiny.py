@@ -111,6 +111,7 @@ PUBLISHED = {
     "max-in-flight": 1,
     "buffer-size": 1,
     "server-rule": "adam",
+    "clip-to-median": 0.0,
     "lr-decay-from": 1.0,
     "weight-decay": 0.0005,
     "distill-alpha": 0.2,

@@ -1,0 +1,1 @@
+"""Attacks on a federation that anybody can run: what each reaches, measured."""

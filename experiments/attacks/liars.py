@@ -1,0 +1,160 @@
+"""What a few participants that lie can do to the honest ones: whole runs, with and without them.
+
+The same participants, data and seed each time; the last ones of the federation stay away from the
+first run, and lie in all the others. What counts is the accuracy of the honest ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, Context, Message
+from rich.table import Table
+
+from client_app.app import app
+from common.compression import Float32
+from common.errors import unknown_name
+from common.messages import TRAIN
+from common.records import ARRAYS
+from experiments.console import add_set_option, make_console
+from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
+from experiments.run.presets import Preset
+
+Lie = Callable[[Float32, Float32], Float32]
+"""Makes of a liar's own delta (P,), and of an honest participant's newest, what is sent (P,)."""
+
+JUST_ACCEPTED = 9_990.0
+"""A norm below `max-delta-norm` as it is by default."""
+TAIL = 3072
+"""Entries at the end of a delta by which the kernel rule tells who is like whom."""
+
+
+def _scaled(x: Float32, norm: float) -> Float32:
+    return (x * (norm / max(float(np.linalg.norm(x)), 1e-12))).astype(np.float32)
+
+
+def _noise(own: Float32, honest: Float32) -> Float32:
+    draws = np.random.default_rng(len(own)).standard_normal(len(own))
+    return _scaled(draws.astype(np.float32), JUST_ACCEPTED)
+
+
+def _mimic(own: Float32, honest: Float32) -> Float32:
+    """Look like somebody honest where likeness is measured, and undo its own training elsewhere."""
+    lie = -5 * own
+    if len(honest) == len(own):
+        lie[-TAIL:] = honest[-TAIL:]
+    return lie
+
+
+LIES: Mapping[str, Lie] = {
+    "flip": lambda own, honest: -own,
+    "flip-5": lambda own, honest: -5 * own,
+    "flip-100": lambda own, honest: -100 * own,
+    "noise": _noise,
+    "constant": lambda own, honest: _scaled(np.ones_like(own), JUST_ACCEPTED),
+    "zero": lambda own, honest: np.zeros_like(own),
+    "mimic": _mimic,
+    "labels": lambda own, honest: own,
+}
+"""By name; "labels" trains honestly, on labels that are all wrong."""
+
+
+@dataclass
+class Federation:
+    """A ClientApp for all: participants from number `first_liar` on lie when they have trained."""
+
+    first_liar: int
+    lie: str
+    _newest: dict[str, Float32] = field(default_factory=dict)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Reply as the real app does; a liar then replaces every vector of a training reply."""
+        lies = int(context.node_config["partition-id"]) >= self.first_liar
+        if lies and self.lie == "labels":
+            return Message(_mislabelled(message, context), reply_to=message)
+        reply = app(message, context)
+        if message.metadata.message_type != TRAIN or not reply.has_content():
+            return reply
+        arrays = reply.content.array_records[ARRAYS]
+        for name, array in list(arrays.items()):
+            delta = array.numpy()
+            if lies:
+                honest = self._newest.get(name, delta)
+                arrays[name] = Array(LIES[self.lie](delta, honest))
+            else:
+                self._newest[name] = delta
+        return reply
+
+
+def _mislabelled(message: Message, context: Context) -> Any:
+    """Reply as a participant whose training labels are all wrong."""
+    from client_app.participant import Participant, answer
+
+    participant = Participant.open(context)
+    data = participant.data
+    wrong = data.num_classes - 1 - data.train_labels
+    participant = replace(participant, data=replace(data, train_labels=wrong))
+    return answer(participant, message.metadata.message_type, message.content)
+
+
+def accuracy_of_honest(preset: Preset, liars: int, lie: str = "") -> float:
+    """Run a preset whose last `liars` participants lie, or stay away; micro accuracy of the rest.
+
+    A fraction, of the last round's test, of what each participant predicts with.
+    """
+    num_clients = preset.engine.num_clients
+    honest = num_clients - liars
+    nodes = simulated_nodes(num_clients)
+    with tempfile.TemporaryDirectory() as folder:
+        config = preset.with_config({"output-dir": f"{folder}/run", "checkpoint-every": 10**6}).config
+        present = nodes if lie else nodes[:honest]
+        run_inprocess(
+            config,
+            present,
+            client_app=Federation(honest, lie),  # type: ignore[arg-type]  # it is called, no more
+            workers=preset.engine.workers,
+        )
+        with Path(folder, "run", "clients.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if int(row["client_id"]) < honest]
+    return sum(int(r["correct"]) for r in rows) / sum(int(r["num_test"]) for r in rows)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Print the accuracy of the honest without liars and with each lie, in points."""
+    console = make_console()
+    for lie in args.lies:
+        if lie not in LIES:
+            raise SystemExit(unknown_name("lie", lie, LIES))
+    preset = Preset.load(args.experiment).with_settings(args.set)
+    if args.data_dir:
+        preset = preset.with_config({"data-dir": str(Path(args.data_dir).resolve())})
+    table = Table("liars", "none", *args.lies, title=f"accuracy of {args.honest} honest participants")
+    for count in args.liars:
+        whole = preset.with_engine({"num-clients": args.honest + count})
+        found = [accuracy_of_honest(whole, count)]
+        console.print(f"{count} away: {found[0]:.3f}")
+        for lie in args.lies:
+            found.append(accuracy_of_honest(whole, count, lie))
+            console.print(f"{count} {lie}: {found[-1]:.3f} ({100 * (found[-1] - found[0]):+.1f})")
+        table.add_row(str(count), *(f"{x:.3f}" for x in found))
+    console.print(table)
+    return 0
+
+
+def add_liars_parser(commands: Any) -> None:
+    """Add `liars` to the attacks."""
+    command = commands.add_parser("liars", help="what participants that lie do to the others")
+    command.add_argument("experiment", metavar="NAME|FILE.toml", help="see `mh-pfedhn list`")
+    command.add_argument("--honest", type=int, default=10, metavar="N", help="honest participants")
+    command.add_argument("--liars", type=int, nargs="+", default=[1, 2, 3], metavar="N")
+    command.add_argument("--lies", nargs="+", default=[*LIES], metavar="NAME", help=", ".join(LIES))
+    command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
+    add_set_option(command, "any key of the run config or of [engine]")
+    command.set_defaults(command=measure)
