@@ -51,7 +51,7 @@ def test_the_server_is_small_and_low() -> None:
 
 @pytest.mark.parametrize("method", ["mh-pfedhn", "mh-pfedhn-gd", "fedavg"])
 def test_a_round_passes_few_files(tmp_path: Path, method: str) -> None:
-    """From the first training message of round 2 to the first of round 3."""
+    """From the first training message of round 2 to the first of round 3, no checkpoint between."""
     trace = Trace()
 
     def handle(message: Message, context: Context, handler: Handler) -> Message:
@@ -63,7 +63,8 @@ def test_a_round_passes_few_files(tmp_path: Path, method: str) -> None:
                 trace.__exit__(None, None, None)
         return handler(message, context)
 
-    config = tiny_config(tmp_path, method=method, rounds=3, server_rule="kernel")
+    settings = {"server_rule": "kernel", "checkpoint_every": 3}
+    config = tiny_config(tmp_path, method=method, rounds=3, **settings)
     run_tiny(config, app=Wrapped(handle))
     found = trace.functions()
     assert len(found) <= MOST_FILES_OF_A_ROUND, listed(found)

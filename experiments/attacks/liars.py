@@ -20,7 +20,8 @@ from rich.table import Table
 
 from client_app.app import app
 from common.compression import Float32
-from common.errors import unknown_name
+from common.errors import ConfigError, RunError, unknown_name
+from common.log import logger
 from common.messages import TRAIN
 from common.records import ARRAYS
 from experiments.console import add_set_option, make_console
@@ -107,20 +108,23 @@ def _mislabelled(message: Message, context: Context) -> Any:
 def accuracy_of_honest(preset: Preset, liars: int, lie: str = "") -> float:
     """Run a preset whose last `liars` participants lie, or stay away; micro accuracy of the rest.
 
-    A fraction, of the last round's test, of what each participant predicts with.
+    A fraction, of the last round's test, of what each participant predicts with; 0 where the liars
+    stopped the run.
     """
     num_clients = preset.engine.num_clients
     honest = num_clients - liars
     nodes = simulated_nodes(num_clients)
     with tempfile.TemporaryDirectory() as folder:
-        config = preset.with_config({"output-dir": f"{folder}/run", "checkpoint-every": 10**6}).config
+        config = preset.with_config(
+            {"output-dir": f"{folder}/run", "checkpoint-every": 10**6}
+        ).config
         present = nodes if lie else nodes[:honest]
-        run_inprocess(
-            config,
-            present,
-            client_app=Federation(honest, lie),  # type: ignore[arg-type]  # it is called, no more
-            workers=preset.engine.workers,
-        )
+        federation: Any = Federation(honest, lie)
+        try:
+            run_inprocess(config, present, client_app=federation, workers=preset.engine.workers)
+        except RunError as error:
+            logger.warning("stopped: %s", error)
+            return 0.0
         with Path(folder, "run", "clients.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if int(row["client_id"]) < honest]
     return sum(int(r["correct"]) for r in rows) / sum(int(r["num_test"]) for r in rows)
@@ -131,11 +135,13 @@ def measure(args: argparse.Namespace) -> int:
     console = make_console()
     for lie in args.lies:
         if lie not in LIES:
-            raise SystemExit(unknown_name("lie", lie, LIES))
+            raise ConfigError(unknown_name("lie", lie, LIES))
     preset = Preset.load(args.experiment).with_settings(args.set)
     if args.data_dir:
         preset = preset.with_config({"data-dir": str(Path(args.data_dir).resolve())})
-    table = Table("liars", "none", *args.lies, title=f"accuracy of {args.honest} honest participants")
+    table = Table(
+        "liars", "none", *args.lies, title=f"accuracy of {args.honest} honest participants"
+    )
     for count in args.liars:
         whole = preset.with_engine({"num-clients": args.honest + count})
         found = [accuracy_of_honest(whole, count)]
