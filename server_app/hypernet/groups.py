@@ -26,6 +26,9 @@ LEAST = 3
 """Clients whose norms are known of a head group, below which nothing is clipped: of two that differ
 nobody can say which is usual."""
 
+MOST_WEIGHT = 3
+"""Of a participant in a mean by examples, as a multiple of the median."""
+
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
     """Return tau_i = ceil(K_i / S), the chunks that hold `num_parameters` scalars."""
@@ -97,6 +100,18 @@ class Update:
     delta: Tensor
     weight: float = 1.0
     staleness: int = 0
+
+
+def bounded_weights(counts: Sequence[int]) -> list[float]:
+    """Return numbers of examples, of which nobody claims more than `MOST_WEIGHT` medians.
+
+    How many examples a participant has is its own claim. Differs from FedAvg, which believes it.
+
+    >>> bounded_weights([100, 120, 1000])
+    [100.0, 120.0, 360.0]
+    """
+    most = MOST_WEIGHT * median(counts)
+    return [float(min(count, most)) for count in counts]
 
 
 class NormClip:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from common.methods import METHODS
 from common.records import Arrays, Content, Received
 from server_app.aggregation.base import StepDiagnostics
 from server_app.clients import Client
+from server_app.hypernet.groups import bounded_weights
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,8 +30,6 @@ R = TypeVar("R")
 SYNCHRONOUS = {"max-in-flight": 0, "buffer-size": 0, "max-staleness": 0}
 SHARED_SIZES = ("num_classes", "feature_dim", "num_global_parameters")
 """What all clients have to agree on where a method needs it."""
-MOST_WEIGHT = 3
-"""Of a participant in a mean by examples, as a multiple of the median."""
 
 
 @dataclass(frozen=True)
@@ -188,19 +186,10 @@ class Local(Method[None]):
     """Nothing travels: the bar that decides whether federation helped at all."""
 
 
-def bounded_weights(uploads: Sequence[Upload[Any]]) -> list[float]:
-    """Return the examples of each, of which nobody claims more than a few times the median.
-
-    How many examples a participant has is its own claim. Differs from FedAvg, which believes it.
-    """
-    counts = [upload.num_examples for upload in uploads]
-    most = MOST_WEIGHT * median(counts)
-    return [float(min(count, most)) for count in counts]
-
-
 def mean_vector(uploads: Sequence[Upload[Float32]]) -> Float32:
     """Return the mean of vectors (P,) by `bounded_weights`, summed in float64 in their order."""
-    weights, total = bounded_weights(uploads), np.zeros(uploads[0].content.shape)
+    weights = bounded_weights([upload.num_examples for upload in uploads])
+    total = np.zeros(uploads[0].content.shape)
     for upload, weight in zip(uploads, weights, strict=True):
         total += weight * upload.content.astype(np.float64)
     return (total / sum(weights)).astype(np.float32)

@@ -25,8 +25,8 @@ from common.records import Content, Received, require_norm
 from server_app.aggregation import make_network, make_rule
 from server_app.aggregation.base import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
-from server_app.hypernet.groups import NormClip, Update, group_order
-from server_app.methods.base import Exchange, Method, Upload, bounded_weights
+from server_app.hypernet.groups import NormClip, Update, bounded_weights, group_order
+from server_app.methods.base import Exchange, Method, Upload
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,10 @@ class MHpFedHN(Method[Deltas]):
         uploads = list(self._global_uploads.values())
         if not uploads:
             return
+        weights = bounded_weights([upload.num_examples for upload in uploads])
         updates = [
             Update(upload.client.client_id, torch.from_numpy(upload.content), weight)
-            for upload, weight in zip(uploads, bounded_weights(uploads), strict=True)
+            for upload, weight in zip(uploads, weights, strict=True)
         ]
         usual = self.clip.clip_all(updates, lambda _: f"0-{GLOBAL_ID}")
         self._global_step = self.rule.step_global(GLOBAL_ID, usual, progress=progress)

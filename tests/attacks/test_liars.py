@@ -1,4 +1,4 @@
-"""Participants that are well-formed and lie: the honest ones lose nothing, whatever the schedule."""
+"""Participants that are well-formed and lie: the honest lose nothing, whatever the schedule."""
 
 from pathlib import Path
 from typing import Any
