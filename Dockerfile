@@ -7,12 +7,16 @@
 # Wheels that lie in the folder wheels/ win over the index: for builds without internet, or to pin
 # a torch build (--build-arg TORCH="torch==2.13.0+cpu").
 
+# Pin the base by its digest where builds have to be repeated to the byte:
+#   docker build --build-arg BASE=python:3.11-slim-bookworm@sha256:... .
+ARG BASE=python:3.11-slim-bookworm
+
 # What pyproject.toml asks for, alone: its other tables change often, and must not install anew.
-FROM python:3.11-slim-bookworm AS wanted
+FROM ${BASE} AS wanted
 COPY docker/requirements.py pyproject.toml /tmp/
 RUN python3 /tmp/requirements.py /tmp/pyproject.toml > /requirements.txt
 
-FROM python:3.11-slim-bookworm AS build
+FROM ${BASE} AS build
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # torch first: the largest layer, and the one that changes least. wheel[s]: the folder may be missing.
@@ -23,13 +27,14 @@ RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --find-links /tmp/whe
 COPY --from=wanted /requirements.txt /tmp/
 RUN pip install -r /tmp/requirements.txt hatchling editables
 
-FROM python:3.11-slim-bookworm
+FROM ${BASE}
 RUN apt-get update \
- && apt-get install -y --no-install-recommends nginx-light tini \
+ && apt-get install -y --no-install-recommends nginx-light libnginx-mod-stream tini \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 10001 app \
  && install -d -o app -g app /state /runs /flwr /certs \
-      /certs/ca /certs/server /certs/site-a /certs/site-b /certs/site-c
+      /certs/ca /certs/server /certs/host /certs/gateway /certs/operator \
+      /certs/site-a /certs/site-b /certs/site-c
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 # The checkout itself: `flwr run /app` ships it to the federation, `mh-pfedhn` runs from it.

@@ -15,7 +15,7 @@ from common.config.keys import to_toml
 from common.errors import ConfigError, unknown_name
 from common.files import PRIVATE, replace_file, state_folder
 from experiments.run.engines.home import flower_environment, own_modules
-from experiments.run.engines.processes import find_program
+from experiments.run.engines.processes import MARK, find_program
 from experiments.run.presets import read_toml
 
 PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
@@ -125,7 +125,12 @@ class JoinSettings:
         """Return the SuperNode's environment; own code is found beside the settings."""
         names = [str(self.node.get(key, "")) for key in ("model", "dataset")]
         env = flower_environment(os.environ, home=self.folder / "flwr")
-        return env | own_modules(names, self.base)
+        return env | own_modules(names, self.base) | {MARK: self.mark}
+
+    @property
+    def mark(self) -> str:
+        """What all processes of this participant carry in their environment."""
+        return str(self.folder / "flwr")
 
 
 def read_settings(args: argparse.Namespace) -> JoinSettings:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from experiments.console import say
 from experiments.deploy.settings import JoinSettings
-from experiments.run.engines.processes import free_port, kill_session
+from experiments.run.engines.processes import free_port, guarded, kill_session
 from experiments.run.progress import polled
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
@@ -61,7 +61,7 @@ class Supervisor:
         """Run until Ctrl-C or SIGTERM (0), or until it cannot work (1)."""
         kept = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with polled(self._look_for_model, 1.0):
+            with guarded(self._settings.mark), polled(self._look_for_model, 1.0):
                 return self._keep_running()
         finally:
             self._end_process()

@@ -15,9 +15,11 @@ from experiments.run.engines.processes import free_port
 from tests.support.deployment import REPOSITORY, Deployment
 
 NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
+STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 CLOSED = (REPOSITORY / "docker" / "closed-paths.txt").read_text().split()
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed here")
+MISSING = NGINX is None or not STREAM.exists()
+pytestmark = pytest.mark.skipif(MISSING, reason="nginx or its stream module is not installed here")
 
 
 def adapted(deployment: Deployment, port: int) -> str:
@@ -27,7 +29,9 @@ def adapted(deployment: Deployment, port: int) -> str:
         (" /tmp/", f" {deployment.folder}/"),
         (" /dev/stderr", f" {deployment.folder}/nginx.log"),
         (" /certs/", f" {deployment.certs}/server/"),
-        ("listen 9443 ", f"listen 127.0.0.1:{port} "),
+        ("unix:/tmp/", f"unix:{deployment.folder}/"),
+        ("listen 9443;", f"listen 127.0.0.1:{port};"),
+        ("modules/ngx_stream_module.so", str(STREAM)),
         ("set $superlink superlink;", "set $superlink 127.0.0.1;"),
         ("$superlink:8000", f"$superlink:{deployment.port}"),
     ):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -105,6 +105,31 @@ def kill_session(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
+@contextlib.contextmanager
+def guarded(mark: str) -> Iterator[None]:
+    """Stop all processes that carry `mark` when the context is left, or this process is no more.
+
+    A second process waits for the end of a pipe that this one holds: nothing that kills us, kill -9
+    included, leaves what we started behind.
+    """
+    command = [sys.executable, "-P", "-m", __name__, mark]
+    env = {key: value for key, value in os.environ.items() if key != MARK}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    guard = subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            guard.communicate(timeout=15.0)
+
+
 def stop_marked(mark: str, *, patience_s: float = 5.0) -> int:
     """Stop all processes that carry `mark` in their environment, and all their descendants.
 
@@ -156,3 +181,8 @@ def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+if __name__ == "__main__":  # the guard
+    sys.stdin.buffer.read()
+    stop_marked(sys.argv[1], patience_s=2.0)

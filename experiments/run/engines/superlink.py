@@ -58,7 +58,9 @@ class SuperLink:
     def __enter__(self) -> Self:
         remove_abandoned_homes()
         self.home = new_home()
+        self._guard = contextlib.ExitStack()
         try:
+            self._guard.enter_context(processes.guarded(str(self.home)))
             self.environment = child_environment(os.environ, home=self.home) | self._extra_env
             # An address, not ":local:": if it dies, flwr says so and starts no shared one.
             (self.home / "config.toml").write_text(
@@ -122,6 +124,7 @@ class SuperLink:
     def _clean_up(self) -> None:
         with _uninterrupted():
             processes.stop_marked(str(self.home))
+            self._guard.close()
             for process in self._started:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=5.0)

@@ -1,0 +1,191 @@
+"""Strangers at the gateway: docker/nginx.conf in a real nginx, and raw bytes on TLS sockets.
+
+Behind it listens a server that notes every byte that comes through, in place of the SuperLink.
+"""
+
+import re
+import resource
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+from flwr.superlink.routers.fleet.router import router
+
+from tests.deployment.test_gateway import CLOSED, MISSING, answer, gateway
+from tests.support.deployment import REPOSITORY, Deployment
+
+pytestmark = pytest.mark.skipif(MISSING, reason="nginx or its stream module is not installed here")
+
+FLEET = {route.path for route in router.routes}  # type: ignore[attr-defined]  # all have one
+CONFIG = (REPOSITORY / "docker" / "nginx.conf").read_text()
+SLOW_CONNECTIONS = 2000
+HEAD = "Host: federation\r\nContent-Type: application/protobuf\r\nConnection: close\r\n"
+
+
+class Behind:
+    """Takes what the gateway passes on, and answers 200 to every request."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.received = bytearray()
+        server = deployment.certs / "server"
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(server / "server.crt", server / "server.key")
+        self._listener = socket.create_server(("127.0.0.1", deployment.port), backlog=64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                plain, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+
+    def _serve(self, plain: socket.socket) -> None:
+        with suppress(OSError), self._context.wrap_socket(plain, server_side=True) as stream:
+            while data := stream.recv(65536):
+                self.received += data
+                stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    def lines(self) -> list[str]:
+        """Return every line that begins a request, wherever it stands in what came."""
+        found = re.findall(rb"[^\r\n]* HTTP/[^\r\n]*", bytes(self.received))
+        self.received.clear()
+        return [line.decode(errors="replace") for line in found]
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, int, Behind]]:
+    """The gateway, its port, and who listens behind it."""
+    with Deployment(tmp_path_factory.mktemp("gateway"), ["site-a"]) as deployment:
+        behind = Behind(deployment)
+        with gateway(deployment) as port:
+            yield deployment, port, behind
+        behind.close()
+
+
+def connect(deployment: Deployment, port: int, *, source: str = "127.0.0.1") -> ssl.SSLSocket:
+    trusted = ssl.create_default_context(cafile=str(deployment.certs / "site-a" / "ca.crt"))
+    trusted.set_alpn_protocols(["h2", "http/1.1"])
+    plain = socket.create_connection(("127.0.0.1", port), 5, source_address=(source, 0))
+    return trusted.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def say(place: tuple[Deployment, int, Behind], sent: str) -> tuple[list[int], list[str]]:
+    """Send bytes as they stand; return the statuses that came, and the requests that passed."""
+    deployment, port, behind = place
+    behind.lines()
+    came = b""
+    with connect(deployment, port) as stream, suppress(OSError):
+        stream.settimeout(1.0)
+        stream.sendall(sent.encode("latin-1"))
+        while data := stream.recv(65536):
+            came += data
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3})", came)], behind.lines()
+
+
+def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Behind]) -> None:
+    listed = re.search(r"/v1/fleet/\(([a-z|-]+)\)", CONFIG)
+    assert listed is not None
+    assert {f"/v1/fleet/{name}" for name in listed[1].split("|")} == FLEET
+    for path in sorted(FLEET):
+        codes, passed = say(place, f"POST {path}?x=1 HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n")
+        assert (codes, passed) == ([200], [f"POST {path} HTTP/1.1"])  # without what was asked
+
+
+ESCAPED = "%20HTTP/1.1%0d%0aHost:x%0d%0a%0d%0aPOST%20/v1/control/list-runs"
+PATHS = [
+    *CLOSED,
+    f"/v1/fleet/get-run{ESCAPED}",
+    f"/v1/fleet/{ESCAPED}",
+    f"/health{ESCAPED}",
+    "/v1/fleet/get-run%0d%0a",
+    "/v1/fleet/get-run%00/../../control/list-runs",
+    "/v1/fleet/get-run%2500",
+    "https://superlink/v1/control/list-runs",
+    "http://superlink:8000/v1/control/list-runs",
+    "*",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_other_path_passes(place: tuple[Deployment, int, Behind], path: str) -> None:
+    codes, passed = say(place, f"POST {path} HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n")
+    assert codes[:1] in ([400], [403], [404])
+    assert passed == []
+
+
+INNER = f"POST /v1/control/list-runs HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n"
+SMUGGLED = {
+    "two lengths": f"Content-Length: 0\r\nContent-Length: {len(INNER)}\r\n\r\n{INNER}",
+    "length and chunks": f"Content-Length: {len(INNER) + 5}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    f"0\r\n\r\n{INNER}",
+    "chunks spelled oddly": "Transfer-Encoding: xchunked\r\nTransfer-Encoding: chunked\r\n\r\n"
+    f"0\r\n\r\n{INNER}",
+    "chunks after a tab": "Transfer-Encoding:\tchunked\r\nContent-Length: 4\r\n\r\n"
+    f"0\r\n\r\n{INNER}",
+    "a space before the colon": f"Content-Length : {len(INNER)}\r\n\r\n{INNER}",
+    "a folded header": f"X: y\r\n Content-Length: 0\r\n\r\n{INNER}",
+    "a bare line feed": f"X: y\nContent-Length: 0\n\n{INNER}",
+    "a second request behind it": f"Content-Length: 0\r\n\r\n{INNER}",
+}
+
+
+@pytest.mark.parametrize("how", SMUGGLED)
+def test_no_request_hides_in_another(place: tuple[Deployment, int, Behind], how: str) -> None:
+    """What hides is refused, or is answered by the gateway itself as a request of its own."""
+    kept = HEAD.replace("close", "keep-alive")
+    _, passed = say(place, f"POST /v1/fleet/get-run HTTP/1.1\r\n{kept}{SMUGGLED[how]}")
+    assert passed in ([], ["POST /v1/fleet/get-run HTTP/1.1"])
+
+
+def test_the_body_of_a_request_stays_its_body(place: tuple[Deployment, int, Behind]) -> None:
+    deployment, port, behind = place
+    behind.lines()
+    body = f"Content-Length: {len(INNER)}\r\n\r\n{INNER}"
+    say(place, f"POST /v1/fleet/get-run HTTP/1.1\r\n{HEAD}{body}")
+    with connect(deployment, port) as stream:
+        assert stream.selected_alpn_protocol() in (None, "http/1.1")  # HTTP/2 is not offered
+
+
+@pytest.mark.parametrize("verb", ["GET", "PUT", "DELETE", "CONNECT", "TRACE", "OPTIONS"])
+def test_no_other_verb_passes(place: tuple[Deployment, int, Behind], verb: str) -> None:
+    codes, passed = say(place, f"{verb} /v1/fleet/get-run HTTP/1.1\r\n{HEAD}\r\n")
+    assert codes[:1] in ([400], [403], [405])
+    assert passed == []
+
+
+def test_thousands_of_slow_connections_leave_others_alone(
+    place: tuple[Deployment, int, Behind],
+) -> None:
+    """Two thousand half-sent headers, from another address and from a hundred others."""
+    deployment, port, _ = place
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for number in range(SLOW_CONNECTIONS):
+            source = "127.0.0.2" if number % 2 else f"127.0.1.{number // 20}"
+            with suppress(OSError):  # beyond what one address may hold
+                slow = socket.create_connection(("127.0.0.1", port), 5, source_address=(source, 0))
+                stack.callback(slow.close)
+                slow.sendall(b"\x16\x03\x01")  # begins a TLS handshake, and says no more
+        for _ in range(20):
+            assert answer(deployment, port, "/v1/fleet/pull-messages") == 200
+
+
+def test_one_address_cannot_hold_every_connection(place: tuple[Deployment, int, Behind]) -> None:
+    deployment, port, _ = place
+    limit = int(re.search(r"limit_conn connections (\d+)", CONFIG)[1])  # type: ignore[index]
+    with ExitStack() as stack:
+        held = 0
+        for _ in range(limit + 100):
+            with suppress(OSError):
+                stack.enter_context(connect(deployment, port, source="127.0.0.3"))
+                held += 1
+        assert held <= limit
+        assert answer(deployment, port, "/v1/fleet/pull-messages") == 200
