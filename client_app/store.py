@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.compression import Float32, Precision, indices_of_largest, num_kept, rounded
 from common.errors import ConfigError
-from common.files import PRIVATE, replace_file, safe_name, state_folder
+from common.files import PRIVATE, private_folder, replace_file, safe_name, state_folder
 
 Tensors = dict[str, Tensor]
 VALUES = "values"
@@ -85,7 +85,7 @@ class FolderState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder)
         except OSError as error:
             raise ConfigError(
                 f"state-dir {folder} cannot be created: {error.strerror}. Choose a folder that "
@@ -138,7 +138,7 @@ class FolderState:
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in OWNED:
                 path.unlink(missing_ok=True)
-        replace_file(marker, json.dumps({"id": federation_id}))
+        replace_file(marker, json.dumps({"id": federation_id}), mode=PRIVATE)
 
 
 def _read(path: Path) -> Tensors | None:

@@ -35,6 +35,13 @@ def replace_file(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
         raise
 
 
+def private_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, for its owner alone; raise OSError."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; {} when there is no such file."""
     if not path.is_file():

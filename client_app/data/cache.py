@@ -3,6 +3,7 @@
 Layout of a cache entry: `images.npy` (N, channels, size, size) uint8, `labels.npy` (N,) int64,
 `meta.json`. Its name holds a hash of the source's fingerprint, so a changed source is a new entry.
 An entry appears by one rename, complete or not at all, under a lock that dies with its process.
+Folders and files are their owner's alone: pictures of a participant may be among them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from client_app.data.decode import fill
 from client_app.data.source import Examples, Source
 from common.errors import DataError
-from common.files import sync
+from common.files import PRIVATE, private_folder, replace_file, sync
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ def open_dataset(
 def entry_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a cache entry, across processes and threads; DataError after an hour."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock", timeout=LOCK_TIMEOUT_S):
+        private_folder(folder.parent)
+        with FileLock(f"{folder}.lock", timeout=LOCK_TIMEOUT_S, mode=PRIVATE):
             yield
     except Timeout as error:
         raise DataError(
@@ -104,7 +105,7 @@ def _build_entry(source: Source, folder: Path, image_size: int) -> DecodedDatase
         raise DataError(f"{folder.name}: the data set has no examples.")
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-    draft.mkdir()
+    draft.mkdir(mode=0o700)
     try:
         _write_entry(examples, draft, image_size)
         if folder.exists():
@@ -132,11 +133,12 @@ def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
     np.save(draft / LABELS, examples.labels, allow_pickle=False)
     files = {}
     for name in (IMAGES, LABELS):
-        sync(path := draft / name)
+        (path := draft / name).chmod(PRIVATE)
+        sync(path)
         facts = path.stat()
         files[name] = {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "crc32": _crc32(path)}
     meta = {"num_classes": examples.num_classes, "mean": examples.mean, "std": examples.std}
-    (draft / META).write_text(json.dumps(meta | {"files": files}, indent=1))
+    replace_file(draft / META, json.dumps(meta | {"files": files}, indent=1), mode=PRIVATE)
 
 
 def _open_entry(folder: Path) -> DecodedDataset | None:

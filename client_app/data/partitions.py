@@ -22,7 +22,7 @@ from client_app.data.catalogue import CATALOGUE, OWN
 from client_app.data.splits import Indices, split_dirichlet, split_pathological, thin_out
 from common.config import ClientSection
 from common.errors import ConfigError, DataError, listing, unknown_name
-from common.files import replace_file
+from common.files import PRIVATE, replace_file
 from common.seeding import numpy_generator
 
 log = logging.getLogger(__name__)
@@ -206,4 +206,4 @@ def _write_parts(path: Path, parts: list[Indices]) -> None:
     starts = np.cumsum([0, *(len(part) for part in parts)])
     packed = io.BytesIO()
     np.savez(packed, rows=np.concatenate(parts), starts=starts)
-    replace_file(path, packed.getvalue())
+    replace_file(path, packed.getvalue(), mode=PRIVATE)

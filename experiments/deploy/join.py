@@ -10,6 +10,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from common.errors import ConfigError, RunError
+from common.files import PRIVATE, private_folder
 from experiments.console import add_set_option, make_console, say
 from experiments.deploy.settings import FLAGS, read_settings
 
@@ -60,13 +61,13 @@ def run_join(args: argparse.Namespace) -> int:
 def _hold(folder: Path) -> AcquireReturnProxy:
     """Make the participant's folder and lock it: the server would refuse two nodes of one name."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"join: {folder} cannot be made: {error.strerror}. Choose another --state-dir."
         ) from error
     try:
-        return FileLock(folder / "join.lock").acquire(timeout=0)
+        return FileLock(folder / "join.lock", mode=PRIVATE).acquire(timeout=0)
     except Timeout as error:
         raise RunError(
             f"another `mh-pfedhn join` already runs with {folder}. Stop it, or choose another "

@@ -171,8 +171,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _numbered(folder: Path) -> list[Path]:
     """Return the checkpoint directories of a folder, oldest first."""
-    found = [path for path in folder.glob(_PREFIX + "*") if path.name[len(_PREFIX) :].isdigit()]
+    found = [path for path in folder.glob(_PREFIX + "*") if _is_number(path.name[len(_PREFIX) :])]
     return sorted(found, key=_number)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _number(path: Path) -> int:
