@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from client_app.outgoing import outgoing_error
 from client_app.worker.link import Link, WorkerUnavailableError
 from common.config import declared
 from common.errors import ConfigError
@@ -33,8 +34,17 @@ def reply(message: Message, context: Context) -> Message:
     `query.register`: identity and counts; `train.personal`: test and train what came, send what the
     method sends; `evaluate.personal`: test counts of the weights as received; `query.finish`: store
     the personal model and say where.
+
+    An error of a deployed participant leaves it without paths, layer names and traceback; its own
+    log has the whole.
     """
-    return Message(_content(message, context), reply_to=message)
+    try:
+        return Message(_content(message, context), reply_to=message)
+    except Exception as error:  # whatever it is, its text would go to the server
+        if not context.node_config.get("client-id"):
+            raise
+        logger.exception("%s failed", message.metadata.message_type)
+        raise outgoing_error(error, context.node_config) from None
 
 
 def _content(message: Message, context: Context) -> RecordDict:

@@ -36,6 +36,7 @@ class Participant:
     model_name: str
     state: ClientState
     head_tag: str = ""
+    deployed: bool = False
 
     @classmethod
     def open(cls, context: Context) -> Participant:
@@ -60,6 +61,7 @@ class Participant:
             ),
             state=open_state(context, section.state_dir, client_id),
             head_tag=node.head_tag,
+            deployed=bool(node.client_id),
         )
 
     def task(self, content: RecordDict) -> Received:
@@ -78,6 +80,8 @@ class Participant:
     def store(self, module: nn.Module, evaluation: Evaluation) -> str:
         """Store the own model with the weights that it holds now; return their path.
 
+        A deployed participant tells the name of the file alone.
+
         Without a state folder they go below the run's output folder; "" without either.
         """
         folder = personal_folder(self.state, self.config.run.output_dir, self.client_id)
@@ -85,7 +89,8 @@ class Participant:
             return ""
         common = self.config.distill.global_model
         personal = PersonalModel(self.model_name, module, self.data, evaluation, common)
-        return str(personal.store(folder, program=self.exports))
+        path = personal.store(folder, program=self.exports)
+        return path.name if self.deployed else str(path)
 
     @property
     def exports(self) -> bool:

@@ -111,7 +111,22 @@ class Server:
         source = Path(run.resume_from).expanduser()
         nested = source / CHECKPOINTS
         checkpoint = load_checkpoint(nested if nested.is_dir() else source)
-        _require_same_run(checkpoint, self.method.config)
+        try:
+            _require_same_run(checkpoint, self.method.config)
+            last = self._restore(checkpoint)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} is whole, but does not hold what is read: "
+                f"{type(error).__name__}: {error}. Resume from a checkpoint that a run of this "
+                "version wrote."
+            ) from error
+        logger.info("Resumed after round %d from %s", last, checkpoint.path)
+        if last >= run.rounds:
+            self._nothing_left(last)
+        return last
+
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        """Take over everything that a checkpoint holds; return its round."""
         meta = checkpoint.meta
         self.transport.federation_id = str(meta["federation-id"])
         self.transport.rejected.update(meta["rejected"])
@@ -119,10 +134,7 @@ class Server:
         self.method.num_steps = int(meta["num-steps"])
         self.method.load_state_dict(checkpoint.tensors, meta["learned"])
         last = int(meta["rows"][-1]["round"])
-        logger.info("Resumed after round %d from %s", last, checkpoint.path)
         self.folder.begin(meta["rows"], meta["clients"])
-        if last >= run.rounds:
-            self._nothing_left(last)
         return last
 
     def _nothing_left(self, last: int) -> None:

@@ -1,10 +1,13 @@
 """Files: who can read what a participant keeps, and names that lead astray."""
 
+import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
+from common.errors import CheckpointError
 from server_app.output.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.tiny import run_tiny, tiny_config
 
@@ -32,3 +35,18 @@ def test_a_folder_with_an_odd_digit_is_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert load_checkpoint(tmp_path).path == saved
     assert save_checkpoint(tmp_path, tensors=tensors, meta={}).name == "checkpoint-00000002"
+
+
+@pytest.mark.parametrize("meta", [{}, [], {"rows": 3, "registry": None}])
+def test_a_whole_checkpoint_of_something_else_is_named(tmp_path: Path, meta: object) -> None:
+    run_tiny(tiny_config(tmp_path, rounds=1))
+    folder = tmp_path / "run" / "checkpoint"
+    known = load_checkpoint(folder)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    content = {**known.meta, **meta} if meta and isinstance(meta, dict) else meta
+    made = save_checkpoint(folder, tensors=known.tensors, meta=content)  # type: ignore[arg-type]
+    assert json.loads((made / "meta.json").read_text()) == content
+    config = tiny_config(tmp_path, rounds=2, resume_from=str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=rf"{made.name} is whole, but does not hold"):
+        run_tiny(config)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
