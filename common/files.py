@@ -37,9 +37,10 @@ def replace_file(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
 
 def private_folder(path: Path) -> None:
     """Make a folder, and those above it that are missing, for its owner alone; raise OSError."""
-    for folder in (*reversed(path.parents), path):
-        if not folder.is_dir():
+    for folder in reversed(path.parents):
+        if not folder.exists():
             folder.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -158,6 +158,13 @@ class NodeConfig(Section):
         "auto", "keep torch loaded between messages: auto (with a state-dir), on, off"
     )
 
+    max_local_epochs: int = key(
+        50, "the most local-epochs that a server may ask of a participant with a client-id", ge=1
+    )
+    max_batch_size: int = key(
+        1024, "the most batch-size that a server may ask of a participant with a client-id", ge=1
+    )
+
     @classmethod
     def parse(cls, flat: Mapping[str, Any]) -> Self:
         """Build the node config; raise ConfigError on an unknown key or a bad value."""
@@ -173,6 +180,22 @@ class NodeConfig(Section):
     def identity(self) -> str:
         """The stable client_id: declared, or the partition id where none is (simulation)."""
         return self.client_id or str(self.partition_id)
+
+    def require_modest(self, asked: Mapping[str, int]) -> None:
+        """Raise ConfigError where a run config asks for more than this participant's caps.
+
+        `asked` has the run config's keys. A simulated client, without a client-id, has no caps.
+        """
+        if not self.client_id:
+            return
+        own = self.flat()
+        for name, value in asked.items():
+            if value > own[cap := f"max-{name}"]:
+                raise ConfigError(
+                    f"client {self.client_id}: the server's run config asks for {name} = {value}; "
+                    f"this participant's own file allows {cap} = {own[cap]}. Whoever starts the "
+                    f"run lowers {name}, or the participant raises {cap}."
+                )
 
     def client_section(self, run: ClientSection) -> ClientSection:
         """Merge with the run config's section: what the participant declared wins."""

@@ -135,6 +135,8 @@ class Declared(NamedTuple):
 def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar], ...]) -> Declared:
     """Parse the items of a run config and a node config, once in a process; raise ConfigError."""
     config, own = RunConfig.parse(dict(run)), NodeConfig.parse(dict(node))
+    training = config.training
+    own.require_modest({"local-epochs": training.local_epochs, "batch-size": training.batch_size})
     return Declared(config, own, own.client_section(config.client), own.identity)
 
 
