@@ -6,13 +6,14 @@ section, to distil those of the distill section too; its vectors are the method'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 from common.config.section import Scalar
 from common.errors import WireError
-from common.records import Received
+from common.records import Header, Received
 
 REGISTER = "query.register"
 TRAIN = "train.personal"
@@ -25,6 +26,41 @@ EVALUATE_FIRST, TRAIN_GLOBAL, DISTIL = "evaluate", "train-global", "distil"
 LOCATION = "location"
 ALONE = "alone"
 """The predictor that any method may report: the same model, trained without the federation."""
+SMALLEST_REPLY = 2**20
+"""Bytes that any reply may have, whatever its client registered."""
+
+
+class Recipient(NamedTuple):
+    """Who a message goes to, and how many bytes of arrays the reply may bring."""
+
+    client_id: str
+    node_id: int
+    most_bytes: int = SMALLEST_REPLY
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What the server remembers of one message in flight.
+
+    `version` is the number of server steps taken when its arrays were made; `sent_at` is the
+    clock's. The reply is waited for `patience_s`, the transport's time to live if that is shorter,
+    and may bring `most_bytes` of arrays.
+    """
+
+    client_id: str
+    node_id: int
+    message_type: str
+    header: Header
+    version: int = 0
+    sent_at: float = 0.0
+    patience_s: float = math.inf
+    most_bytes: int = SMALLEST_REPLY
+
+    @property
+    def source(self) -> str:
+        """Words that start an error message about the reply."""
+        number = self.header.server_round
+        return f"{self.message_type} reply of client {self.client_id} in round {number}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +80,12 @@ class Registration:
     group: str = ""
     num_classes: int = 0
     feature_dim: int = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes of arrays a training reply may have: all vectors, and positions."""
+        means = self.num_classes * (self.feature_dim + 1 + self.num_classes)
+        return SMALLEST_REPLY + 6 * (self.num_parameters + self.num_global_parameters + means)
 
     def settings(self) -> dict[str, Scalar]:
         """Return the keys that stand for it; what is 0 or empty is not sent."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from common.config import RunConfig
 from common.errors import RunError, listing
-from common.messages import REGISTER, Registration
+from common.messages import REGISTER, Recipient, Registration
 from common.records import Content
 from server_app.clients import Client, NodeKey, Refusal, Registry, fingerprint, natural_key
 from server_app.transport import NO_ANSWER, Arrival, Outgoing, Transport
@@ -105,7 +105,7 @@ class Admission:
     def _question(self, node_id: int, server_round: int) -> Outgoing:
         return self._transport.message(
             REGISTER,
-            (f"of node {node_id}", node_id),
+            Recipient(f"of node {node_id}", node_id),
             Content(),
             server_round=server_round,
             patience_s=REGISTRATION_S,

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError
+from common.inflation import bound_replies
 from common.log import logger
 from common.methods import METHODS, method_class
 from server_app.clients import Registry
@@ -46,6 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         precision=config.wire.wire_precision,
         timeout_s=config.schedule.message_timeout_s,
     )
+    bound_replies(transport.most_bytes)
     folder = RunFolder(run_folder_path(config), config)
     logger.info("Results go to %s", folder.path)
     try:

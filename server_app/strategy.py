@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from common import messages
 from common.errors import RunError
 from common.log import logger
-from common.messages import Evaluation, TrainReply
+from common.messages import Evaluation, Recipient, TrainReply
 from common.records import Content, Received
 from common.seeding import numpy_generator
 from server_app.admission import Admission
@@ -120,7 +120,7 @@ class TrainingRound:
         settings = self._method.training_keys | {messages.EVALUATE_FIRST: tests}
         return self._transport.message(
             messages.TRAIN,
-            (client.client_id, client.node_id),
+            Recipient(client.client_id, client.node_id, client.most_bytes),
             replace(content, settings={**settings, **content.settings}),
             server_round=self.number,
             version=self._method.num_steps,
@@ -241,7 +241,7 @@ class Rounds:
             transport.message, message_type, server_round=server_round, patience_s=patience
         )
         outgoing = (
-            make((client.client_id, client.node_id), content)
+            make(Recipient(client.client_id, client.node_id), content)
             for client, content in zip(free, contents, strict=True)
         )
         found = {a.pending.client_id: transport.read(a, read) for a in transport.exchange(outgoing)}

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.compression import Precision
 from common.errors import MHpFedHNError
 from common.log import logger
+from common.messages import Pending, Recipient
 from common.records import Content, Header, Received, encode, payload_bytes
 
 T = TypeVar("T")
@@ -36,8 +38,8 @@ WINDOW_PER_WORKER = 2
 NO_ANSWER = "no answer"
 """How the failure of a node begins that said nothing until its patience was over."""
 
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
-"""What Flower raises over a reply that it cannot put together; a lost SuperLink raises others."""
+LOST = (OSError, httpx.HTTPError)
+"""What a grid raises whose SuperLink is gone; whatever else it raises is a reply's own fault."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.2
 
@@ -50,29 +52,6 @@ class Clock(Protocol):
 
     def sleep(self, seconds: float, /) -> None:
         """Let time pass."""
-
-
-@dataclass(frozen=True)
-class Pending:
-    """What the server remembers of one message in flight.
-
-    `version` is the number of server steps taken when its arrays were made; `sent_at` is the
-    clock's. The reply is waited for `patience_s`, the transport's time to live if that is shorter.
-    """
-
-    client_id: str
-    node_id: int
-    message_type: str
-    header: Header
-    version: int = 0
-    sent_at: float = 0.0
-    patience_s: float = math.inf
-
-    @property
-    def source(self) -> str:
-        """Words that start an error message about the reply."""
-        number = self.header.server_round
-        return f"{self.message_type} reply of client {self.client_id} in round {number}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +111,10 @@ class Transport:
     def __len__(self) -> int:
         return len(self._in_flight)
 
+    def most_bytes(self) -> int:
+        """Return how many bytes the largest reply may have that can still come."""
+        return max((pending.most_bytes for pending in self._in_flight.values()), default=0)
+
     def busy_nodes(self) -> set[int]:
         """Return the nodes that have a message in flight."""
         return {pending.node_id for pending in self._in_flight.values()}
@@ -139,18 +122,19 @@ class Transport:
     def message(
         self,
         message_type: str,
-        recipient: tuple[str, int],
+        recipient: Recipient,
         content: Content,
         *,
         server_round: int,
         version: int = 0,
         patience_s: float = math.inf,
     ) -> Outgoing:
-        """Make a message to a (client_id, node_id) that is sent now, with a nonce of its own."""
+        """Make a message that is sent now, with a nonce of its own."""
         nonce = secrets.token_hex(8)
         header = Header(self.federation_id, self._method, server_round, nonce, self._precision)
         now = self.clock.monotonic()
-        pending = Pending(*recipient, message_type, header, version, now, patience_s)
+        (client_id, node_id, most), mine = recipient, (version, now, patience_s)
+        pending = Pending(client_id, node_id, message_type, header, *mine, most)
         return Outgoing(pending, encode(header, content))
 
     def send(self, messages: Iterable[Outgoing]) -> None:
@@ -231,7 +215,9 @@ class Transport:
     def _pull(self, message_ids: list[str]) -> list[Arrival]:
         try:
             replies = list(self.grid.pull_messages(message_ids)) if message_ids else []
-        except MALFORMED as error:
+        except LOST:
+            raise
+        except Exception as error:
             if len(message_ids) > 1:  # one of them cannot be put together: that one is given up on
                 return [arrival for one in message_ids for arrival in self._pull([one])]
             failure = f"the reply cannot be read: {type(error).__name__}: {error}"
@@ -243,8 +229,12 @@ class Transport:
         if pending is None:
             return []
         if not reply.has_error():
-            self.bytes_up += payload_bytes(reply.content)
-            return [Arrival(pending, reply.content)]
+            came, most = payload_bytes(reply.content), pending.most_bytes
+            self.bytes_up += came
+            if came <= most:
+                return [Arrival(pending, reply.content)]
+            failure = f"it has {came:,} bytes; {most:,} are enough for what the client registered"
+            return [Arrival(pending, None, failure)]
         reason = str(reply.error.reason)
         if "ActorDiedError" in reason:
             reason += (

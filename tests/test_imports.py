@@ -14,6 +14,7 @@ ALLOWED = {
 }
 MEETS_FLOWER = {
     "server_app/app.py",
+    "common/inflation.py",
     "server_app/transport.py",
     "client_app/app.py",
     "client_app/participant.py",

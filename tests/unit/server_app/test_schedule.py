@@ -10,9 +10,10 @@ import pytest
 
 from common.config import RunConfig, ScheduleSection
 from common.errors import ConfigError
+from common.messages import Pending
 from common.records import Header
 from server_app.scheduler import RoundOutcome, Schedule
-from server_app.transport import Arrival, Outgoing, Pending, Transport
+from server_app.transport import Arrival, Outgoing, Transport
 
 NEVER = 10**9
 LIMIT = 3000

@@ -7,12 +7,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from common.config import RunConfig
-from common.messages import DELTA, TRAIN, TrainReply
+from common.messages import DELTA, TRAIN, Pending, Recipient, TrainReply
 from common.methods import METHODS, method_class
 from common.records import Content, Received, encode
 from experiments.run.engines.inprocess import InProcessGrid
 from server_app.clients import Client
-from server_app.transport import PUSH_BATCH, Arrival, Outgoing, Pending, Transport
+from server_app.transport import PUSH_BATCH, Arrival, Outgoing, Transport
 
 NUM = 20
 
@@ -24,7 +24,7 @@ def echo(message: Message, context: Context) -> Message:
 def messages(transport: Transport, made: list[int]) -> Iterator[Outgoing]:
     for node in range(2, NUM + 2):
         made.append(node)
-        yield transport.message(TRAIN, (str(node), node), Content(), server_round=1)
+        yield transport.message(TRAIN, Recipient(str(node), node), Content(), server_round=1)
 
 
 def grid(workers: int = 1, app: Callable = echo, grid_type: type = InProcessGrid) -> InProcessGrid:
@@ -114,7 +114,7 @@ class Box:
         self.transport = Transport(grid(), name)
 
     def pending(self) -> Pending:
-        outgoing = self.transport.message(TRAIN, ("a", 2), Content(), server_round=1)
+        outgoing = self.transport.message(TRAIN, Recipient("a", 2), Content(), server_round=1)
         return outgoing.pending
 
     def good(self, pending: Pending) -> RecordDict:
