@@ -7,8 +7,9 @@ section, to distil those of the distill section too; its vectors are the method'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple, Self
 
 from common.config.section import Scalar
@@ -28,6 +29,24 @@ ALONE = "alone"
 """The predictor that any method may report: the same model, trained without the federation."""
 SMALLEST_REPLY = 2**20
 """Bytes that any reply may have, whatever its client registered."""
+MOST_EXAMPLES = 2**24
+"""That a participant may claim; float32 counts so far exactly."""
+MOST_LOSS = MOST_SECONDS = 1e6
+"""Of what a client measures; a loss is not negative."""
+MOST_WEIGHT, MOST_TESTED = 3, 10
+"""Of one participant in a mean of models, and in an accuracy, as multiples of the median."""
+
+
+def bounded_counts(counts: Sequence[int], times: int) -> list[float]:
+    """Return counts of examples, of which nobody's is more than so many times the median.
+
+    How many examples a participant has is its own claim.
+
+    >>> bounded_counts([100, 120, 1000], 3)
+    [100.0, 120.0, 360.0]
+    """
+    most = times * median(counts)
+    return [float(min(count, most)) for count in counts]
 
 
 class Recipient(NamedTuple):
@@ -105,7 +124,7 @@ class Registration:
         return cls(
             client_id=client_id,
             num_parameters=reply.count("num-parameters", least=1),
-            num_examples=reply.count("num-examples", least=1),
+            num_examples=reply.count("num-examples", least=1, most=MOST_EXAMPLES),
             group=group,
             **{key.replace("-", "_"): size for key, size in sizes.items()},
         )
@@ -146,14 +165,14 @@ class Evaluation:
     @classmethod
     def read(cls, reply: Received, others: Iterable[str] = ()) -> Self:
         """Read and check test counts: 0 <= num_correct <= num_test, also of other predictors."""
-        num_test = reply.count("num-test", least=1)
+        num_test = reply.count("num-test", least=1, most=MOST_EXAMPLES)
         if reply.has_setting(f"num-correct-{ALONE}"):
             others = (*others, ALONE)
         return cls(
             num_test=num_test,
             num_correct=reply.count("num-correct", most=num_test),
-            test_loss=reply.number("test-loss"),
-            seconds=reply.number("seconds-evaluation", least=0),
+            test_loss=reply.number("test-loss", most=MOST_LOSS),
+            seconds=reply.number("seconds-evaluation", most=MOST_SECONDS),
             others={name: reply.count(f"num-correct-{name}", most=num_test) for name in others},
         )
 
@@ -176,7 +195,8 @@ class Gain:
         found = list(participants)
         if not found:
             return None
-        micro = sum(n * gain for n, gain in found) / sum(n for n, _ in found)
+        weights = bounded_counts([n for n, _ in found], MOST_TESTED)
+        micro = sum(w * gain for w, (_, gain) in zip(weights, found, strict=True)) / sum(weights)
         return cls(micro, sum(gain > 0 for _, gain in found), len(found))
 
     def __str__(self) -> str:
@@ -215,7 +235,7 @@ class TrainReply:
         tested = reply.has_setting("num-test")
         return cls(
             num_examples=reply.count("num-examples", least=1, most=most),
-            train_loss=reply.number("train-loss"),
-            seconds=reply.number("seconds", least=0),
+            train_loss=reply.number("train-loss", most=MOST_LOSS),
+            seconds=reply.number("seconds", most=MOST_SECONDS),
             evaluation=Evaluation.read(reply, others) if tested else None,
         )

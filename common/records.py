@@ -164,11 +164,11 @@ class Received:
             raise WireError(f"{key} = {value:.6g}; expected {least} to {most:,}.")
         return value
 
-    def number(self, key: str, *, least: float = -LARGEST) -> float:
-        """Return a finite float of at least `least`."""
+    def number(self, key: str, *, most: float) -> float:
+        """Return a float from 0 to `most`."""
         value = self.value(key, float)
-        if not least <= value <= LARGEST:
-            raise WireError(f"{key} is {value}; expected a number from {least:g} to {LARGEST:g}.")
+        if not 0 <= value <= most:
+            raise WireError(f"{key} is {value}; expected a number from 0 to {most:g}.")
         return value
 
     def section(self, section: type[S]) -> S:

@@ -6,7 +6,7 @@ It happens at the top of every round, so clients join, leave and return at any t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from common.config import RunConfig
 from common.errors import RunError, listing
@@ -44,6 +44,7 @@ class Admission:
         self._config, self._transport = config, transport
         self._registry, self._add_client = registry, add_client
         self._silences: Counter[int] = Counter()
+        self._said: dict[int, Registration] = {}  # by node, before anybody is admitted
         self._settled = False
 
     def refresh(self, server_round: int) -> list[Client]:
@@ -56,11 +57,12 @@ class Admission:
             self._settle(min(SETTLE_S, section.wait_for_clients_s))
         deadline = clock.monotonic() + section.wait_for_clients_s
         while True:
-            self._register(server_round)
+            late = clock.monotonic() >= deadline
+            self._register(server_round, least=0 if late else section.min_clients)
             present = self._registry.present(server_round)
             if len(present) >= section.min_clients:
                 return present
-            if clock.monotonic() >= deadline:
+            if late:
                 raise RunError(self._too_few(present, server_round))
             clock.sleep(0.5)
 
@@ -75,18 +77,27 @@ class Admission:
             clock.sleep(min(0.2, seconds))
         self._settled = True
 
-    def _register(self, server_round: int) -> None:
+    def _register(self, server_round: int, *, least: int) -> None:
+        """Ask who is new; admit them, the first ones when `least` have said who they are.
+
+        What all have to agree on is then what most of them declare, and not the first.
+        """
         keys, transport = self._keys(), self._transport
         unknown = self._registry.unknown_nodes(keys, server_round, transport.clock.monotonic())
-        nodes = sorted(unknown - transport.busy_nodes())
+        self._said = {node: said for node, said in self._said.items() if node in keys}
+        nodes = sorted(unknown - transport.busy_nodes() - self._said.keys())
         messages = (self._question(node, server_round) for node in nodes)
         arrivals = sorted(transport.exchange(messages), key=lambda a: a.pending.node_id)
         for arrival in arrivals:
             registration = transport.read(arrival, Registration.read)
             if registration is None:
                 self._note_failure(arrival, server_round)
-                continue
-            node_id = arrival.pending.node_id
+            else:
+                self._said[arrival.pending.node_id] = registration
+        if not self._registry.clients() and len(self._said) < least:
+            return
+        said, self._said = majority_first(self._said), {}
+        for node_id, registration in said:
             key = keys[node_id]
             client = self._registry.admit(node_id, registration, server_round, key=key)
             if client is not None:
@@ -142,3 +153,15 @@ class Admission:
             f"Away: {listing(away)}. Everything learned so far is in the checkpoint: start them "
             f"again, or lower min-clients, then resume with resume-from.{refused}"
         )
+
+
+def majority_first(said: Mapping[int, Registration]) -> list[tuple[int, Registration]]:
+    """Return registrations by node, first those that declare what most of them do.
+
+    What all have to agree on is then theirs.
+
+    Of equally many the smaller sizes come first, then the smaller node id.
+    """
+    sizes = {n: (r.num_global_parameters, r.num_classes, r.feature_dim) for n, r in said.items()}
+    votes = Counter(sizes.values())
+    return sorted(said.items(), key=lambda item: (-votes[sizes[item[0]]], sizes[item[0]], item[0]))

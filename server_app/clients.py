@@ -23,6 +23,10 @@ GLOBAL_ID = "__global__"
 No client may register under a name that begins so: it would take another's common model.
 """
 
+CHANGE_ROUNDS = 10
+"""A client may change what it registered once in so many rounds: each change costs the server."""
+
+NEVER = -CHANGE_ROUNDS
 NOWHERE = 0
 """Node id of a client that is not here; Flower gives it to no node."""
 
@@ -32,12 +36,18 @@ class Client(Registration):
     """One participant as the server knows it: what it registered, and where it is.
 
     `key` is the fingerprint of the SuperNode key that the client_id is bound to, "" where it is
-    bound to none.
+    bound to none; `changed_round` is when it last came with another model.
     """
 
     node_id: int = NOWHERE
     last_seen_round: int = 0
     key: str = ""
+    changed_round: int = NEVER
+
+    def has_model_of(self, other: Registration) -> bool:
+        """Whether another registration is of a model of this size and group."""
+        mine, theirs = ((x.num_parameters, x.group) for x in (self, other))
+        return mine == theirs
 
 
 Rule = Callable[[Registration, Collection[Client]], None]
@@ -160,10 +170,18 @@ class Registry:
         before = self._clients.get(client_id)
         taken = before is not None and before.node_id != node_id and before.node_id in self._online
         holder = before.node_id if before is not None and taken else None
+        changed = before is not None and not before.has_model_of(registration)
+        may_change = before.changed_round + CHANGE_ROUNDS if before and changed else 0
         try:
             self._check(node_id, registration, key, holder)
+            if server_round < may_change:
+                raise RegistrationError(
+                    f"client {client_id} (node {node_id}) comes with another model again; it may "
+                    f"from round {may_change} on. Keep one model for a run."
+                )
         except RegistrationError as error:
-            self._refused[node_id] = Refusal(str(error), holder)
+            until = may_change if server_round < may_change else math.inf
+            self._refused[node_id] = Refusal(str(error), holder, until_round=until)
             logger.error("Refused: %s", error)
             return None
         bound = key is not None and (key.binds or (before is not None and before.key != ""))
@@ -172,6 +190,7 @@ class Registry:
             node_id=node_id,
             last_seen_round=server_round,
             key=key.fingerprint if key is not None and bound else "",
+            changed_round=server_round if changed else getattr(before, "changed_round", NEVER),
         )
         _log_change(before, client)
         for other in self._clients.values():  # a node speaks for one client

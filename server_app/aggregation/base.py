@@ -213,6 +213,13 @@ class Rule(ABC):
         """Let these head groups, and a trunk, never move again; embeddings and new groups learn."""
         self.frozen_groups = frozenset(groups)
 
+    def free_unused(self) -> None:
+        """Forget the head groups that no client is left of; frozen ones stay."""
+        network = self.hypernet
+        used = {network.group_key(client_id) for client_id in network.clients()}
+        used |= self.frozen_groups
+        network.groups = {key: group for key, group in network.groups.items() if key in used}
+
     @abstractmethod
     def move(self, parts: Sequence[GroupDeltas], factor: float, *, is_global: bool) -> Moved:
         """Move the hypernetwork; `factor` is the decay, `is_global` where w_g alone moves."""

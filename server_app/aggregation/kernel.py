@@ -95,6 +95,11 @@ class KernelRule(Rule):
                     embedding += network.groups[part.key].sketch(change, len(embedding))
         return Moved()
 
+    def free_unused(self) -> None:
+        """See `Rule.free_unused`."""
+        super().free_unused()
+        self._memory = {k: m for k, m in self._memory.items() if k in self.hypernet.groups}
+
     def _move_shared(
         self, part: GroupDeltas, memory: Memory, beta: float, portion: float, factor: float
     ) -> None:

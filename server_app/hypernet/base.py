@@ -97,7 +97,7 @@ class Network(ABC):
         """Start a client's embedding, and its group where that is new."""
 
     def remove_client(self, client_id: str) -> None:
-        """Forget what is a client's own; its head group stays, for it holds what others learned."""
+        """Forget what is a client's own; its head group stays (`Rule.free_unused`)."""
         self._require(client_id)
         del self._sizes[client_id], self._keys[client_id]
         self._forget(client_id)

@@ -26,9 +26,6 @@ LEAST = 3
 """Clients whose norms are known of a head group, below which nothing is clipped: of two that differ
 nobody can say which is usual."""
 
-MOST_WEIGHT = 3
-"""Of a participant in a mean by examples, as a multiple of the median."""
-
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
     """Return tau_i = ceil(K_i / S), the chunks that hold `num_parameters` scalars."""
@@ -102,18 +99,6 @@ class Update:
     staleness: int = 0
 
 
-def bounded_weights(counts: Sequence[int]) -> list[float]:
-    """Return numbers of examples, of which nobody claims more than `MOST_WEIGHT` medians.
-
-    How many examples a participant has is its own claim. Differs from FedAvg, which believes it.
-
-    >>> bounded_weights([100, 120, 1000])
-    [100.0, 120.0, 360.0]
-    """
-    most = MOST_WEIGHT * median(counts)
-    return [float(min(count, most)) for count in counts]
-
-
 class NormClip:
     """Scales down deltas that are far larger than their group's usually are (docs/parallel.md).
 
@@ -142,6 +127,12 @@ class NormClip:
             bound = self._factor * median(known.values()) if len(known) >= LEAST else math.inf
             clipped |= {i: _scaled(ordered[i], norms[i], bound) for i in positions}
         return [*clipped.values()]
+
+    def forget(self, client_id: str) -> None:
+        """Forget what a client's norms were."""
+        for norms in self._norms.values():
+            norms.pop(client_id, None)
+        self._norms = {key: norms for key, norms in self._norms.items() if norms}
 
     def export(self) -> dict[str, dict[str, float]]:
         """Return the remembered norms for a checkpoint."""

@@ -20,12 +20,21 @@ from common.compression import Float32
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.log import logger
-from common.messages import DELTA, DISTIL, GLOBAL_DELTA, GLOBAL_THETA, THETA, TRAIN_GLOBAL
+from common.messages import (
+    DELTA,
+    DISTIL,
+    GLOBAL_DELTA,
+    GLOBAL_THETA,
+    MOST_WEIGHT,
+    THETA,
+    TRAIN_GLOBAL,
+    bounded_counts,
+)
 from common.records import Content, Received, require_norm
 from server_app.aggregation import make_network, make_rule
 from server_app.aggregation.base import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
-from server_app.hypernet.groups import NormClip, Update, bounded_weights, group_order
+from server_app.hypernet.groups import NormClip, Update, group_order
 from server_app.methods.base import Exchange, Method, Upload
 
 
@@ -73,6 +82,8 @@ class MHpFedHN(Method[Deltas]):
             if hypernet.is_same(client_id, client.num_parameters, tag):
                 return
             hypernet.remove_client(client_id)
+            self.rule.free_unused()
+            self.clip.forget(client_id)
             self._frozen_clients.discard(client_id)
         hypernet.add_client(client_id, client.num_parameters, tag=tag)
         if self.config.has_global_model and not hypernet.has_client(GLOBAL_ID):
@@ -162,7 +173,7 @@ class MHpFedHN(Method[Deltas]):
         uploads = list(self._global_uploads.values())
         if not uploads:
             return
-        weights = bounded_weights([upload.num_examples for upload in uploads])
+        weights = bounded_counts([u.num_examples for u in uploads], MOST_WEIGHT)
         updates = [
             Update(upload.client.client_id, torch.from_numpy(upload.content), weight)
             for upload, weight in zip(uploads, weights, strict=True)

@@ -1,0 +1,100 @@
+"""What one participant declares of itself decides nothing for the others and costs little."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message
+
+from common.messages import Registration
+from server_app.admission import majority_first
+from server_app.clients import CHANGE_ROUNDS
+from tests.integration.conftest import Lines
+from tests.support.outputs import rows
+from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
+
+LIAR = 0  # the first to register
+
+
+def claiming(claims: Callable[[int], Mapping[str, Any]], kind: str = "query.register") -> Wrapped:
+    """The real app; what client 0 says in replies of a kind is replaced, by round."""
+
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        lies = context.node_config["partition-id"] == LIAR
+        try:
+            reply = handler(message, context)
+        except Exception:  # what it was sent is not for the model that it has
+            return Message(message.content, reply_to=message)
+        if lies and message.metadata.message_type == kind:
+            config = dict(reply.content.config_records["config"])
+            config |= claims(int(config["server-round"]))
+            reply.content["config"] = ConfigRecord(config)
+        return reply
+
+    return Wrapped(handle)
+
+
+def heads(folder: Path) -> dict[str, int]:
+    newest = max((folder / "run" / "checkpoint").iterdir())
+    found: dict[str, int] = json.loads((newest / "meta.json").read_text())["learned"]["hypernet"]
+    return found["heads"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("rule", ["kernel", "adam"])
+def test_another_size_in_every_round_keeps_no_group_and_is_refused(
+    tmp_path: Path, logged: Lines, rule: str
+) -> None:
+    config = tiny_config(tmp_path, rounds=5, server_rule=rule, models=f"{HERE}:small")
+    run_tiny(config, app=claiming(lambda number: {"num-parameters": 1_000_000 + 1000 * number}))
+    assert len(heads(tmp_path)) == 2  # the honest participants' and one of the liar's
+    refusals = logged.find("Refused: client 0 (node 2) comes with another model again")
+    assert refusals
+    assert f"from round {2 + CHANGE_ROUNDS} on" in refusals[0]
+    assert [row["num_accepted"] for row in rows(config)] == [5] * 5
+
+
+@pytest.mark.parametrize("method", ["mh-pfedhn-gd", "mh-pfedhn-pg", "fml"])
+def test_the_first_does_not_decide_the_size_of_what_is_shared(
+    tmp_path: Path, method: str, logged: Lines
+) -> None:
+    settings = {"min_clients": 3, "wait_for_clients_s": 5.0, "validation_fraction": 0.1}
+    config = tiny_config(tmp_path, method=method, rounds=1, **settings)
+    run_tiny(config, app=claiming(lambda _: {"num-global-parameters": 1}))
+    assert rows(config)[0]["num_accepted"] == 5
+    assert logged.find("Refused: client 0 has num_global_parameters = 1")
+
+
+def test_what_most_declare_comes_first() -> None:
+    def said(size: int) -> Registration:
+        return Registration("a", 5, 5, num_global_parameters=size)
+
+    found = majority_first({2: said(9), 3: said(7), 4: said(7), 5: said(8), 6: said(8)})
+    assert [node for node, _ in found] == [3, 4, 5, 6, 2]
+
+
+def test_examples_that_nobody_can_have_make_no_accuracy(tmp_path: Path) -> None:
+    settings = {"rounds": 2, "models": f"{HERE}:small", "evaluation": "separate"}
+    honest = tiny_config(tmp_path / "honest", **settings)
+    run_tiny(honest)
+    lying = tiny_config(tmp_path / "lying", **settings)
+    claims = {"num-test": 2**24, "num-correct": 2**24}
+    run_tiny(lying, app=claiming(lambda _: claims, "evaluate.personal"))
+    micro, macro = (rows(lying)[-1][name] for name in ("accuracy_micro", "accuracy_macro"))
+    before = rows(honest)[-1]["accuracy_micro"]
+    assert micro <= (5 * before + 10) / 15 + 0.1  # ten medians against five
+    assert macro <= (5 * before + 1) / 6 + 0.1
+    absurd = tiny_config(tmp_path / "absurd", **settings)
+    run_tiny(absurd, app=claiming(lambda _: {"num-test": 10**12}, "evaluate.personal"))
+    assert rows(absurd)[-1]["num_evaluated"] == 5
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [{"seconds": -1.0}, {"train-loss": -1.0}, {"train-loss": 1e9}, {"num-examples": 10**6}],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path, claims: Mapping[str, Any]) -> None:
+    config = tiny_config(tmp_path, rounds=1, models=f"{HERE}:small")
+    run_tiny(config, app=claiming(lambda _: claims, "train.personal"))
+    assert rows(config)[0]["num_accepted"] == 5
