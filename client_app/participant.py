@@ -17,7 +17,7 @@ from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from common.config import ClientSection, RunConfig, TrainingSection, declared
+from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import WireError
 from common.messages import Evaluation
 from common.methods import method_class
@@ -35,8 +35,7 @@ class Participant:
     device: torch.device
     model_name: str
     state: ClientState
-    head_tag: str = ""
-    deployed: bool = False
+    node: NodeConfig
 
     @classmethod
     def open(cls, context: Context) -> Participant:
@@ -60,8 +59,7 @@ class Participant:
                 section.models, node.partition_id, section.num_partitions
             ),
             state=open_state(context, section.state_dir, client_id),
-            head_tag=node.head_tag,
-            deployed=bool(node.client_id),
+            node=node,
         )
 
     def task(self, content: RecordDict) -> Received:
@@ -73,7 +71,12 @@ class Participant:
         return task
 
     def in_round(self, section: TrainingSection, server_round: int) -> TrainingSection:
-        """Give local training the rate of a round of this run."""
+        """Give local training the rate of a round of this run.
+
+        Raises ConfigError where a message asks for more than the participant's caps.
+        """
+        asked = {"local-epochs": section.local_epochs, "batch-size": section.batch_size}
+        self.node.require_modest(asked)
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 
@@ -90,7 +93,7 @@ class Participant:
         common = self.config.distill.global_model
         personal = PersonalModel(self.model_name, module, self.data, evaluation, common)
         path = personal.store(folder, program=self.exports)
-        return path.name if self.deployed else str(path)
+        return path.name if self.node.client_id else str(path)
 
     @property
     def exports(self) -> bool:

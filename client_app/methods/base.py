@@ -180,7 +180,7 @@ class Method:
             head = require_head_is_last(instance.model.module, images, num_classes)
             feature_dim = head.layer.in_features
         if "group" in needs:
-            declared = "" if participant.config.is_baseline else participant.head_tag
+            declared = "" if participant.config.is_baseline else participant.node.head_tag
             group = opaque(declared) if declared else architecture_tag(instance)
         shared_size = 0
         if "num_global_parameters" in needs:

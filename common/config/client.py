@@ -7,10 +7,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, model_validator
 
-from common.config.section import Section, key
+from common.config.section import Scalar, Section, key
 from common.errors import ConfigError, unknown_name
 
 SIMULATED = "engine inprocess"
+MACHINES = (
+    *("data-dir", "cache-dir", "state-dir", "output-dir", "resume-from"),
+    *("device", "client-threads"),
+)
+"""Keys of a run config that are about a participant's own machine: a deployed one's alone."""
+CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
+"""Keys of a run config that may name code, and those of the node config that win."""
 AS_RUN = "wins over the run config's"
 AUGMENTATIONS = ("flip", "crop")
 
@@ -85,7 +92,9 @@ class ClientSection(Section):
         "train the model also alone, by the same recipe and never touched by the federation: what "
         "joining is worth",
     )
-    image_size: int = key(32, "pictures of another size are scaled", unit="pixels a side", ge=8)
+    image_size: int = key(
+        32, "pictures of another size are scaled", unit="pixels a side", ge=8, le=2048
+    )
     augmentation: Augmentation = key(
         "none", "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8)"
     )
@@ -138,6 +147,9 @@ class NodeConfig(Section):
         "names those it wants to share heads with; the server sees a hash of it",
         where='head-sharing "tag"',
     )
+    global_model: str = key(
+        "", 'the "module:factory" of the common model, where the run config names the same'
+    )
     dataset: str | None = key(None, AS_RUN)
     data_dir: str | None = key(None, AS_RUN)
     cache_dir: str | None = key(None, AS_RUN)
@@ -149,7 +161,7 @@ class NodeConfig(Section):
     test_fraction: float | None = key(None, AS_RUN, gt=0, lt=1)
     validation_fraction: float | None = key(None, AS_RUN, ge=0, lt=1)
     measure_alone: bool | None = key(None, AS_RUN)
-    image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8)
+    image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
     augmentation: Augmentation | None = key(None, AS_RUN)
     device: str | None = key(None, AS_RUN)
     client_threads: int | None = key(None, AS_RUN, ge=0)
@@ -157,7 +169,6 @@ class NodeConfig(Section):
     warm_worker: Literal["auto", "on", "off"] = key(
         "auto", "keep torch loaded between messages: auto (with a state-dir), on, off"
     )
-
     max_local_epochs: int = key(
         50, "the most local-epochs that a server may ask of a participant with a client-id", ge=1
     )
@@ -181,6 +192,27 @@ class NodeConfig(Section):
         """The stable client_id: declared, or the partition id where none is (simulation)."""
         return self.client_id or str(self.partition_id)
 
+    def admitted(self, asked: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Return what a deployed participant takes of a server's run config, by key.
+
+        Nothing about its own machine; and where the server names code, only what the participant
+        named itself. Raises ConfigError where the server names other code. A simulated client,
+        without a client-id, takes everything.
+        """
+        if not self.client_id:
+            return dict(asked)
+        own = self.model_dump(by_alias=True)
+        for name, mine in CODE.items():
+            named = str(asked.get(name, ""))
+            differs = bool(own[mine]) and name == "global-model" and own[mine] != named
+            if differs or (":" in named and not own[mine]):
+                raise ConfigError(
+                    f"client {self.client_id}: the server's run config names {name} = {named!r}; "
+                    f"this participant's own file has {mine} = {own[mine] or 'none'!r}. Only code "
+                    f"that a participant has named itself is run: set {mine} there if you trust it."
+                )
+        return {name: value for name, value in asked.items() if name not in MACHINES}
+
     def require_modest(self, asked: Mapping[str, int]) -> None:
         """Raise ConfigError where a run config asks for more than this participant's caps.
 
@@ -188,13 +220,13 @@ class NodeConfig(Section):
         """
         if not self.client_id:
             return
-        own = self.flat()
+        caps = {"local-epochs": self.max_local_epochs, "batch-size": self.max_batch_size}
         for name, value in asked.items():
-            if value > own[cap := f"max-{name}"]:
+            if value > caps[name]:
                 raise ConfigError(
                     f"client {self.client_id}: the server's run config asks for {name} = {value}; "
-                    f"this participant's own file allows {cap} = {own[cap]}. Whoever starts the "
-                    f"run lowers {name}, or the participant raises {cap}."
+                    f"this participant's own file allows max-{name} = {caps[name]}. Whoever starts "
+                    f"the run lowers {name}, or the participant raises max-{name}."
                 )
 
     def client_section(self, run: ClientSection) -> ClientSection:

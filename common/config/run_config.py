@@ -134,7 +134,8 @@ class Declared(NamedTuple):
 @lru_cache(maxsize=1024)
 def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar], ...]) -> Declared:
     """Parse the items of a run config and a node config, once in a process; raise ConfigError."""
-    config, own = RunConfig.parse(dict(run)), NodeConfig.parse(dict(node))
+    own = NodeConfig.parse(dict(node))
+    config = RunConfig.parse(own.admitted(dict(run)))
     training = config.training
     own.require_modest({"local-epochs": training.local_epochs, "batch-size": training.batch_size})
     return Declared(config, own, own.client_section(config.client), own.identity)

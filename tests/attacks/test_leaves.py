@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from torch import nn
 
 from client_app.app import app
 from client_app.outgoing import without_paths
 from common.errors import MHpFedHNError
+from common.records import Content, Header, encode
 from tests.support.tiny import HERE, run_tiny, tiny_config
 
 
@@ -26,6 +27,7 @@ NODE = {
     "partition-id": 0,
     "dataset": f"{HERE}:patterns",
     "model": f"{HERE}:small",
+    "global-model": f"{HERE}:small",
     "warm-worker": "off",
 }
 
@@ -34,7 +36,8 @@ def failure(folder: Path, **declared: Any) -> str:
     """Ask a participant to register; return what its error says."""
     node = NODE | {k.replace("_", "-"): v for k, v in declared.items()}
     context = Context(1, 2, node, RecordDict(), dict(tiny_config(folder).flat()))
-    message = Message(RecordDict({"config": ConfigRecord({})}), 2, "query.register")
+    header = Header("f", tiny_config(folder).run.method, 1, "n")
+    message = Message(encode(header, Content()), 2, "query.register")
     with pytest.raises(MHpFedHNError) as caught:
         app(message, context)
     assert caught.value.__suppress_context__
@@ -81,7 +84,7 @@ def test_the_end_of_a_run_tells_a_name_alone(tmp_path: Path) -> None:
 
     state = str(tmp_path / "state")
     nodes = [
-        {"client-id": f"c{i}", "partition-id": i, "num-partitions": 6, "state-dir": state}
+        NODE | {"client-id": f"c{i}", "partition-id": i, "num-partitions": 6, "state-dir": state}
         for i in range(2)
     ]
     run_tiny(tiny_config(tmp_path, rounds=1), node_configs=nodes, app=note)

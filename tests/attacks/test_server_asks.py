@@ -1,17 +1,65 @@
 """What a server's run config may ask of a participant that has a file of its own."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message
 
-from common.config import RunConfig, declared
+from common.config import RunConfig
+from common.config.run_config import Declared, declared
 from common.errors import ConfigError
+from tests.support.outputs import rows
+from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
 OWN = {"client-id": "a"}
 
 
-def ask(run: Mapping[str, int], node: Mapping[str, str | int]) -> None:
-    declared(tuple(RunConfig.parse(run).flat().items()), tuple(node.items()))
+def ask(run: Mapping[str, int | str], node: Mapping[str, str | int]) -> Declared:
+    return declared(tuple(RunConfig.parse(run).flat().items()), tuple(node.items()))
+
+
+@pytest.mark.parametrize("key", ["models", "dataset", "global-model"])
+def test_code_is_what_the_participant_names(key: str) -> None:
+    own = {"models": "model"}.get(key, key)
+    with pytest.raises(ConfigError, match=rf"client a: .* names {key} = 'evil:make'; .* {own}"):
+        ask({key: "evil:make"}, OWN)
+    assert ask({key: "evil:make"}, {"partition-id": 0}).run.flat()[key] == "evil:make"
+    if key == "global-model":
+        ask({key: "our:net"}, OWN | {own: "our:net"})
+        with pytest.raises(ConfigError, match="'evil:make'"):
+            ask({key: "evil:make"}, OWN | {own: "our:net"})
+    else:
+        found = ask({key: "evil:make"}, OWN | {own: "our:net"})
+        assert found.client.flat()[key] == "our:net"
+
+
+def test_nothing_of_the_participants_machine_is_the_servers() -> None:
+    paths = ("data-dir", "cache-dir", "state-dir", "output-dir", "resume-from")
+    asked = {**dict.fromkeys(paths, "/evil"), "device": "cuda:0", "client-threads": 900}
+    found = ask(asked, OWN | {"cache-dir": "/mine"})
+    assert (found.client.cache_dir, found.client.device, found.client.client_threads) == (
+        "/mine",
+        "auto",
+        1,
+    )
+    assert "/evil" not in {*found.client.flat().values(), *found.run.flat().values()}
+    assert ask(asked, {"partition-id": 0}).client.data_dir == "/evil"
+
+
+def test_a_message_cannot_ask_for_more_than_a_run(tmp_path: Path) -> None:
+    """The settings of training travel in messages too."""
+
+    def greedy(message: Message, context: Context, handler: Handler) -> Message:
+        if message.metadata.message_type == "train.personal":
+            message.content["config"]["local-epochs"] = 51
+        return handler(message, context)
+
+    nodes = [{"client-id": f"c{i}", "partition-id": i, "num-partitions": 6} for i in range(2)]
+    named = {"dataset": f"{HERE}:patterns", "model": f"{HERE}:small"}
+    config = tiny_config(tmp_path, rounds=1, global_model="cnn", min_fraction=0.0)
+    run_tiny(config, app=Wrapped(greedy), node_configs=[node | named for node in nodes])
+    assert [row["num_accepted"] for row in rows(config)] == [0]
 
 
 @pytest.mark.parametrize(("key", "most"), [("local-epochs", 50), ("batch-size", 1024)])

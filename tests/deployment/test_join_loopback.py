@@ -34,7 +34,7 @@ def settings_file(deployment: Deployment, site: str) -> Path:
         f'client-id = "{site}"\nserver = "127.0.0.1:{deployment.entrance}"\n'
         f'certificate = "{secrets}/ca.crt"\nkey = "{secrets}/supernode"\n'
         'model = "my_site:small_net"\ndataset = "my_site:load_scans"\n'
-        'cache-dir = "cache"\nstate-dir = "state"\n'
+        f'global-model = "{HERE}:small"\ncache-dir = "cache"\nstate-dir = "state"\n'
     )
     return own / "join.toml"
 

@@ -14,13 +14,13 @@ from server_app.clients import fingerprint
 from tests.integration.conftest import Lines
 from tests.support.attendance import attended_by
 from tests.support.outputs import checkpoints, rows
-from tests.support.tiny import HERE, run_tiny, tiny_config
+from tests.support.tiny import HERE, MIXED, run_tiny, tiny_config, trusting
 
 EVERYBODY = range(6)
 KEYS = {i: f"key {i}".encode() for i in EVERYBODY}
 
 
-def named(*client_ids: str, folder: Path) -> list[dict]:
+def named(*client_ids: str, folder: Path, models: str = MIXED) -> list[dict]:
     """Node configs of clients with a name; each has the partition of its place."""
     return [
         {
@@ -28,6 +28,7 @@ def named(*client_ids: str, folder: Path) -> list[dict]:
             "partition-id": i,
             "num-partitions": 6,
             "state-dir": str(folder / "state"),
+            **trusting(folder, models),
         }
         for i, client_id in enumerate(client_ids)
     ]
@@ -168,7 +169,7 @@ def test_nobody_takes_the_common_model_of_another(tmp_path: Path, logged: Lines)
     config = config_at(
         tmp_path, method="mh-pfedhn-pg", rounds=2, validation_fraction=0.1, models=models
     )
-    nodes = named("a", "__global__/a", folder=tmp_path)
+    nodes = named("a", "__global__/a", folder=tmp_path, models=models)
     run_tiny(config, node_configs=[{**node, "state-dir": ""} for node in nodes])
     assert accepted(config) == [1, 1]
     assert logged.find("Refused: node 3 calls itself '__global__/a'")

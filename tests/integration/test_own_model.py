@@ -16,7 +16,7 @@ from client_app.personal import PersonalModel
 from common.messages import Evaluation
 from experiments.examples import my_site
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
-from tests.support.tiny import run_tiny, tiny_config
+from tests.support.tiny import HERE, run_tiny, tiny_config
 
 EXAMPLE = Path(my_site.__file__)
 
@@ -77,6 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         common = {"state-dir": str(folder / "state"), "partition": "none", "image-size": 32}
+        common["global-model"] = f"{HERE}:small"
         photos = {"dataset": "folder", "data-dir": str(picture_folder(folder / "photos"))}
         nodes: list[dict[str, Any]] = [
             {"client-id": "scans", "model": "my_site:small_net", "dataset": "my_site:load_scans"}

@@ -14,7 +14,7 @@ from common.files import read_json
 from experiments.run.engines.inprocess import simulated_nodes
 from tests.support.close import assert_all_equal
 from tests.support.outputs import checkpoints, client_rows, rows, summary
-from tests.support.tiny import patterns, run_tiny, tiny_config
+from tests.support.tiny import patterns, run_tiny, tiny_config, trusting
 
 PREDICTORS = ("own", "common", "alone")
 
@@ -115,7 +115,8 @@ def test_the_model_trained_alone_is_that_of_local(tmp_path: Path, method: str) -
 def test_the_predictor_is_owned_at_the_end(tmp_path: Path) -> None:
     """The program alone gives the accuracy that the description says; so do both models, mixed."""
     state = tmp_path / "state"
-    nodes = [{"client-id": f"c{i}", "partition-id": i, "state-dir": str(state)} for i in range(6)]
+    own = {"state-dir": str(state), **trusting(tmp_path)}
+    nodes = [{"client-id": f"c{i}", "partition-id": i, **own} for i in range(6)]
     config = personal_common(tmp_path, rounds=3)
     run_tiny(config, node_configs=nodes)
     folder = state / "c5"  # its own model is of another architecture than the common one

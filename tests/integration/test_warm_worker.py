@@ -21,7 +21,7 @@ from common.errors import ConfigError
 from common.messages import REGISTER, Evaluation, Registration
 from common.records import Content, Header, Received, encode
 from tests.support import tiny
-from tests.support.tiny import tiny_config
+from tests.support.tiny import tiny_config, trusting
 
 MODEL = f"{tiny.HERE}:normed"
 
@@ -30,7 +30,7 @@ def make_context(folder: Path, run_id: int = 1, **node: Any) -> Context:
     config = tiny_config(folder, models=MODEL).flat()
     settings = {"client-id": "a", "partition-id": 1, "num-partitions": 6, "warm-worker": "on"}
     settings |= {"state-dir": str(folder / "state"), "partition": "pathological"}
-    settings |= {"classes-per-client": 2}
+    settings |= {"classes-per-client": 2, **trusting(folder, MODEL)}
     settings |= {k.replace("_", "-"): v for k, v in node.items()}
     return Context(run_id, 2, settings, RecordDict(), dict(config))
 

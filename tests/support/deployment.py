@@ -21,6 +21,7 @@ from common.config import RunConfig
 from experiments.deploy.certificates import make_certs
 from experiments.run.engines.home import flower_environment
 from experiments.run.engines.processes import free_port
+from tests.support.tiny import trusting
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -85,6 +86,7 @@ class Deployment:
         """Start a SuperNode; `declared` is its node config, with underscores."""
         own = self.certs / (key or site)
         config = {"client-id": site, "state-dir": str(self.folder / "state"), "device": "cpu"}
+        config |= trusting(self.folder)
         config |= {name.replace("_", "-"): value for name, value in declared.items()}
         words = (f"{name}={_toml(value)}" for name, value in config.items())
         self._start(
