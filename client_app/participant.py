@@ -16,7 +16,9 @@ from client_app.data.examples import ClientData, load_client_data
 from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
+from client_app.privacy import Privacy
 from client_app.store import ClientState, FolderState, open_state, personal_folder
+from client_app.training.loop import FlatModel, Loss, Trained, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import WireError
 from common.messages import Evaluation
@@ -80,6 +82,28 @@ class Participant:
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 
+    @property
+    def privacy(self) -> Privacy | None:
+        """How this participant trains privately, None where it does not."""
+        s = self.section
+        if not s.dp_noise:
+            return None
+        return Privacy(s.dp_noise, s.dp_clip, self.data.num_train, self.state)
+
+    def train(
+        self,
+        model: FlatModel,
+        section: TrainingSection,
+        *,
+        generator: torch.Generator,
+        loss: Loss | None = None,
+        clip: bool = True,
+    ) -> Trained:
+        """Train in place as `training.loop.train`, or privately where that is declared."""
+        if privacy := self.privacy:
+            return privacy.train(model, self.data, section, loss)
+        return train(model, self.data, section, generator=generator, loss=loss, clip=clip)
+
     def store(self, module: nn.Module, evaluation: Evaluation) -> str:
         """Store the own model with the weights that it holds now; return their path.
 
@@ -91,7 +115,8 @@ class Participant:
         if folder is None:
             return ""
         common = self.config.distill.global_model
-        personal = PersonalModel(self.model_name, module, self.data, evaluation, common)
+        facts = self.privacy.facts() if self.privacy else {}
+        personal = PersonalModel(self.model_name, module, self.data, evaluation, common, facts)
         path = personal.store(folder, program=self.exports)
         return path.name if self.node.client_id else str(path)
 

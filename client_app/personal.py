@@ -15,7 +15,8 @@ from __future__ import annotations
 import io
 import json
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class PictureClassifier(nn.Module):
 class PersonalModel:
     """A trained personal model, its data and what it reached on them.
 
-    `common` is the architecture of the second model where `module` is a predictor of two.
+    `common` is the architecture of the second model where `module` is a predictor of two;
+    `privacy` says what was spent where it was trained privately.
     """
 
     name: str
@@ -67,6 +69,7 @@ class PersonalModel:
     data: ClientData
     evaluation: Evaluation
     common: str = ""
+    privacy: Mapping[str, float] = field(default_factory=dict)
 
     def store(self, folder: Path, *, program: bool) -> Path:
         """Write the files; returns the path of the safetensors file.
@@ -117,6 +120,7 @@ class PersonalModel:
             **accuracies,  # of the own model by itself, of the common one, alone, and the gain
             "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
             **load,
+            **self.privacy,
         }
 
     def _export(self, path: Path) -> dict[str, Any]:

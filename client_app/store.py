@@ -24,7 +24,7 @@ from common.errors import ConfigError
 from common.files import PRIVATE, private_folder, replace_file, safe_name, state_folder
 
 Tensors = dict[str, Tensor]
-VALUES = "values"
+BUFFER, VALUES = "buffer/", "values"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class ContextState:
         """Forget everything that belongs to another federation."""
         known = self._state.config_records.get("federation")
         if known is None or known["id"] != federation_id:
+            owned = {name: self._state[name] for name in OWNED if name in self._state}
             self._state.clear()
+            self._state.update(owned)
             self._state["federation"] = ConfigRecord({"id": federation_id})
 
 
@@ -127,7 +129,7 @@ class FolderState:
             versions[server_round].unlink(missing_ok=True)
 
     def enter_federation(self, federation_id: str) -> None:
-        """Forget everything that belongs to another federation, but never the personal model."""
+        """Forget everything that belongs to another federation, but never what is `OWNED`."""
         marker = self.folder / "federation.json"
         try:
             known = json.loads(marker.read_text())["id"]
@@ -150,7 +152,9 @@ def _read(path: Path) -> Tensors | None:
 
 
 PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL = "personal_model", "own_model", "common_model"
-OWNED = (PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL)
+LEDGER = "privacy_ledger"
+"""What was spent of the examples' privacy (`client_app.privacy`)."""
+OWNED = (PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL, LEDGER)
 """Files that a participant keeps for good."""
 
 
@@ -161,6 +165,11 @@ def save_finite(state: ClientState, name: str, tensors: Mapping[str, Tensor], st
     """
     if tensors and all(bool(x.isfinite().all()) for x in tensors.values()):
         state.save(name, tensors, stamp=stamp)
+
+
+def buffers_of(kept: Mapping[str, Tensor]) -> Tensors:
+    """Return the buffers among what is kept of a model."""
+    return {k.removeprefix(BUFFER): x for k, x in kept.items() if k.startswith(BUFFER)}
 
 
 def open_state(context: Context, state_dir: str, client_id: str) -> ClientState:

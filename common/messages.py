@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 from common.config.section import Scalar
 from common.errors import WireError
-from common.records import Header, Received
+from common.records import LARGEST, Header, Received
 
 REGISTER = "query.register"
 TRAIN = "train.personal"
@@ -213,29 +213,36 @@ class Gain:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """What a client measured while it trained; its vectors travel beside it."""
+    """What a client measured while it trained; its vectors travel beside it.
+
+    Who trains privately sends no loss, which would tell of its examples, but the `epsilon` spent.
+    """
 
     num_examples: int
-    train_loss: float
+    train_loss: float | None
     seconds: float
     evaluation: Evaluation | None = None
+    epsilon: float | None = None
 
     def settings(self) -> dict[str, Scalar]:
         """Return the keys that stand for it."""
         tested = self.evaluation.settings() if self.evaluation else {}
-        return tested | {
+        measured = {"train-loss": self.train_loss, "epsilon": self.epsilon}
+        return {
+            **tested,
             "num-examples": self.num_examples,
-            "train-loss": self.train_loss,
             "seconds": self.seconds,
+            **{key: value for key, value in measured.items() if value is not None},
         }
 
     @classmethod
     def read(cls, reply: Received, *, most: int, others: Iterable[str] = ()) -> Self:
         """Read and check; nobody trains on more than the `most` examples that it registered."""
-        tested = reply.has_setting("num-test")
+        tested, private = reply.has_setting("num-test"), reply.has_setting("epsilon")
         return cls(
             num_examples=reply.count("num-examples", least=1, most=most),
-            train_loss=reply.number("train-loss", most=MOST_LOSS),
+            train_loss=None if private else reply.number("train-loss", most=MOST_LOSS),
             seconds=reply.number("seconds", most=MOST_SECONDS),
             evaluation=Evaluation.read(reply, others) if tested else None,
+            epsilon=reply.number("epsilon", most=LARGEST) if private else None,
         )

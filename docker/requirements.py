@@ -10,7 +10,7 @@ from pathlib import Path
 LEFT_OUT = ("torch", "torchvision", "ray")
 
 project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
-for requirement in project["dependencies"]:
+for requirement in project["dependencies"] + project["optional-dependencies"]["privacy"]:
     name = requirement.split("[")[0].split("=")[0].split(">")[0].split("<")[0].strip()
     if name not in LEFT_OUT:
         print(requirement.replace("[simulation]", ""))

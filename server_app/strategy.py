@@ -45,7 +45,7 @@ class TrainingRound:
         self._method, self._transport, self._registry = method, transport, registry
         self._config = method.config
         self.evaluations: dict[str, Evaluation] = {}
-        self.train_losses: dict[str, tuple[int, float]] = {}
+        self.trained: dict[str, TrainReply] = {}
         self.diagnostics: list[StepDiagnostics] = []
         self.seconds_clients = self.seconds_server = 0.0
         self._num_accepted = 0
@@ -80,7 +80,7 @@ class TrainingRound:
         trained, upload = found
         client_id = upload.client.client_id
         self._num_accepted += 1
-        self.train_losses[client_id] = (trained.num_examples, trained.train_loss)
+        self.trained[client_id] = trained
         if trained.evaluation is not None:
             self.evaluations[client_id] = trained.evaluation
         return upload
@@ -284,8 +284,12 @@ class Rounds:
 
 
 def _train_row(training: TrainingRound, outcome: RoundOutcome) -> dict[str, float]:
+    replies = training.trained.values()
+    losses = [(r.num_examples, r.train_loss) for r in replies if r.train_loss is not None]
+    spent = [r.epsilon for r in replies if r.epsilon is not None]
     return {
-        "train_loss": weighted_mean(training.train_losses.values()),
+        "train_loss": weighted_mean(losses),
+        **({"epsilon_max": max(spent)} if spent else {}),
         "seconds_server": training.seconds_server,
         "seconds_clients": training.seconds_clients,
         "num_accepted": len(outcome.accepted),

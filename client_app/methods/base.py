@@ -26,8 +26,8 @@ from client_app.models.instances import (
 )
 from client_app.participant import Participant
 from client_app.personal import EXPORTING
-from client_app.store import Stamp, save_finite
-from client_app.training.loop import Loss, Trained, evaluate, logits_over, num_correct, train
+from client_app.store import BUFFER, Stamp, buffers_of, save_finite
+from client_app.training.loop import Loss, Trained, evaluate, logits_over, num_correct
 from common.compression import Float32
 from common.config import TrainingSection
 from common.errors import WireError, unknown_name
@@ -48,8 +48,6 @@ from common.messages import (
 from common.records import Arrays, Content, Received
 from common.seeding import stream_seed, torch_generator
 
-BUFFER = "buffer/"
-
 
 class Method:
     """One method on one client, for the duration of one message.
@@ -68,8 +66,8 @@ class Method:
         self.participant = participant
         self.data = participant.data
         self.settings = participant.config.baseline
-        is_alone = participant.config.run.method == "local"
-        self.trains_alone = participant.section.measure_alone and not is_alone
+        joins = participant.config.run.method != "local"
+        self.trains_alone = joins and participant.section.measure_alone
 
     # --- a message -------------------------------------------------------------------------------
 
@@ -101,6 +99,8 @@ class Method:
         trained = self.fit(task, instance)
         self.keep(task, instance)
         reply = TrainReply(trained.num_examples, trained.loss, trained.seconds, evaluation)
+        if privacy := self.participant.privacy:
+            reply = privacy.stated(reply, f"round {now}: client {self.participant.client_id}")
         return Content(reply.settings(), self.collect(task, instance))
 
     def _reply_evaluate(self, task: Received) -> Content:
@@ -141,9 +141,7 @@ class Method:
     def adapt(self, task: Received, instance: Instance) -> None:
         """Make the model what this client will use from now on (finish)."""
 
-    def final(self, task: Received, instance: Instance) -> Evaluation:
-        """Test what this client will use from now on (finish)."""
-        return evaluate(instance.model, self.data)
+    final = measure  # of what this client will use from now on (finish)
 
     def owned(self, instance: Instance) -> nn.Module:
         """Return what this client will use from now on (finish)."""
@@ -173,6 +171,8 @@ class Method:
         """Say who this is, how large its model is, and what else the method needs to know."""
         participant, needs = self.participant, self.participant.config.needs
         instance, num_classes, feature_dim, group = instance_of(self.kind), 0, 0, ""
+        if participant.privacy:
+            participant.privacy.require_fit(instance.model.module)
         if "num_classes" in needs:
             num_classes = self.data.num_classes
         if "feature_dim" in needs:
@@ -247,7 +247,7 @@ class Method:
     def train(self, task: Received, instance: Instance, loss: Loss | None = None) -> Trained:
         """Train as every method does; with a loss of the method's own, if any."""
         section, generator = self.training(task), self.shuffler("shuffle", task)
-        return train(instance.model, self.data, section, generator=generator, loss=loss)
+        return self.participant.train(instance.model, section, generator=generator, loss=loss)
 
     def training(self, task: Received) -> TrainingSection:
         """Return how a message wants local training, at the rate of its round."""
@@ -284,11 +284,6 @@ class Method:
 
 class Local(Method):
     """Everything as the base has it."""
-
-
-def buffers_of(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the buffers among what is kept of a model."""
-    return {k.removeprefix(BUFFER): x for k, x in kept.items() if k.startswith(BUFFER)}
 
 
 def as_array(x: Tensor) -> Float32:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from client_app.methods.base import BUFFER, Method, buffers_of
+from client_app.methods.base import Method
 from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
 from client_app.predictor import (
     Logits,
@@ -23,7 +23,7 @@ from client_app.predictor import (
     judge_both,
     teaching_weight,
 )
-from client_app.store import Residual, largest_with_residual, save_finite
+from client_app.store import BUFFER, Residual, buffers_of, largest_with_residual, save_finite
 from client_app.training.batched import Member, Outcome
 from client_app.training.loop import (
     FlatModel,
@@ -33,7 +33,6 @@ from client_app.training.loop import (
     delta,
     judged,
     logits_over,
-    train,
 )
 from common.compression import Float32
 from common.config import DistillSection
@@ -237,9 +236,8 @@ class MHpFedHN(Method):
         return instance
 
     def _train(self, role: Role, task: Received, instance: Instance) -> Trained:
-        return train(
+        return self.participant.train(
             instance.model,
-            self.data,
             self.training(task),
             generator=self.shuffler(role.shuffle, task),
             loss=self._loss(task) if role is PERSONAL else None,

@@ -20,6 +20,7 @@ CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
 """Keys of a run config that may name code, and those of the node config that win."""
 AS_RUN = "wins over the run config's"
 AUGMENTATIONS = ("flip", "crop")
+PRIVATE_METHODS = "MH-pFedHN, Local"
 
 
 def named_augmentations(text: str) -> tuple[str, ...]:
@@ -98,6 +99,17 @@ class ClientSection(Section):
     augmentation: Augmentation = key(
         "none", "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8)"
     )
+    dp_noise: float = key(
+        0.0,
+        "DP-SGD on the client: noise in units of dp-clip, so that no single training example "
+        "shows; of the run's and a participant's own the larger counts; 0: off",
+        where=PRIVATE_METHODS,
+        ge=0,
+    )
+    dp_clip: float = key(
+        1.0, "a single example's longer gradient is scaled down to it", where="dp-noise",
+        unit="norm", gt=0,
+    )  # fmt: skip
     device: str = key("auto", "auto, cpu, cuda:0")
     client_threads: int = key(1, "torch CPU threads of one client; 0: torch's own choice", ge=0)
     state_dir: str = key(
@@ -163,6 +175,8 @@ class NodeConfig(Section):
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
     augmentation: Augmentation | None = key(None, AS_RUN)
+    dp_noise: float | None = key(None, "counts where it is larger than the run config's", ge=0)
+    dp_clip: float | None = key(None, AS_RUN, unit="norm", gt=0)
     device: str | None = key(None, AS_RUN)
     client_threads: int | None = key(None, AS_RUN, ge=0)
     state_dir: str | None = key(None, AS_RUN)
@@ -234,8 +248,15 @@ class NodeConfig(Section):
         own = self.model_dump(by_alias=True, exclude_none=True)
         merged = {**run.flat(), **ClientSection.pick(own)}
         merged["num-partitions"] = self.num_partitions or run.num_partitions
+        merged["dp-noise"] = max(run.dp_noise, self.dp_noise or 0.0)
         if self.model:
             merged["models"] = self.model
         section = ClientSection.checked(merged, "node config")
         section.require_test_part("node config")
+        if section.dp_noise and self.client_id and not section.state_dir:
+            raise ConfigError(
+                f"node config: dp-noise = {section.dp_noise:g} needs a state-dir, where it is kept "
+                f"what was spent of the privacy of {self.client_id}'s examples: a restart would "
+                "forget it. Set state-dir."
+            )
         return section

@@ -57,6 +57,16 @@ class UpdateSection(Section):
         ge=0,
         le=1,
     )
+    user_dp_noise: float = key(
+        0.0,
+        "noise on what a group shares, in units of user-dp-clip by the number of updates, so that "
+        "no single client shows to others; no sharing by likeness; 0: off",
+        where="MH-pFedHN, MH-pFedHN-PG",
+        ge=0,
+    )
+    user_dp_clip: float = key(
+        1.0, "a longer delta is scaled down to it", where="user-dp-noise", unit="norm", gt=0
+    )
     server_lr: float = key(2e-4, "Adam's rate of trunk and heads", where=ADAM, ge=0)
     embedding_lr: float = key(2e-4, "Adam's rate of the embeddings", where=ADAM, ge=0)
     lr_decay_from: float = key(

@@ -13,7 +13,7 @@ from common.config.hypernet import HypernetSection, UpdateSection
 from common.config.run import RunSection, ScheduleSection
 from common.config.section import Scalar, Section, require_known
 from common.config.training import BaselineSection, DistillSection, TrainingSection
-from common.errors import ConfigError
+from common.errors import ConfigError, listing
 from common.methods import METHODS
 
 TITLES = {
@@ -27,6 +27,8 @@ TITLES = {
     "client": "clients that declare nothing themselves (a node config wins over all of this)",
     "wire": "on the wire",
 }
+PRIVATE_METHODS = ("mh-pfedhn", "mh-pfedhn-gd", "mh-pfedhn-pg", "local")
+"""Of which nothing leaves a client but what `client_app.training.private` trained, and counts."""
 FAR = 500
 """Steps of Adam over one standard deviation of the embeddings that are too many for a run."""
 
@@ -138,7 +140,9 @@ def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar]
     config = RunConfig.parse(own.admitted(dict(run)))
     training = config.training
     own.require_modest({"local-epochs": training.local_epochs, "batch-size": training.batch_size})
-    return Declared(config, own, own.client_section(config.client), own.identity)
+    section = own.client_section(config.client)
+    _require_private(config.run.method, section.dp_noise, "node config")
+    return Declared(config, own, section, own.identity)
 
 
 def _check_together(config: RunConfig) -> None:
@@ -160,8 +164,39 @@ def _check_together(config: RunConfig) -> None:
             f"run config: absent-clients = {config.client.absent_clients} of "
             f"{config.client.num_partitions} clients leaves nobody. Make it smaller."
         )
+    _require_private(config.run.method, config.client.dp_noise, "run config")
     _check_patience(config)
     _check_rates(config)
+    _check_user_privacy(config)
+
+
+def _require_private(method: str, noise: float, where: str) -> None:
+    if noise and method not in PRIVATE_METHODS:
+        raise ConfigError(
+            f"{where}: dp-noise = {noise:g}, but {method} sends more than what private training "
+            f"makes: nothing would bound it. Set method to one of {listing(PRIVATE_METHODS)}, or "
+            "dp-noise = 0."
+        )
+
+
+def _check_user_privacy(config: RunConfig) -> None:
+    u = config.update
+    if not u.user_dp_noise:
+        return
+    reasons = {
+        "server-rule = 'adam', whose steps it does not cover: set 'kernel'": u.server_rule
+        == "adam",
+        f"method = {config.run.method!r}; mh-pfedhn and mh-pfedhn-pg are covered": config.run.method
+        not in ("mh-pfedhn", "mh-pfedhn-pg"),
+        "clip-to-median > 0, by which every delta's length depends on the others': set 0": bool(
+            config.schedule.clip_to_median
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"run config: user-dp-noise = {u.user_dp_noise:g} does not go with {reason}."
+            )
 
 
 def _check_patience(config: RunConfig) -> None:

@@ -65,7 +65,7 @@ def round_line(row: Mapping[str, Any], *, rounds: int, left_s: float | None) -> 
         beside = "" if alone is None else f" (alone {100 * alone:.1f} %)"
         parts.append(f"accuracy {100 * accuracy:5.1f} %{beside}")
     for key, name in (("test_loss", "test loss"), ("train_loss", "train loss")):
-        if (loss := row.get(key)) is not None:
+        if (loss := row.get(key)) is not None and loss == loss:  # private training tells none
             parts.append(f"{name} {loss:.3f}")
     traffic = float(row.get("bytes_down", 0)) + float(row.get("bytes_up", 0))
     parts += [f"{traffic / 1e6:.1f} MB", f"{float(row.get('seconds_round', 0)):.1f} s"]

@@ -228,6 +228,10 @@ class Rule(ABC):
         """Return the rates of a gradient step of phi and of the embeddings; 0 where none is."""
         return 0.0, 0.0
 
+    def privacy_row(self) -> dict[str, float]:
+        """Return columns of metrics.jsonl that say what privacy was spent."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Export what the rule remembers: tensors, which stay shared, and JSON-able facts."""

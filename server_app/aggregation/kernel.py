@@ -37,7 +37,9 @@ from torch import Tensor
 
 from common.config import UpdateSection
 from common.serialization import required_tensor
+from common.user_privacy import UserPrivacy, clipped
 from server_app.aggregation.base import Moved, Rule
+from server_app.clients import GLOBAL_ID
 from server_app.hypernet.groups import GroupDeltas
 from server_app.hypernet.kernel import KernelNetwork
 
@@ -59,8 +61,24 @@ class Memory:
     steps: int = 0
 
 
+@dataclass(frozen=True)
+class Released(GroupDeltas):
+    """Deltas clipped for user-level privacy; `noised` (width,) stands for their mean."""
+
+    noised: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Their mean with the noise of one step."""
+        return self.noised
+
+
 class KernelRule(Rule):
-    """Moves a `KernelNetwork`."""
+    """Moves a `KernelNetwork`.
+
+    With `user-dp-noise` no embedding moves, so that the kernel stays the identity: what others see
+    of a client went through the noised mean (`common.user_privacy`).
+    """
 
     hypernet: KernelNetwork
 
@@ -69,6 +87,8 @@ class KernelRule(Rule):
     ) -> None:
         super().__init__(hypernet, section, total_rounds=total_rounds)
         self._memory: dict[str, Memory] = {}
+        noise, clip = section.user_dp_noise, section.user_dp_clip
+        self.privacy = UserPrivacy(noise, clip) if noise else None
 
     @torch.no_grad()
     def move(self, parts: Sequence[GroupDeltas], factor: float, *, is_global: bool) -> Moved:
@@ -77,7 +97,7 @@ class KernelRule(Rule):
         w_g's mean delta is followed whole, r = 1, which is FedAvg's step; it is like nobody.
         """
         network = self.hypernet
-        for part in parts:
+        for part in map(self._released, parts):
             num_clients, n = len(network.members(part.key)), len(part.deltas)
             memory, learns = self._memory_of(part), part.key not in self.frozen_groups
             beta, gain = gains(self.section.personal_gain, num_clients, memory.steps)
@@ -90,7 +110,7 @@ class KernelRule(Rule):
                 change = delta - memory.mean[: len(delta)]
                 if learns:
                     network.personal[client_id].sub_(change, alpha=gain * n * weight)
-                if not is_global:
+                if not is_global and self.privacy is None:
                     embedding = network.embeddings[client_id]
                     embedding += network.groups[part.key].sketch(change, len(embedding))
         return Moved()
@@ -99,6 +119,25 @@ class KernelRule(Rule):
         """See `Rule.free_unused`."""
         super().free_unused()
         self._memory = {k: m for k, m in self._memory.items() if k in self.hypernet.groups}
+
+    def _released(self, part: GroupDeltas) -> GroupDeltas:
+        """Clip each client's newest delta and noise their mean, where others may see it."""
+        privacy, (first, *_) = self.privacy, part.client_ids
+        own = self.hypernet.section.head_sharing == "own" and part.key.partition("-")[2] == first
+        if privacy is None or own:
+            return part
+        newest = dict(reversed([*zip(part.client_ids, part.deltas, strict=True)]))
+        deltas = [clipped(newest[client_id], privacy.clip) for client_id in sorted(newest)]
+        plain = GroupDeltas(
+            part.key,
+            part.width,
+            sorted(newest),
+            deltas,
+            torch.ones_like(part.shares[: len(deltas)]),
+        )
+        privacy.count(client_id.removeprefix(f"{GLOBAL_ID}/") for client_id in newest)
+        noised = plain.mean + privacy.noise_like(plain.mean, len(deltas))
+        return Released(part.key, part.width, plain.client_ids, deltas, plain.shares, noised)
 
     def _move_shared(
         self, part: GroupDeltas, memory: Memory, beta: float, portion: float, factor: float
@@ -126,7 +165,8 @@ class KernelRule(Rule):
             for name, x in (("velocity", memory.velocity), ("mean", memory.mean))
         }
         sizes = {key: [len(m.mean), m.steps] for key, m in sorted(self._memory.items())}
-        return tensors, {"kernel": sizes}
+        releases = {"releases": dict(self.privacy.releases)} if self.privacy else {}
+        return tensors, {"kernel": sizes, **releases}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore an exported state; see `Rule.load_state_dict`."""
@@ -139,6 +179,12 @@ class KernelRule(Rule):
             key: Memory(own("velocity", key, length), own("mean", key, length), steps)
             for key, (length, steps) in facts["kernel"].items()
         }
+        if self.privacy:
+            self.privacy.restore(facts.get("releases", {}))
+
+    def privacy_row(self) -> dict[str, float]:
+        """Return `user_epsilon`, where there is user-level privacy."""
+        return self.privacy.row() if self.privacy else {}
 
 
 def gains(rho: float, num_clients: int, steps: int) -> tuple[float, float]:

@@ -166,7 +166,7 @@ class MHpFedHN(Method[Deltas]):
         """Fused GD: one step for w_g, from the deltas that came with the personal ones."""
         if self._fused:
             self._learn_global(float(self._server_round))
-        return global_diagnostics(self._global_step)
+        return {**global_diagnostics(self._global_step), **self.rule.privacy_row()}
 
     def _learn_global(self, progress: float) -> None:
         """Take ONE server step on sum_i (n_i / sum n) J_g^T delta_g,i (method.md, Phase 1)."""

@@ -141,11 +141,14 @@ class RunFolder:
         left = (rounds - server_round) * sum(seconds) / len(seconds)
         found = f"accuracy {row['accuracy_micro']:.3f}" if "accuracy_micro" in row else "trained"
         found += f" (alone {row['accuracy_alone']:.3f})" if "accuracy_alone" in row else ""
+        for key in ("epsilon_max", "user_epsilon"):
+            found += f"  {key} {row[key]:.2f}" if key in row else ""
+        found += f"  loss {row['train_loss']:.3f}" if math.isfinite(row["train_loss"]) else ""
         lost = int(row["num_failed"] + row["num_unanswered"])
         return (
             f"round {server_round:>{len(str(rounds))}}/{rounds}  {found}  "
-            f"loss {row['train_loss']:.3f}  up {_mb(row['bytes_up'])} down {_mb(row['bytes_down'])}"
-            f"  {row['seconds_round']:.1f} s (server {row['seconds_server']:.1f} s)  "
+            f"up {_mb(row['bytes_up'])} down {_mb(row['bytes_down'])}  "
+            f"{row['seconds_round']:.1f} s (server {row['seconds_server']:.1f} s)  "
             f"left {_clock(left)}" + (f"  lost {lost} clients" if lost else "")
         )
 

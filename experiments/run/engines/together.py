@@ -58,7 +58,7 @@ class _Ready:
             return None
         try:
             participant = Participant.open(context)
-            if participant.config.is_baseline:
+            if participant.config.is_baseline or participant.privacy is not None:
                 return None
             task = participant.task(message.content)
             method = method_class(participant.config.run.method, "client_app")(participant)
