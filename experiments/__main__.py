@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from common.errors import MHpFedHNError
-from experiments.attacks.liars import add_liars_parser
+from experiments.attacks.command import add_attack_parser, add_liars_parser
 from experiments.bench import add_bench_parser
 from experiments.console import add_set_option, make_console, say
 from experiments.deploy.certificates import add_certs_parser
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add_join_parser(commands)
     add_serve_parser(commands)
     add_certs_parser(commands)
+    add_attack_parser(commands)
     add_bench_parser(commands)
     add_liars_parser(commands)
     return parser

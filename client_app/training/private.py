@@ -35,7 +35,7 @@ from client_app.training.loop import (
 from common.config import TrainingSection
 from common.errors import ModelError
 
-GRADIENT_BYTES = 64 * 2**20
+GRADIENT_BYTES = 16 * 2**20
 """Of the gradients of single examples that lie in memory at once."""
 
 

@@ -1,1 +1,1 @@
-"""Attacks on a federation that anybody can run: what each reaches, measured."""
+"""Attacks that anybody can run: what a run gives away, and what participants that lie reach."""

@@ -24,7 +24,7 @@ from common.errors import ConfigError, RunError, unknown_name
 from common.log import logger
 from common.messages import TRAIN
 from common.records import ARRAYS
-from experiments.console import add_set_option, make_console
+from experiments.console import make_console
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from experiments.run.presets import Preset
 
@@ -152,15 +152,3 @@ def measure(args: argparse.Namespace) -> int:
         table.add_row(str(count), *(f"{x:.3f}" for x in found))
     console.print(table)
     return 0
-
-
-def add_liars_parser(commands: Any) -> None:
-    """Add `liars` to the attacks."""
-    command = commands.add_parser("liars", help="what participants that lie do to the others")
-    command.add_argument("experiment", metavar="NAME|FILE.toml", help="see `mh-pfedhn list`")
-    command.add_argument("--honest", type=int, default=10, metavar="N", help="honest participants")
-    command.add_argument("--liars", type=int, nargs="+", default=[1, 2, 3], metavar="N")
-    command.add_argument("--lies", nargs="+", default=[*LIES], metavar="NAME", help=", ".join(LIES))
-    command.add_argument("--data-dir", metavar="DIR", help="local data instead of the hub")
-    add_set_option(command, "any key of the run config or of [engine]")
-    command.set_defaults(command=measure)

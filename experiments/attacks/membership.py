@@ -1,0 +1,157 @@
+"""Membership inference: whether an example was trained on.
+
+Members are a client's training examples, others those that it held back. Every score is higher
+where the attacker believes in membership; all victims' scores are pooled.
+
+- loss: how well the trained weights fit an example (Yeom et al. 2018);
+- loss difference: how much better than the weights that were sent;
+- gradient alignment: the cosine of an example's gradient, at the weights sent, with the delta;
+- LiRA (Carlini et al. 2022): shadow clients start from the weights sent and train, by the same
+  recipe, on a random half of the client's examples; an example's logit-scaled confidence under the
+  real delta is compared with those of shadows that had it and that had it not;
+- others: the loss under the weights that the server generates for another participant.
+
+Shapes: P parameters, N examples, K shadows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+from torch.nn import functional
+
+from client_app.training.private import PrivateStep
+from experiments.attacks.federation import (
+    Answer,
+    Federation,
+    losses,
+    members_and_others,
+    trained_on,
+)
+
+FALSE_POSITIVES = 0.01
+
+
+def attack(federation: Federation, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return AUC, and the true-positive rate at 1 % false positives, of every score."""
+    scores: dict[str, list[Tensor]] = defaultdict(list)
+    truth: list[Tensor] = []
+    victims = federation.clients(args.clients)
+    for client_id in victims:
+        for name, found in scores_of(federation, client_id, args.shadows).items():
+            scores[name].append(found)
+        truth.append(members_and_others(federation.participant(client_id).data)[2])
+    members = torch.cat(truth)
+    return [
+        {"seen_by": name.partition(":")[0], "score": name.partition(": ")[2],
+         **judged(torch.cat(found), members),
+         "members": int(members.sum()), "others": int((~members).sum())}
+        for name, found in scores.items()
+    ]  # fmt: skip
+
+
+def judged(scores: Tensor, members: Tensor) -> dict[str, float]:
+    """Return `auc` and `tpr_at_fpr_1_percent` of scores (N,) with the truth (N,)."""
+    rates, hits, _ = roc_curve(members.numpy(), scores.numpy())
+    few = hits[rates <= FALSE_POSITIVES]
+    auc = float(roc_auc_score(members.numpy(), scores.numpy()))
+    return {"auc": auc, "tpr_at_fpr_1_percent": float(few.max())}
+
+
+def scores_of(federation: Federation, client_id: str, num_shadows: int) -> Mapping[str, Tensor]:
+    """Return every attack's scores (N,) of one client's examples."""
+    data = federation.participant(client_id).data
+    images, labels, _ = members_and_others(data)
+    answer = federation.answer(client_id)
+    found: dict[str, Tensor] = {}
+    for model in answer.delta:
+        before = losses(federation.model(client_id, model, answer.sent[model]), images, labels)
+        after = losses(federation.model(client_id, model, answer.after(model)), images, labels)
+        found[f"server: loss, {model}"] = -after
+        found[f"server: loss difference, {model}"] = before - after
+        found[f"server: gradient alignment, {model}"] = alignment(
+            federation, client_id, model, answer
+        )
+    if num_shadows:
+        found["server: LiRA, own"] = lira(federation, client_id, answer, num_shadows)
+    other_id = _another(federation, client_id)
+    if other_id is not None:
+        for model, weights in federation.weights(other_id).items():
+            seen = losses(federation.model(other_id, model, weights), images, labels)
+            found[f"another participant: loss, {model}"] = -seen
+    return found
+
+
+def _another(federation: Federation, client_id: str) -> str | None:
+    """Return the next client."""
+    everybody = federation.clients()
+    other = everybody[(everybody.index(client_id) + 1) % len(everybody)]
+    return other if other != client_id else None
+
+
+def alignment(federation: Federation, client_id: str, name: str, answer: Answer) -> Tensor:
+    """Return the cosine (N,) of every example's gradient with the delta."""
+    model = federation.model(client_id, name, answer.sent[name])
+    data = federation.participant(client_id).data
+    images, labels, _ = members_and_others(data)
+    step = PrivateStep(model, federation.config.training, data.num_classes, 1.0)
+    delta, found = answer.delta[name], []
+    for rows in torch.split(torch.arange(len(labels)), 32):
+        gradients, _ = step.of_each(images[rows], labels[rows])
+        found.append(functional.cosine_similarity(gradients, delta[None]).double())
+    return torch.cat(found)
+
+
+def lira(federation: Federation, client_id: str, answer: Answer, num_shadows: int) -> Tensor:
+    """Return the log likelihood ratios (N,) of having been trained on, in this last message."""
+    data = federation.participant(client_id).data
+    images, labels, _ = members_and_others(data)
+    generator = torch.Generator().manual_seed(int(client_id))
+    halves: list[Tensor] = []
+    confidences: list[Tensor] = []
+    for _ in range(num_shadows):
+        rows = torch.randperm(len(labels), generator=generator)[: data.num_train]
+        half = torch.zeros(len(labels), dtype=torch.bool)
+        half[rows] = True
+        shadow = federation.answer(client_id, trained_on(data, rows))
+        halves.append(half)
+        confidences.append(_confidence(federation, client_id, shadow, images, labels))
+    seen = _confidence(federation, client_id, answer, images, labels)
+    return likelihood_ratio(seen, torch.stack(confidences), torch.stack(halves))
+
+
+def likelihood_ratio(seen: Tensor, confidences: Tensor, had_it: Tensor) -> Tensor:
+    """Compare confidences (N,) with those (K, N) of shadows, normal with and without the example.
+
+    One standard deviation for all examples, as for few shadows.
+    """
+    means: list[Tensor] = []
+    residuals: list[Tensor] = []
+    for group in (had_it, ~had_it):
+        count = group.sum(0).clamp(min=1)
+        mean = (confidences * group).sum(0) / count
+        means.append(torch.where(group.any(0), mean, confidences.mean(0)))
+        residuals.append((confidences - mean)[group])
+    variance = torch.cat(residuals).square().mean().clamp(min=1e-12)
+    inside, outside = ((seen - mean).square() for mean in means)
+    return (outside - inside) / (2 * variance)
+
+
+def _confidence(
+    federation: Federation, client_id: str, answer: Answer, images: Tensor, labels: Tensor
+) -> Tensor:
+    """Return log(p / (1 - p)) (N,) of the right class under the trained weights."""
+    model = federation.model(client_id, "own", answer.after("own"))
+    loss = losses(model, images, labels)
+    return -loss - torch.log(-torch.expm1(-loss.clamp(min=1e-9)))
+
+
+def best(rows: Sequence[Mapping[str, Any]], seen_by: str) -> float:
+    """Return the best AUC among the scores of one attacker."""
+    return max(float(row["auc"]) for row in rows if row["seen_by"] == seen_by)
