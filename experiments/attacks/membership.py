@@ -5,6 +5,8 @@ where the attacker believes in membership; all victims' scores are pooled.
 
 - loss: how well the trained weights fit an example (Yeom et al. 2018);
 - loss difference: how much better than the weights that were sent;
+- calibrated loss: how much better than the weights made for four others, which say how hard an
+  example is (Watson et al. 2022);
 - gradient alignment: the cosine of an example's gradient, at the weights sent, with the delta;
 - LiRA (Carlini et al. 2022): shadow clients start from the weights sent and train, by the same
   recipe, on a random half of the client's examples; an example's logit-scaled confidence under the
@@ -18,7 +20,8 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torch.nn import functional
 
+from client_app.training.loop import FlatModel
 from client_app.training.private import PrivateStep
 from experiments.attacks.federation import (
     Answer,
@@ -36,6 +40,7 @@ from experiments.attacks.federation import (
 )
 
 FALSE_POSITIVES = 0.01
+OTHERS = 4
 
 
 def attack(federation: Federation, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -75,24 +80,28 @@ def scores_of(federation: Federation, client_id: str, num_shadows: int) -> Mappi
         after = losses(federation.model(client_id, model, answer.after(model)), images, labels)
         found[f"server: loss, {model}"] = -after
         found[f"server: loss difference, {model}"] = before - after
+        hardness = [
+            losses(other, images, labels) for other in _others(federation, client_id, model)
+        ]
+        if hardness:
+            found[f"server: calibrated loss, {model}"] = torch.stack(hardness).mean(0) - after
         found[f"server: gradient alignment, {model}"] = alignment(
             federation, client_id, model, answer
         )
     if num_shadows:
         found["server: LiRA, own"] = lira(federation, client_id, answer, num_shadows)
-    other_id = _another(federation, client_id)
-    if other_id is not None:
-        for model, weights in federation.weights(other_id).items():
-            seen = losses(federation.model(other_id, model, weights), images, labels)
-            found[f"another participant: loss, {model}"] = -seen
+    for model in answer.delta:
+        for other in islice(_others(federation, client_id, model), 1):
+            found[f"another participant: loss, {model}"] = -losses(other, images, labels)
     return found
 
 
-def _another(federation: Federation, client_id: str) -> str | None:
-    """Return the next client."""
+def _others(federation: Federation, client_id: str, name: str) -> Iterator[FlatModel]:
+    """Yield the models generated for the next clients, each borrowed until the next is."""
     everybody = federation.clients()
-    other = everybody[(everybody.index(client_id) + 1) % len(everybody)]
-    return other if other != client_id else None
+    after = everybody.index(client_id) + 1
+    for other_id in (everybody[after:] + everybody[: after - 1])[:OTHERS]:
+        yield federation.model(other_id, name, federation.weights(other_id)[name])
 
 
 def alignment(federation: Federation, client_id: str, name: str, answer: Answer) -> Tensor:
@@ -150,8 +159,3 @@ def _confidence(
     model = federation.model(client_id, "own", answer.after("own"))
     loss = losses(model, images, labels)
     return -loss - torch.log(-torch.expm1(-loss.clamp(min=1e-9)))
-
-
-def best(rows: Sequence[Mapping[str, Any]], seen_by: str) -> float:
-    """Return the best AUC among the scores of one attacker."""
-    return max(float(row["auc"]) for row in rows if row["seen_by"] == seen_by)
