@@ -217,6 +217,14 @@ def check_training(trial: Trial) -> Finding:
             f"the loss of the first batches is {losses}; expected finite numbers. Check the "
             "model's initialisation and the data for NaN."
         )
+    if trial.section.dp_noise:
+        from client_app.training.private import PrivateStep, require_private
+        from common.accounting import require_accountant
+
+        require_accountant()
+        require_private(module)
+        step = PrivateStep(instance.model, training, data.num_classes, trial.section.dp_clip)
+        step.summed(*batches[0])
     with torch.no_grad():
         module.eval()(batches[0][0][:1])
     epoch = seconds * len(batches)

@@ -197,6 +197,13 @@ def test_each_failure_is_shown_and_what_depends_on_it_named(tmp_path: Path) -> N
     assert "is not a folder. Give the absolute path" in text
 
 
+def test_a_model_that_cannot_be_trained_privately_fails(tmp_path: Path) -> None:
+    good, text = checked(own(tmp_path, **{"dp-noise": 1.0}))
+    assert good is False
+    assert "✗ training     Normed has a BatchNorm (norm)" in text
+    assert checked(own(tmp_path, model=f"{tiny.HERE}:small", **{"dp-noise": 1.0}))[0]
+
+
 def from_one() -> tuple[Any, Any]:
     images, labels = tiny.patterns()
     return images, labels + 1
