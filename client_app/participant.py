@@ -77,8 +77,9 @@ class Participant:
 
         Raises ConfigError where a message asks for more than the participant's caps.
         """
-        asked = {"local-epochs": section.local_epochs, "batch-size": section.batch_size}
-        self.node.require_modest(asked)
+        epochs, batch, node = section.local_epochs, section.batch_size, self.node
+        if epochs > node.max_local_epochs or batch > node.max_batch_size:
+            node.require_modest({"local-epochs": epochs, "batch-size": batch})
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 

@@ -49,6 +49,13 @@ def bounded_counts(counts: Sequence[int], times: int) -> list[float]:
     return [float(min(count, most)) for count in counts]
 
 
+def micro_accuracy(counts: Sequence[tuple[int, int]]) -> float:
+    """Return correct over tested of all (tested, correct), nobody's above ten medians of tested."""
+    weights = bounded_counts([tested for tested, _ in counts], MOST_TESTED)
+    right = (w * correct / tested for w, (tested, correct) in zip(weights, counts, strict=True))
+    return sum(right) / sum(weights)
+
+
 class Recipient(NamedTuple):
     """Who a message goes to, and how many bytes of arrays the reply may bring."""
 

@@ -65,6 +65,18 @@ class RoundOutcome:
     too_stale: int = 0
     num_steps: int = 0
 
+    def counts(self) -> dict[str, float]:
+        """Return how many of each there were, as columns of metrics.jsonl."""
+        return {
+            "num_accepted": len(self.accepted),
+            "num_failed": len(self.failed),
+            "num_unanswered": len(self.unanswered) + len(self.skipped_busy),
+            "num_late_used": self.late_used,
+            "num_late_dropped": self.late_dropped,
+            "num_too_stale": self.too_stale,
+            "num_server_steps": self.num_steps,
+        }
+
 
 class Schedule:
     """Runs rounds over a transport; messages of stragglers stay in flight from round to round."""

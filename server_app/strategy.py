@@ -292,12 +292,6 @@ def _train_row(training: TrainingRound, outcome: RoundOutcome) -> dict[str, floa
         **({"epsilon_max": max(spent)} if spent else {}),
         "seconds_server": training.seconds_server,
         "seconds_clients": training.seconds_clients,
-        "num_accepted": len(outcome.accepted),
-        "num_failed": len(outcome.failed),
-        "num_unanswered": len(outcome.unanswered) + len(outcome.skipped_busy),
-        "num_late_used": outcome.late_used,
-        "num_late_dropped": outcome.late_dropped,
-        "num_too_stale": outcome.too_stale,
-        "num_server_steps": outcome.num_steps,
+        **outcome.counts(),
         **mean_diagnostics(training.diagnostics),
     }

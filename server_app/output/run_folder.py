@@ -26,7 +26,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import replace_file
 from common.log import logger
-from common.messages import ALONE, MOST_TESTED, Evaluation, Gain, bounded_counts
+from common.messages import ALONE, Evaluation, Gain, micro_accuracy
 
 LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
@@ -264,11 +264,11 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     """Summarise one evaluation of the federation; {} without any.
 
     accuracy_micro: sum of correct over sum of examples (the paper's metric), of which nobody's
-    are more than ten times the median; accuracy_macro: mean
-    over clients; accuracy_std: population standard deviation over clients; accuracy_worst10: mean
-    of the worst tenth of clients (at least one); test_loss: mean over examples, in nats;
-    accuracy_x: micro accuracy of a further predictor x; share_gaining: the fraction of clients
-    whose accuracy is higher than that of their model trained alone, of those who measured it.
+    are more than ten times the median; accuracy_macro: mean over clients; accuracy_std: population
+    standard deviation over clients; accuracy_worst10: mean of the worst tenth of clients (at least
+    one); test_loss: mean over examples, in nats; accuracy_x: micro accuracy of a further predictor
+    x; share_gaining: the fraction of clients whose accuracy is higher than that of their model
+    trained alone, of those who measured it.
     """
     if not evaluations:
         return {}
@@ -276,7 +276,7 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     accuracies = sorted(row.num_correct / row.num_test for row in rows)
     worst = accuracies[: max(1, math.ceil(0.1 * len(accuracies)))]
     return {
-        "accuracy_micro": _micro([(row.num_test, row.num_correct) for row in rows]),
+        "accuracy_micro": micro_accuracy([(row.num_test, row.num_correct) for row in rows]),
         "accuracy_macro": fmean(accuracies),
         "accuracy_std": pstdev(accuracies),
         "accuracy_worst10": fmean(worst),
@@ -285,19 +285,14 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     }
 
 
-def _micro(counts: Sequence[tuple[int, int]]) -> float:
-    """Return correct over tested of all (tested, correct)."""
-    weights = bounded_counts([tested for tested, _ in counts], MOST_TESTED)
-    right = (w * correct / tested for w, (tested, correct) in zip(weights, counts, strict=True))
-    return sum(right) / sum(weights)
-
-
 def _others(rows: Sequence[Evaluation]) -> dict[str, float]:
     """Summarise the further predictors, each over the clients that report it."""
     found: dict[str, float] = {}
     for name in dict.fromkeys(name for row in rows for name in row.others):
         having = [row for row in rows if name in row.others]
-        found[f"accuracy_{name}"] = _micro([(row.num_test, row.others[name]) for row in having])
+        found[f"accuracy_{name}"] = micro_accuracy(
+            [(row.num_test, row.others[name]) for row in having]
+        )
         if name == ALONE:
             found["share_gaining"] = fmean(row.num_correct > row.others[name] for row in having)
     return found
