@@ -188,9 +188,6 @@ def _check_user_privacy(config: RunConfig) -> None:
         == "adam",
         f"method = {config.run.method!r}; mh-pfedhn and mh-pfedhn-pg are covered": config.run.method
         not in ("mh-pfedhn", "mh-pfedhn-pg"),
-        "clip-to-median > 0, by which every delta's length depends on the others': set 0": bool(
-            config.schedule.clip_to_median
-        ),
     }
     for reason, holds in reasons.items():
         if holds:

@@ -60,7 +60,9 @@ class MHpFedHN(Method[Deltas]):
         rule, seed = config.update.server_rule, config.run.seed
         self.hypernet = make_network(rule, config.hypernet, seed=seed, device=device)
         self.rule = make_rule(self.hypernet, config.update, total_rounds=config.run.rounds)
-        self.clip = NormClip(config.schedule.clip_to_median)
+        # with a bound of its own, no delta's length may depend on the others'
+        fixed = config.update.user_dp_noise > 0
+        self.clip = NormClip(0.0 if fixed else config.schedule.clip_to_median)
         self._frozen_clients: set[str] = set()
         self._global_theta: Float32 | None = None
         self._global_uploads: dict[str, Upload[Float32]] = {}

@@ -54,6 +54,7 @@ STYLE: Any = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.9,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # names are participants' own: "$\\frac$" is text
     "savefig.dpi": 150,
 }
 

@@ -18,7 +18,7 @@ from tests.integration.test_resume import config_at, in_place
 from tests.support.outputs import assert_same_run, checkpoints, rows
 from tests.support.tiny import run_tiny
 
-KILLS = int(os.environ.get("MH_PFEDHN_KILLS", "8"))
+KILLS = int(os.environ.get("MH_PFEDHN_KILLS", "5"))
 """Over all schedules; 60 take two minutes."""
 PG = {"method": "mh-pfedhn-pg", "server_rule": "kernel", "validation_fraction": 0.1}
 SCHEDULES: dict[str, dict[str, Any]] = {

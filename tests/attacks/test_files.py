@@ -2,14 +2,20 @@
 
 import json
 import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, MHpFedHNError
+from experiments.report.clients import draw_clients
+from experiments.report.runs import find_run
 from server_app.output.checkpoint import load_checkpoint, save_checkpoint
-from tests.support.tiny import run_tiny, tiny_config
+from server_app.output.curves import draw_curves
+from tests.support.outputs import client_rows
+from tests.support.tiny import run_tiny, tiny_config, trusting
 
 
 def test_what_participants_keep_is_their_owners_alone(tmp_path: Path) -> None:
@@ -50,3 +56,30 @@ def test_a_whole_checkpoint_of_something_else_is_named(tmp_path: Path, meta: obj
     with pytest.raises(CheckpointError, match=rf"{made.name} is whole, but does not hold"):
         run_tiny(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+
+
+def test_a_name_that_looks_like_a_formula_is_drawn_as_it_stands(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rounds=1)
+    names = ("$\\frac$", "a_$x^{")
+    nodes = [{"client-id": n, "partition-id": i, **trusting(tmp_path)} for i, n in enumerate(names)]
+    run_tiny(config, node_configs=nodes)
+    assert {row["client_id"] for row in client_rows(config)} == set(names)
+    assert draw_clients(find_run(config.run.output_dir)).stat().st_size > 0
+    assert draw_curves(tmp_path / "run").stat().st_size > 0
+
+
+def test_a_full_disk_before_the_first_round_is_a_clear_error(tmp_path: Path) -> None:
+    """A tiny file system of its own; whoever may not mount one passes this over."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount")
+    try:
+        with suppress(OSError):
+            (disk / "full").write_bytes(bytes(2**17))
+        config = tiny_config(tmp_path, rounds=1, output_dir=str(disk / "run"))
+        with pytest.raises((MHpFedHNError, OSError), match=r"[Nn]o space|disk"):
+            run_tiny(config)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

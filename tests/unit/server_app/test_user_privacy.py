@@ -115,7 +115,6 @@ def test_two_servers_with_one_seed_draw_different_noise() -> None:
     [
         ({"server-rule": "adam"}, "server-rule = 'adam'"),
         ({"method": "mh-pfedhn-gd"}, "mh-pfedhn-gd"),
-        ({"clip-to-median": 2.0}, "clip-to-median"),
     ],
 )
 def test_what_it_does_not_cover_is_refused(changes: dict[str, object], reason: str) -> None:
