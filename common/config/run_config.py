@@ -180,20 +180,13 @@ def _require_private(method: str, noise: float, where: str) -> None:
 
 
 def _check_user_privacy(config: RunConfig) -> None:
-    u = config.update
-    if not u.user_dp_noise:
-        return
-    reasons = {
-        "server-rule = 'adam', whose steps it does not cover: set 'kernel'": u.server_rule
-        == "adam",
-        f"method = {config.run.method!r}; mh-pfedhn and mh-pfedhn-pg are covered": config.run.method
-        not in ("mh-pfedhn", "mh-pfedhn-pg"),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ConfigError(
-                f"run config: user-dp-noise = {u.user_dp_noise:g} does not go with {reason}."
-            )
+    noise, method, rule = config.update.user_dp_noise, config.run.method, config.update.server_rule
+    if noise and (rule != "kernel" or method not in ("mh-pfedhn", "mh-pfedhn-pg")):
+        raise ConfigError(
+            f"run config: user-dp-noise = {noise:g} covers mh-pfedhn and mh-pfedhn-pg with the "
+            f"kernel rule; this is method = {method!r} with server-rule = {rule!r}. Change these, "
+            "or set user-dp-noise = 0."
+        )
 
 
 def _check_patience(config: RunConfig) -> None:

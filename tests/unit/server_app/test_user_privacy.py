@@ -11,6 +11,7 @@ from common.user_privacy import UserPrivacy, clipped
 from server_app.aggregation.kernel import KernelRule
 from server_app.hypernet.groups import Update
 from server_app.hypernet.kernel import KernelNetwork
+from server_app.methods.mhpfedhn import MHpFedHN
 
 SIZE, CLIP, CLIENTS = 30, 0.5, tuple("abcd")
 
@@ -118,5 +119,15 @@ def test_two_servers_with_one_seed_draw_different_noise() -> None:
     ],
 )
 def test_what_it_does_not_cover_is_refused(changes: dict[str, object], reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"user-dp-noise = 1 does not go with .*{reason}"):
+    with pytest.raises(ConfigError, match=f"user-dp-noise = 1 covers .*{reason}"):
         RunConfig.parse({"user-dp-noise": 1.0, **changes})
+
+
+def test_the_median_of_others_lengths_clips_nobody() -> None:
+    shape = {"models": "mlp", "dataset": "digits"}
+    bounds = {"clip-to-median": 1.0, "user-dp-noise": 1.0}
+    long = [Update(c, torch.full((SIZE,), 1.0 + 9.0 * (c == "a"))) for c in CLIENTS]
+    for settings, kept in ((bounds, True), ({"clip-to-median": 1.0}, False)):
+        method = MHpFedHN(RunConfig.parse({"method": "mh-pfedhn", **shape, **settings}))
+        clipped_all = method.clip.clip_all(long, lambda _: "3")
+        assert torch.equal(clipped_all[0].delta, long[0].delta) == kept
