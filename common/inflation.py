@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Error, Message, Metadata
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
-from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
@@ -27,6 +28,10 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from common.errors import WireError
 
+METADATA = (
+    *("run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id"),
+    *("group_id", "created_at", "ttl"),
+)
 GRID = "flwr.superlink.grid.http_grid"
 LARGEST_HEAD = 2**20
 """Bytes of what says how an array is put together; a hundred thousand pieces fit in."""
@@ -92,7 +97,16 @@ def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
 
 
 def _reply_with_error(content: bytes, reason: str) -> Message:
-    """Make the reply that a reply is taken for that cannot be put together."""
-    metadata = ProtoMessage.FromString(get_object_body(content, Message)).metadata
+    """Make the reply that a reply is taken for that cannot be put together.
+
+    Where not even what it answers can be read, it answers nothing: its client has not replied.
+    """
+    try:
+        proto = ProtoMessage.FromString(get_object_body(content, Message)).metadata
+    except Exception:  # made up as well
+        proto = ProtoMetadata()
     error = Error(ErrorCode.MESSAGE_UNAVAILABLE, f"it cannot be put together: {reason:.300}")
-    return make_message(metadata_from_proto(metadata), error=error)
+    fields = {name: getattr(proto, name) for name in METADATA} | {
+        "message_type": SYSTEM_MESSAGE_TYPE
+    }
+    return make_message(Metadata(**fields), error=error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 from typing import NamedTuple, Self
 
 from common.config.section import Scalar
@@ -38,14 +38,14 @@ MOST_WEIGHT, MOST_TESTED = 3, 10
 
 
 def bounded_counts(counts: Sequence[int], times: int) -> list[float]:
-    """Return counts of examples, of which nobody's is more than so many times the median.
+    """Return counts of examples, of which nobody's is more than so many times the lower median.
 
     How many examples a participant has is its own claim.
 
     >>> bounded_counts([100, 120, 1000], 3)
     [100.0, 120.0, 360.0]
     """
-    most = times * median(counts)
+    most = times * median_low(counts)
     return [float(min(count, most)) for count in counts]
 
 

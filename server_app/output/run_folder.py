@@ -26,7 +26,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import replace_file
 from common.log import logger
-from common.messages import ALONE, Evaluation, Gain, micro_accuracy
+from common.messages import ALONE, MOST_TESTED, Evaluation, Gain, bounded_counts, micro_accuracy
 
 LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
@@ -275,12 +275,13 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     rows = [evaluations[client_id] for client_id in sorted(evaluations)]
     accuracies = sorted(row.num_correct / row.num_test for row in rows)
     worst = accuracies[: max(1, math.ceil(0.1 * len(accuracies)))]
+    weights = bounded_counts([row.num_test for row in rows], MOST_TESTED)
     return {
         "accuracy_micro": micro_accuracy([(row.num_test, row.num_correct) for row in rows]),
         "accuracy_macro": fmean(accuracies),
         "accuracy_std": pstdev(accuracies),
         "accuracy_worst10": fmean(worst),
-        "test_loss": weighted_mean((r.num_test, r.test_loss) for r in rows),
+        "test_loss": weighted_mean(zip(weights, (r.test_loss for r in rows), strict=True)),
         **_others(rows),
     }
 

@@ -108,6 +108,17 @@ def test_pieces_of_another_kind(grid: ModuleType, kind: str) -> None:
         assert reply.metadata.reply_to_message_id == "asked"
 
 
+@pytest.mark.parametrize("body", [b"\xff" * 20, b""])
+def test_a_reply_that_does_not_say_what_it_answers_harms_no_other(
+    grid: ModuleType, body: bytes
+) -> None:
+    reply = grid.inflate_object_from_contents(
+        "x", {"x": f"Message  {len(body)}\x00".encode() + body}
+    )
+    assert reply.has_error()
+    assert reply.metadata.reply_to_message_id == ""
+
+
 def test_the_pieces_of_a_reply_are_counted_while_they_come() -> None:
     pull = counted(lambda _: b"x" * 1000, 2500)
     assert len(pull("a")) + len(pull("b")) == 2000

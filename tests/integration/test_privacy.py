@@ -14,7 +14,7 @@ from client_app.store import FolderState
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, RunError
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
-from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
+from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config, trusting
 
 SMALL = {"models": f"{HERE}:small,{HERE}:wide", "server_rule": "kernel"}
 PRIVATE = {**SMALL, "dp_noise": 1.0, "measure_alone": True}
@@ -53,7 +53,8 @@ def test_every_model_that_saw_the_examples_counts(tmp_path: Path, method: str, m
 
 
 def test_epsilon_outlives_a_restart_and_the_next_federation(tmp_path: Path) -> None:
-    nodes = [{"client-id": "a", "partition-id": 0, "state-dir": str(tmp_path / "state")}]
+    own = {"state-dir": str(tmp_path / "state"), **trusting(tmp_path)}
+    nodes = [{"client-id": "a", "partition-id": 0, **own, "model": str(PRIVATE["models"])}]
     spent = []
     for name in ("one", "two"):
         config = tiny_config(tmp_path / name, **PRIVATE)
