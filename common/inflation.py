@@ -33,6 +33,8 @@ METADATA = (
     *("group_id", "created_at", "ttl"),
 )
 GRID = "flwr.superlink.grid.http_grid"
+PATIENCE_S = 30.0
+"""For pieces that a peer has announced and not sent; the whole server waits meanwhile."""
 LARGEST_HEAD = 2**20
 """Bytes of what says how an array is put together; a hundred thousand pieces fit in."""
 
@@ -50,6 +52,7 @@ def bound_replies(most_bytes: Callable[[], int]) -> None:
     pull, inflate = inflatable_utils.pull_objects, inflatable_utils.inflate_object_from_contents
 
     def pull_bounded(object_ids: list[str], pull_object_fn: Pull, **options: Any) -> Any:
+        options.setdefault("max_time", PATIENCE_S)
         return pull(object_ids, counted(pull_object_fn, most_bytes()), **options)
 
     def inflate_bounded(object_id: str, contents: dict[str, bytes], **options: Any) -> Any:
