@@ -180,7 +180,7 @@ class Registry:
                     f"from round {may_change} on. Keep one model for a run."
                 )
         except RegistrationError as error:
-            until = may_change if server_round < may_change else math.inf
+            until = max(may_change, server_round + CHANGE_ROUNDS)  # it may have been mended
             self._refused[node_id] = Refusal(str(error), holder, until_round=until)
             logger.error("Refused: %s", error)
             return None

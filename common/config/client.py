@@ -13,9 +13,12 @@ from common.errors import ConfigError, unknown_name
 SIMULATED = "engine inprocess"
 MACHINES = (
     *("data-dir", "cache-dir", "state-dir", "output-dir", "resume-from"),
-    *("device", "client-threads"),
+    *("device", "client-threads", "max-client-examples"),
 )
-"""Keys of a run config that are about a participant's own machine: a deployed one's alone."""
+"""Keys of a run config that are about a participant's own machine and data: a deployed one's alone.
+
+A server that could cut the examples to one would see that one's gradient.
+"""
 CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
 """Keys of a run config that may name code, and those of the node config that win."""
 AS_RUN = "wins over the run config's"
