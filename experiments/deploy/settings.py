@@ -129,8 +129,8 @@ class JoinSettings:
 
     @property
     def mark(self) -> str:
-        """What all processes of this participant carry in their environment."""
-        return str(self.folder / "flwr")
+        """What all that this process starts for the participant carries in its environment."""
+        return f"{self.folder / 'flwr'}#{os.getpid()}"
 
 
 def read_settings(args: argparse.Namespace) -> JoinSettings:
