@@ -16,14 +16,18 @@ from client_app.data.examples import ClientData, load_client_data
 from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
-from client_app.privacy import Privacy
+from client_app.privacy import Privacy, note_clear
 from client_app.store import ClientState, FolderState, open_state, personal_folder
 from client_app.training.loop import FlatModel, Loss, Trained, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import WireError
+from common.log import logger
 from common.messages import Evaluation
 from common.methods import method_class
 from common.records import Received, encode
+
+MOST_VERSIONS = 20
+"""Of what a deployed participant keeps, whatever `checkpoint-every` its server has."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,18 @@ class Participant:
         s = self.section
         if not s.dp_noise:
             return None
-        return Privacy(s.dp_noise, s.dp_clip, self.data.num_train, self.state)
+        return Privacy(
+            s.dp_noise, s.dp_clip, self.data.num_train, self.state, self.node.max_epsilon
+        )
+
+    @property
+    def tells_counts(self) -> bool:
+        """Whether the server is told what the held-back examples say of a model.
+
+        Not by a deployed participant that trains privately: weights that a server chooses would
+        read those examples out, without any epsilon. Simulated clients are there to be measured.
+        """
+        return not (self.section.dp_noise and self.node.client_id)
 
     def train(
         self,
@@ -99,11 +114,36 @@ class Participant:
         generator: torch.Generator,
         loss: Loss | None = None,
         clip: bool = True,
+        leaves: bool = True,
     ) -> Trained:
-        """Train in place as `training.loop.train`, or privately where that is declared."""
+        """Train in place as `training.loop.train`, or privately where that is declared.
+
+        What never leaves this participant, in any form, spends nothing.
+        """
         if privacy := self.privacy:
-            return privacy.train(model, self.data, section, loss)
+            return privacy.train(model, self.data, section, loss, leaves=leaves)
         return train(model, self.data, section, generator=generator, loss=loss, clip=clip)
+
+    def note_release(self) -> None:
+        """Write down, where there is a folder to do it in, that something leaves without noise."""
+        if isinstance(self.state, FolderState) and not self.privacy:
+            note_clear(self.state)
+
+    def told(self, found: Evaluation, server_round: int) -> Evaluation | None:
+        """Return what of a test the server is told; a deployed participant's log has it all."""
+        if self.node.client_id:
+            words = "round %d: client %s as received, of %d test examples: %s"
+            logger.info(words, server_round, self.client_id, found.num_test, found)
+        return found if self.tells_counts else None
+
+    @property
+    def keeps_rounds(self) -> int:
+        """For how many rounds a version of what is kept stays; a server asks for so many at most.
+
+        Twice `checkpoint-every`: the newest checkpoint may turn out to be damaged.
+        """
+        rounds = 2 * self.config.run.checkpoint_every
+        return min(rounds, MOST_VERSIONS) if self.node.client_id else rounds
 
     def store(self, module: nn.Module, evaluation: Evaluation) -> str:
         """Store the own model with the weights that it holds now; return their path.

@@ -69,7 +69,7 @@ class PersonalModel:
     data: ClientData
     evaluation: Evaluation
     common: str = ""
-    privacy: Mapping[str, float] = field(default_factory=dict)
+    privacy: Mapping[str, float | None] = field(default_factory=dict)
 
     def store(self, folder: Path, *, program: bool) -> Path:
         """Write the files; returns the path of the safetensors file.

@@ -1,11 +1,13 @@
 """What a participant has spent of its examples' privacy, kept as long as its state.
 
 The ledger outlives a federation: what left in one is not taken back by joining the next. It is
-written before anything leaves, so that no crash forgets a release.
+written before anything leaves, so that no crash forgets a release. A round without noise is in it
+as well, and there is no epsilon after one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from torch import nn
 from client_app.store import LEDGER, ClientState
 from common.accounting import Spent, delta_for, epsilon, require_accountant
 from common.config import TrainingSection
+from common.errors import ConfigError
 from common.log import logger
 from common.messages import TrainReply
 
@@ -29,14 +32,16 @@ if TYPE_CHECKING:
 class Privacy:
     """How a participant trains privately, and its ledger.
 
-    `noise` is the multiplier z, `clip` the norm C, `num_examples` those that are protected. `rng`
-    replaces the operating system's randomness in tests alone: the server knows the run's seed.
+    `noise` is the multiplier z, `clip` the norm C, `num_examples` those that are trained on; `most`
+    is the largest epsilon, 0: any. `rng` replaces the operating system's randomness in tests alone:
+    the server knows the run's seed.
     """
 
     noise: float
     clip: float
     num_examples: int
     state: ClientState
+    most: float = 0.0
     rng: np.random.Generator | None = None
 
     @property
@@ -52,29 +57,39 @@ class Privacy:
         return self.rng or np.random.default_rng()
 
     def spend(self, rate: float, steps: int) -> None:
-        """Add steps with a sampling rate to the ledger."""
-        spent = Counter({(s.noise, s.rate): s.steps for s in self.spent()})
-        spent[self.noise, rate] += steps
-        rows = [[*key, count] for key, count in sorted(spent.items())]
-        self.state.save(LEDGER, {"spent": torch.tensor(rows, dtype=torch.float64)})
+        """Add steps with a sampling rate to the ledger.
 
-    def spent(self) -> list[Spent]:
-        """Return all that was ever spent from this state."""
-        kept = self.state.load(LEDGER)
-        rows = [] if kept is None else kept["spent"].tolist()
-        return [Spent(noise, rate, int(steps)) for noise, rate, steps in rows]
+        Raises ConfigError, and spends nothing, where that were more than `most`.
+        """
+        after = [*spent_from(self.state), Spent(self.noise, rate, steps)]
+        if self.most and (wanted := epsilon(after, self.delta)) > self.most:
+            raise ConfigError(
+                f"this round would spend epsilon {wanted:.2f}; this participant's own file allows "
+                f"max-epsilon = {self.most:g}. It trains no more with these examples."
+            )
+        _write(self.state, after)
 
     def epsilon(self) -> float:
         """Return the epsilon of all that was spent, at `delta`."""
-        return epsilon(self.spent(), self.delta)
+        return epsilon(spent_from(self.state), self.delta)
 
     def train(
-        self, model: FlatModel, data: ClientData, section: TrainingSection, loss: Loss | None = None
+        self,
+        model: FlatModel,
+        data: ClientData,
+        section: TrainingSection,
+        loss: Loss | None = None,
+        *,
+        leaves: bool = True,
     ) -> Trained:
-        """Train in place by `training.private`; what is spent is in the ledger before it begins."""
+        """Train in place by `training.private`; what is spent is in the ledger before it begins.
+
+        Where nothing of the model ever leaves the participant, nothing is spent.
+        """
         from client_app.training.private import Mechanism, plan, train_privately  # torch.func
 
-        self.spend(*plan(section, data.num_train))
+        if leaves:
+            self.spend(*plan(section, data.num_train))
         mechanism = Mechanism(self.noise, self.clip, self.generator())
         return train_privately(model, data, section, mechanism, loss=loss)
 
@@ -89,8 +104,38 @@ class Privacy:
         """Replace a reply's loss by the epsilon that all of this state's training has spent."""
         spent = self.epsilon()
         logger.info("%s has spent epsilon %.2f at delta %.0e", who, spent, self.delta)
+        if spent == math.inf:
+            logger.warning(
+                "%s has no bound: its ledger holds rounds without noise. Only other examples, with "
+                "a new state-dir, have one.",
+                who,
+            )
         return replace(reply, train_loss=None, epsilon=spent)
 
-    def facts(self) -> dict[str, float]:
-        """Return what is written beside the personal model."""
-        return {"epsilon": self.epsilon(), "delta": self.delta, "dp_noise": self.noise}
+    def facts(self) -> dict[str, float | None]:
+        """Return what is written beside the personal model; no epsilon where there is no bound."""
+        spent = self.epsilon()
+        bound = None if spent == math.inf else spent
+        return {"epsilon": bound, "delta": self.delta, "dp_noise": self.noise}
+
+
+def spent_from(state: ClientState) -> list[Spent]:
+    """Return all that was ever spent from a state; raise ConfigError where it cannot be read."""
+    kept = state.load(LEDGER)
+    rows = [] if kept is None else kept["spent"].tolist()
+    return [Spent(noise, rate, int(steps)) for noise, rate, steps in rows]
+
+
+def note_clear(state: ClientState) -> None:
+    """Write into a participant's ledger, once, that something leaves it without noise."""
+    spent = spent_from(state)
+    if all(part.noise for part in spent):
+        _write(state, [*spent, Spent(0.0, 1.0, 1)])
+
+
+def _write(state: ClientState, spent: list[Spent]) -> None:
+    steps: Counter[tuple[float, float]] = Counter()
+    for part in spent:
+        steps[part.noise, part.rate] += part.steps
+    rows = [[*key, count] for key, count in sorted(steps.items())]
+    state.save(LEDGER, {"spent": torch.tensor(rows, dtype=torch.float64)})

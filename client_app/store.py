@@ -95,12 +95,22 @@ class FolderState:
             ) from error
 
     def load(self, name: str, *, before: int | None = None) -> Tensors | None:
-        """Return a group of tensors, or None when there is none or it is damaged."""
+        """Return a group of tensors, or None when there is none or it is damaged.
+
+        Raises ConfigError where the ledger is damaged: that nothing was spent would be a lie.
+        """
         if before is None:
-            return _read(self.folder / f"{name}.safetensors")
+            path = self.folder / f"{name}.safetensors"
+            found = _read(path)
+            if found is None and name == LEDGER and path.exists():
+                raise ConfigError(
+                    f"{path} is damaged: what was spent of these examples' privacy is not known. "
+                    "Restore it from a copy, or start with other examples and a new state-dir."
+                )
+            return found
         versions = self._versions(name)
-        found = (_read(versions[r]) for r in sorted(versions, reverse=True) if r < before)
-        return next((tensors for tensors in found if tensors is not None), None)
+        older = (_read(versions[r]) for r in sorted(versions, reverse=True) if r < before)
+        return next((tensors for tensors in older if tensors is not None), None)
 
     def save(self, name: str, tensors: Mapping[str, Tensor], *, stamp: Stamp | None = None) -> None:
         """Replace a group of tensors, or add a version and drop those that nobody will ask for."""

@@ -30,7 +30,7 @@ LEAST_NOISE, MOST_NOISE = 0.2, 1e4
 
 
 class Spent(NamedTuple):
-    """So many releases with a noise multiplier z and a sampling rate q."""
+    """So many releases with a noise multiplier z, 0: in the clear, and a sampling rate q."""
 
     noise: float
     rate: float
@@ -47,13 +47,15 @@ def delta_for(num_examples: int) -> float:
 
 
 def epsilon(spent: Iterable[Spent], delta: float) -> float:
-    """Return the epsilon of all these releases together, 0 for none.
+    """Return the epsilon of all these releases together: 0 for none, inf where one had no noise.
 
     Raises ConfigError where Opacus is not installed.
     """
     parts = [part for part in spent if part.steps]
     if not parts:
         return 0.0
+    if not all(part.noise for part in parts):
+        return math.inf
     rdp = require_accountant()
     losses: Any = sum(
         rdp.compute_rdp(q=p.rate, noise_multiplier=p.noise, steps=p.steps, orders=ORDERS)
@@ -66,8 +68,16 @@ def epsilon(spent: Iterable[Spent], delta: float) -> float:
 
 
 def noise_for(wanted: float, *, rate: float, steps: int, delta: float) -> float:
-    """Return the least noise multiplier, to 1 in 1000, whose epsilon is at most `wanted`."""
+    """Return the least noise multiplier, to 1 in 1000, whose epsilon is at most `wanted`.
+
+    Raises ConfigError where no multiplier from 0.2 to 10,000 has it.
+    """
     low, high = LEAST_NOISE, MOST_NOISE
+    if not epsilon([Spent(high, rate, steps)], delta) <= wanted:
+        raise ConfigError(
+            f"epsilon {wanted:g} over {steps} steps needs a noise multiplier above {MOST_NOISE:g}. "
+            "Ask for a larger epsilon, or for fewer steps."
+        )
     while high / low > 1.001:
         middle = (low * high) ** 0.5
         enough = epsilon([Spent(middle, rate, steps)], delta) <= wanted

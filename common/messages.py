@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 from common.config.section import Scalar
 from common.errors import WireError
-from common.records import LARGEST, Header, Received
+from common.records import Header, Received
 
 REGISTER = "query.register"
 TRAIN = "train.personal"
@@ -33,6 +33,8 @@ MOST_EXAMPLES = 2**24
 """That a participant may claim; float32 counts so far exactly."""
 MOST_LOSS = MOST_SECONDS = 1e6
 """Of what a client measures; a loss is not negative."""
+MOST_EPSILON = 1e6
+"""As which "no bound at all" travels, too."""
 MOST_WEIGHT, MOST_TESTED = 3, 10
 """Of one participant in a mean of models, and in an accuracy, as multiples of the median."""
 
@@ -169,6 +171,19 @@ class Evaluation:
             found["gain"] = (self.num_correct - self.others[ALONE]) / self.num_test
         return found
 
+    def __str__(self) -> str:
+        """Write the accuracies as a line.
+
+        >>> print(Evaluation(10, 8, 0.5, others={ALONE: 7}))
+        accuracy 0.800, accuracy_alone 0.700, gain 0.100
+        """
+        return ", ".join(f"{name} {value:.3f}" for name, value in self.accuracies().items())
+
+    @classmethod
+    def read_if_told(cls, reply: Received, others: Iterable[str] = ()) -> Self | None:
+        """Read test counts; None of who trains privately, and keeps them to itself."""
+        return cls.read(reply, others) if reply.has_setting("num-test") else None
+
     @classmethod
     def read(cls, reply: Received, others: Iterable[str] = ()) -> Self:
         """Read and check test counts: 0 <= num_correct <= num_test, also of other predictors."""
@@ -222,7 +237,8 @@ class Gain:
 class TrainReply:
     """What a client measured while it trained; its vectors travel beside it.
 
-    Who trains privately sends no loss, which would tell of its examples, but the `epsilon` spent.
+    Who trains privately sends neither loss nor test counts, which would tell of its examples, but
+    the `epsilon` spent.
     """
 
     num_examples: int
@@ -234,7 +250,8 @@ class TrainReply:
     def settings(self) -> dict[str, Scalar]:
         """Return the keys that stand for it."""
         tested = self.evaluation.settings() if self.evaluation else {}
-        measured = {"train-loss": self.train_loss, "epsilon": self.epsilon}
+        spent = None if self.epsilon is None else min(self.epsilon, MOST_EPSILON)
+        measured = {"train-loss": self.train_loss, "epsilon": spent}
         return {
             **tested,
             "num-examples": self.num_examples,
@@ -245,11 +262,11 @@ class TrainReply:
     @classmethod
     def read(cls, reply: Received, *, most: int, others: Iterable[str] = ()) -> Self:
         """Read and check; nobody trains on more than the `most` examples that it registered."""
-        tested, private = reply.has_setting("num-test"), reply.has_setting("epsilon")
+        private = reply.has_setting("epsilon")
         return cls(
             num_examples=reply.count("num-examples", least=1, most=most),
             train_loss=None if private else reply.number("train-loss", most=MOST_LOSS),
             seconds=reply.number("seconds", most=MOST_SECONDS),
-            evaluation=Evaluation.read(reply, others) if tested else None,
-            epsilon=reply.number("epsilon", most=LARGEST) if private else None,
+            evaluation=Evaluation.read_if_told(reply, others),
+            epsilon=reply.number("epsilon", most=MOST_EPSILON) if private else None,
         )

@@ -82,6 +82,7 @@ class Server:
             "federation-id": self.transport.federation_id,
             "method": run.method,
             "seed": run.seed,
+            "user-privacy": _user_privacy(self.method.config),
             "server-rule": self.method.config.update.server_rule,
             "measure-alone": self.method.config.client.measure_alone,
             "num-steps": self.method.num_steps,
@@ -151,6 +152,12 @@ class Server:
         logger.warning("%s Final models are handed out, nothing else.", message)
 
 
+def _user_privacy(config: RunConfig) -> list[float]:
+    """Return noise and clip of user-level privacy, zeros without."""
+    update = config.update
+    return [update.user_dp_noise, update.user_dp_clip] if update.user_dp_noise else [0.0, 0.0]
+
+
 def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Raise CheckpointError where a run cannot go on with what another method or start learned.
 
@@ -162,6 +169,13 @@ def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
         raise CheckpointError(
             f"{checkpoint.path} was written by method {meta['method']}; this run is "
             f"{run.method}. Set method to the checkpoint's to resume."
+        )
+    private, now = meta["user-privacy"], _user_privacy(config)
+    if private != now:
+        raise CheckpointError(
+            f"{checkpoint.path} was learned with user-dp-noise = {private[0]:g} and user-dp-clip = "
+            f"{private[1]:g}; this run has {now[0]:g} and {now[1]:g}. What a run released before "
+            "cannot be made private, or more so, afterwards. Set both as they were to resume."
         )
     rule, seed, wanted = meta["server-rule"], int(meta["seed"]), config.update.server_rule
     has_rule = not METHODS[run.method].is_baseline

@@ -207,7 +207,7 @@ class Rounds:
         training.seconds_server += time.monotonic()
         evaluations = training.evaluations
         if last or (run.evaluation == "separate" and server_round % run.evaluate_every == 0):
-            read = partial(Evaluation.read, others=self._method.others)
+            read = partial(Evaluation.read_if_told, others=self._method.others)
             evaluations = self._ask(clients, server_round, messages.EVALUATE, read)
         self._folder.note_clients(self._client_rows(evaluations))
         self._registry.ask_again(transport.misfits)  # perhaps their model changed
@@ -230,9 +230,9 @@ class Rounds:
         clients: list[Client],
         server_round: int,
         message_type: str,
-        read: Callable[[Received], T],
+        read: Callable[[Received], T | None],
     ) -> dict[str, T]:
-        """Send everyone who is free the newest weights; return the good replies by client_id."""
+        """Send all who are free the newest weights; return what good ones tell, by client."""
         transport, busy = self._transport, self._transport.busy_nodes()
         free = [client for client in clients if client.node_id not in busy]
         contents = self._method.contents(free, training=False)

@@ -81,19 +81,21 @@ class Method:
         }
         if message_type not in handlers:
             raise WireError(unknown_name("message type", message_type, handlers))
-        return handlers[message_type](task)
+        content = handlers[message_type](task)
+        if message_type in (TRAIN, EVALUATE):
+            self.participant.note_release()
+        return content
 
     def _reply_register(self, task: Received) -> Content:
         return Content(self.declare().settings())
 
     def _reply_train(self, task: Received) -> Content:
         """Test what came, where asked; train it, keep what stays here, send the rest."""
-        now, evaluation = task.header.server_round, None
-        if task.flag(EVALUATE_FIRST):
-            evaluation = self._tested(task, before=now)
+        now = task.header.server_round
+        evaluation = self._told(task, before=now) if task.flag(EVALUATE_FIRST) else None
         if self.trains_alone and (THETA in task or not task.flag(TRAIN_GLOBAL)):
             alone = self._ready_alone(task, before=now)
-            self.train(task, alone)
+            self.train(task, alone, leaves=self.participant.tells_counts)
             self.save(ALONE, task, alone, theta=True)
         instance = self.ready(task, before=now)
         trained = self.fit(task, instance)
@@ -104,10 +106,13 @@ class Method:
         return Content(reply.settings(), self.collect(task, instance))
 
     def _reply_evaluate(self, task: Received) -> Content:
-        return Content(self._tested(task, before=task.header.server_round + 1).settings())
+        found = self._told(task, before=task.header.server_round + 1)
+        return Content(found.settings() if found else {})
 
-    def _tested(self, task: Received, *, before: int) -> Evaluation:
-        return self._beside_alone(self.measure(task, self.ready(task, before=before)), task)
+    def _told(self, task: Received, *, before: int) -> Evaluation | None:
+        """Test what came; return what of it the server is told."""
+        found = self._beside_alone(self.measure(task, self.ready(task, before=before)), task)
+        return self.participant.told(found, task.header.server_round)
 
     def _reply_finish(self, task: Received) -> Content:
         """Store the personal model, and say where."""
@@ -161,8 +166,7 @@ class Method:
     def _ready_alone(self, task: Received, *, before: int) -> Instance:
         instance = instance_of(replace(self.kind, role=ALONE))
         kept = self.load(ALONE, task, instance, before=before, drops_as=Method.own)
-        seed = stream_seed(self.participant.config.run.seed, "first-theta")
-        self.load_theta(instance, kept, seed)
+        self.load_theta(instance, kept)
         return instance
 
     # --- around them -----------------------------------------------------------------------------
@@ -170,11 +174,10 @@ class Method:
     def declare(self) -> Registration:
         """Say who this is, how large its model is, and what else the method needs to know."""
         participant, needs = self.participant, self.participant.config.needs
-        instance, num_classes, feature_dim, group = instance_of(self.kind), 0, 0, ""
+        instance, feature_dim, group = instance_of(self.kind), 0, ""
         if participant.privacy:
             participant.privacy.require_fit(instance.model.module)
-        if "num_classes" in needs:
-            num_classes = self.data.num_classes
+        num_classes = self.data.num_classes if "num_classes" in needs else 0
         if "feature_dim" in needs:
             images = self.data.normalise(self.data.test_images[:2])
             head = require_head_is_last(instance.model.module, images, num_classes)
@@ -203,8 +206,7 @@ class Method:
         instance = instance_of(self.kind)
         kept = self.load(self.own, task, instance, before=before)
         if self.keeps_theta or THETA not in task:
-            seed = stream_seed(self.participant.config.run.seed, "first-theta")
-            self.load_theta(instance, kept, seed)
+            self.load_theta(instance, kept)
         self.receive(task, instance)
         return instance
 
@@ -218,16 +220,19 @@ class Method:
 
     def dropout_seed(self, name: str, task: Received) -> int:
         """Return the seed of what a model drops in this round."""
-        seed, now = self.participant.config.run.seed, task.header.server_round
-        return stream_seed(seed, f"dropout/{name}", now, self.participant.client_id)
+        who, seed = self.participant.client_id, self.participant.config.run.seed
+        return stream_seed(seed, f"dropout/{name}", task.header.server_round, who)
 
-    def load_theta(self, instance: Instance, kept: Mapping[str, Tensor], seed: int) -> None:
-        """Load kept weights; what is missing or of another size starts as drawn from the seed.
+    def load_theta(
+        self, instance: Instance, kept: Mapping[str, Tensor], purpose: str = "first-theta"
+    ) -> None:
+        """Load kept weights; what is missing or of another size starts as drawn for a purpose.
 
         The first weights are the same for all clients of one architecture.
         """
         theta = kept.get(THETA)
         if theta is None or theta.shape != instance.model.theta.shape:
+            seed = stream_seed(self.participant.config.run.seed, purpose)
             theta = draw_theta(instance.kind, seed)
         instance.model.load(theta.to(self.participant.device))
 
@@ -240,14 +245,16 @@ class Method:
 
     def stamp(self, task: Received) -> Stamp:
         """Return the stamp of what is kept now."""
-        # twice: the newest checkpoint may turn out to be damaged
-        rounds = 2 * self.participant.config.run.checkpoint_every
-        return Stamp(task.header.server_round, rounds)
+        return Stamp(task.header.server_round, self.participant.keeps_rounds)
 
-    def train(self, task: Received, instance: Instance, loss: Loss | None = None) -> Trained:
+    def train(
+        self, task: Received, instance: Instance, loss: Loss | None = None, *, leaves: bool = True
+    ) -> Trained:
         """Train as every method does; with a loss of the method's own, if any."""
         section, generator = self.training(task), self.shuffler("shuffle", task)
-        return self.participant.train(instance.model, section, generator=generator, loss=loss)
+        return self.participant.train(
+            instance.model, section, generator=generator, loss=loss, leaves=leaves
+        )
 
     def training(self, task: Received) -> TrainingSection:
         """Return how a message wants local training, at the rate of its round."""
@@ -256,9 +263,9 @@ class Method:
 
     def shuffler(self, purpose: str, task: Received) -> torch.Generator:
         """Make the generator that shuffles the examples; every method draws the same orders."""
-        seed, now = self.participant.config.run.seed, task.header.server_round
-        client_id = self.participant.client_id
-        return torch_generator(seed, purpose, server_round=now, client_id=client_id)
+        who, seed = self.participant.client_id, self.participant.config.run.seed
+        now = task.header.server_round
+        return torch_generator(seed, purpose, server_round=now, client_id=who)
 
     def head(self, instance: Instance) -> Head:
         """Find the own model's head."""

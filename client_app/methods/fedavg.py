@@ -29,7 +29,6 @@ from client_app.training.loop import (
 )
 from common.messages import EVALUATE_FIRST, THETA, Evaluation
 from common.records import Arrays, Received
-from common.seeding import stream_seed
 
 AUXILIARY = "auxiliary_model"
 LABEL_WEIGHTS = (0.5, 0.5)
@@ -114,8 +113,7 @@ class FML(Method):
         if THETA in task:
             instance.model.load(self.vector(task, THETA, instance.model.num_parameters))
         else:
-            seed = stream_seed(self.participant.config.run.seed, "first-auxiliary")
-            self.load_theta(instance, kept, seed)
+            self.load_theta(instance, kept, "first-auxiliary")
         return instance
 
     def _train_both(self, task: Received, instance: Instance, auxiliary: Instance) -> Trained:
@@ -180,7 +178,7 @@ class LocalEnsemble(Method):
     def _second(self, task: Received, *, before: int) -> Instance:
         instance = instance_of(self.global_kind)
         kept = self.load(AUXILIARY, task, instance, before=before)
-        self.load_theta(instance, kept, stream_seed(self.participant.config.run.seed, AUXILIARY))
+        self.load_theta(instance, kept, AUXILIARY)
         return instance
 
 

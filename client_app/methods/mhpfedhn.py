@@ -25,15 +25,7 @@ from client_app.predictor import (
 )
 from client_app.store import BUFFER, Residual, buffers_of, largest_with_residual, save_finite
 from client_app.training.batched import Member, Outcome
-from client_app.training.loop import (
-    FlatModel,
-    Loss,
-    Teacher,
-    Trained,
-    delta,
-    judged,
-    logits_over,
-)
+from client_app.training.loop import FlatModel, Loss, Teacher, Trained, delta, judged, logits_over
 from common.compression import Float32
 from common.config import DistillSection
 from common.errors import WireError
@@ -249,8 +241,8 @@ class MHpFedHN(Method):
         if theta is None or not task.flag(DISTIL):
             return None
         teacher, section = self.teacher(theta, task), task.section(DistillSection)
-        models, data = (instance_of(self.kind).model, teacher), self.data
-        said = (logits_over(model, data, validation=True) for model in models)  # read if needed
+        models = (instance_of(self.kind).model, teacher)
+        said = (logits_over(model, self.data, validation=True) for model in models)  # if needed
         alpha = self.teaching_weight(section.distill_alpha, lambda: said)
         return Teacher(teacher.module, alpha, section.distill_temperature).loss if alpha else None
 
@@ -277,7 +269,12 @@ class MHpFedHNPG(MHpFedHN):
         return model
 
     def teaching_weight(self, most: float, said: Callable[[], Iterable[Tensor]]) -> float:
-        """Measure on the validation examples how much better the teacher is, before training."""
+        """Measure on the validation examples how much better the teacher is, before training.
+
+        None teaches where training is private: what those examples say would leave with the delta.
+        """
+        if self.participant.privacy:
+            return 0.0
         own, common = said()
         return teaching_weight(own, common, self.data.validation_labels, most=most)
 

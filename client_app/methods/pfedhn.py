@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
 
@@ -21,13 +22,19 @@ class PFedHN(FedAvg):
     """As FedAvg, but the weights are its own, and training is counted in batches."""
 
     def fit(self, task: Received, instance: Instance) -> Trained:
-        """Train `pfedhn-batches` batches; 0 means the epochs of every other method."""
-        if not self.settings.pfedhn_batches:
+        """Train `pfedhn-batches` batches; 0 means the epochs of every other method.
+
+        Raises ConfigError where they are more passes than the participant's cap.
+        """
+        batches, section = self.settings.pfedhn_batches, self.training(task)
+        if not batches:
             return self.train(task, instance)
+        passes = math.ceil(batches * section.batch_size / self.data.num_train)
+        self.participant.node.require_modest({"local-epochs": passes})
         return train(
             instance.model,
-            BatchBudget(self.data, self.settings.pfedhn_batches),
-            self.training(task).model_copy(update={"local_epochs": 1}),
+            BatchBudget(self.data, batches),
+            section.model_copy(update={"local_epochs": 1}),
             generator=self.shuffler("shuffle", task),
         )
 

@@ -11,14 +11,28 @@ from common.config.section import Scalar, Section, key
 from common.errors import ConfigError, unknown_name
 
 SIMULATED = "engine inprocess"
-MACHINES = (
-    *("data-dir", "cache-dir", "state-dir", "output-dir", "resume-from"),
-    *("device", "client-threads", "max-client-examples"),
+ASKED = frozenset(
+    {
+        *("method", "rounds", "seed", "checkpoint-every", "server-rule", "head-sharing", "gd-mode"),
+        *("local-epochs", "batch-size", "optimizer", "learning-rate", "learning-rate-final"),
+        *("momentum", "weight-decay", "label-smoothing", "client-clip-norm", "training-precision"),
+        *("models", "dataset", "global-model", "distill-alpha", "distill-temperature"),
+        *("fedprox-mu", "prototype-weight", "pfedhn-batches"),
+        *("test-fraction", "validation-fraction", "image-size", "augmentation", "measure-alone"),
+        *("dp-noise", "dp-clip", "wire-precision", "uplink-top-k"),
+    }
 )
-"""Keys of a run config that are about a participant's own machine and data: a deployed one's alone.
-
-A server that could cut the examples to one would see that one's gradient.
-"""
+"""All that a run config may say to a participant with a client-id: nothing of its machine, nor of
+which of its examples it uses. A server that could cut them to one would see that one's gradient."""
+DIVIDED = frozenset(
+    {
+        *("partition", "num-partitions", "classes-per-client", "dirichlet-alpha"),
+        *("min-client-examples", "partition-options"),
+    }
+)
+"""And how a data set is divided, to one whose own file says which part of it is its own."""
+MOST_ASKED = {"image-size": 256, "test-fraction": 0.5, "validation-fraction": 0.5}
+"""Beyond these a participant's own file has to name the value."""
 CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
 """Keys of a run config that may name code, and those of the node config that win."""
 AS_RUN = "wins over the run config's"
@@ -193,6 +207,13 @@ class NodeConfig(Section):
         1024, "the most batch-size that a server may ask of a participant with a client-id", ge=1
     )
 
+    max_epsilon: float = key(
+        0.0,
+        "training that would spend more privacy is refused; 0: no limit",
+        where="dp-noise",
+        ge=0,
+    )
+
     @classmethod
     def parse(cls, flat: Mapping[str, Any]) -> Self:
         """Build the node config; raise ConfigError on an unknown key or a bad value."""
@@ -212,9 +233,9 @@ class NodeConfig(Section):
     def admitted(self, asked: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Return what a deployed participant takes of a server's run config, by key.
 
-        Nothing about its own machine; and where the server names code, only what the participant
-        named itself. Raises ConfigError where the server names other code. A simulated client,
-        without a client-id, takes everything.
+        A closed list, with bounds; and where the server names code, only what the participant named
+        itself. Raises ConfigError where the server asks for more, or names other code. A simulated
+        client, without a client-id, takes everything.
         """
         if not self.client_id:
             return dict(asked)
@@ -224,11 +245,19 @@ class NodeConfig(Section):
             differs = bool(own[mine]) and name == "global-model" and own[mine] != named
             if differs or (":" in named and not own[mine]):
                 raise ConfigError(
-                    f"client {self.client_id}: the server's run config names {name} = {named!r}; "
-                    f"this participant's own file has {mine} = {own[mine] or 'none'!r}. Only code "
-                    f"that a participant has named itself is run: set {mine} there if you trust it."
+                    f"client {self.client_id}: the server's run config names {name} = {named!r}, "
+                    f"and this participant's own file does not. Only code that a participant has "
+                    f"named itself is run: set {mine} there if you trust it."
                 )
-        return {name: value for name, value in asked.items() if name not in MACHINES}
+        for name, most in MOST_ASKED.items():
+            if own[name] is None and float(asked.get(name, 0)) > most:
+                raise ConfigError(
+                    f"client {self.client_id}: the server's run config asks for {name} = "
+                    f"{asked[name]}; beyond {most} this participant's own file has to set {name}."
+                )
+        taken = ASKED | DIVIDED if self.partition_id >= 0 or self.partition else ASKED
+        whole = {} if taken > ASKED else {"partition": "none"}
+        return whole | {name: value for name, value in asked.items() if name in taken}
 
     def require_modest(self, asked: Mapping[str, int]) -> None:
         """Raise ConfigError where a run config asks for more than this participant's caps.

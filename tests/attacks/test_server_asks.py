@@ -4,25 +4,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 
+from client_app.participant import MOST_VERSIONS, Participant
 from common.config import RunConfig
+from common.config.client import ASKED, DIVIDED
 from common.config.run_config import Declared, declared
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError
 from tests.support.outputs import rows
-from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
+from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config, trusting
 
 OWN = {"client-id": "a"}
 
 
-def ask(run: Mapping[str, int | str], node: Mapping[str, str | int]) -> Declared:
+def ask(run: Mapping[str, int | float | str], node: Mapping[str, str | int | float]) -> Declared:
     return declared(tuple(RunConfig.parse(run).flat().items()), tuple(node.items()))
 
 
 @pytest.mark.parametrize("key", ["models", "dataset", "global-model"])
 def test_code_is_what_the_participant_names(key: str) -> None:
     own = {"models": "model"}.get(key, key)
-    with pytest.raises(ConfigError, match=rf"client a: .* names {key} = 'evil:make'; .* {own}"):
+    with pytest.raises(
+        ConfigError, match=rf"client a: .* names {key} = 'evil:make', .* set {own} there"
+    ):
         ask({key: "evil:make"}, OWN)
     assert ask({key: "evil:make"}, {"partition-id": 0}).run.flat()[key] == "evil:make"
     if key == "global-model":
@@ -71,3 +75,56 @@ def test_work_has_a_cap_that_the_participant_sets(key: str, most: int) -> None:
     with pytest.raises(ConfigError, match=rf"max-{key} = 2"):
         ask({key: 3}, OWN | {f"max-{key}": 2})
     ask({key: most + 1}, {"partition-id": 0})
+
+
+def test_what_a_server_may_say_is_a_closed_list() -> None:
+    """Everything else of its run config is as if it were not there."""
+    known = RunConfig.key_names()
+    assert known >= ASKED | DIVIDED
+    told = {"chunk-size": 7, "clip-to-median": 0.0, "max-client-examples": 2, "learning-rate": 0.5}
+    found = ask(told, OWN).run.flat()
+    default = RunConfig().flat()
+    assert found["learning-rate"] == 0.5
+    assert {key for key, value in found.items() if value != default[key]} == {
+        "learning-rate",
+        "partition",
+    }
+
+
+def test_which_examples_are_whose_is_the_participants_affair() -> None:
+    """Else a server could cut a participant's examples to one, by way of a partition."""
+    asked = {"partition": "dirichlet", "num-partitions": 900, "dirichlet-alpha": 0.001}
+    assert ask(asked, OWN).client.partition == "none"
+    assert ask(asked, OWN | {"partition-id": 3}).client.num_partitions == 900
+    assert ask(asked, OWN | {"partition-id": 3, "num-partitions": 4}).client.num_partitions == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "least", "more"), [("image-size", 256, 257), ("test-fraction", 0.5, 0.51)]
+)
+def test_some_of_it_is_bounded(key: str, least: float, more: float) -> None:
+    ask({key: least}, OWN)
+    with pytest.raises(ConfigError, match=rf"{key} = {more}; beyond {least} .*own file"):
+        ask({key: more}, OWN)
+    ask({key: more}, OWN | {key: more})
+
+
+def test_old_versions_are_kept_for_so_many_rounds(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, checkpoint_every=1000, validation_fraction=0.1)
+    items = tuple(config.flat().items())
+    context = Context(
+        run_id=1, node_id=1, state=RecordDict(), run_config=dict(items),
+        node_config={**OWN, **trusting(tmp_path, f"{HERE}:small"), "state-dir": str(tmp_path)},
+    )  # fmt: skip
+    assert Participant.open(context).keeps_rounds == MOST_VERSIONS
+
+
+def test_batches_count_as_passes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """pfedhn-batches is another word for epochs."""
+    own = {"client-id": "a", "partition-id": 0, **trusting(tmp_path, f"{HERE}:small")}
+    config = tiny_config(
+        tmp_path, method="pfedhn", models=f"{HERE}:small", pfedhn_batches=1000, rounds=1
+    )
+    with pytest.raises(RunError):
+        run_tiny(config, node_configs=[own])
+    assert "asks for local-epochs = 267" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from client_app.privacy import Privacy
+from client_app.privacy import spent_from
 from client_app.store import FolderState
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, RunError
@@ -48,7 +48,7 @@ def test_every_model_that_saw_the_examples_counts(tmp_path: Path, method: str, m
     settings = {**PRIVATE, "method": method, "state_dir": str(tmp_path / "state")}
     config = tiny_config(tmp_path, validation_fraction=0.1, test_fraction=0.25, **settings)
     run_tiny(config, num_clients=1)
-    (found,) = Privacy(1.0, 1.0, 360, FolderState(tmp_path / "state" / "0")).spent()
+    (found,) = spent_from(FolderState(tmp_path / "state" / "0"))
     assert found == (1.0, 16 / 360, 2 * 23 * models)
 
 

@@ -180,3 +180,19 @@ def test_a_gain_over_models_that_start_anew_is_called_too_large(
     run_tiny(before)
     run_tiny(in_place(before).with_overrides({"rounds": 2, "measure-alone": True}))
     assert len(logged.find("Models trained alone start anew")) == says
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({}, {"user_dp_noise": 1.0}), ({"user_dp_noise": 1.0}, {"user_dp_noise": 9.0}),
+     ({"user_dp_noise": 1.0}, {"user_dp_noise": 1.0, "user_dp_clip": 0.1}),
+     ({"user_dp_noise": 1.0}, {"user_dp_noise": 0.0})],
+)  # fmt: skip
+def test_what_was_released_does_not_become_private(
+    tmp_path: Path, before: dict[str, float], after: dict[str, float]
+) -> None:
+    """Raw updates stay in what is shared; past steps had the noise that they had."""
+    run_tiny(config_at(tmp_path, rounds=1, server_rule="kernel", **before))
+    config = in_place(config_at(tmp_path, rounds=2, server_rule="kernel", **after))
+    with pytest.raises(CheckpointError, match=r"user-dp-noise = .*this run has .*as they were"):
+        run_tiny(config)

@@ -1,6 +1,7 @@
 """The accountant against closed forms and a published figure; noise that a target needs."""
 
 import math
+import math
 import sys
 
 import pytest
@@ -40,6 +41,13 @@ def test_releases_add_up_whatever_their_noise() -> None:
 def test_noise_for_a_target_is_just_enough() -> None:
     noise = noise_for(3.0, rate=0.25, steps=100, delta=1e-5)
     assert 2.95 < epsilon([Spent(noise, 0.25, 100)], 1e-5) <= 3.0
+    with pytest.raises(ConfigError, match=r"epsilon 1e-09 over 100 steps needs .*above 10000"):
+        noise_for(1e-9, rate=0.25, steps=100, delta=1e-5)
+
+
+def test_without_noise_there_is_no_epsilon() -> None:
+    assert epsilon([Spent(1.0, 0.1, 3), Spent(0.0, 1.0, 1)], 1e-5) == math.inf
+    assert epsilon([Spent(1.0, 0.1, 3), Spent(0.0, 1.0, 0)], 1e-5) < math.inf
 
 
 def test_delta_is_below_one_in_n() -> None:
