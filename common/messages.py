@@ -182,7 +182,8 @@ class Evaluation:
     @classmethod
     def read_if_told(cls, reply: Received, others: Iterable[str] = ()) -> Self | None:
         """Read test counts; None of who trains privately, and keeps them to itself."""
-        return cls.read(reply, others) if reply.has_setting("num-test") else None
+        told = (reply.has_setting(key) for key in ("num-test", "num-correct", "test-loss"))
+        return cls.read(reply, others) if any(told) else None
 
     @classmethod
     def read(cls, reply: Received, others: Iterable[str] = ()) -> Self:

@@ -1,7 +1,6 @@
 """The accountant against closed forms and a published figure; noise that a target needs."""
 
 import math
-import math
 import sys
 
 import pytest
