@@ -91,7 +91,8 @@ def say(place: tuple[Deployment, int, Behind], sent: str) -> tuple[list[int], li
 def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Behind]) -> None:
     listed = re.search(r"/v1/fleet/\(([a-z|-]+)\)", CONFIG)
     assert listed is not None
-    assert {f"/v1/fleet/{name}" for name in listed[1].split("|")} == FLEET
+    passing = [*listed[1].split("|"), "push-object"]
+    assert {f"/v1/fleet/{name}" for name in passing} == FLEET
     for path in sorted(FLEET):
         codes, passed = say(place, f"POST {path}?x=1 HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n")
         assert (codes, passed) == ([200], [f"POST {path} HTTP/1.1"])  # without what was asked
@@ -157,6 +158,57 @@ def test_no_other_verb_passes(place: tuple[Deployment, int, Behind], verb: str) 
     codes, passed = say(place, f"{verb} /v1/fleet/get-run HTTP/1.1\r\n{HEAD}\r\n")
     assert codes[:1] in ([400], [403], [405])
     assert passed == []
+
+
+def push(place: tuple[Deployment, int, Behind], source: str, body: bytes) -> ssl.SSLSocket:
+    """Begin to push a piece of 5 MB, of which a part comes."""
+    deployment, port, _ = place
+    stream = connect(deployment, port, source=source)
+    head = f"POST /v1/fleet/push-object HTTP/1.1\r\n{HEAD}Content-Length: {5 * 2**20}\r\n\r\n"
+    stream.sendall(head.encode() + body)
+    return stream
+
+
+def status(stream: ssl.SSLSocket) -> str:
+    """Return the status line, "" while there is none."""
+    stream.settimeout(0.2)
+    with suppress(OSError):
+        return stream.recv(12).decode()
+    return ""
+
+
+def test_pieces_that_are_half_sent_fill_no_disk(place: tuple[Deployment, int, Behind]) -> None:
+    """A hundred from one address: 64 wait, of the others nothing is kept; others still push."""
+    most = int(re.search(r"limit_conn pieces (\d+)", CONFIG)[1])  # type: ignore[index]
+    everybody = int(re.search(r"limit_conn all_pieces (\d+)", CONFIG)[1])  # type: ignore[index]
+    assert everybody * 6 < 1024, "MB, of the gateway's /tmp"
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(push(place, "127.0.0.4", b"\n" * 2**17)) for _ in range(most + 36)
+        ]
+        assert [status(stream) for stream in slow].count("HTTP/1.1 503") == 36
+        kept = [p.stat().st_size for p in (place[0].folder / "body").rglob("*") if p.is_file()]
+        assert len(kept) <= most
+        with push(place, "127.0.0.5", b"\n" * 5 * 2**20) as quick:
+            quick.settimeout(10)
+            assert quick.recv(12).decode() == "HTTP/1.1 200"
+
+
+def test_only_pieces_are_large(place: tuple[Deployment, int, Behind]) -> None:
+    head = f"{HEAD}Content-Length: {2**20}\r\n\r\n"
+    codes, passed = say(place, f"POST /v1/fleet/push-messages HTTP/1.1\r\n{head}")
+    assert (codes, passed) == ([413], [])
+    too_much = f"{HEAD}Content-Length: {7 * 2**20}\r\n\r\n"
+    assert say(place, f"POST /v1/fleet/push-object HTTP/1.1\r\n{too_much}") == ([413], [])
+
+
+@pytest.mark.parametrize("begins", ["POST /v1/fl", "POST /v1/fleet/get-run HTTP/1.1\r\nHost: "])
+def test_headers_that_stop_are_let_go(place: tuple[Deployment, int, Behind], begins: str) -> None:
+    deployment, port, _ = place
+    with connect(deployment, port, source="127.0.0.6") as stream:
+        stream.sendall(begins.encode())
+        stream.settimeout(15)
+        assert stream.recv(12) in (b"", b"HTTP/1.1 408")
 
 
 def test_thousands_of_slow_connections_leave_others_alone(
