@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.compression import Float32, Precision, indices_of_largest, num_kept, rounded
 from common.errors import ConfigError
-from common.files import PRIVATE, private_folder, replace_file, safe_name, state_folder
+from common.files import PRIVATE, closed_folder, replace_file, safe_name, state_folder
 
 Tensors = dict[str, Tensor]
 BUFFER, VALUES = "buffer/", "values"
@@ -87,7 +87,7 @@ class FolderState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            private_folder(folder)
+            closed_folder(folder)
         except OSError as error:
             raise ConfigError(
                 f"state-dir {folder} cannot be created: {error.strerror}. Choose a folder that "

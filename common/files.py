@@ -43,6 +43,13 @@ def private_folder(path: Path) -> None:
     path.mkdir(mode=0o700, exist_ok=True)
 
 
+def closed_folder(path: Path) -> None:
+    """Make a `private_folder`, or close one that is there to others; raise OSError."""
+    private_folder(path)
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o700)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; {} when there is no such file."""
     if not path.is_file():

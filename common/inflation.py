@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import Array, Error, Message, Metadata
+from flwr.app import Array, ConfigRecord, Error, Message, Metadata, MetricRecord
 from flwr.app.message import make_message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata as ProtoMetadata
@@ -32,11 +33,14 @@ METADATA = (
     *("run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id"),
     *("group_id", "created_at", "ttl"),
 )
+SETTINGS = (ConfigRecord.__name__, MetricRecord.__name__)
 GRID = "flwr.superlink.grid.http_grid"
 PATIENCE_S = 30.0
 """For pieces that a peer has announced and not sent; the whole server waits meanwhile."""
 LARGEST_HEAD = 2**20
 """Bytes of what says how an array is put together; a hundred thousand pieces fit in."""
+LARGEST_SETTINGS = 2**16
+"""Bytes of settings: as Python's objects they take twenty times as many."""
 
 Pull = Callable[[str], bytes]
 
@@ -86,12 +90,12 @@ def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
     total = 0
     for content in contents.values():
         kind, children, _ = get_object_head_values_from_object_content(content)
+        most = LARGEST_SETTINGS if kind in SETTINGS else LARGEST_HEAD
+        if kind != ArrayChunk.__name__ and len(content) > most:
+            raise WireError(f"its {kind:.20} has {len(content):,} bytes; {most:,} are enough.")
         if kind != Array.__name__:
             continue
-        body = get_object_body(content, Array)
-        if len(body) > LARGEST_HEAD:
-            raise WireError(f"an array's description has {len(body):,} bytes.")
-        places = json.loads(body)["arraychunk_ids"]
+        places = json.loads(get_object_body(content, Array))["arraychunk_ids"]
         total += sum(len(contents[children[place]]) for place in places)
         if total > most_bytes:
             raise WireError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import RunConfig
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, RunError
 from common.inflation import bound_replies
 from common.log import logger
 from common.methods import METHODS, method_class
@@ -48,12 +50,14 @@ def main(grid: Grid, context: Context) -> None:
         timeout_s=config.schedule.message_timeout_s,
     )
     bound_replies(transport.most_bytes)
-    folder = RunFolder(run_folder_path(config), config)
+    with _disk_errors_told():
+        folder = RunFolder(run_folder_path(config), config)
     logger.info("Results go to %s", folder.path)
     try:
         registry = Registry(config.hypernet.max_parameters, method.admit)
         server = Server(method, transport, registry, folder)
-        last = server.begin()
+        with _disk_errors_told():
+            last = server.begin()
         Rounds(method, transport, registry, folder, server.save).run(last + 1)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -63,6 +67,18 @@ def main(grid: Grid, context: Context) -> None:
         folder.close("interrupted" if stopped else "failed", reason)
         raise
     folder.close("completed")
+
+
+@contextmanager
+def _disk_errors_told() -> Iterator[None]:
+    """Say what to do where the run's folder cannot be written before the first round."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"the run's folder cannot be used: {error}. Nothing was trained yet: free some space, "
+            "or set output-dir to a folder that the server may write to."
+        ) from error
 
 
 @dataclass(frozen=True)

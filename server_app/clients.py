@@ -24,7 +24,8 @@ No client may register under a name that begins so: it would take another's comm
 """
 
 CHANGE_ROUNDS = 10
-"""A client may change what it registered once in so many rounds: each change costs the server."""
+"""A client may change its model, and a node its client-id, once in so many rounds: it costs the
+server memory each time."""
 
 NEVER = -CHANGE_ROUNDS
 NOWHERE = 0
@@ -174,6 +175,7 @@ class Registry:
         may_change = before.changed_round + CHANGE_ROUNDS if before and changed else 0
         try:
             self._check(node_id, registration, key, holder)
+            self._check_name(node_id, client_id, server_round)
             if server_round < may_change:
                 raise RegistrationError(
                     f"client {client_id} (node {node_id}) comes with another model again; it may "
@@ -225,6 +227,16 @@ class Registry:
                 f"{who} claims a client-id that node {holder} holds and is online with. "
                 "Two participants cannot share one identity: give each its own client-id."
             )
+
+    def _check_name(self, node_id: int, client_id: str, server_round: int) -> None:
+        """Refuse a node that spoke for somebody else a moment ago, unless that one is known."""
+        same = [c for c in self._clients.values() if c.node_id == node_id]
+        for other in same if client_id not in self._clients else ():
+            if server_round < other.last_seen_round + CHANGE_ROUNDS:
+                raise RegistrationError(
+                    f"node {node_id} comes as client {client_id}; in round {other.last_seen_round} "
+                    f"it was client {other.client_id}. A participant keeps its client-id."
+                )
 
     def _check_key(self, who: str, client_id: str, presented: str) -> None:
         current = self._clients.get(client_id)

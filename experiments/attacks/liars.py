@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from experiments.console import make_console
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from experiments.run.presets import Preset
 
-Lie = Callable[[Float32, Float32], Float32]
-"""Makes of a liar's own delta (P,), and of an honest participant's newest, what is sent (P,)."""
+Lie = Callable[[Float32, Sequence[Float32]], Float32]
+"""Makes of a liar's own delta (P,), and of the newest ones (P,) of honest participants with as many
+parameters, what is sent (P,)."""
 
 JUST_ACCEPTED = 9_990.0
 """A norm below `max-delta-norm` as it is by default."""
@@ -41,16 +43,23 @@ def _scaled(x: Float32, norm: float) -> Float32:
     return (x * (norm / max(float(np.linalg.norm(x)), 1e-12))).astype(np.float32)
 
 
-def _noise(own: Float32, honest: Float32) -> Float32:
-    draws = np.random.default_rng(len(own)).standard_normal(len(own))
+def _noise(own: Float32, honest: Sequence[Float32]) -> Float32:
+    """Draw other noise in every round, for every liar; the same in a run that is repeated."""
+    seed = int.from_bytes(hashlib.sha256(own.tobytes()).digest()[:8], "big")
+    draws = np.random.default_rng(seed).standard_normal(len(own))
     return _scaled(draws.astype(np.float32), JUST_ACCEPTED)
 
 
-def _mimic(own: Float32, honest: Float32) -> Float32:
+def _against(own: Float32, honest: Sequence[Float32]) -> Float32:
+    """Undo what the honest learned, as far as they can be seen."""
+    return _scaled(-np.mean(honest, axis=0) if honest else -own, JUST_ACCEPTED)
+
+
+def _mimic(own: Float32, honest: Sequence[Float32]) -> Float32:
     """Look like somebody honest where likeness is measured, and undo its own training elsewhere."""
     lie = -5 * own
-    if len(honest) == len(own):
-        lie[-TAIL:] = honest[-TAIL:]
+    if honest:
+        lie[-TAIL:] = honest[-1][-TAIL:]
     return lie
 
 
@@ -59,6 +68,7 @@ LIES: Mapping[str, Lie] = {
     "flip-5": lambda own, honest: -5 * own,
     "flip-100": lambda own, honest: -100 * own,
     "noise": _noise,
+    "against": _against,
     "constant": lambda own, honest: _scaled(np.ones_like(own), JUST_ACCEPTED),
     "zero": lambda own, honest: np.zeros_like(own),
     "mimic": _mimic,
@@ -73,11 +83,12 @@ class Federation:
 
     first_liar: int
     lie: str
-    _newest: dict[str, Float32] = field(default_factory=dict)
+    _newest: dict[tuple[str, str], Float32] = field(default_factory=dict)
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Reply as the real app does; a liar then replaces every vector of a training reply."""
-        lies = int(context.node_config["partition-id"]) >= self.first_liar
+        who = str(context.node_config["partition-id"])
+        lies = int(who) >= self.first_liar
         if lies and self.lie == "labels":
             return Message(_mislabelled(message, context), reply_to=message)
         reply = app(message, context)
@@ -87,10 +98,13 @@ class Federation:
         for name, array in list(arrays.items()):
             delta = array.numpy()
             if lies:
-                honest = self._newest.get(name, delta)
-                arrays[name] = Array(LIES[self.lie](delta, honest))
+                alike = [
+                    x for (n, _), x in self._newest.items() if n == name and len(x) == len(delta)
+                ]
+                arrays[name] = Array(LIES[self.lie](delta, alike))
             else:
-                self._newest[name] = delta
+                self._newest.pop((name, who), None)  # so that the newest is the last
+                self._newest[name, who] = delta
         return reply
 
 

@@ -1,7 +1,8 @@
 """Membership inference: whether an example was trained on.
 
-Members are a client's training examples, others those that it held back. Every score is higher
-where the attacker believes in membership; all victims' scores are pooled.
+Members are a client's training examples, others those that it held back; of every label of every
+client equally many of both are judged, so that a label by itself tells nothing. Every score is
+higher where the attacker believes in membership; all victims' scores are pooled.
 
 - loss: how well the trained weights fit an example (Yeom et al. 2018);
 - loss difference: how much better than the weights that were sent;
@@ -49,16 +50,28 @@ def attack(federation: Federation, args: argparse.Namespace) -> list[dict[str, A
     truth: list[Tensor] = []
     victims = federation.clients(args.clients)
     for client_id in victims:
+        _, labels, members = members_and_others(federation.participant(client_id).data)
+        rows = matched(labels, members)
         for name, found in scores_of(federation, client_id, args.shadows).items():
-            scores[name].append(found)
-        truth.append(members_and_others(federation.participant(client_id).data)[2])
-    members = torch.cat(truth)
+            scores[name].append(found[rows])
+        truth.append(members[rows])
+    everybody = torch.cat(truth)
     return [
         {"seen_by": name.partition(":")[0], "score": name.partition(": ")[2],
-         **judged(torch.cat(found), members),
-         "members": int(members.sum()), "others": int((~members).sum())}
+         **judged(torch.cat(found), everybody),
+         "members": int(everybody.sum()), "others": int((~everybody).sum())}
         for name, found in scores.items()
     ]  # fmt: skip
+
+
+def matched(labels: Tensor, members: Tensor) -> Tensor:
+    """Return rows (M,) with equally many members and others of every label, drawn at random."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for label in torch.unique(labels):
+        both = [torch.nonzero((labels == label) & who).flatten() for who in (members, ~members)]
+        count = min(len(part) for part in both)
+        rows += [p[torch.randperm(len(p), generator=generator)[:count]] for p in both]
+    return torch.cat(rows)
 
 
 def judged(scores: Tensor, members: Tensor) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from common.errors import ConfigError, RunError
-from common.files import PRIVATE, private_folder
+from common.files import PRIVATE, closed_folder
 from experiments.console import add_set_option, make_console, say
 from experiments.deploy.settings import FLAGS, read_settings
 
@@ -61,7 +61,7 @@ def run_join(args: argparse.Namespace) -> int:
 def _hold(folder: Path) -> AcquireReturnProxy:
     """Make the participant's folder and lock it: the server would refuse two nodes of one name."""
     try:
-        private_folder(folder)
+        closed_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"join: {folder} cannot be made: {error.strerror}. Choose another --state-dir."

@@ -2,11 +2,13 @@
 
 import json
 import tracemalloc
-from types import ModuleType
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_head_values_from_object_content,
@@ -32,13 +34,15 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return http_grid
 
 
-def pieces(length: int) -> tuple[str, dict[str, bytes]]:
+def pieces(
+    length: int, more: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, dict[str, bytes]]:
     """A reply with an array (length,), float32, as a peer hands it in: contents by id."""
     arrays = ArrayRecord({"delta": Array(np.arange(length, dtype=np.float32))})
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     question = Message(RecordDict(), 7, "train.personal")
     question.metadata.__dict__["_message_id"] = "asked"
-    reply = Message(RecordDict({"arrays": arrays}), reply_to=question)
+    reply = Message(RecordDict({"arrays": arrays, **more}), reply_to=question)
     found = {name: one.deflate() for name, one in get_all_nested_objects(reply).items()}
     return reply.object_id, found
 
@@ -96,6 +100,19 @@ def test_what_cannot_be_put_together_is_a_reply_with_an_error(grid: ModuleType, 
         assert reply.metadata.reply_to_message_id == "asked"
     else:  # it is the reader who looks at what an array claims
         assert how in ("a shape of words", "a type that is none")
+
+
+@pytest.mark.parametrize("record", [ConfigRecord, MetricRecord])
+def test_settings_are_small(grid: ModuleType, record: type[ConfigRecord | MetricRecord]) -> None:
+    """A million numbers of two bytes each are twenty times as much memory."""
+    name, contents = pieces(100, {"more": record({"many": [1] * 100_000})})
+    tracemalloc.start()
+    reply = grid.inflate_object_from_contents(name, contents)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert reply.has_error()
+    assert f"its {record.__name__} has" in reply.error.reason
+    assert peak < 2**17
 
 
 @pytest.mark.parametrize("kind", ["RecordDict", "ArrayRecord", "ArrayChunk"])

@@ -1,6 +1,7 @@
 """What `mh-pfedhn attack` finds out from a tiny run that memorises, and from one that must not."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from client_app.privacy import Privacy
 from client_app.training.loop import FlatModel, label_loss
 from common.errors import RunError
 from experiments.__main__ import main
 from experiments.attacks.federation import OWN, Federation, trained_on
 from experiments.attacks.inversion import best_order, psnr, ssim
-from experiments.attacks.membership import judged, likelihood_ratio
+from experiments.attacks.membership import judged, likelihood_ratio, matched
 from experiments.report.runs import Run
 from tests.support.tiny import run_tiny, tiny_config
 
@@ -62,8 +64,12 @@ def open_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def private_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("private"), dp_noise=20.0, rounds=2)
+def private_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Its noise, and that of the attacked answers, is the same every time: no test is lucky."""
+    draws = np.random.default_rng(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Privacy, "generator", lambda _: draws)
+        yield made(tmp_path_factory.mktemp("private"), dp_noise=20.0, rounds=2)
 
 
 def attacked(name: str, run: Path, *words: str) -> list[dict[str, Any]]:
@@ -82,7 +88,7 @@ def test_membership_shows_where_models_memorise(open_run: Path) -> None:
 
 def test_membership_does_not_show_under_noise(private_run: Path) -> None:
     rows = attacked("membership", private_run, "--shadows", "4")
-    assert all(abs(row["auc"] - 0.5) < 0.15 for row in rows), rows
+    assert all(row["auc"] < 0.62 for row in rows), rows
 
 
 def test_labels_show_in_the_last_layer(open_run: Path) -> None:
@@ -140,6 +146,16 @@ def test_measures_are_what_they_are_called() -> None:
     assert ssim(pictures, pictures) == pytest.approx(1)
     assert ssim(pictures, pictures.roll(1, 0)) < 0.5
     assert best_order(pictures, pictures[[2, 0, 1]]) == (1, 2, 0)
+
+
+def test_labels_alone_tell_nothing_of_membership() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (300,), generator=generator)
+    members = torch.rand(300, generator=generator) < 0.2 + 0.15 * labels  # more of some
+    rows = matched(labels, members)
+    assert len(rows) > 50
+    assert judged(labels[rows].double(), members[rows])["auc"] == pytest.approx(0.5)
+    assert judged(labels.double(), members)["auc"] > 0.6
 
 
 def test_likelihood_ratio_tells_the_shadows_apart() -> None:
