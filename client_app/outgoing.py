@@ -10,9 +10,13 @@ from typing import Any
 from common.errors import ConfigError, MHpFedHNError, WireError
 
 HIDDEN = "<path>"
+KNOWN = ("client-id", "head-tag")
+"""What a participant declares and a server is told, or that is nothing but a word."""
 SPOKEN = (ConfigError, WireError)
 """Errors about what both sides know. Those of data, models and code may name files and layers."""
 
+TELLING = re.compile(r"[/\\:.\s]")
+"""What a declared text has in it that may name a folder, a module or a file."""
 _PATH = re.compile(r"(?<![\w:/.<>])(?:~?/|[A-Za-z]:\\)[^\s'\":;,()]+|<path>[/\\][^\s'\":;,()]*")
 
 
@@ -30,8 +34,13 @@ def outgoing_error(error: Exception, node_config: Mapping[str, Any]) -> MHpFedHN
 
 
 def without_paths(text: str, node_config: Mapping[str, Any]) -> str:
-    """Replace absolute paths, the declared ones (which may hold blanks) first."""
-    declared = [str(v) for k, v in node_config.items() if k.endswith("-dir") and v]
-    for path in sorted({*declared, str(Path.cwd()), str(Path.home())}, key=len, reverse=True):
-        text = text.replace(path, HIDDEN) if len(path) > 1 else text
+    """Replace absolute paths, and first what the participant declared: folders, modules, files.
+
+    Those may be relative, be a share's, or hold blanks. Its name is known to the server.
+    """
+    texts = {str(v): f"<{key}>" for key, v in node_config.items() if key not in KNOWN}
+    hidden = {value: name for value, name in texts.items() if TELLING.search(value)}
+    hidden |= dict.fromkeys((str(Path.cwd()), str(Path.home())), HIDDEN)
+    for value in sorted(hidden, key=len, reverse=True):
+        text = text.replace(value, hidden[value]) if len(value) > 1 else text
     return _PATH.sub(HIDDEN, text)

@@ -97,6 +97,11 @@ class Participant:
             s.dp_noise, s.dp_clip, self.data.num_train, self.state, self.node.max_epsilon
         )
 
+    def require_private(self, module: nn.Module) -> None:
+        """Raise ModelError or ConfigError where private training is asked and cannot be."""
+        if self.privacy:
+            self.privacy.require_fit(module)
+
     @property
     def tells_counts(self) -> bool:
         """Whether the server is told what the held-back examples say of a model.

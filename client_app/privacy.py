@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from client_app.store import LEDGER, ClientState
+from client_app.store import LEDGER, ClientState, FolderState
 from common.accounting import Spent, delta_for, epsilon, require_accountant
 from common.config import TrainingSection
 from common.errors import ConfigError
+from common.files import sync
 from common.log import logger
 from common.messages import TrainReply
 
@@ -139,3 +140,5 @@ def _write(state: ClientState, spent: list[Spent]) -> None:
         steps[part.noise, part.rate] += part.steps
     rows = [[*key, count] for key, count in sorted(steps.items())]
     state.save(LEDGER, {"spent": torch.tensor(rows, dtype=torch.float64)})
+    if isinstance(state, FolderState):
+        sync(state.folder)

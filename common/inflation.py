@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,12 +73,13 @@ def bound_replies(most_bytes: Callable[[], int]) -> None:
 
 def counted(pull: Pull, most_bytes: int) -> Pull:
     """Let the pieces of one reply have so many bytes together; then raise ObjectPullError."""
-    left = most_bytes
+    left, lock = most_bytes, threading.Lock()
 
-    def pull_counted(object_id: str) -> bytes:
+    def pull_counted(object_id: str) -> bytes:  # by several threads
         nonlocal left
         content = pull(object_id)
-        left -= len(content)
+        with lock:
+            left -= len(content)
         if left < 0:
             raise ObjectPullError(object_id, f"the reply has more than {most_bytes:,} bytes")
         return content

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from common import messages
 from common.errors import RunError
 from common.log import logger
-from common.messages import Evaluation, Recipient, TrainReply
+from common.messages import MOST_WEIGHT, Evaluation, Recipient, TrainReply, bounded_counts
 from common.records import Content, Received
 from common.seeding import numpy_generator
 from server_app.admission import Admission
@@ -252,7 +252,8 @@ class Rounds:
         read = partial(Received.value, key=messages.LOCATION, kind=str)
         stored = self._ask(clients, server_round, messages.FINISH, read)
         if locations := sorted(filter(None, stored.values())):
-            logger.info("Personal models of %d clients stored, e.g. %r", len(stored), locations[0])
+            words = "Personal models of %d clients stored, e.g. %.200r"
+            logger.info(words, len(stored), locations[0])
 
     def _require_enough(self, row: Mapping[str, float], server_round: int) -> None:
         asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]
@@ -285,10 +286,11 @@ class Rounds:
 
 def _train_row(training: TrainingRound, outcome: RoundOutcome) -> dict[str, float]:
     replies = training.trained.values()
-    losses = [(r.num_examples, r.train_loss) for r in replies if r.train_loss is not None]
+    told = [(r.num_examples, r.train_loss) for r in replies if r.train_loss is not None]
+    weights = bounded_counts([count for count, _ in told], MOST_WEIGHT) if told else []
     spent = [r.epsilon for r in replies if r.epsilon is not None]
     return {
-        "train_loss": weighted_mean(losses),
+        "train_loss": weighted_mean(zip(weights, (loss for _, loss in told), strict=True)),
         **({"epsilon_max": max(spent)} if spent else {}),
         "seconds_server": training.seconds_server,
         "seconds_clients": training.seconds_clients,

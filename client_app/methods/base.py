@@ -175,8 +175,7 @@ class Method:
         """Say who this is, how large its model is, and what else the method needs to know."""
         participant, needs = self.participant, self.participant.config.needs
         instance, feature_dim, group = instance_of(self.kind), 0, ""
-        if participant.privacy:
-            participant.privacy.require_fit(instance.model.module)
+        participant.require_private(instance.model.module)
         num_classes = self.data.num_classes if "num_classes" in needs else 0
         if "feature_dim" in needs:
             images = self.data.normalise(self.data.test_images[:2])
@@ -187,7 +186,9 @@ class Method:
             group = opaque(declared) if declared else architecture_tag(instance)
         shared_size = 0
         if "num_global_parameters" in needs:
-            shared_size = instance_of(self.global_kind).model.num_parameters
+            shared = instance_of(self.global_kind).model
+            participant.require_private(shared.module)
+            shared_size = shared.num_parameters
         return Registration(
             client_id=participant.client_id,
             num_parameters=instance.model.num_parameters,

@@ -37,6 +37,12 @@ class HypernetSection(Section):
         where='head-sharing "tolerance"',
         gt=0,
     )
+    global_parameters: int = key(
+        0,
+        "size that everybody's global-model must have; 0: what most of the first to register have",
+        unit="parameters",
+        ge=0,
+    )
     max_parameters: int = key(12_000_000, "cap on a client's model", unit="parameters", ge=1)
 
 

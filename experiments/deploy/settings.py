@@ -123,7 +123,7 @@ class JoinSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment; own code is found beside the settings."""
-        names = [str(self.node.get(key, "")) for key in ("model", "dataset")]
+        names = [str(self.node.get(key, "")) for key in ("model", "dataset", "global-model")]
         env = flower_environment(os.environ, home=self.folder / "flwr")
         return env | own_modules(names, self.base) | {MARK: self.mark}
 

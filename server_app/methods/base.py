@@ -161,6 +161,8 @@ class Method(Generic[T]):
         for shared in (name for name in SHARED_SIZES if name in needs):
             mine = getattr(registration, shared)
             agreed = next((getattr(client, shared) for client in known), mine)
+            if shared == "num_global_parameters":
+                agreed = self.config.hypernet.global_parameters or agreed
             if mine != agreed:
                 raise RegistrationError(
                     f"{who} has {shared} = {mine:,}; the federation's is {agreed:,}. {name} shares "

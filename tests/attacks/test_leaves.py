@@ -66,11 +66,19 @@ def test_errors_name_no_path_and_no_layer(tmp_path: Path, declared: dict[str, An
         ("cannot read '/a/b.png': no", "cannot read '<path>': no"),
         ("~/x/y and C:\\data\\z", "<path> and <path>"),
         ("bytes/s of 3/4 at https://x.org/a", "bytes/s of 3/4 at https://x.org/a"),
-        ("/my data/in/x.png is cut", "<path> is cut"),
+        ("/my data/in/x.png is cut", "<data-dir>/in/x.png is cut"),
+        ("our scans/7.png is cut", "<cache-dir>/7.png is cut"),
+        ("cannot import hospital.nets:make", "cannot import <model>"),
+        ("\\\\nas\\scans\\7.png", "<state-dir>\\7.png"),
+        ("client a.b: dataset digits", "client a.b: dataset digits"),
     ],
 )
 def test_absolute_paths_are_replaced(text: str, left: str) -> None:
-    assert without_paths(text, {"data-dir": "/my data"}) == left
+    declared = {
+        "data-dir": "/my data", "cache-dir": "our scans", "state-dir": "\\\\nas\\scans",
+        "model": "hospital.nets:make", "client-id": "a.b", "dataset": "digits", "dp-noise": 1.5,
+    }  # fmt: skip
+    assert without_paths(text, declared) == left
 
 
 def test_the_end_of_a_run_tells_a_name_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from server_app.admission import majority_first
 from server_app.clients import CHANGE_ROUNDS
 from tests.integration.conftest import Lines
 from tests.support.outputs import rows
-from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
+from tests.support.tiny import HERE, Handler, Small, Wrapped, run_tiny, tiny_config
 
 LIAR = 0  # the first to register
 
@@ -64,6 +64,35 @@ def test_the_first_does_not_decide_the_size_of_what_is_shared(
     run_tiny(config, app=claiming(lambda _: {"num-global-parameters": 1}))
     assert rows(config)[0]["num_accepted"] == 5
     assert logged.find("Refused: client 0 has num_global_parameters = 1")
+
+
+def test_the_operator_decides_the_size_of_what_is_shared(tmp_path: Path, logged: Lines) -> None:
+    """With two participants, or where one is enough, the first could."""
+    size = Small(8, 4)
+    honest = sum(p.numel() for p in size.parameters())
+    config = tiny_config(tmp_path, method="mh-pfedhn-gd", rounds=1, global_parameters=honest)
+    run_tiny(config, num_clients=2, app=claiming(lambda _: {"num-global-parameters": 1}))
+    assert rows(config)[0]["num_accepted"] == 1
+    assert logged.find("Refused: client 0 has num_global_parameters = 1")
+
+
+def test_a_node_keeps_its_name(tmp_path: Path, logged: Lines) -> None:
+    """Another one in every round, each with an embedding, would fill the server's memory."""
+    config = tiny_config(tmp_path, rounds=4, models=f"{HERE}:small")
+
+    def handle(message: Message, context: Context, handler: Handler) -> Message:
+        reply = handler(message, context)
+        number = int(reply.content["config"]["server-round"])
+        if context.node_config["partition-id"] == LIAR:
+            if message.metadata.message_type == "query.register":
+                reply.content["config"]["client-id"] = f"name {number}"
+            elif message.metadata.message_type == "train.personal":
+                reply.content["arrays"].clear()  # who does not fit is asked again who it is
+        return reply
+
+    run_tiny(config, app=Wrapped(handle))
+    assert len(logged.find("Client name ")) == 1
+    assert len(logged.find("Refused: node 2 comes as client name 2; in round 1 it was")) == 1
 
 
 def test_what_most_declare_comes_first() -> None:
