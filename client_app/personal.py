@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from common.log import logger
 from common.messages import Evaluation
 
 TEST_ROWS = "test_rows"
+INPUT = "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)"
+SCALED = "values scaled so that intensity[0] becomes 0 and intensity[1] 255, in whole numbers"
 EXPORTING = threading.Lock()
 """torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
 
@@ -90,6 +92,8 @@ class PersonalModel:
             replace_file(folder / f"{TEST_ROWS}.npy", rows.getvalue(), mode=PRIVATE)
         if program:
             description |= self._export(folder / f"{PERSONAL_MODEL}.pt2")
+        if missing := not_in_state_dict(self.module):
+            description["not_in_state_dict"] = missing
         text = json.dumps(description, indent=2)
         replace_file(folder / f"{PERSONAL_MODEL}.json", text, mode=PRIVATE)
         return folder / f"{PERSONAL_MODEL}.safetensors"
@@ -110,10 +114,11 @@ class PersonalModel:
             "model": self.name,
             "in_channels": data.in_channels,
             "num_classes": data.num_classes,
+            **{name: fact for name, fact in data.about.items() if name != "left_out"},
             "image_size": int(data.test_images.shape[-1]),
             "mean": [float(x) for x in data.mean],
             "std": [float(x) for x in data.std],
-            "input": "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)",
+            "input": INPUT if "intensity" not in data.about else f"{SCALED}; {INPUT}",
             "num_test": self.evaluation.num_test,
             "num_correct": self.evaluation.num_correct,
             "test_accuracy": accuracies.pop("accuracy"),
@@ -125,7 +130,7 @@ class PersonalModel:
 
     def _export(self, path: Path) -> dict[str, Any]:
         try:
-            save_program(self._on_cpu(), path)
+            save_program(self._on_cpu(), path, self.require_same_count)
         except Exception as error:  # torch.export raises whatever it meets in a user's model
             logger.warning("%s: no program stored, weights only: %s", self.name, error)
             path.unlink(missing_ok=True)
@@ -136,6 +141,25 @@ class PersonalModel:
             "run": f"import torch; model = torch.export.load('{path.name}').module(); "
             "logits = model(images)",
         }
+
+    def require_same_count(self, program: nn.Module) -> None:
+        """Raise RuntimeError unless a program gets right what the model did, of the test examples.
+
+        Differences of rounding may turn one in a hundred.
+        """
+        data = self.data
+        parts = zip(
+            *(torch.split(x, 256) for x in (data.test_images, data.test_labels)), strict=True
+        )
+        correct = sum(
+            int((program(x.cpu().contiguous()).argmax(1) == y.cpu()).sum()) for x, y in parts
+        )
+        wanted, tested = self.evaluation.num_correct, self.evaluation.num_test
+        if abs(correct - wanted) > max(1, tested // 100):
+            raise RuntimeError(
+                f"the exported program gets {correct} of {tested} test examples right, the model "
+                f"{wanted}: it has something that is neither parameter nor buffer"
+            )
 
     def _on_cpu(self) -> tuple[nn.Module, Tensor]:
         """Build the model anew with these weights, and a batch of two pictures for the export.
@@ -148,13 +172,23 @@ class PersonalModel:
         if isinstance(self.module, Predictor):
             fresh = Predictor(fresh, build_model(self.common, **sizes), 0.0)
         fresh.load_state_dict({k: v.detach().cpu() for k, v in self.module.state_dict().items()})
+        kept = dict(self.module.named_buffers())
+        for name, buffer in fresh.named_buffers():  # also those that no state_dict has
+            buffer.copy_(kept[name].detach())
         whole = PictureClassifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
         shape = (2, data.in_channels, *data.test_images.shape[-2:])
         return whole, torch.zeros(shape, dtype=torch.uint8)
 
 
-def save_program(program: tuple[nn.Module, Tensor], path: Path) -> None:
-    """Export a module to a .pt2 file, for any batch size, and check that the file can be read."""
+def not_in_state_dict(module: nn.Module) -> list[str]:
+    """Return the buffers that plain weights lack (persistent=False); the program has them."""
+    return sorted(dict(module.named_buffers()).keys() - module.state_dict().keys())
+
+
+def save_program(
+    program: tuple[nn.Module, Tensor], path: Path, require: Callable[[nn.Module], None]
+) -> None:
+    """Export a module to a .pt2 file, for any batch size, if it is what `require` wants."""
     module, example = program
     dynamic = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
@@ -165,6 +199,7 @@ def save_program(program: tuple[nn.Module, Tensor], path: Path) -> None:
     again = torch.export.load(packed).module()
     if not torch.allclose(again(example), module(example), rtol=1e-4, atol=1e-5):
         raise RuntimeError("the exported program gives other logits than the model")
+    require(again)
     replace_file(path, packed.getvalue(), mode=PRIVATE)
 
 

@@ -16,9 +16,9 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from common.files import PRIVATE, private_folder, replace_file, sync
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CACHE_VARIABLE = "MH_PFEDHN_CACHE"
 LOCK_TIMEOUT_S = 3600.0
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
@@ -44,7 +44,7 @@ class DecodedDataset:
     """A cache entry, opened; drawn partitions are stored in its folder too.
 
     Images (N, channels, size, size) uint8 are memory-mapped read-only, labels (N,) int64 in memory;
-    mean and std normalise each channel, in units of full intensity.
+    mean and std normalise each channel, in units of full intensity; `about` as `Examples` has it.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class DecodedDataset:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def cache_root(cache_dir: str) -> Path:
@@ -62,9 +63,11 @@ def cache_root(cache_dir: str) -> Path:
 
 
 def open_dataset(
-    source: Source, *, name: str, image_size: int, cache_dir: str = ""
+    source: Source, *, name: str, image_size: int, cache_dir: str = "", anew: bool = False
 ) -> DecodedDataset:
     """Open the cache entry of a source, decoding it first when there is none or it is damaged.
+
+    `anew` decodes it in any case: what a function returns may have changed unseen.
 
     Raises DataError where the source cannot be read, or the cache folder cannot be written.
     """
@@ -72,10 +75,11 @@ def open_dataset(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     safe_name = re.sub(r"[^A-Za-z0-9]+", "-", name)[:40]
     folder = cache_root(cache_dir) / f"{safe_name}-{image_size}-{digest[:16]}"
-    found = _open_entry(folder)
+    found = None if anew else _open_entry(folder)
     if found is None:
         with entry_lock(folder):
-            found = _open_entry(folder) or _build_entry(source, folder, image_size)
+            found = None if anew else _open_entry(folder)
+            found = found or _build_entry(source, folder, image_size)
     return found
 
 
@@ -138,6 +142,7 @@ def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
         facts = path.stat()
         files[name] = {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "crc32": _crc32(path)}
     meta = {"num_classes": examples.num_classes, "mean": examples.mean, "std": examples.std}
+    meta["about"] = dict(examples.about)
     replace_file(draft / META, json.dumps(meta | {"files": files}, indent=1), mode=PRIVATE)
 
 
@@ -156,6 +161,7 @@ def _open_entry(folder: Path) -> DecodedDataset | None:
             num_classes=int(meta["num_classes"]),
             mean=tuple(meta["mean"]),
             std=tuple(meta["std"]),
+            about=meta["about"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("cache entry %s is damaged (%s); building it again", folder, error)

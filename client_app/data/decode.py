@@ -18,7 +18,9 @@ from common.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Only these parsers ever see a participant's bytes."""
-GREY_MODES = {"1", "L", "I", "F"}
+GREY_MODES = {"1", "L", "LA", "I", "F"}
+DEEP_MODES = {"I", "F"}
+"""More than 8 bits: 16-bit integers, 32-bit integers, floats."""
 _CHUNK = 512
 _ORIENTATION = 0x0112  # EXIF tag
 _BAD_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -27,16 +29,24 @@ Pixels = NDArray[np.uint8]
 ReadExample = Callable[[int], Pixels]
 
 
-def decode_picture(data: bytes, *, channels: int, image_size: int, name: str) -> Pixels:
+Intensity = tuple[float, float]
+"""What becomes 0 and what becomes 255."""
+
+
+def decode_picture(
+    data: bytes, *, channels: int, image_size: int, name: str, intensity: Intensity | None = None
+) -> Pixels:
     """Decode an encoded picture to (channels, image_size, image_size); 1 channel grey, 3 RGB.
 
-    Raises DataError, with `name`, where the bytes are not a whole picture in one of `FORMATS`.
+    What is transparent becomes white. `intensity` is for pictures with more than 8 bits. Raises
+    DataError, with `name`, where the bytes are not a whole picture in one of `FORMATS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             turned = opened.getexif().get(_ORIENTATION, 1) != 1
             picture = ImageOps.exif_transpose(opened) if turned else opened
-            picture = _eight_bit(picture).convert("L" if channels == 1 else "RGB")
+            picture = _eight_bit(_on_white(picture), intensity)
+            picture = picture.convert("L" if channels == 1 else "RGB")
     except _BAD_PICTURE as error:
         raise DataError(
             f"{name} is not a picture that can be read ({error}). Formats: {', '.join(FORMATS)}. "
@@ -57,16 +67,34 @@ def resize_array(pixels_hwc: Pixels, *, image_size: int) -> Pixels:
     return np.stack([np.asarray(channel) for channel in resized])
 
 
-def picture_channels(data: bytes) -> int:
-    """Return 1 for a grey picture and 3 for any other, from its header alone.
+def picture_kind(data: bytes) -> tuple[int, bool]:
+    """Return 1 for a grey picture and 3 for any other, and whether it has more than 8 bits.
 
-    A picture that cannot be opened counts as 1: decoding will report it by name.
+    From its header alone. One that cannot be opened counts as plain grey: decoding will report it.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return 1 if picture.mode.split(";")[0] in GREY_MODES else 3
+            mode = picture.mode.split(";")[0]
+            return 1 if mode in GREY_MODES else 3, mode in DEEP_MODES
     except _BAD_PICTURE:
-        return 1
+        return 1, False
+
+
+def picture_range(data: bytes, name: str) -> Intensity:
+    """Return the least and the largest value of a grey picture.
+
+    Raises DataError, with `name`, where it cannot be read, or a value is no number.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            values = np.asarray(picture, dtype=np.float64)
+    except _BAD_PICTURE as error:
+        raise DataError(f"{name} is not a picture that can be read ({error}).") from error
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{name} has values that are no numbers (NaN or infinite). Mend or remove it."
+        )
+    return float(values.min()), float(values.max())
 
 
 def fill(images: Pixels, read_example: ReadExample) -> None:
@@ -84,9 +112,18 @@ def fill(images: Pixels, read_example: ReadExample) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; PIL's own conversion would clip it."""
-    if not picture.mode.startswith("I"):
+def _on_white(picture: Image.Image) -> Image.Image:
+    """Put what is transparent on white, as a viewer shows it."""
+    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
         return picture
-    values = np.asarray(picture).astype(np.int64)
-    return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    shown = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+
+
+def _eight_bit(picture: Image.Image, intensity: Intensity | None) -> Image.Image:
+    """Scale grey with more than 8 bits to 8; PIL's own conversion would clip it."""
+    if picture.mode.split(";")[0] not in DEEP_MODES:
+        return picture
+    low, high = intensity or (0.0, 65535.0)
+    values = (np.asarray(picture, dtype=np.float64) - low) / (high - low)
+    return Image.fromarray(np.rint(values.clip(0, 1) * 255).astype(np.uint8))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from client_app.data.partitions import WHOLE, client_indices
 from client_app.data.published import DigitsSource, HubSource, find_local_files
 from client_app.data.source import Source
 from client_app.data.splits import Indices, split_train_test
-from common.config import ClientSection, named_augmentations
+from common.config import ClientSection, named_augmentations, named_classes
 from common.errors import ConfigError, DataError, unknown_name
 from common.seeding import numpy_generator
 
@@ -42,8 +43,8 @@ class ClientData:
     Images are (N, C, H, W) uint8, in channels-last memory: batches inherit it, and convolutions on
     CPU are up to 1.5 times as fast with it. Labels are (N,) int64; mean and std (C,) float32, in
     units of full intensity. `augmentation` names how train examples are changed. `test_rows` (N,)
-    int64 says which examples of the source the test
-    examples are, so that a stored model's accuracy can be checked without this project.
+    int64 says which examples of the source the test examples are, so that a stored model's accuracy
+    can be checked without this project. `about` as `data.source.Examples` has it.
     """
 
     train_images: Tensor
@@ -58,6 +59,7 @@ class ClientData:
     in_channels: int
     test_rows: Indices | None = None
     augmentation: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_train(self) -> int:
@@ -94,15 +96,23 @@ class ClientData:
         scale, shift = self._scale_and_shift
         return torch.addcmul(shift, images, scale)
 
+    def num_used(self, batch_size: int) -> int:
+        """Return how many examples an epoch trains on: a last batch of one is left out.
+
+        BatchNorm over vectors cannot take one alone.
+        """
+        alone = self.num_train > batch_size > 1 and self.num_train % batch_size == 1
+        return self.num_train - alone
+
     def batches(
         self, batch_size: int, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the train examples once as drawn from `generator`; last batch kept.
+        """Yield the train examples once as drawn from `generator`; last batch kept, if not of one.
 
         Images (B, C, H, W) float32, normalised, and labels (B,) int64, both on the device.
         """
         epoch = self.draw_epoch(generator).to(self.train_labels.device)
-        for start in range(0, self.num_train, batch_size):
+        for start in range(0, self.num_used(batch_size), batch_size):
             rows, moves = (
                 epoch[0, start : start + batch_size],
                 epoch[1:, start : start + batch_size],
@@ -140,18 +150,19 @@ class ClientData:
             yield self.normalise(images[span]), labels[span]
 
 
-def prepare_data(section: ClientSection, *, seed: int) -> Path:
+def prepare_data(section: ClientSection, *, seed: int, partition_id: int = 0) -> Path:
     """Decode the data set and draw the partition, unless that was done before a run.
 
-    Returns the folder of the cache entry. Safe to call from many processes at once.
+    What a participant's own function returns is asked anew. Returns the folder of the cache entry.
+    Safe to call from many processes at once.
 
     Raises
     ------
     ConfigError, DataError
         The section does not describe data that can be loaded and divided.
     """
-    dataset = open_examples(section)
-    client_indices(dataset, section, partition_id=0, seed=seed)
+    dataset = open_examples(section, anew=":" in section.dataset)
+    client_indices(dataset, section, partition_id=max(0, partition_id), seed=seed)
     return dataset.folder
 
 
@@ -203,29 +214,32 @@ class LoadedClients:
 LOADED = LoadedClients(max_bytes=512 << 20)
 
 
-def select_source(dataset: str, data_dir: str) -> Source:
+def select_source(dataset: str, data_dir: str, class_names: tuple[str, ...] = ()) -> Source:
     """Return the source that a client's `dataset` and `data-dir` name; raises as `prepare_data`."""
     if ":" in dataset:
-        return FunctionSource(dataset, data_dir)
+        return FunctionSource(dataset, data_dir, class_names)
     if dataset == "digits":
         return DigitsSource()
     if dataset == "folder":
         if not data_dir:
             raise ConfigError("dataset = 'folder' needs data-dir, a folder of class/picture.png.")
-        return FolderSource(Path(data_dir).expanduser().resolve())
+        return FolderSource(Path(data_dir).expanduser().resolve(), class_names)
     if dataset not in CATALOGUE:
         known = unknown_name("dataset", dataset, DATASET_NAMES)
         raise ConfigError(f"{known} Or 'module:function' for your own.")
     return find_local_files(dataset, data_dir) if data_dir else HubSource(dataset)
 
 
-def open_examples(section: ClientSection) -> DecodedDataset:
+def open_examples(section: ClientSection, *, anew: bool = False) -> DecodedDataset:
     """Open the decoded pictures and labels of all clients together; raises as `prepare_data`."""
+    if anew:
+        LOADED.clear()
     return open_dataset(
-        select_source(section.dataset, section.data_dir),
+        select_source(section.dataset, section.data_dir, named_classes(section.class_names)),
         name=section.dataset,
         image_size=section.image_size,
         cache_dir=section.cache_dir,
+        anew=anew,
     )
 
 
@@ -265,4 +279,5 @@ def _load(section: ClientSection, partition_id: int, seed: int, device: torch.de
         in_channels=len(dataset.mean),
         test_rows=np.asarray(rows)[test],
         augmentation=named_augmentations(section.augmentation),
+        about=dataset.about,
     )

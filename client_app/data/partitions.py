@@ -27,7 +27,7 @@ from common.seeding import numpy_generator
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 WHOLE = "none"
 PUBLISHED = ("pathological", "dirichlet")
 LIBRARY = {
@@ -176,7 +176,9 @@ def split_by_library(
         drawn = chosen(**merged)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}. Options: {listing(sorted(known), 20)}.") from error
-    drawn.dataset = Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
+    # some go by order, and rows often come class by class
+    order = numpy_generator(seed, "partition-order").permutation(len(labels))
+    drawn.dataset = Dataset.from_dict({"label": labels[order], "row": order})
     try:
         if drawn.num_partitions != num_clients:
             raise ConfigError(

@@ -186,8 +186,8 @@ def _download_table(hub_id: str) -> Any:
 
 
 def _table_examples(table: Any, spec: DatasetSpec, *, where: str, image_size: int) -> Examples:
-    encoded = table[_column(table.column_names, IMAGE_COLUMNS, where)].combine_chunks()
-    data = encoded.field("bytes")
+    name = _column(table.column_names, IMAGE_COLUMNS, where)
+    data = _encoded(table[name].combine_chunks(), f"{where}: {name}")
     if data.null_count:
         raise DataError(f"{where}: {data.null_count} pictures have no bytes. Download it again.")
     labels = table[_column(table.column_names, LABEL_COLUMNS, where)].to_numpy()
@@ -202,6 +202,21 @@ def _table_examples(table: Any, spec: DatasetSpec, *, where: str, image_size: in
         return pixels.transpose(0, 2, 1) if spec.transposed else pixels
 
     return _examples(labels, len(data), read_example, spec, where=where)
+
+
+def _encoded(column: Any, where: str) -> Any:
+    """Return a column's encoded pictures: of {"bytes", "path"} structs, or plain bytes."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        column = column.field("bytes")
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise DataError(
+            f"{where} is {kind}; expected encoded pictures (PNG, JPEG), as struct<bytes: binary, "
+            "path: string> or as binary."
+        )
+    return column
 
 
 def _examples(

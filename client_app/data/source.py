@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,9 @@ class Examples:
     """All examples of a source: labels (N,) int64; mean and std for each channel, of 0 to 1.
 
     `read_example` decodes one, by its index, to uint8 (channels, image_size, image_size); it is
-    safe to call from several threads.
+    safe to call from several threads. `about` are JSON-able facts that go with a model of these
+    data: `class_names` in their order, `intensity` (what became 0 and 255 of pictures with more
+    than 8 bits), and `left_out`, files that are no pictures, by ending.
     """
 
     labels: NDArray[np.int64]
@@ -25,6 +28,7 @@ class Examples:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     read_example: ReadExample
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source(Protocol):

@@ -16,14 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from client_app.methods.features import Head, head_of, require_head_is_last
-from client_app.models.instances import (
-    Instance,
-    ModelKind,
-    architecture_tag,
-    draw_theta,
-    instance_of,
-    opaque,
-)
+from client_app.models.building import ModelKind, draw_theta
+from client_app.models.instances import Instance, architecture_tag, instance_of, opaque
 from client_app.participant import Participant
 from client_app.personal import EXPORTING
 from client_app.store import BUFFER, Stamp, buffers_of, save_finite
@@ -279,15 +273,18 @@ class Method:
     @property
     def kind(self) -> ModelKind:
         """What the construction of the own model depends on."""
-        sizes = (self.data.in_channels, self.data.num_classes)
-        return ModelKind(self.participant.model_name, *sizes, self.participant.device)
+        return self.kind_named(self.participant.model_name)
 
     @property
     def global_kind(self) -> ModelKind:
         """What the construction of the model that all clients share depends on."""
-        sizes = (self.data.in_channels, self.data.num_classes)
-        name = self.participant.config.distill.global_model
-        return ModelKind(name, *sizes, self.participant.device, "global")
+        return self.kind_named(self.participant.config.distill.global_model, "global")
+
+    def kind_named(self, name: str, role: str = "personal") -> ModelKind:
+        """Return a model's kind for this participant's data, device and run."""
+        data, seed = self.data, self.participant.config.run.seed
+        sizes, size = (data.in_channels, data.num_classes), data.train_images.shape[-1]
+        return ModelKind(name, *sizes, self.participant.device, role, seed, size)
 
 
 class Local(Method):

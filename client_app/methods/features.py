@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
+from client_app.models.building import trainable
 from client_app.training.loop import TEST_BATCH
 from common.class_means import ClassMeans
 from common.errors import ModelError
@@ -51,7 +52,7 @@ def head_of(module: nn.Module, num_classes: int) -> Head:
             "mh-pfedhn take any model."
         )
     name, layer = named[-1]
-    start, sizes = 0, {key: p.numel() for key, p in module.named_parameters()}
+    start, sizes = 0, {key: p.numel() for key, p in trainable(module).items()}
     for key, size in sizes.items():
         if key == f"{name}.weight":
             break

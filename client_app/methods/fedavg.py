@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.methods.base import Method, as_array
+from client_app.models.building import trainable
 from client_app.models.instances import Instance, instance_of
 from client_app.predictor import evaluate_both
 from client_app.training.loop import (
@@ -76,7 +77,7 @@ class FedProx(FedAvg):
     def fit(self, task: Received, instance: Instance) -> Trained:
         """Train with the proximal term."""
         received = instance.model.theta.detach().clone()
-        parameters = list(instance.model.module.parameters())
+        parameters = list(trainable(instance.model.module).values())
 
         def loss(images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
             theta = torch.cat([p.reshape(-1) for p in parameters])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from client_app.methods.base import Method
-from client_app.models.instances import Instance, ModelKind, instance_of, offset_theta
+from client_app.models.building import ModelKind
+from client_app.models.instances import Instance, instance_of, offset_theta
 from client_app.predictor import (
     Logits,
     choose_predictor,
@@ -130,8 +131,7 @@ class MHpFedHN(Method):
         if not self.participant.config.adds_init:
             return received
         seed, kind = self.participant.config.run.seed, self.kind_of(role)
-        sizes = (kind.name, kind.in_channels, kind.num_classes, kind.device)
-        return received + offset_theta(*sizes, stream_seed(seed, "theta-offset"))
+        return received + offset_theta(kind, stream_seed(seed, "theta-offset"))
 
     def keep_buffers(self, role: Role, task: Received, buffers: dict[str, Tensor]) -> None:
         """Keep a model's buffers; where w_g came alone, also w_g for the message that follows."""

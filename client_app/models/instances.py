@@ -13,32 +13,20 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from client_app.models.registry import build_model
+from client_app.models.building import ModelKind, built, draw_theta, trainable
 from client_app.training.allocator import keep_freed_memory
-from client_app.training.loop import FlatModel, flatten
+from client_app.training.loop import FlatModel
 from common.errors import ConfigError, ModelError
 from common.log import logger
+from common.seeding import stream_seed
 
 _own = threading.local()
-_building = threading.Lock()
-"""Building a model draws from torch's one generator of the process: one thread at a time."""
-
-
-@dataclass(frozen=True)
-class ModelKind:
-    """Everything a model's construction depends on. `role` keeps student and teacher apart."""
-
-    name: str
-    in_channels: int
-    num_classes: int
-    device: torch.device
-    role: str = "personal"
 
 
 @dataclass
@@ -77,8 +65,7 @@ def instance_of(kind: ModelKind) -> Instance:
     instances: dict[ModelKind, Instance] = _own.__dict__.setdefault("instances", {})
     if kind not in instances:
         keep_freed_memory()
-        with _building:
-            module = _build(kind).to(kind.device)
+        module = built(kind, stream_seed(kind.seed, "model")).to(kind.device)
         generator = torch.Generator(device=kind.device)
         seed_dropout(module, generator)
         fresh = {name: b.detach().clone() for name, b in module.named_buffers()}
@@ -87,20 +74,13 @@ def instance_of(kind: ModelKind) -> Instance:
 
 
 @lru_cache(maxsize=16)
-def offset_theta(name: str, channels: int, classes: int, device: torch.device, seed: int) -> Tensor:
-    """Return `draw_theta` of these sizes on a device; kept, for every message needs it."""
-    return draw_theta(ModelKind(name, channels, classes, device), seed).to(device)
+def _offset_theta(kind: ModelKind, seed: int) -> Tensor:
+    return draw_theta(kind, seed).to(kind.device)
 
 
-def draw_theta(kind: ModelKind, seed: int) -> Tensor:
-    """Draw a model's initial parameters (P,), on the CPU, as its own code initialises them.
-
-    The same seed gives the same parameters in every process, so clients of one architecture can
-    start alike without anybody sending anything. The state of torch's generator is put back.
-    """
-    with _building, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: models are built there
-        return flatten(_build(kind))
+def offset_theta(kind: ModelKind, seed: int) -> Tensor:
+    """Return `draw_theta` on the kind's device, whatever its role; kept: every message needs it."""
+    return _offset_theta(replace(kind, role=""), seed)
 
 
 def architecture_tag(instance: Instance) -> str:
@@ -109,17 +89,13 @@ def architecture_tag(instance: Instance) -> str:
     Who guesses an architecture can confirm the guess: only baselines that average whole models, and
     `head-sharing = "tag"`, ask for the tag.
     """
-    shapes = [(name, *p.shape) for name, p in instance.model.module.named_parameters()]
+    shapes = [(name, *p.shape) for name, p in trainable(instance.model.module).items()]
     return opaque(repr(shapes))
 
 
 def opaque(text: str) -> str:
     """Return 64 bits of a hash, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _build(kind: ModelKind) -> torch.nn.Module:
-    return build_model(kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes)
 
 
 def pick_device(wish: str) -> torch.device:

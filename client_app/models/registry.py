@@ -7,6 +7,7 @@ A name is one of `MODEL_NAMES`, or `module:factory` for a participant's own mode
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -23,6 +24,9 @@ from client_app.plugins import load_callable
 from common.errors import ConfigError, ModelError, unknown_name
 
 Factory = Callable[..., nn.Module]
+
+_SEEN: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""Trainable parameters of participants' own models that are in use, by id."""
 
 _FAMILIES: dict[str, Factory] = {
     "cnn": CNN,
@@ -100,12 +104,19 @@ def _build_own(spec: str, *, in_channels: int, num_classes: int) -> nn.Module:
         ) from cause
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r} returned a {type(model).__name__}, not torch.nn.Module.")
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise ModelError(f"model {spec!r} has no parameters: there is nothing to generate.")
+        raise ModelError(f"model {spec!r} has no trainable parameters: nothing can be generated.")
     for name, parameter in parameters.items():
         if fault := _fault(parameter):
             raise ModelError(f"model {spec!r}: {name} {fault}")
+    if any(_SEEN.get(id(parameter)) is parameter for parameter in parameters.values()):
+        raise ModelError(
+            f"model {spec!r} returned the same parameters as in an earlier call: several models "
+            "would train on one another's weights. Build a new model in every call; no lru_cache, "
+            "and no model that is built once for the module."
+        )
+    _SEEN.update({id(parameter): parameter for parameter in parameters.values()})
     return model
 
 
@@ -118,9 +129,4 @@ def _fault(parameter: nn.Parameter) -> str:
         )
     if parameter.dtype != torch.float32:
         return f"is {parameter.dtype}, expected float32. Return model.float()."
-    if not parameter.requires_grad:
-        return (
-            "has requires_grad=False. The hypernetwork generates every parameter; register fixed "
-            "tensors as buffers instead."
-        )
     return ""

@@ -1,10 +1,14 @@
-"""How this process's memory allocator treats what training frees."""
+"""What this process and this machine do: memory that training frees, arithmetic in bfloat16."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from functools import cache
+
+import torch
+
+from common.log import logger
 
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -30,3 +34,17 @@ def keep_freed_memory() -> bool:
         return False
     kept = [mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT), mallopt(M_TRIM_THRESHOLD, MOST_KEPT)]
     return all(kept)
+
+
+@cache  # once in a process
+def warn_of_slow_bfloat16(device_type: str) -> None:
+    """Say so where bfloat16 costs time instead of saving it: a CPU without instructions for it.
+
+    There every number is converted back and forth; with AVX2 alone five architectures took more
+    than five times as long as in float32.
+    """
+    if device_type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning(
+            "training-precision bfloat16 is several times slower than float32 on this processor: "
+            "it has no instructions for it (AVX512-BF16 or AMX). Set training-precision to float32."
+        )

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client_app.data.augment import moved
 from client_app.data.examples import ClientData
+from client_app.models.building import trainable
 from client_app.models.instances import MaskFeed, draw_mask, feeding
 from client_app.training.loop import Trained, label_loss, make_optimizer, mixed_precision
 from client_app.training.teachers import Teachers
@@ -103,7 +104,7 @@ def train_cohort(
 
 def cut(theta: Tensor, module: nn.Module) -> dict[str, Tensor]:
     """Cut theta (G, P) into the module's parameters, each with a leading G."""
-    named = dict(module.named_parameters())
+    named = trainable(module)
     pieces = torch.split(theta, [p.numel() for p in named.values()], dim=1)
     return {
         name: piece.view(-1, *p.shape)
@@ -136,7 +137,7 @@ def batched_kernels(device: torch.device) -> Iterator[None]:
 class _Cohort:
     """Stacked weights, momenta, buffers and examples; members with most examples come first.
 
-    So the members that still have a batch at some step are always the first ones: no gathering.
+    The members that still have a batch at some step are then always the first ones: no gathering.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class _Cohort:
         self._images = torch.cat([member.data.train_images for member in members])
         self._labels = torch.cat([member.data.train_labels for member in members])
         self._counts = [member.data.num_train for member in members]
+        self._used = [member.data.num_used(section.batch_size) for member in members]
         self._augments = any(member.data.augmentation for member in members)
         self._loss = torch.zeros(len(members), device=self._theta.device)
         self._wanted = self._wanted_masks()
@@ -190,9 +192,8 @@ class _Cohort:
         """Take every step of one pass over the examples."""
         self._module.train()
         size = self._section.batch_size
-        rows = self._shuffled_rows()  # and moves
-        starts = range(0, max(self._counts), size)
-        sizes = [[min(size, count - first) for count in self._counts] for first in starts]
+        rows, starts = self._shuffled_rows(), range(0, max(self._used), size)
+        sizes = [[min(size, count - first) for count in self._used] for first in starts]
         on_device = torch.tensor(sizes, device=rows.device)  # one transfer for all steps
         for first, step_sizes, counts in zip(starts, sizes, on_device, strict=True):
             active = [count for count in step_sizes if count > 0]
@@ -288,11 +289,11 @@ class _Cohort:
         """Yield what became of each member, in the cohort's order."""
         losses = self._loss.tolist()  # waits for the device: now the training is over
         seconds = (time.monotonic() - started) / len(self._members)
-        for i, count in enumerate(self._counts):
+        for i, (count, used) in enumerate(zip(self._counts, self._used, strict=True)):
             yield Outcome(
                 theta=self._theta[i].clone(),
                 buffers={name: stacked[i].clone() for name, stacked in self._buffers.items()},
-                trained=Trained(count, losses[i] / (count * self._section.local_epochs), seconds),
+                trained=Trained(count, losses[i] / (used * self._section.local_epochs), seconds),
             )
 
 

@@ -1,4 +1,8 @@
-"""AdamW on flat parameters, written out for the reason that `loop.MomentumSGD` gives."""
+"""SGD and AdamW on flat parameters.
+
+Written out because torch.optim imports the whole of torch's compiler on first use: two seconds, in
+every process that trains.
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client_app.data.augment import draw_moves, moved
 from client_app.data.examples import ClientData
+from client_app.models.building import trainable
 from client_app.models.instances import MaskFeed, draw_mask, feeding
 from client_app.training.loop import (
     FlatModel,
@@ -102,7 +103,7 @@ class PrivateStep:
         """Return every example's gradient (B, P), and loss (B,)."""
         module = self.model.module
         module.train()
-        weights = {name: p.detach() for name, p in module.named_parameters()}
+        weights = {name: p.detach() for name, p in trainable(module).items()}
         masks = self._masks(images)
         each = vmap(grad_and_value(self._loss_of), (None, 0, 0, 0), randomness="different")
         try:

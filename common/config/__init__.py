@@ -4,8 +4,9 @@ The fields of the sections are the one place that says a key's default, bounds, 
 pyproject's table and `mh-pfedhn keys` are made from them (`common.config.keys`).
 """
 
-from common.config.client import ClientSection, NodeConfig, WireSection, named_augmentations
+from common.config.client import ClientSection, WireSection, named_augmentations, named_classes
 from common.config.hypernet import HypernetSection, UpdateSection
+from common.config.node import NodeConfig
 from common.config.run import RunSection, ScheduleSection
 from common.config.run_config import Declared, RunConfig, declared
 from common.config.training import BaselineSection, DistillSection, TrainingSection
@@ -25,4 +26,5 @@ __all__ = [
     "WireSection",
     "declared",
     "named_augmentations",
+    "named_classes",
 ]

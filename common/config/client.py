@@ -1,41 +1,15 @@
-"""What a client uses: by the run config, and as it declares itself; how arrays travel."""
+"""What a client uses where it declares nothing itself; how arrays travel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator
 
-from common.config.section import Scalar, Section, key
+from common.config.section import Section, key
 from common.errors import ConfigError, unknown_name
 
 SIMULATED = "engine inprocess"
-ASKED = frozenset(
-    {
-        *("method", "rounds", "seed", "checkpoint-every", "server-rule", "head-sharing", "gd-mode"),
-        *("local-epochs", "batch-size", "optimizer", "learning-rate", "learning-rate-final"),
-        *("momentum", "weight-decay", "label-smoothing", "client-clip-norm", "training-precision"),
-        *("models", "dataset", "global-model", "distill-alpha", "distill-temperature"),
-        *("fedprox-mu", "prototype-weight", "pfedhn-batches"),
-        *("test-fraction", "validation-fraction", "image-size", "augmentation", "measure-alone"),
-        *("dp-noise", "dp-clip", "wire-precision", "uplink-top-k"),
-    }
-)
-"""All that a run config may say to a participant with a client-id: nothing of its machine, nor of
-which of its examples it uses. A server that could cut them to one would see that one's gradient."""
-DIVIDED = frozenset(
-    {
-        *("partition", "num-partitions", "classes-per-client", "dirichlet-alpha"),
-        *("min-client-examples", "partition-options"),
-    }
-)
-"""And how a data set is divided, to one whose own file says which part of it is its own."""
-MOST_ASKED = {"image-size": 256, "test-fraction": 0.5, "validation-fraction": 0.5}
-"""Beyond these a participant's own file has to name the value."""
-CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
-"""Keys of a run config that may name code, and those of the node config that win."""
-AS_RUN = "wins over the run config's"
 AUGMENTATIONS = ("flip", "crop")
 PRIVATE_METHODS = "MH-pFedHN, Local"
 
@@ -59,6 +33,24 @@ def _known_augmentations(text: str) -> str:
     return text
 
 
+def named_classes(text: str) -> tuple[str, ...]:
+    """Return the names of a comma list, () for none; raise ValueError at a name that is twice.
+
+    >>> named_classes("cat, dog")
+    ('cat', 'dog')
+    """
+    names = tuple(name.strip() for name in text.split(",")) if text.strip() else ()
+    if "" in names or len(set(names)) < len(names) or len(names) == 1:
+        raise ValueError(f"class-names {text!r} must be two or more different names")
+    return names
+
+
+def _known_classes(text: str) -> str:
+    named_classes(text)
+    return text
+
+
+ClassNames = Annotated[str, AfterValidator(_known_classes)]
 Augmentation = Annotated[str, AfterValidator(_known_augmentations)]
 
 
@@ -104,6 +96,12 @@ class ClientSection(Section):
         "of a client's examples, of those held back: what its predictor is chosen on, never tested",
         ge=0,
         lt=1,
+    )
+    class_names: ClassNames = key(
+        "",
+        "names of all classes in their order, separated by commas; a client's own data may lack "
+        "some; empty: as its folders are named, or as its labels count",
+        where='dataset "folder" or "module:function"',
     )
     measure_alone: bool = key(
         True,
@@ -158,137 +156,3 @@ class WireSection(Section):
         gt=0,
         le=1,
     )
-
-
-class NodeConfig(Section):
-    """What one participant declares (`--node-config`). It wins over the run config.
-
-    In simulation Flower sets `partition_id` and `num_partitions` alone. A deployed participant
-    sets `client_id` and whatever else it wants to decide itself.
-    """
-
-    client_id: str = key("", "a stable name of this participant, which owns its embedding")
-    partition_id: int = key(-1, "its part of the data, where there is a partition", ge=-1)
-    num_partitions: int = key(0, "parts of the data; 0: as the run config says", ge=0)
-    model: str = key("", 'a name or "module:factory"; empty: from the run config\'s models')
-    head_tag: str = key(
-        "",
-        "names those it wants to share heads with; the server sees a hash of it",
-        where='head-sharing "tag"',
-    )
-    global_model: str = key(
-        "", 'the "module:factory" of the common model, where the run config names the same'
-    )
-    dataset: str | None = key(None, AS_RUN)
-    data_dir: str | None = key(None, AS_RUN)
-    cache_dir: str | None = key(None, AS_RUN)
-    partition: str | None = key(None, AS_RUN)
-    classes_per_client: int | None = key(None, AS_RUN, ge=0)
-    dirichlet_alpha: float | None = key(None, AS_RUN, ge=0)
-    max_client_examples: int | None = key(None, AS_RUN, ge=0)
-    partition_options: str | None = key(None, AS_RUN)
-    test_fraction: float | None = key(None, AS_RUN, gt=0, lt=1)
-    validation_fraction: float | None = key(None, AS_RUN, ge=0, lt=1)
-    measure_alone: bool | None = key(None, AS_RUN)
-    image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
-    augmentation: Augmentation | None = key(None, AS_RUN)
-    dp_noise: float | None = key(None, "counts where it is larger than the run config's", ge=0)
-    dp_clip: float | None = key(None, AS_RUN, unit="norm", gt=0)
-    device: str | None = key(None, AS_RUN)
-    client_threads: int | None = key(None, AS_RUN, ge=0)
-    state_dir: str | None = key(None, AS_RUN)
-    warm_worker: Literal["auto", "on", "off"] = key(
-        "auto", "keep torch loaded between messages: auto (with a state-dir), on, off"
-    )
-    max_local_epochs: int = key(
-        50, "the most local-epochs that a server may ask of a participant with a client-id", ge=1
-    )
-    max_batch_size: int = key(
-        1024, "the most batch-size that a server may ask of a participant with a client-id", ge=1
-    )
-
-    max_epsilon: float = key(
-        0.0,
-        "training that would spend more privacy is refused; 0: no limit",
-        where="dp-noise",
-        ge=0,
-    )
-
-    @classmethod
-    def parse(cls, flat: Mapping[str, Any]) -> Self:
-        """Build the node config; raise ConfigError on an unknown key or a bad value."""
-        return cls.checked(flat, "node config")
-
-    @model_validator(mode="after")
-    def _has_identity(self) -> Self:
-        if not self.client_id and self.partition_id < 0:
-            raise ValueError("set client-id (a stable name of this participant) or partition-id")
-        return self
-
-    @property
-    def identity(self) -> str:
-        """The stable client_id: declared, or the partition id where none is (simulation)."""
-        return self.client_id or str(self.partition_id)
-
-    def admitted(self, asked: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """Return what a deployed participant takes of a server's run config, by key.
-
-        A closed list, with bounds; and where the server names code, only what the participant named
-        itself. Raises ConfigError where the server asks for more, or names other code. A simulated
-        client, without a client-id, takes everything.
-        """
-        if not self.client_id:
-            return dict(asked)
-        own = self.model_dump(by_alias=True)
-        for name, mine in CODE.items():
-            named = str(asked.get(name, ""))
-            differs = bool(own[mine]) and name == "global-model" and own[mine] != named
-            if differs or (":" in named and not own[mine]):
-                raise ConfigError(
-                    f"client {self.client_id}: the server's run config names {name} = {named!r}, "
-                    f"and this participant's own file does not. Only code that a participant has "
-                    f"named itself is run: set {mine} there if you trust it."
-                )
-        for name, most in MOST_ASKED.items():
-            if own[name] is None and float(asked.get(name, 0)) > most:
-                raise ConfigError(
-                    f"client {self.client_id}: the server's run config asks for {name} = "
-                    f"{asked[name]}; beyond {most} this participant's own file has to set {name}."
-                )
-        taken = ASKED | DIVIDED if self.partition_id >= 0 or self.partition else ASKED
-        whole = {} if taken > ASKED else {"partition": "none"}
-        return whole | {name: value for name, value in asked.items() if name in taken}
-
-    def require_modest(self, asked: Mapping[str, int]) -> None:
-        """Raise ConfigError where a run config asks for more than this participant's caps.
-
-        `asked` has the run config's keys. A simulated client, without a client-id, has no caps.
-        """
-        if not self.client_id:
-            return
-        caps = {"local-epochs": self.max_local_epochs, "batch-size": self.max_batch_size}
-        for name, value in asked.items():
-            if value > caps[name]:
-                raise ConfigError(
-                    f"client {self.client_id}: the server's run config asks for {name} = {value}; "
-                    f"this participant's own file allows max-{name} = {caps[name]}. Whoever starts "
-                    f"the run lowers {name}, or the participant raises max-{name}."
-                )
-
-    def client_section(self, run: ClientSection) -> ClientSection:
-        """Merge with the run config's section: what the participant declared wins."""
-        own = self.model_dump(by_alias=True, exclude_none=True)
-        merged = {**run.flat(), **ClientSection.pick(own)}
-        merged["num-partitions"] = self.num_partitions or run.num_partitions
-        merged["dp-noise"] = max(run.dp_noise, self.dp_noise or 0.0)
-        if self.model:
-            merged["models"] = self.model
-        section = ClientSection.checked(merged, "node config")
-        section.require_test_part("node config")
-        if section.dp_noise and self.client_id and not section.state_dir:
-            raise ConfigError(
-                f"node config: dp-noise = {section.dp_noise:g} needs a state-dir, where it is kept "
-                f"what was spent of the privacy of {self.client_id}'s examples: a restart would "
-                "forget it. Set state-dir."
-            )
-        return section

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from common.config.client import ClientSection, NodeConfig, WireSection
+from common.config.client import ClientSection, WireSection
 from common.config.hypernet import HypernetSection, UpdateSection
+from common.config.node import NodeConfig
 from common.config.run import RunSection, ScheduleSection
 from common.config.section import Scalar, Section, require_known
 from common.config.training import BaselineSection, DistillSection, TrainingSection

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.examples import ClientData
+from client_app.models.building import trainable
 from client_app.training.loop import FlatModel, label_loss
 from common.errors import ConfigError
 from experiments.attacks.federation import OWN, Federation, trained_on
@@ -82,7 +83,7 @@ def invert(
     model: FlatModel, gradient: Tensor, batch: ClientData, federation: Federation, *, steps: int
 ) -> Tensor:
     """Return normalised pictures (B, C, H, W) whose gradient points where `gradient` (P,) does."""
-    parameters, labels = list(model.module.parameters()), batch.train_labels
+    parameters, labels = list(trainable(model.module).values()), batch.train_labels
     black, white = (batch.normalise(torch.full_like(batch.train_images, x)) for x in (0, 255))
     generator = torch.Generator().manual_seed(0)
     found = nn.Parameter(torch.randn(black.shape, generator=generator))

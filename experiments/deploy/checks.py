@@ -145,46 +145,66 @@ def check_key(key: Path | None) -> Finding:
 
 def check_data(trial: Trial) -> Finding:
     """Load the data as training would; say how many there are of each class."""
-    from client_app.data.examples import load_client_data
+    from client_app.data.examples import load_client_data, prepare_data
+    from client_app.data.own import listed
     from client_app.models.instances import pick_device
 
     section, node = trial.section, NodeConfig.parse(trial.settings.node)
+    prepare_data(section, seed=0, partition_id=node.partition_id)  # asks a function anew
     trial.data = data = load_client_data(
         section, partition_id=node.partition_id, seed=0, device=pick_device(section.device)
     )
     counts = (data.train_labels.bincount(minlength=data.num_classes)).tolist()
     size = int(data.train_images.shape[-1])
-    missing = [str(c) for c, count in enumerate(counts) if count == 0]
+    names = data.about.get("class_names") or [str(c) for c in range(data.num_classes)]
+    missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
     hints = [] if node.dataset else [_unnamed("dataset", section.dataset)]
     if missing:
         hints.append(f"- none to train of class {', '.join(missing[:10])}")
     if counts[0] == 0 and not (data.test_labels == 0).any():
         hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
-    shown = ", ".join(map(str, counts[:12]))
+    if intensity := data.about.get("intensity"):
+        hints.append("- values {:g} to {:g} become 0 to 255".format(*intensity))
+    if left_out := data.about.get("left_out"):
+        hints.append(f"- not read, for they are no pictures: {listed(left_out)}")
+    few = zip(names[:12], counts, strict=False)
+    named = "class_names" in data.about
+    shown = ", ".join(f"{name} {count}" if named else str(count) for name, count in few)
     return Finding(
         f"{data.num_train} to train, {len(data.validation_labels)} to validate and "
         f"{data.num_test} to test, {data.num_classes} classes "
         f"({shown}{', ...' * (len(counts) > 12)} to train), {data.in_channels} channel(s), "
-        f"{size}x{size}, on {data.train_images.device}",
+        f"{size}x{size}, mean {float(data.train_images.float().mean()):.0f} of 255, "
+        f"on {data.train_images.device}",
         " ".join(hints),
     )
 
 
 def check_model(trial: Trial) -> Finding:
     """Build the model for these data; say its size, the one fact about it the server learns."""
-    from client_app.models.instances import ModelKind, instance_of
+    from client_app.models.building import ModelKind
+    from client_app.models.instances import instance_of
     from client_app.models.registry import model_for_partition
+    from client_app.personal import not_in_state_dict
 
     data, section = _needed(trial.data, "data"), trial.section
     node = NodeConfig.parse(trial.settings.node)
     first = max(node.partition_id, 0)  # a run says which; the first of its defaults is tried
     name = model_for_partition(section.models, first, section.num_partitions)
     device = data.train_images.device
-    trial.instance = instance_of(ModelKind(name, data.in_channels, data.num_classes, device))
+    trial.instance = instance_of(
+        ModelKind(
+            name, data.in_channels, data.num_classes, device, image_size=data.train_images.shape[-1]
+        )
+    )
     count, limit = trial.instance.model.num_parameters, RunConfig().hypernet.max_parameters
     hints = [] if node.model else [_unnamed("model", name)]
     if count > limit:
         hints.append(f"- more than the default limit of a server ({limit:,})")
+    if lost := not_in_state_dict(trial.instance.model.module):
+        hints.append(
+            f"- plain weights lack {', '.join(lost)} (persistent=False); the program has it"
+        )
     return Finding(f"{name}, {count:,} parameters", " ".join(hints))
 
 
@@ -192,7 +212,7 @@ def check_training(trial: Trial) -> Finding:
     """Train on a first and a last batch, then classify one picture: what breaks, breaks here."""
     import torch
 
-    from client_app.training.loop import label_loss, make_optimizer
+    from client_app.training.loop import label_loss, logits_of, make_optimizer
 
     data: ClientData = _needed(trial.data, "data")
     instance: Instance = _needed(trial.instance, "model")
@@ -201,15 +221,11 @@ def check_training(trial: Trial) -> Finding:
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
     for images, labels in {0: batches[0], -1: batches[-1]}.values():
-        logits = module(images)
-        if logits.shape != (len(images), data.num_classes):
-            raise ModelError(
-                f"images {tuple(images.shape)} become {tuple(logits.shape)}; expected "
-                f"({len(images)}, {data.num_classes}): one logit for each class."
-            )
+        logits = logits_of(module, images, data.num_classes)
         loss = label_loss(logits, labels, training)
         instance.model.backward(loss)
         optimizer.step(instance.model.gradient)
+        instance.model.require_views()
         losses.append(float(loss.detach()))
     seconds = (time.monotonic() - started) / 2
     if not all(torch.isfinite(torch.tensor(losses))) or not instance.model.theta.isfinite().all():

@@ -178,9 +178,9 @@ def check_clients(config: RunConfig, engine: EngineSection) -> None:
     from the prepared data. Raises ConfigError or ModelError.
     """
     from client_app.data.examples import describe_data  # imports torch: seconds
+    from client_app.models.building import num_parameters
     from client_app.models.instances import pick_device
     from client_app.models.registry import build_model
-    from client_app.training.loop import num_parameters
 
     wish = config.client.device
     chosen = pick_device(wish).type == "cuda" and wish != "auto"

@@ -8,7 +8,7 @@ from flwr.app import Context, Message, RecordDict
 
 from client_app.participant import MOST_VERSIONS, Participant
 from common.config import RunConfig
-from common.config.client import ASKED, DIVIDED
+from common.config.node import ASKED, DIVIDED
 from common.config.run_config import Declared, declared
 from common.errors import ConfigError, RunError
 from tests.support.outputs import rows

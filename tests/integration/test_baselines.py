@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from client_app.data.examples import load_client_data
-from client_app.models.instances import ModelKind, draw_theta
+from client_app.models.building import ModelKind, draw_theta
 from common.config import RunConfig
 from common.seeding import stream_seed, torch_generator
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes

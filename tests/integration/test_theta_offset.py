@@ -8,7 +8,7 @@ import torch
 from flwr.app import Context, Message
 from safetensors.torch import load_file
 
-from client_app.models.instances import ModelKind, draw_theta
+from client_app.models.building import ModelKind, draw_theta
 from common.errors import CheckpointError
 from common.seeding import stream_seed
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config

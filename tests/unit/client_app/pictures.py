@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData, load_client_data
-from client_app.training.loop import num_parameters
+from client_app.models.building import num_parameters
 from common.config import ClientSection
 
 REPOSITORY = Path(__file__).parents[3]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from client_app.models.building import num_parameters
 from client_app.models.instances import GeneratorDropout, seed_dropout
 from client_app.models.registry import MODEL_NAMES, build_model, model_for_partition
-from client_app.training.loop import num_parameters
 from common.errors import ConfigError, ModelError
 
 # method.md, "Parameter counts that the model zoo must reproduce"
@@ -117,10 +117,10 @@ def test_own_model_is_built(own_module: str) -> None:
         ("positional", "must accept the keywords in_channels and num_classes"),
         ("raises", "raised RuntimeError for in_channels=1, num_classes=3: no licence"),
         ("number", "returned a int, not torch.nn.Module"),
-        ("empty", "has no parameters: there is nothing to generate"),
+        ("empty", "has no trainable parameters: nothing can be generated"),
         ("lazy", "weight is lazy and has no shape yet"),
         ("double", "weight is torch.float64, expected float32"),
-        ("frozen", "weight has requires_grad=False"),
+        ("frozen", "has no trainable parameters: nothing can be generated"),
         ("constant", "has a int, not a callable, under 'constant'"),
         ("nothing", "has nothing under 'nothing'"),
         ("not a name", "must be 'module:attribute', for instance 'my_models:small_net'"),

@@ -189,7 +189,8 @@ IN_A_PROCESS = """
 import sys, torch
 from client_app.training.loop import evaluate
 from client_app.training.loop import train
-from client_app.models.instances import ModelKind, instance_of
+from client_app.models.building import ModelKind
+from client_app.models.instances import instance_of
 from common.config import TrainingSection
 from tests.unit.client_app.pictures import client_data
 

@@ -7,13 +7,8 @@ from torch import Tensor, nn
 from client_app.data.examples import ClientData
 from client_app.methods.features import class_means, head_of, require_head_is_last, tapped
 from client_app.methods.pfedhn import BatchBudget
-from client_app.models.instances import (
-    Instance,
-    ModelKind,
-    architecture_tag,
-    draw_theta,
-    instance_of,
-)
+from client_app.models.building import ModelKind, draw_theta
+from client_app.models.instances import Instance, architecture_tag, instance_of
 from client_app.models.registry import MODEL_NAMES, build_model
 from client_app.training.loop import FlatModel
 from common.errors import ModelError

@@ -1,0 +1,113 @@
+"""Models as their own code makes them: drawn from a seed, in any process alike.
+
+Shapes: P trainable scalars of a client's model (the paper's K_i). theta has the layout of
+`trainable`: each tensor flattened row-major, one after the other.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from client_app.models.registry import build_model
+from common.log import logger
+
+_building = threading.Lock()
+"""Building a model draws from torch's one generator of the process: one thread at a time."""
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """Everything a model's construction depends on. `role` keeps student and teacher apart.
+
+    `seed` is the run's; `image_size` (pixels a side) is that of the pictures that show which
+    parameters get a gradient, 0: not looked at.
+    """
+
+    name: str
+    in_channels: int
+    num_classes: int
+    device: torch.device
+    role: str = "personal"
+    seed: int = 0
+    image_size: int = 0
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are generated and trained, by name; not the frozen ones."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the trainable scalars of a model; BatchNorm gamma and beta included, buffers not."""
+    return sum(p.numel() for p in trainable(model).values())
+
+
+def flatten(model: nn.Module) -> Tensor:
+    """Return a copy of the model's trainable parameters as theta (P,), float32."""
+    return torch.cat([p.detach().reshape(-1) for p in trainable(model).values()]).float()
+
+
+def draw_theta(kind: ModelKind, seed: int) -> Tensor:
+    """Draw a model's initial parameters (P,), on the CPU, as its own code initialises them.
+
+    The same seed gives the same parameters in every process, so clients of one architecture can
+    start alike without anybody sending anything.
+    """
+    return flatten(built(kind, seed))
+
+
+def built(kind: ModelKind, seed: int) -> nn.Module:
+    """Build a model on the CPU with what it draws from a seed; freeze what gets no gradient."""
+    with _building, drawing_from(seed):
+        module = build_model(kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes)
+        if kind.image_size and ":" in kind.name:
+            _freeze_unused(module, (2, kind.in_channels, kind.image_size, kind.image_size))
+        return module
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Let torch (on the CPU), numpy and random draw from a seed; their states are put back."""
+    states = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: models are built there
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
+
+
+def _freeze_unused(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Freeze parameters that no gradient reaches from the logits of pictures (B, C, H, W).
+
+    A backbone under no_grad is meant to stay as it is: weight decay, and what others learn, would
+    change it. What cannot be run is left as it is, and says so when it is trained.
+    """
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    parameters = trainable(module)
+    try:
+        logits = module.train()(torch.rand(shape))
+        found = torch.autograd.grad(logits.sum(), [*parameters.values()], allow_unused=True)
+    except Exception:  # whatever a participant's model raises, it will again
+        return
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+    unused = [name for name, g in zip(parameters, found, strict=True) if g is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    if unused:
+        words = "%s: no gradient reaches %d parameters, %s among them: they stay as they are built"
+        logger.info(words, type(module).__name__, len(unused), unused[0])

@@ -1,0 +1,1 @@
+"""What participants bring: their models and their pictures, small."""
