@@ -20,7 +20,7 @@ from client_app.privacy import Privacy, note_clear
 from client_app.store import ClientState, FolderState, open_state, personal_folder
 from client_app.training.loop import FlatModel, Loss, Trained, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
-from common.errors import WireError
+from common.errors import ConfigError, WireError
 from common.log import logger
 from common.messages import Evaluation
 from common.methods import method_class
@@ -84,6 +84,11 @@ class Participant:
         epochs, batch, node = section.local_epochs, section.batch_size, self.node
         if epochs > node.max_local_epochs or batch > node.max_batch_size:
             node.require_modest({"local-epochs": epochs, "batch-size": batch})
+        if self.privacy and node.client_id and batch != self.config.training.batch_size:
+            raise ConfigError(
+                f"client {self.client_id}: a message asks for batch-size = {batch}; the run config "
+                f"has {self.config.training.batch_size}, and every other is one more in the ledger."
+            )
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 
 from client_app.store import LEDGER, ClientState, FolderState
 from common.accounting import Spent, delta_for, epsilon, require_accountant
 from common.config import TrainingSection
 from common.errors import ConfigError
-from common.files import sync
+from common.files import PRIVATE, sync
 from common.log import logger
 from common.messages import TrainReply
 
@@ -62,13 +65,15 @@ class Privacy:
 
         Raises ConfigError, and spends nothing, where that were more than `most`.
         """
-        after = [*spent_from(self.state), Spent(self.noise, rate, steps)]
-        if self.most and (wanted := epsilon(after, self.delta)) > self.most:
-            raise ConfigError(
-                f"this round would spend epsilon {wanted:.2f}; this participant's own file allows "
-                f"max-epsilon = {self.most:g}. It trains no more with these examples."
-            )
-        _write(self.state, after)
+        with _locked(self.state):
+            after = [*spent_from(self.state), Spent(self.noise, rate, steps)]
+            wanted = epsilon(after, self.delta)  # before it is written: it must be computable
+            if self.most and wanted > self.most:
+                raise ConfigError(
+                    f"this round would spend epsilon {wanted:.2f}; this participant's own file "
+                    f"allows max-epsilon = {self.most:g}. It trains no more with these examples."
+                )
+            _write(self.state, after)
 
     def epsilon(self) -> float:
         """Return the epsilon of all that was spent, at `delta`."""
@@ -129,9 +134,20 @@ def spent_from(state: ClientState) -> list[Spent]:
 
 def note_clear(state: ClientState) -> None:
     """Write into a participant's ledger, once, that something leaves it without noise."""
-    spent = spent_from(state)
-    if all(part.noise for part in spent):
-        _write(state, [*spent, Spent(0.0, 1.0, 1)])
+    if any(not part.noise for part in spent_from(state)):
+        return
+    with _locked(state):
+        _write(state, [*spent_from(state), Spent(0.0, 1.0, 1)])
+
+
+@contextmanager
+def _locked(state: ClientState) -> Iterator[None]:
+    """Keep others from spending meanwhile: a server can send two messages at once."""
+    if not isinstance(state, FolderState):
+        yield
+        return
+    with FileLock(state.folder / "ledger.lock", mode=PRIVATE):
+        yield
 
 
 def _write(state: ClientState, spent: list[Spent]) -> None:

@@ -1,90 +1,181 @@
-"""Flower puts a message together from pieces that a peer sent; here within bounds, and one by one.
+"""Replies come in pieces that a peer sent: within bounds, one by one, and without waiting.
 
-A piece names those that it is made of, and a few bytes can name one piece a thousand times; nothing
-is put together before its size is known. Flower pulls several replies in one call, and one that
-cannot be put together ends that call and loses the others, which the SuperLink has forgotten by
-then: here it becomes a reply with an error.
+Flower's grid waits for the pieces of one reply while all others wait for it, ends the whole call
+over one that cannot be put together, and loses the rest, which the SuperLink has forgotten by then.
+It also hands out messages that answer nothing. A piece names those that it is made of, and a few
+bytes can name one piece a thousand times.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 from flwr.app import Array, ConfigRecord, Error, Message, Metadata, MetricRecord
 from flwr.app.message import make_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import ErrorCode
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
-from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_head_values_from_object_content,
+    iterate_object_tree,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
 
 from common.errors import WireError
 
-METADATA = (
-    *("run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id"),
-    *("group_id", "created_at", "ttl"),
-)
 SETTINGS = (ConfigRecord.__name__, MetricRecord.__name__)
 GRID = "flwr.superlink.grid.http_grid"
-PATIENCE_S = 30.0
-"""For pieces that a peer has announced and not sent; the whole server waits meanwhile."""
+PATIENCE_S = 120.0
+"""For the next piece of a reply that was announced; nobody else waits for it meanwhile."""
+AT_ONCE = 4
+"""Pieces of one reply that are fetched at the same time."""
+PIECE, FEW = 2**20, 64
+"""A reply has at most one piece for each of so many bytes that it may have, and a few more."""
 LARGEST_HEAD = 2**20
 """Bytes of what says how an array is put together; a hundred thousand pieces fit in."""
 LARGEST_SETTINGS = 2**16
 """Bytes of settings: as Python's objects they take twenty times as many."""
 
+MostBytes = Callable[[str], int | None]
+"""How many bytes the reply to a message may have; None where no reply is wanted."""
 Pull = Callable[[str], bytes]
 
 
-def bound_replies(most_bytes: Callable[[], int]) -> None:
-    """Let no reply that Flower's grid pulls in this process have more bytes than `most_bytes()`.
+@dataclass
+class Announced:
+    """A reply that was announced, and the pieces of it that are here."""
 
-    Flower has no setting for it: the two functions that its grid calls are replaced. Nothing is
-    done in a process without such a grid.
+    reply_to: str
+    message_id: str
+    run_id: int
+    most_bytes: int
+    wanted: list[str]
+    since: float
+    here: dict[str, bytes] = field(default_factory=dict)
+
+    def fetch(self, pull: Pull, pool: ThreadPoolExecutor, now: float) -> bool:
+        """Fetch pieces until one is not there yet; return whether all are here.
+
+        Raises WireError where they are too many or too large, or none has come for too long.
+        """
+        if len(self.wanted) > FEW + self.most_bytes // PIECE:
+            raise WireError(f"it has {len(self.wanted)} pieces.")
+        while missing := [name for name in self.wanted if name not in self.here][:AT_ONCE]:
+            contents = list(pool.map(lambda name: _pulled(pull, name), missing))
+            came = {n: c for n, c in zip(missing, contents, strict=True) if c is not None}
+            self.here |= came
+            self.since = now if came else self.since
+            if sum(map(len, self.here.values())) > self.most_bytes:
+                raise WireError(f"the reply has more than {self.most_bytes:,} bytes.")
+            if now - self.since > PATIENCE_S:
+                raise WireError(f"a piece was announced and did not come in {PATIENCE_S:g} s.")
+            if len(came) < len(missing):
+                return False
+        return True
+
+    def put_together(self) -> Message:
+        """Return the reply; raise whatever the pieces make Flower raise."""
+        require_size(self.here, self.most_bytes)
+        found = inflate_object_from_contents(self.message_id, dict(self.here))
+        if not isinstance(found, Message):
+            raise WireError(f"it is a {type(found).__name__}, not a message.")
+        if found.metadata.reply_to_message_id != self.reply_to:
+            raise WireError("it says of itself that it answers another message.")
+        found.metadata.__dict__["_message_id"] = self.message_id
+        return found
+
+    def refused(self, reason: str) -> Message:
+        """Return an error in the place of the reply."""
+        error = Error(ErrorCode.MESSAGE_UNAVAILABLE, f"it cannot be put together: {reason:.300}")
+        metadata = Metadata(
+            run_id=self.run_id, message_id="", src_node_id=1, dst_node_id=1, group_id="", ttl=0,
+            reply_to_message_id=self.reply_to, created_at=0.0, message_type=SYSTEM_MESSAGE_TYPE,
+        )  # fmt: skip
+        return make_message(metadata, error=error)
+
+
+class Replies:
+    """Stands in the place of `HttpGrid.pull_messages`."""
+
+    def __init__(self, most_bytes: MostBytes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most_bytes, self._clock = most_bytes, clock
+        self._announced: dict[str, Announced] = {}
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+
+    def pull(self, grid: Any, message_ids: Collection[str]) -> list[Message]:
+        """Return the replies to these messages that are whole, or cannot be; the rest comes later.
+
+        What answers none of them is passed over. Raises httpx.HTTPError where the SuperLink is
+        gone, or cannot say who has replied.
+        """
+        client, run_id = grid._runtime_client, grid._run.run_id
+        self._note(client.PullMessages(PullAppMessagesRequest(message_ids=message_ids)), run_id)
+        pull, found = make_pull_object_fn_protobuf(client.PullObject, grid.node, run_id), []
+        for one in [one for one in self._announced.values() if one.reply_to in message_ids]:
+            try:
+                if not one.fetch(pull, self._pool, self._clock()):
+                    continue
+                reply = one.put_together()
+            except (OSError, httpx.TransportError):
+                raise
+            except Exception as error:  # a peer made the pieces up: whatever they make Flower raise
+                reply = one.refused(f"{type(error).__name__}: {error}")
+            del self._announced[one.reply_to]
+            found.append(reply)
+            confirmed = ConfirmMessageReceivedRequest(
+                node=grid.node, run_id=run_id, message_object_id=one.message_id
+            )
+            client.ConfirmMessageReceived(confirmed)  # also of what was refused: its pieces go
+        return found
+
+    def _note(self, response: Any, run_id: int) -> None:
+        """Note what was announced, the first reply to each message; forget what nobody wants."""
+        trees: list[ObjectTree] = list(response.message_object_trees)
+        for proto, tree in zip(response.messages_list, trees, strict=True):
+            reply_to, message_id = proto.metadata.reply_to_message_id, proto.metadata.message_id
+            most = self._most_bytes(reply_to)
+            if most is not None and reply_to not in self._announced:
+                wanted = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
+                self._announced[reply_to] = Announced(
+                    reply_to, message_id, run_id, most, wanted, self._clock()
+                )
+        for reply_to in [r for r in self._announced if self._most_bytes(r) is None]:
+            del self._announced[reply_to]
+
+
+def _pulled(pull: Pull, name: str) -> bytes | None:
+    """Return a piece; None where it is not there yet."""
+    try:
+        return pull(name)
+    except ObjectUnavailableError:
+        return None
+
+
+def bound_replies(most_bytes: MostBytes) -> None:
+    """Let Flower's grid pull replies in this process as `Replies` does.
+
+    Flower has no setting for it: the grid's method is replaced. Nothing is done in a process
+    without such a grid.
     """
-    if (grid := sys.modules.get(GRID)) is None:
-        return
-    pull, inflate = inflatable_utils.pull_objects, inflatable_utils.inflate_object_from_contents
-
-    def pull_bounded(object_ids: list[str], pull_object_fn: Pull, **options: Any) -> Any:
-        options.setdefault("max_time", PATIENCE_S)
-        return pull(object_ids, counted(pull_object_fn, most_bytes()), **options)
-
-    def inflate_bounded(object_id: str, contents: dict[str, bytes], **options: Any) -> Any:
-        head = contents[object_id]
-        try:
-            require_size(contents, most_bytes())
-            return inflate(object_id, contents, **options)
-        except Exception as error:  # a peer made the pieces up: whatever they make Flower raise
-            return _reply_with_error(head, f"{type(error).__name__}: {error}")
-
-    vars(grid).update(pull_objects=pull_bounded, inflate_object_from_contents=inflate_bounded)
-
-
-def counted(pull: Pull, most_bytes: int) -> Pull:
-    """Let the pieces of one reply have so many bytes together; then raise ObjectPullError."""
-    left, lock = most_bytes, threading.Lock()
-
-    def pull_counted(object_id: str) -> bytes:  # by several threads
-        nonlocal left
-        content = pull(object_id)
-        with lock:
-            left -= len(content)
-        if left < 0:
-            raise ObjectPullError(object_id, f"the reply has more than {most_bytes:,} bytes")
-        return content
-
-    return pull_counted
+    if (module := sys.modules.get(GRID)) is not None:
+        replies = Replies(most_bytes)
+        module.HttpGrid.pull_messages = lambda grid, message_ids: replies.pull(
+            grid, list(message_ids)
+        )
 
 
 def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
@@ -103,19 +194,3 @@ def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
             raise WireError(
                 f"put together it has more than the {most_bytes:,} bytes that a reply may have."
             )
-
-
-def _reply_with_error(content: bytes, reason: str) -> Message:
-    """Make the reply that a reply is taken for that cannot be put together.
-
-    Where not even what it answers can be read, it answers nothing: its client has not replied.
-    """
-    try:
-        proto = ProtoMessage.FromString(get_object_body(content, Message)).metadata
-    except Exception:  # made up as well
-        proto = ProtoMetadata()
-    error = Error(ErrorCode.MESSAGE_UNAVAILABLE, f"it cannot be put together: {reason:.300}")
-    fields = {name: getattr(proto, name) for name in METADATA} | {
-        "message_type": SYSTEM_MESSAGE_TYPE
-    }
-    return make_message(Metadata(**fields), error=error)

@@ -27,8 +27,8 @@ EVALUATE_FIRST, TRAIN_GLOBAL, DISTIL = "evaluate", "train-global", "distil"
 LOCATION = "location"
 ALONE = "alone"
 """The predictor that any method may report: the same model, trained without the federation."""
-SMALLEST_REPLY = 2**20
-"""Bytes that any reply may have, whatever its client registered."""
+SMALLEST_REPLY, LARGEST_REPLY = 2**20, 2**29
+"""Bytes that any reply may have, whatever its client registered, and that none may exceed."""
 MOST_EXAMPLES = 2**24
 """That a participant may claim; float32 counts so far exactly."""
 MOST_LOSS = MOST_SECONDS = 1e6
@@ -113,7 +113,8 @@ class Registration:
     def most_bytes(self) -> int:
         """How many bytes of arrays a training reply may have: all vectors, and positions."""
         means = self.num_classes * (self.feature_dim + 1 + self.num_classes)
-        return SMALLEST_REPLY + 6 * (self.num_parameters + self.num_global_parameters + means)
+        vectors = self.num_parameters + self.num_global_parameters + means
+        return min(SMALLEST_REPLY + 6 * vectors, LARGEST_REPLY)
 
     def settings(self) -> dict[str, Scalar]:
         """Return the keys that stand for it; what is 0 or empty is not sent."""

@@ -17,6 +17,7 @@ from experiments.console import add_set_option, make_console, say
 from experiments.deploy.certificates import add_certs_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.serve import add_serve_parser
+from experiments.deploy.superlink import add_superlink_parser
 from experiments.keys import add_keys_parser
 from experiments.report.command import add_study_parsers
 from experiments.report.events import add_tensorboard_parser
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add_study_parsers(commands)
     add_tensorboard_parser(commands)
     add_join_parser(commands)
+    add_superlink_parser(commands)
     add_serve_parser(commands)
     add_certs_parser(commands)
     add_attack_parser(commands)

@@ -15,8 +15,9 @@ from common.records import Content
 from server_app.clients import Client, NodeKey, Refusal, Registry, fingerprint, natural_key
 from server_app.transport import NO_ANSWER, Arrival, Outgoing, Transport
 
-REGISTRATION_S = 300.0
-"""A node that has not said who it is by then must not hold up the others."""
+REGISTRATION_S, LATE_REGISTRATION_S = 300.0, 60.0
+"""A node that has not said who it is by then must not hold up the others; the second where enough
+are there to train."""
 
 RETRY_S = 15.0
 """Seconds until a node that failed to register is asked again."""
@@ -86,7 +87,12 @@ class Admission:
         unknown = self._registry.unknown_nodes(keys, server_round, transport.clock.monotonic())
         self._said = {node: said for node, said in self._said.items() if node in keys}
         nodes = sorted(unknown - transport.busy_nodes() - self._said.keys())
-        messages = (self._question(node, server_round) for node in nodes)
+        section = self._config.schedule
+        enough = len(self._registry.present(server_round)) >= section.min_clients
+        patience = REGISTRATION_S
+        if enough:
+            patience = min(LATE_REGISTRATION_S, section.round_deadline_s or LATE_REGISTRATION_S)
+        messages = (self._question(node, server_round, patience) for node in nodes)
         arrivals = sorted(transport.exchange(messages), key=lambda a: a.pending.node_id)
         for arrival in arrivals:
             registration = transport.read(arrival, Registration.read)
@@ -113,13 +119,13 @@ class Admission:
             for node in grid.get_nodes()
         }
 
-    def _question(self, node_id: int, server_round: int) -> Outgoing:
+    def _question(self, node_id: int, server_round: int, patience_s: float) -> Outgoing:
         return self._transport.message(
             REGISTER,
             Recipient(f"of node {node_id}", node_id),
             Content(),
             server_round=server_round,
-            patience_s=REGISTRATION_S,
+            patience_s=patience_s,
         )
 
     def _note_failure(self, arrival: Arrival, server_round: int) -> None:

@@ -100,6 +100,7 @@ class Registry:
         self._known_nodes: set[int] = set()
         self._refused: dict[int, Refusal] = {}
         self._online: set[int] = set()
+        self._asked_again: dict[str, int] = {}
 
     def present(self, server_round: int) -> list[Client]:
         """Return the clients that are online now, in natural order of client_id."""
@@ -117,10 +118,15 @@ class Registry:
         """Return everyone who ever registered."""
         return self._clients
 
-    def ask_again(self, client_ids: Iterable[str]) -> None:
-        """Have clients register anew at the next refresh: their replies do not fit."""
+    def ask_again(self, client_ids: Iterable[str], server_round: int) -> None:
+        """Have clients register anew at the next refresh: their replies do not fit.
+
+        Everybody waits for the answer, so a client is asked once in `CHANGE_ROUNDS`.
+        """
         for client_id in self._clients.keys() & set(client_ids):
-            self._known_nodes.discard(self._clients[client_id].node_id)
+            if server_round >= self._asked_again.get(client_id, NEVER) + CHANGE_ROUNDS:
+                self._asked_again[client_id] = server_round
+                self._known_nodes.discard(self._clients[client_id].node_id)
 
     def export(self) -> list[dict[str, Any]]:
         """Return everyone who ever registered, as JSON-able facts for a checkpoint."""

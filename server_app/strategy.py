@@ -210,7 +210,7 @@ class Rounds:
             read = partial(Evaluation.read_if_told, others=self._method.others)
             evaluations = self._ask(clients, server_round, messages.EVALUATE, read)
         self._folder.note_clients(self._client_rows(evaluations))
-        self._registry.ask_again(transport.misfits)  # perhaps their model changed
+        self._registry.ask_again(transport.misfits, server_round)  # perhaps their model changed
         transport.misfits.clear()
         seconds = time.monotonic() - started
         return {

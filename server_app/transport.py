@@ -44,6 +44,12 @@ LOST = (OSError, httpx.HTTPError)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.2
 
 
+def _stumbled(error: Exception) -> bool:
+    """Whether a SuperLink is there, and stumbled over what a peer has sent it."""
+    status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+    return status == httpx.codes.INTERNAL_SERVER_ERROR
+
+
 class Clock(Protocol):
     """What the transport needs of `time`; seconds."""
 
@@ -111,9 +117,10 @@ class Transport:
     def __len__(self) -> int:
         return len(self._in_flight)
 
-    def most_bytes(self) -> int:
-        """Return how many bytes the largest reply may have that can still come."""
-        return max((pending.most_bytes for pending in self._in_flight.values()), default=0)
+    def most_bytes(self, message_id: str) -> int | None:
+        """Return how many bytes the reply to a message may have; None where none is waited for."""
+        pending = self._in_flight.get(message_id)
+        return pending.most_bytes if pending else None
 
     def busy_nodes(self) -> set[int]:
         """Return the nodes that have a message in flight."""
@@ -215,9 +222,9 @@ class Transport:
     def _pull(self, message_ids: list[str]) -> list[Arrival]:
         try:
             replies = list(self.grid.pull_messages(message_ids)) if message_ids else []
-        except LOST:
-            raise
         except Exception as error:
+            if isinstance(error, LOST) and not _stumbled(error):
+                raise
             if len(message_ids) > 1:  # one of them cannot be put together: that one is given up on
                 return [arrival for one in message_ids for arrival in self._pull([one])]
             failure = f"the reply cannot be read: {type(error).__name__}: {error}"

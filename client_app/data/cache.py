@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 CACHE_VARIABLE = "MH_PFEDHN_CACHE"
 LOCK_TIMEOUT_S = 3600.0
+MOST_SIZES = 3
+"""Of one source that are kept decoded."""
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 
 
@@ -71,16 +73,38 @@ def open_dataset(
 
     Raises DataError where the source cannot be read, or the cache folder cannot be written.
     """
-    identity = [FORMAT, name, image_size, source.fingerprint()]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    facts = source.fingerprint()
+    digest = _digest([FORMAT, name, image_size, facts])
     safe_name = re.sub(r"[^A-Za-z0-9]+", "-", name)[:40]
     folder = cache_root(cache_dir) / f"{safe_name}-{image_size}-{digest[:16]}"
     found = None if anew else _open_entry(folder)
     if found is None:
         with entry_lock(folder):
             found = None if anew else _open_entry(folder)
-            found = found or _build_entry(source, folder, image_size)
+            found = found or _build_entry(source, folder, image_size, _digest([name, facts]))
+            _prune(folder, _digest([name, facts]))
     return found
+
+
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _prune(newest: Path, source: str) -> None:
+    """Drop the same source's entries of other sizes, but the last: each is all of its pictures.
+
+    Whoever starts a run says how large pictures are. Processes that have an entry open keep it.
+    """
+    found = []
+    for folder in newest.parent.iterdir():
+        try:
+            if json.loads((folder / META).read_text())["source"] == source and folder != newest:
+                found.append((folder.stat().st_mtime_ns, folder))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    for _, folder in sorted(found)[: -(MOST_SIZES - 1)]:
+        log.info("%s is dropped: pictures of the same source in another size", folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -102,7 +126,7 @@ def entry_lock(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _build_entry(source: Source, folder: Path, image_size: int) -> DecodedDataset:
+def _build_entry(source: Source, folder: Path, image_size: int, origin: str) -> DecodedDataset:
     started = time.monotonic()
     examples = source.read(image_size)
     if not len(examples.labels):
@@ -111,7 +135,7 @@ def _build_entry(source: Source, folder: Path, image_size: int) -> DecodedDatase
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
     draft.mkdir(mode=0o700)
     try:
-        _write_entry(examples, draft, image_size)
+        _write_entry(examples, draft, image_size, origin)
         if folder.exists():
             shutil.rmtree(folder)
         draft.rename(folder)
@@ -128,7 +152,7 @@ def _build_entry(source: Source, folder: Path, image_size: int) -> DecodedDatase
     return found
 
 
-def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
+def _write_entry(examples: Examples, draft: Path, image_size: int, origin: str) -> None:
     shape = (len(examples.labels), len(examples.mean), image_size, image_size)
     images = np.lib.format.open_memmap(draft / IMAGES, mode="w+", dtype=np.uint8, shape=shape)
     fill(images, examples.read_example)
@@ -142,7 +166,7 @@ def _write_entry(examples: Examples, draft: Path, image_size: int) -> None:
         facts = path.stat()
         files[name] = {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "crc32": _crc32(path)}
     meta = {"num_classes": examples.num_classes, "mean": examples.mean, "std": examples.std}
-    meta["about"] = dict(examples.about)
+    meta |= {"about": dict(examples.about), "source": origin}
     replace_file(draft / META, json.dumps(meta | {"files": files}, indent=1), mode=PRIVATE)
 
 

@@ -181,7 +181,7 @@ def split_by_library(
     drawn.dataset = Dataset.from_dict({"label": labels[order], "row": order})
     try:
         if drawn.num_partitions != num_clients:
-            raise ConfigError(
+            raise DataError(
                 f"{where} makes {drawn.num_partitions} clients, num-partitions is {num_clients}. "
                 "Make the two equal."
             )

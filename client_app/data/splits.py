@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 
 Indices = NDArray[np.int64]
 
@@ -28,11 +28,11 @@ def split_pathological(
     class is divided among those that hold it in proportion to U(0.4, 0.6) weights. A class that
     nobody drew is not used. Returns one disjoint index array (M_i,) for each client.
 
-    Raises ConfigError where a client is to draw more classes than there are.
+    Raises DataError where a client is to draw more classes than there are.
     """
     classes = np.unique(labels)
     if classes_per_client > len(classes):
-        raise ConfigError(
+        raise DataError(
             f"classes-per-client = {classes_per_client}, but the data has {len(classes)} classes. "
             "Set it to 0 for the published value or to a smaller number."
         )

@@ -93,9 +93,7 @@ class PrivateStep:
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             gradients, values = self.of_each(images[part], labels[part])
-            norms = torch.linalg.vector_norm(gradients, dim=1)
-            gradients[~norms.isfinite()] = 0.0  # such an example would show, and has no direction
-            total += (self.clip / norms).clamp(max=1.0).nan_to_num(0.0) @ gradients
+            total += clipped(gradients, self.clip).sum(dim=0)
             losses += float(values.sum())
         return total, losses
 
@@ -140,6 +138,19 @@ class PrivateStep:
         generator = torch.Generator(images.device)
         generator.seed()
         return [draw_mask(mask, kept, generator) for mask, kept in shapes]
+
+
+def clipped(gradients: Tensor, clip: float) -> Tensor:
+    """Return gradients (B, P), none longer than `clip`; what is not finite counts as nothing.
+
+    In double precision: in float32 the square of an entry below 1e-23 is 0, and a gradient of such
+    entries would have no length, and pass as it is.
+    """
+    exact = gradients.double()
+    norms = torch.linalg.vector_norm(exact, dim=1, keepdim=True)
+    scaled = (exact * (clip / norms).clamp(max=1.0)).float()
+    sound = norms.isfinite() & (norms > 0)
+    return torch.where(sound, scaled, torch.zeros_like(scaled))
 
 
 def train_privately(

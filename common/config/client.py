@@ -120,10 +120,11 @@ class ClientSection(Section):
         "shows; of the run's and a participant's own the larger counts; 0: off",
         where=PRIVATE_METHODS,
         ge=0,
+        le=1e4,
     )
     dp_clip: float = key(
         1.0, "a single example's longer gradient is scaled down to it", where="dp-noise",
-        unit="norm", gt=0,
+        unit="norm", ge=1e-3, le=1e3,
     )  # fmt: skip
     device: str = key("auto", "auto, cpu, cuda:0")
     client_threads: int = key(1, "torch CPU threads of one client; 0: torch's own choice", ge=0)

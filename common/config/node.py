@@ -20,7 +20,7 @@ ASKED = frozenset(
         *("fedprox-mu", "prototype-weight", "pfedhn-batches"),
         *("test-fraction", "validation-fraction", "image-size", "augmentation", "measure-alone"),
         *("class-names",),
-        *("dp-noise", "dp-clip", "wire-precision", "uplink-top-k"),
+        *("dp-noise", "wire-precision", "uplink-top-k"),
     }
 )
 """All that a run config may say to a participant with a client-id: nothing of its machine, nor of
@@ -72,8 +72,10 @@ class NodeConfig(Section):
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
     augmentation: Augmentation | None = key(None, AS_RUN)
-    dp_noise: float | None = key(None, "counts where it is larger than the run config's", ge=0)
-    dp_clip: float | None = key(None, AS_RUN, unit="norm", gt=0)
+    dp_noise: float | None = key(
+        None, "counts where it is larger than the run config's", ge=0, le=1e4
+    )
+    dp_clip: float | None = key(None, AS_RUN, unit="norm", ge=1e-3, le=1e3)
     device: str | None = key(None, AS_RUN)
     client_threads: int | None = key(None, AS_RUN, ge=0)
     state_dir: str | None = key(None, AS_RUN)
@@ -165,6 +167,11 @@ class NodeConfig(Section):
             merged["models"] = self.model
         section = ClientSection.checked(merged, "node config")
         section.require_test_part("node config")
+        if self.max_epsilon and not section.dp_noise:
+            raise ConfigError(
+                f"node config: max-epsilon = {self.max_epsilon:g}, and neither this file nor the "
+                "run has dp-noise: what is sent without noise has no bound. Set dp-noise."
+            )
         if section.dp_noise and self.client_id and not section.state_dir:
             raise ConfigError(
                 f"node config: dp-noise = {section.dp_noise:g} needs a state-dir, where it is kept "

@@ -15,7 +15,7 @@ class TrainingSection(Section):
     optimizer: Literal["sgd", "adamw"] = key(
         "sgd", '"sgd" with momentum, or "adamw", which wants a rate near 0.001'
     )
-    learning_rate: float = key(0.03, "local rate, of the first round", gt=0)
+    learning_rate: float = key(0.03, "local rate, of the first round", gt=0, le=1000)
     learning_rate_final: float = key(
         1.0, "fraction of it that the last round has, along a cosine; 1: constant", gt=0, le=1
     )

@@ -152,6 +152,12 @@ class Method(Generic[T]):
                     f"{who}: {need} is missing, which {name} needs. Start the client with the run "
                     "config of this federation."
                 )
+        for name_of in (*SHARED_SIZES, "group"):
+            if getattr(registration, name_of) and name_of not in needs:
+                raise RegistrationError(
+                    f"{who} declares {name_of}, for which {name} has no use. Start the client with "
+                    "the run config of this federation."
+                )
         cap = self.config.hypernet.max_parameters
         for what, size in self.sizes(registration).items():
             if size > cap:
@@ -172,8 +178,12 @@ class Method(Generic[T]):
 
     def sizes(self, registration: Registration) -> dict[str, int]:
         """Return what the server may have to hold for such a client beside its model, by name."""
-        head = registration.num_classes * (registration.feature_dim + 1)
-        return {"a head": head, "a shared model": registration.num_global_parameters}
+        classes, features = registration.num_classes, registration.feature_dim
+        return {
+            "a head": classes * (features + 1),
+            "class means": classes * max(classes, features),
+            "a shared model": registration.num_global_parameters,
+        }
 
     def add_client(self, client: Client) -> None:
         """Take note of a client that was just admitted: new, back, or with another model."""

@@ -171,27 +171,28 @@ def push(place: tuple[Deployment, int, Behind], source: str, body: bytes) -> ssl
 
 def status(stream: ssl.SSLSocket) -> str:
     """Return the status line, "" while there is none."""
-    stream.settimeout(0.2)
+    stream.settimeout(0.05)
     with suppress(OSError):
         return stream.recv(12).decode()
     return ""
 
 
 def test_pieces_that_are_half_sent_fill_no_disk(place: tuple[Deployment, int, Behind]) -> None:
-    """A hundred from one address: 64 wait, of the others nothing is kept; others still push."""
+    """So many from one address, and so many in all; others still push."""
     most = int(re.search(r"limit_conn pieces (\d+)", CONFIG)[1])  # type: ignore[index]
-    everybody = int(re.search(r"limit_conn all_pieces (\d+)", CONFIG)[1])  # type: ignore[index]
+    everybody = int(re.search(r"limit_conn bodies (\d+)", CONFIG)[1])  # type: ignore[index]
     assert everybody * 6 < 1024, "MB, of the gateway's /tmp"
+    half = b"\n" * 2**17
     with ExitStack() as stack:
-        slow = [
-            stack.enter_context(push(place, "127.0.0.4", b"\n" * 2**17)) for _ in range(most + 36)
-        ]
-        assert [status(stream) for stream in slow].count("HTTP/1.1 503") == 36
-        kept = [p.stat().st_size for p in (place[0].folder / "body").rglob("*") if p.is_file()]
-        assert len(kept) <= most
+        slow = [stack.enter_context(push(place, "127.0.0.4", half)) for _ in range(most + 16)]
+        assert [status(stream) for stream in slow].count("HTTP/1.1 503") == 16
         with push(place, "127.0.0.5", b"\n" * 5 * 2**20) as quick:
             quick.settimeout(10)
             assert quick.recv(12).decode() == "HTTP/1.1 200"
+        sources = [f"127.0.3.{i}" for i in range(everybody // most) for _ in range(most)]
+        more = [stack.enter_context(push(place, source, half)) for source in sources]
+        refused = [status(stream) for stream in more].count("HTTP/1.1 503")
+        assert most + len(more) - refused == everybody
 
 
 def test_only_pieces_are_large(place: tuple[Deployment, int, Behind]) -> None:
@@ -239,5 +240,5 @@ def test_one_address_cannot_hold_every_connection(place: tuple[Deployment, int, 
             with suppress(OSError):
                 stack.enter_context(connect(deployment, port, source="127.0.0.3"))
                 held += 1
-        assert held <= limit
+        assert limit - 5 <= held <= limit
         assert answer(deployment, port, "/v1/fleet/pull-messages") == 200

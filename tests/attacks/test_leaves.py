@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from client_app.app import app
@@ -36,6 +37,7 @@ def failure(folder: Path, **declared: Any) -> str:
     """Ask a participant to register; return what its error says."""
     node = NODE | {k.replace("_", "-"): v for k, v in declared.items()}
     context = Context(1, 2, node, RecordDict(), dict(tiny_config(folder).flat()))
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # Flower's process's
     header = Header("f", tiny_config(folder).run.method, 1, "n")
     message = Message(encode(header, Content()), 2, "query.register")
     with pytest.raises(MHpFedHNError) as caught:
@@ -45,17 +47,27 @@ def failure(folder: Path, **declared: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "declared",
+    ("declared", "says"),
     [
-        {"dataset": f"{__name__}:lost_data"},
-        {"model": f"{__name__}:odd_model"},
-        {"dataset": "folder", "data_dir": "/srv/hospital a/scans"},
-        {"state_dir": "/proc/hospital a/state"},
-        {"dataset": "/srv/scans:load"},
+        ({"dataset": f"{__name__}:lost_data"}, "DataError on the participant's side"),
+        ({"model": f"{__name__}:odd_model"}, "ModelError on the participant's side"),
+        (
+            {"dataset": "folder", "data_dir": "/srv/hospital a/scans"},
+            "DataError on the participant's side",
+        ),
+        ({"state_dir": "/proc/hospital a/state"}, "state-dir <state-dir>/a cannot be created"),
+        ({"dataset": "/srv/scans:load"}, "DataError on the participant's side"),
+        (
+            {"partition": "pathological", "classes_per_client": 10**6},
+            "DataError on the participant's side",
+        ),
     ],
 )
-def test_errors_name_no_path_and_no_layer(tmp_path: Path, declared: dict[str, Any]) -> None:
+def test_errors_name_no_path_and_no_layer(
+    tmp_path: Path, declared: dict[str, Any], says: str
+) -> None:
     text = failure(tmp_path, **declared)
+    assert says in text
     for secret in ("/srv", "/home", "/proc", "hospital", "patient", "encoder", str(tmp_path)):
         assert secret not in text, text
 

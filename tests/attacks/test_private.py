@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from client_app.data.examples import ClientData, load_client_data
+from client_app.data.examples import ClientData, load_client_data, open_examples
 from client_app.privacy import Privacy, spent_from
 from client_app.store import FolderState
-from common.errors import RunError
+from common.accounting import Spent, epsilon
+from common.config import ClientSection, NodeConfig, RunConfig, declared
+from common.errors import ConfigError, RunError
 from common.records import Received
 from tests.support.outputs import rows
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config, trusting
@@ -149,3 +152,75 @@ def test_alone_never_leaves_and_spends_nothing(tmp_path: Path) -> None:
     take_part(tmp_path, rounds=1)
     ((noise, rate, steps),) = spent_from(ledger(tmp_path))
     assert (noise, steps) == (1.0, -(-1 // rate) // 1)
+
+
+def test_a_server_chooses_no_clip(tmp_path: Path) -> None:
+    """Noise is in units of it: with a small one, and small gradients, there would be none."""
+    asked = {"dp-clip": 0.001, "dp-noise": 2.0}
+    run = tuple(tiny_config(tmp_path, **{k.replace("-", "_"): v for k, v in asked.items()})
+                .flat().items())  # fmt: skip
+    own = {"client-id": "a", "state-dir": str(tmp_path), **trusting(tmp_path)}
+    assert declared(run, tuple(own.items())).client.dp_clip == 1.0
+    mine = tuple((own | {"dp-clip": 0.5}).items())
+    assert declared(run, mine).client.dp_clip == 0.5
+    assert declared(run, (("partition-id", 0),)).client.dp_clip == 0.001
+    for key, value in {"dp-clip": 1e-30, "dp-noise": 1e200, "learning-rate": 1e27}.items():
+        with pytest.raises(ConfigError, match=key):
+            RunConfig.parse({key: value})
+
+
+def test_a_budget_without_noise_is_refused(tmp_path: Path) -> None:
+    """A participant that counted on the run's noise sends nothing when there is none."""
+    own = {"client-id": "a", "state-dir": str(tmp_path), "max-epsilon": 1.0}
+    node = NodeConfig.parse(own | trusting(tmp_path))
+    with pytest.raises(ConfigError, match=r"max-epsilon = 1, and neither .* has dp-noise"):
+        node.client_section(RunConfig().client)
+    assert node.client_section(RunConfig.parse({"dp-noise": 2.0}).client).dp_noise == 2.0
+
+
+def spend_often(folder: str, start: Any) -> None:
+    privacy = Privacy(2.0, 1.0, 60, FolderState(Path(folder)))
+    start.wait()
+    for _ in range(10):
+        privacy.spend(0.5, 1)
+
+
+def test_two_messages_at_once_lose_no_spending(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    epsilon([Spent(2.0, 0.5, 1)], 1e-5)  # imported once, before they part
+    start = fork.Barrier(2)
+    both = [fork.Process(target=spend_often, args=(str(tmp_path), start)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert spent_from(FolderState(tmp_path)) == [(2.0, 0.5, 20)]
+
+
+def test_a_message_adds_no_row_to_the_ledger(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each sampling rate is a row for ever, and batch-size travels in messages too."""
+
+    def other(message: Message, context: Context, handler: Handler) -> Message:
+        if message.metadata.message_type == "train.personal":
+            message.content["config"]["batch-size"] = 7
+        return handler(message, context)
+
+    own = {"client-id": "a", "partition-id": 0, "state-dir": str(tmp_path / "state"),
+           "dp-noise": 1.0, **trusting(tmp_path, f"{HERE}:small")}  # fmt: skip
+    config = tiny_config(tmp_path, server_rule="kernel", rounds=1)
+    with pytest.raises(RunError):
+        run_tiny(config, app=Wrapped(other), node_configs=[own])
+    assert "a message asks for batch-size = 7" in caplog.text
+    assert spent_from(ledger(tmp_path)) == []
+
+
+def test_decoded_pictures_of_many_sizes_are_not_kept(tmp_path: Path) -> None:
+    for size in (8, 9, 10, 11, 12):
+        section = ClientSection.checked(
+            {"dataset": f"{HERE}:patterns", "image-size": size, "cache-dir": str(tmp_path)}, "x"
+        )
+        open_examples(section)
+    kept = sorted(int(p.name.split("-")[-2]) for p in tmp_path.iterdir() if p.is_dir())
+    assert kept == [10, 11, 12]

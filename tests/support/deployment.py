@@ -62,7 +62,7 @@ class Deployment:
         server = self.certs / "server"
         self._start(
             "superlink",
-            "flower-superlink --host 127.0.0.1 --isolation process --enable-supernode-auth",
+            "mh-pfedhn superlink --host 127.0.0.1 --isolation process --enable-supernode-auth",
             f"--port {self.port} --database {self.folder / 'state.db'}",
             f"--ssl-ca-certfile {server}/ca.crt --ssl-certfile {server}/server.crt",
             f"--ssl-keyfile {server}/server.key",

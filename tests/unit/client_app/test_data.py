@@ -146,7 +146,7 @@ def test_a_participant_with_its_own_data_has_all_of_it(section: ClientSection) -
     [
         ({"dataset": "cifar01"}, ConfigError, r"unknown dataset 'cifar01'\. Did you mean"),
         ({"partition": "pathologic"}, ConfigError, r"Did you mean 'pathological'\?"),
-        ({"classes_per_client": 11}, ConfigError, "classes-per-client = 11, but the data has 10"),
+        ({"classes_per_client": 11}, DataError, "classes-per-client = 11, but the data has 10"),
         ({"partition_options": "{"}, ConfigError, r"partition-options = '\{' is not JSON"),
         ({"partition_options": "[1]"}, ConfigError, "must be a JSON object"),
         ({"partition_options": '{"a": 1}'}, ConfigError, "takes no partition-options"),

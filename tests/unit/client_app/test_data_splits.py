@@ -157,7 +157,7 @@ def test_library_partitions_by_name(name: str) -> None:
     [
         ("iid", {"alpha": 1}, ConfigError, "partition 'iid'.*unexpected keyword argument 'alpha'"),
         ("library-dirichlet", {}, ConfigError, "missing a required argument: 'alpha'. Options: al"),
-        ("natural-id", {}, ConfigError, "makes 10 clients, num-partitions is 3"),
+        ("natural-id", {}, DataError, "makes 10 clients, num-partitions is 3"),
         ("size", {"partition_sizes": [900, 900, 1]}, DataError, "cannot divide 1000 examples"),
     ],
 )

@@ -11,6 +11,7 @@ from client_app.training.loop import FlatModel, Teacher, label_loss, make_optimi
 from client_app.training.private import (
     Mechanism,
     PrivateStep,
+    clipped,
     plan,
     poisson_sample,
     require_private,
@@ -66,6 +67,16 @@ def test_clipping_equals_a_loop_over_examples(
     gradients, _ = step.of_each(*batch())
     assert gradients.norm(dim=1).min() > 0.3, "all of them were clipped"
     assert float(found.norm()) <= 5 * 0.3 + 1e-4
+
+
+def test_nothing_is_longer_than_the_clip_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the squares of such entries are 0: these gradients would have no length."""
+    tiny = torch.full((3, 4000), 1e-24) * torch.tensor([[1.0], [3.0], [0.0]])
+    found = clipped(tiny, 1e-30)
+    assert found.double().norm(dim=1).max() <= 1e-30 * (1 + 1e-4)
+    mixed = torch.tensor([[3.0, 4.0], [0.3, 0.4], [float("inf"), 1.0], [float("nan"), 0.0]])
+    wanted = torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(clipped(mixed, 1.0), wanted)
 
 
 def test_without_noise_and_clip_it_is_plain_sgd() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
@@ -72,6 +73,25 @@ def test_a_reply_that_flower_cannot_read_costs_that_reply_alone() -> None:
     (failed,) = [arrival for arrival in arrivals if arrival.content is None]
     assert failed.pending.node_id == 5
     assert failed.failure.startswith("the reply cannot be read: AttributeError: 'NpzFile'")
+
+
+class Stumbling(InProcessGrid):
+    """A SuperLink whose database cannot read what node 5 left in it."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for message_id in message_ids:
+            message = self._queue.get(message_id)
+            if message is not None and message.metadata.dst_node_id == 5:
+                request = httpx.Request("POST", "https://superlink/v1/runtime/pull-messages")
+                response = httpx.Response(500, request=request)
+                raise httpx.HTTPStatusError("500", request=request, response=response)
+        return super().pull_messages(message_ids)
+
+
+def test_a_superlink_that_stumbles_over_one_reply_ends_no_run() -> None:
+    transport = Transport(grid(grid_type=Stumbling), "mh-pfedhn")
+    arrivals = list(transport.exchange(messages(transport, [])))
+    assert [a.pending.node_id for a in arrivals if a.content is None] == [5]
 
 
 class Lost(InProcessGrid):
