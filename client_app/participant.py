@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
+from client_app.models.building import ModelKind
 from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.privacy import Privacy, note_clear
+from client_app.shelf import Shelf
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from client_app.training.loop import FlatModel, Loss, Trained, train
+from client_app.training.loop import FlatModel, Loss, Trained, accuracy_of, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, WireError
 from common.log import logger
@@ -92,6 +95,11 @@ class Participant:
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 
+    def kind_of(self, name: str, role: str = "personal") -> ModelKind:
+        """Return the kind of a model for these data, this device and this run."""
+        sizes, size = (self.data.in_channels, self.data.num_classes), self.data.image_size
+        return ModelKind(name, *sizes, self.device, role, self.config.run.seed, size)
+
     @property
     def privacy(self) -> Privacy | None:
         """How this participant trains privately, None where it does not."""
@@ -139,12 +147,40 @@ class Participant:
         if isinstance(self.state, FolderState) and not self.privacy:
             note_clear(self.state)
 
+    @property
+    def is_deployed(self) -> bool:
+        """Whether this is a participant of its own, and no simulated client."""
+        return bool(self.node.client_id)
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether every model that comes is kept: where this is deployed, and has a folder."""
+        return self.is_deployed and isinstance(self.state, FolderState)
+
     def told(self, found: Evaluation, server_round: int) -> Evaluation | None:
         """Return what of a test the server is told; a deployed participant's log has it all."""
-        if self.node.client_id:
+        if self.is_deployed:
             words = "round %d: client %s as received, of %d test examples: %s"
             logger.info(words, server_round, self.client_id, found.num_test, found)
         return found if self.tells_counts else None
+
+    def keep(
+        self, module: nn.Module, found: Evaluation, task: Received, *, program: bool = False
+    ) -> None:
+        """Keep a model that came, with what it reaches: it is this participant's own."""
+        assert isinstance(self.state, FolderState)
+        header, data = task.header, self.data
+        validation = accuracy_of(module, data.validation_batches(256))
+        facts = {
+            "federation": header.federation_id,
+            "method": header.method,
+            "round": header.server_round,
+            "validation_accuracy": validation,
+        }
+        model = self._personal(module, found, facts)
+        Shelf(self.state.folder).keep(
+            model, header.federation_id, header.server_round, program=program
+        )
 
     @property
     def keeps_rounds(self) -> int:
@@ -165,11 +201,17 @@ class Participant:
         folder = personal_folder(self.state, self.config.run.output_dir, self.client_id)
         if folder is None:
             return ""
+        path = self._personal(module, evaluation, {}).store(folder, program=self.exports)
+        return path.name if self.is_deployed else str(path)
+
+    def _personal(
+        self, module: nn.Module, evaluation: Evaluation, facts: dict[str, Any]
+    ) -> PersonalModel:
+        spent = self.privacy.facts() if self.privacy else {}
         common = self.config.distill.global_model
-        facts = self.privacy.facts() if self.privacy else {}
-        personal = PersonalModel(self.model_name, module, self.data, evaluation, common, facts)
-        path = personal.store(folder, program=self.exports)
-        return path.name if self.node.client_id else str(path)
+        return PersonalModel(
+            self.model_name, module, self.data, evaluation, common, {**facts, **spent}
+        )
 
     @property
     def exports(self) -> bool:

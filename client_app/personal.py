@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
 from client_app.models.registry import build_model
 from client_app.predictor import Predictor
 from client_app.store import COMMON_MODEL, OWN_MODEL, PERSONAL_MODEL, FolderState
+from common.errors import DataError, ModelError
 from common.files import PRIVATE, replace_file
 from common.log import logger
 from common.messages import Evaluation
@@ -62,8 +65,8 @@ class PictureClassifier(nn.Module):
 class PersonalModel:
     """A trained personal model, its data and what it reached on them.
 
-    `common` is the architecture of the second model where `module` is a predictor of two;
-    `privacy` says what was spent where it was trained privately.
+    `common` is the architecture of the second model where `module` is a predictor of two; `facts`
+    are further ones, written beside it.
     """
 
     name: str
@@ -71,7 +74,7 @@ class PersonalModel:
     data: ClientData
     evaluation: Evaluation
     common: str = ""
-    privacy: Mapping[str, float | None] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def store(self, folder: Path, *, program: bool) -> Path:
         """Write the files; returns the path of the safetensors file.
@@ -125,7 +128,7 @@ class PersonalModel:
             **accuracies,  # of the own model by itself, of the common one, alone, and the gain
             "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
             **load,
-            **self.privacy,
+            **self.facts,
         }
 
     def _export(self, path: Path) -> dict[str, Any]:
@@ -178,6 +181,32 @@ class PersonalModel:
         whole = PictureClassifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
         shape = (2, data.in_channels, *data.test_images.shape[-2:])
         return whole, torch.zeros(shape, dtype=torch.uint8)
+
+
+def read_predictor(folder: Path) -> tuple[PictureClassifier, dict[str, Any]]:
+    """Rebuild what was stored in a folder, and return it with its description.
+
+    It maps uint8 pictures (B, C, H, W) to logits, of two models log-probabilities. Raises DataError
+    where the folder does not hold a model; ModelError where the participant's own code is not
+    found, or builds another model than that.
+    """
+    try:
+        about = json.loads((folder / f"{PERSONAL_MODEL}.json").read_text())
+        weights = load_file(folder / f"{PERSONAL_MODEL}.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder} does not hold a whole personal model: {error}") from error
+    sizes = {"in_channels": about["in_channels"], "num_classes": about["num_classes"]}
+    module = build_model(about["model"], **sizes)
+    if common := about.get("common_model"):
+        module = Predictor(module, build_model(common, **sizes), 0.0)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{about['model']} is no longer the model that was trained: {error}"
+        ) from error
+    mean, std = (torch.tensor(about[name]) for name in ("mean", "std"))
+    return PictureClassifier(module, mean, std).eval(), about
 
 
 def not_in_state_dict(module: nn.Module) -> list[str]:

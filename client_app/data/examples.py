@@ -67,6 +67,11 @@ class ClientData:
         return len(self.train_labels)
 
     @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return int(self.train_images.shape[-1])
+
+    @property
     def num_test(self) -> int:
         """Number of test examples."""
         return len(self.test_labels)

@@ -53,13 +53,13 @@ class FolderSource:
 
     def fingerprint(self) -> list[Any]:
         """Return a hash of every picture's path, size and modification time."""
-        facts = [file_identity(path) for paths in self._classes().values() for path in paths]
+        facts = [file_identity(path) for paths in self.pictures().values() for path in paths]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()
         return ["folder", str(self.root), list(self.class_names), digest]
 
     def read(self, image_size: int) -> Examples:
         """Open the folder."""
-        classes, left_out = self._classes(), self._left_out()
+        classes, left_out = self.pictures(), self._left_out()
         paths = [path for members in classes.values() for path in members]
         labels = np.repeat(np.arange(len(classes)), [len(m) for m in classes.values()])
         kinds = [picture_kind(_bytes(path)) for path in paths]
@@ -104,7 +104,7 @@ class FolderSource:
             )
         return dict(sorted(named.items()))
 
-    def _classes(self) -> dict[str, list[Path]]:
+    def pictures(self) -> dict[str, list[Path]]:
         """Return the pictures of every class, in the order of the classes."""
         folders = self._folders()
         if self.class_names:
@@ -115,11 +115,11 @@ class FolderSource:
                     f"whose class-names are {listing(names, 20)}. Rename the folder, or move it "
                     "elsewhere."
                 )
-            classes = {n: _pictures(folders[n]) if n in folders else [] for n in names}
+            classes = {n: pictures_below(folders[n]) if n in folders else [] for n in names}
             if not any(classes.values()):
                 raise DataError(f"data-dir {self.root} holds no picture of {listing(names, 20)}.")
             return classes
-        classes = {name: _pictures(folder) for name, folder in folders.items()}
+        classes = {name: pictures_below(folder) for name, folder in folders.items()}
         if len(classes) < 2:
             raise DataError(
                 f"data-dir {self.root} must hold one folder of pictures for each of at least 2 "
@@ -267,7 +267,8 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
+    """Return the pictures in a folder, at every depth, in order of their names."""
     return sorted(path for path in _files(folder) if path.suffix.lower() in PICTURE_SUFFIXES)
 
 

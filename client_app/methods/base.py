@@ -85,16 +85,20 @@ class Method:
 
     def _reply_train(self, task: Received) -> Content:
         """Test what came, where asked; train it, keep what stays here, send the rest."""
-        now = task.header.server_round
-        evaluation = self._told(task, before=now) if task.flag(EVALUATE_FIRST) else None
-        if self.trains_alone and (THETA in task or not task.flag(TRAIN_GLOBAL)):
+        now, asked = task.header.server_round, task.flag(EVALUATE_FIRST)
+        is_personal = THETA in task or not task.flag(TRAIN_GLOBAL)
+        tests = asked or (is_personal and self.participant.keeps_models)
+        found = self._told(task, before=now) if tests else None
+        if self.trains_alone and is_personal:
             alone = self._ready_alone(task, before=now)
             self.train(task, alone, leaves=self.participant.tells_counts)
             self.save(ALONE, task, alone, theta=True)
         instance = self.ready(task, before=now)
         trained = self.fit(task, instance)
         self.keep(task, instance)
-        reply = TrainReply(trained.num_examples, trained.loss, trained.seconds, evaluation)
+        reply = TrainReply(
+            trained.num_examples, trained.loss, trained.seconds, found if asked else None
+        )
         if privacy := self.participant.privacy:
             reply = privacy.stated(reply, f"round {now}: client {self.participant.client_id}")
         return Content(reply.settings(), self.collect(task, instance))
@@ -104,8 +108,11 @@ class Method:
         return Content(found.settings() if found else {})
 
     def _told(self, task: Received, *, before: int) -> Evaluation | None:
-        """Test what came; return what of it the server is told."""
-        found = self._beside_alone(self.measure(task, self.ready(task, before=before)), task)
+        """Test what came, and keep it; return what of it the server is told."""
+        instance = self.ready(task, before=before)
+        found = self._beside_alone(self.measure(task, instance), task)
+        if self.participant.keeps_models:
+            self.participant.keep(self.owned(instance), found, task)
         return self.participant.told(found, task.header.server_round)
 
     def _reply_finish(self, task: Received) -> Content:
@@ -114,6 +121,8 @@ class Method:
             instance = self.ready(task, before=task.header.server_round + 1)
             self.adapt(task, instance)
             found = self._beside_alone(self.final(task, instance), task)
+            if self.participant.keeps_models:
+                self.participant.keep(self.owned(instance), found, task, program=True)
             return Content({LOCATION: self.participant.store(self.owned(instance), found)})
 
     # --- the hops --------------------------------------------------------------------------------
@@ -273,18 +282,12 @@ class Method:
     @property
     def kind(self) -> ModelKind:
         """What the construction of the own model depends on."""
-        return self.kind_named(self.participant.model_name)
+        return self.participant.kind_of(self.participant.model_name)
 
     @property
     def global_kind(self) -> ModelKind:
         """What the construction of the model that all clients share depends on."""
-        return self.kind_named(self.participant.config.distill.global_model, "global")
-
-    def kind_named(self, name: str, role: str = "personal") -> ModelKind:
-        """Return a model's kind for this participant's data, device and run."""
-        data, seed = self.data, self.participant.config.run.seed
-        sizes, size = (data.in_channels, data.num_classes), data.train_images.shape[-1]
-        return ModelKind(name, *sizes, self.participant.device, role, seed, size)
+        return self.participant.kind_of(self.participant.config.distill.global_model, "global")
 
 
 class Local(Method):

@@ -7,7 +7,7 @@ layout of `model.named_parameters()`: each tensor flattened row-major, one after
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Protocol
@@ -244,6 +244,15 @@ def logits_over(model: FlatModel, data: ClientData, *, validation: bool = False)
     found = [logits_of(model.module, images, data.num_classes) for images, _ in batches]
     model.require_views()
     return torch.cat(found) if found else model.theta.new_empty(0, data.num_classes)
+
+
+@torch.no_grad()
+def accuracy_of(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Return the fraction that a model gets right, in evaluation mode; None of no example."""
+    module.eval()
+    found = [(num_correct(module(images), labels), len(labels)) for images, labels in batches]
+    total = sum(count for _, count in found)
+    return sum(correct for correct, _ in found) / total if total else None
 
 
 def evaluate(model: FlatModel, data: ClientData) -> Evaluation:

@@ -1,0 +1,204 @@
+"""`mh-pfedhn model`: what a participant owns, used without any code of its own."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from common.errors import DataError, listing
+from experiments.console import make_console, say
+
+if TYPE_CHECKING:
+    from client_app.shelf import Version
+
+BATCH = 64
+
+
+def add_model_parser(commands: Any) -> None:
+    """Add `model list|export|evaluate|predict` to the command line."""
+    command = commands.add_parser("model", help="a participant's models: list, export, use")
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, act, words, about in (
+        ("list", list_models, (), "every federation's models, and what they reached"),
+        ("export", export, ("OUT",), "write one as files to a new folder, its program with them"),
+        ("evaluate", evaluate, ("PICTURES",), "test one on class folders of pictures"),
+        ("predict", predict, ("PICTURES", "OUT.csv"), "classify pictures of a folder"),
+    ):
+        action = actions.add_parser(name, help=about)
+        action.add_argument("state", type=Path, metavar="STATE", help="the participant's folder")
+        for word in words:
+            kind = "pictures" if word == "PICTURES" else "out"
+            action.add_argument(kind, type=Path, metavar=word)
+        if name == "list":
+            action.add_argument("--json", action="store_true", help="for programs")
+        else:
+            action.add_argument("--last", action="store_true", help="the newest, not the best")
+            action.add_argument(
+                "--federation", default="", metavar="ID", help="by default the newest"
+            )
+        action.set_defaults(command=act)
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Print a line for every version that is kept."""
+    from client_app.shelf import Shelf
+
+    shelf = Shelf(args.state)
+    rows = [
+        _row(v, shelf.versions(name)) for name in shelf.federations() for v in shelf.versions(name)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not rows:
+        shelf.find("last")  # says why
+    table = Table("federation", "round", "", "validation", "test", "alone", "gain", "folder")
+    for row in rows:
+        shares = [_share(row[key]) for key in ("validation", "test", "alone", "gain")]
+        table.add_row(row["federation"], str(row["round"]), row["which"], *shares, row["folder"])
+    make_console(wide=True).print(table)
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Copy a model's files, and add its program where it has none yet."""
+    from client_app.personal import read_predictor, save_program
+    from client_app.store import PERSONAL_MODEL
+
+    found, out = _chosen(args), args.out
+    if out.exists():
+        raise DataError(f"{out} is there already. Name a folder that is not.")
+    module, about = read_predictor(found.folder)
+    shutil.copytree(found.folder, out)
+    program = out / f"{PERSONAL_MODEL}.pt2"
+    if not program.exists():
+        size, channels = about["image_size"], about["in_channels"]
+        save_program((module, _blank(2, channels, size)), program, lambda _: None)
+    say(make_console(), f"round {found.server_round} of federation {found.federation} is in {out}")
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Write a line for every picture: its file, its class, and the probability of each class."""
+    from client_app.data.own import pictures_below
+
+    module, about = _opened(args)
+    paths = pictures_below(args.pictures)
+    names = _class_names(about)
+    probabilities = _probabilities(module, about, paths)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "class", *(f"p({name})" for name in names)])
+        for path, row in zip(paths, probabilities, strict=True):
+            shown = [f"{p:.4f}" for p in row]
+            writer.writerow([path.relative_to(args.pictures), names[int(row.argmax())], *shown])
+    say(make_console(), f"{len(paths)} pictures classified: {args.out}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Print accuracy, balanced accuracy, macro F1 and the confusion matrix on class folders."""
+    from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
+
+    from client_app.data.own import FolderSource
+
+    module, about = _opened(args)
+    names = _class_names(about)
+    classes = FolderSource(args.pictures.resolve(), tuple(names)).pictures()
+    paths = [path for members in classes.values() for path in members]
+    truth = np.repeat(np.arange(len(names)), [len(members) for members in classes.values()])
+    found = _probabilities(module, about, paths).argmax(1)
+    present = np.unique(truth)
+    console = make_console()
+    say(console, f"{len(paths)} pictures of {len(present)} classes")
+    say(console, f"accuracy          {(found == truth).mean():.3f}")
+    say(console, f"balanced accuracy {balanced_accuracy_score(truth, found):.3f}")
+    f1 = f1_score(truth, found, labels=present, average="macro", zero_division=0)
+    say(console, f"macro F1          {f1:.3f}")
+    table = Table("true \\ found", *names)
+    matrix = confusion_matrix(truth, found, labels=range(len(names)))
+    for name, row in zip(names, matrix, strict=True):
+        table.add_row(name, *map(str, row))
+    console.print(table)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> Version:
+    from client_app.shelf import Shelf
+
+    return Shelf(args.state).find("last" if args.last else "best", args.federation)
+
+
+def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return a model that maps uint8 pictures to logits, and its description."""
+    from client_app.personal import read_predictor
+
+    found = _chosen(args)
+    say(make_console(), f"round {found.server_round} of federation {found.federation}")
+    return read_predictor(found.folder)
+
+
+def _probabilities(module: Any, about: dict[str, Any], paths: Sequence[Path]) -> np.ndarray:
+    """Return the probability (N, C) of every class, of pictures read as in training."""
+    import torch
+
+    from client_app.data.decode import decode_picture
+
+    if not paths:
+        raise DataError("there is no picture to classify in that folder.")
+    settings = {
+        "channels": about["in_channels"],
+        "image_size": about["image_size"],
+        "intensity": tuple(about["intensity"]) if "intensity" in about else None,
+    }
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(paths), BATCH):
+            pixels = [
+                decode_picture(path.read_bytes(), name=str(path), **settings)
+                for path in paths[start : start + BATCH]
+            ]
+            logits = module(torch.from_numpy(np.stack(pixels)))
+            found.append(torch.softmax(logits.double(), dim=1).numpy())
+    return np.concatenate(found)
+
+
+def _class_names(about: dict[str, Any]) -> list[str]:
+    return list(about.get("class_names") or map(str, range(about["num_classes"])))
+
+
+def _row(version: Version, all_of_them: Sequence[Version]) -> dict[str, Any]:
+    about = version.about
+    which = []
+    if version == all_of_them[-1]:
+        which.append("last")
+    if version == max(all_of_them, key=lambda v: v.quality):
+        which.append("best")
+    return {
+        "federation": version.federation,
+        "round": version.server_round,
+        "which": listing(which),
+        "validation": about.get("validation_accuracy"),
+        "test": about.get("test_accuracy"),
+        "alone": about.get("accuracy_alone"),
+        "gain": about.get("gain"),
+        "folder": str(version.folder),
+    }
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _blank(count: int, channels: int, size: int) -> Any:
+    import torch
+
+    return torch.zeros(count, channels, size, size, dtype=torch.uint8)
