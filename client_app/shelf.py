@@ -1,6 +1,6 @@
 """A participant's models of every federation, safe from the next round, run and crash.
 
-    models/<federation>/round-00000012/personal_model.*
+    models/<federation>/round-00000012/personal_model.*, history.jsonl
 
 A version is written beside the others and renamed when it is whole. The newest stays (last), and
 the one that was best on the validation examples; both outlive the federation.
@@ -9,20 +9,22 @@ the one that was best on the validation examples; both outlive the federation.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import DataError
-from common.files import closed_folder
+from common.files import PRIVATE, closed_folder, read_rows
 from common.log import logger
 
 if TYPE_CHECKING:
     from client_app.personal import PersonalModel
 
-MODELS, DESCRIPTION = "models", "personal_model.json"
+MODELS, DESCRIPTION, HISTORY = "models", "personal_model.json", "history.jsonl"
 MOST_FEDERATIONS = 20
 """Whose models are kept, the newest: a server names its federation."""
 LAST, BEST = "last", "best"
@@ -61,6 +63,7 @@ class Shelf:
         draft, place = home / ".draft", home / f"round-{server_round:08d}"
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         model.store(draft, program=program)
+        self._note(home / HISTORY, model.describe(), server_round)
         shutil.rmtree(place, ignore_errors=True)  # of a round that is being repeated
         draft.rename(place)
         versions = self.versions(home.name)
@@ -85,6 +88,17 @@ class Shelf:
             if match and isinstance(about, dict):
                 found.append(Version(folder, federation, int(match[1]), about))
         return found
+
+    def history(self, federation: str) -> list[dict[str, Any]]:
+        """Return what every model that came reached, a row each, in the order of their coming."""
+        return read_rows(self.state / MODELS / federation / HISTORY)
+
+    def _note(self, path: Path, about: dict[str, Any], server_round: int) -> None:
+        wanted = ("validation_accuracy", "test_accuracy", "num_test", "gain", "epsilon")
+        row = {"round": server_round, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        row |= {k: v for k, v in about.items() if k in wanted or k.startswith("accuracy_")}
+        with open(path, "a", opener=lambda name, flags: os.open(name, flags, PRIVATE)) as file:
+            file.write(json.dumps(row) + "\n")
 
     def federations(self) -> list[str]:
         """Return the names of the federations whose models are here, the newest last."""

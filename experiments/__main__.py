@@ -18,6 +18,7 @@ from experiments.deploy.certificates import add_certs_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.models import add_model_parser
 from experiments.deploy.serve import add_serve_parser
+from experiments.deploy.status import add_status_parser
 from experiments.deploy.superlink import add_superlink_parser
 from experiments.keys import add_keys_parser
 from experiments.report.command import add_study_parsers
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add_study_parsers(commands)
     add_tensorboard_parser(commands)
     add_join_parser(commands)
+    add_status_parser(commands)
     add_model_parser(commands)
     add_superlink_parser(commands)
     add_serve_parser(commands)

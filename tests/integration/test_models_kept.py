@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from flwr.app import Context, Message
 from PIL import Image
 
@@ -171,6 +172,25 @@ def test_models_are_listed(site: Path, capsys: Capture) -> None:
     assert main(["model", "list", str(site / "state" / "a")]) == 0
     assert "last" in capsys.readouterr().out
     assert main(["model", "list", str(site / "nobody")]) == 2
+
+
+def test_the_status_says_what_joining_is_worth(site: Path, capsys: Capture) -> None:
+    state = site / "state" / "a"
+    assert main(["status", str(state), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["round"] for row in found["rounds"]] == [1, 2, 3, 3, 3]  # tested, then at the end
+    assert found["joined"] is False
+    assert found["seconds_since"] >= 0
+    assert found["rounds"][-1].keys() >= {"test_accuracy", "accuracy_alone", "gain", "time"}
+    with FileLock(state / "join.lock"):
+        assert main(["status", str(state)]) == 0
+    text = capsys.readouterr().out
+    assert "a  joined  federation " in text
+    assert "joining is worth" in text
+    assert main(["status", str(site / "nobody")]) == 2
+    (site / "state" / "new").mkdir()
+    assert main(["status", str(site / "state" / "new")]) == 0
+    assert "no model has come yet" in capsys.readouterr().out
 
 
 def test_pictures_are_classified_into_a_table(site: Path, capsys: Capture, tmp_path: Path) -> None:
