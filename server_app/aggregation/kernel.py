@@ -20,9 +20,6 @@ A client alone in its group has beta = 0 and r = 1, and moves by exactly its own
 alone. A pass makes shared steps of g in all, in one piece or in N/n of them; no step has a gain
 above 1, beyond which the first rounds diverge.
 
-Of three deltas and more, one that points away from where the others go together (`agreeing`) counts
-as 0 in m_now: who undoes what all others learn moves nobody but itself.
-
 An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
 the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
 
@@ -65,18 +62,15 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Followed(GroupDeltas):
-    """Deltas of which `followed` (width,) is shared in the place of their mean.
+class Released(GroupDeltas):
+    """Deltas clipped for user-level privacy; `noised` (width,) stands for their mean."""
 
-    With the noise of user-level privacy, or of those that agree alone.
-    """
-
-    followed: Tensor
+    noised: Tensor
 
     @property
     def mean(self) -> Tensor:
-        """What all of the group follow."""
-        return self.followed
+        """Their mean with the noise of one step."""
+        return self.noised
 
 
 class KernelRule(Rule):
@@ -103,7 +97,7 @@ class KernelRule(Rule):
         w_g's mean delta is followed whole, r = 1, which is FedAvg's step; it is like nobody.
         """
         network = self.hypernet
-        for part in map(self._followed, parts):
+        for part in map(self._released, parts):
             num_clients, n = len(network.members(part.key)), len(part.deltas)
             memory, learns = self._memory_of(part), part.key not in self.frozen_groups
             beta, gain = gains(self.section.personal_gain, num_clients, memory.steps)
@@ -126,21 +120,12 @@ class KernelRule(Rule):
         super().free_unused()
         self._memory = {k: m for k, m in self._memory.items() if k in self.hypernet.groups}
 
-    def _followed(self, part: GroupDeltas) -> GroupDeltas:
-        """Return what is followed: the deltas that agree, or what user-level privacy releases."""
-        if (privacy := self.privacy) is None:
-            weights, shares = part.agreeing, part.shares
-            if weights == part.within:
-                return part
-            mean = part.sum_of(weights)
-            return Followed(part.key, part.width, part.client_ids, part.deltas, shares, mean)
-        own = self.hypernet.section.head_sharing == "own"
-        if own and part.key.partition("-")[2] == part.client_ids[0]:
+    def _released(self, part: GroupDeltas) -> GroupDeltas:
+        """Clip each client's newest delta and noise their mean, where others may see it."""
+        privacy, (first, *_) = self.privacy, part.client_ids
+        own = self.hypernet.section.head_sharing == "own" and part.key.partition("-")[2] == first
+        if privacy is None or own:
             return part
-        return self._released(part, privacy)
-
-    def _released(self, part: GroupDeltas, privacy: UserPrivacy) -> GroupDeltas:
-        """Clip each client's newest delta and noise their mean, for others may see it."""
         newest = dict(reversed([*zip(part.client_ids, part.deltas, strict=True)]))
         deltas = [clipped(newest[client_id], privacy.clip) for client_id in sorted(newest)]
         plain = GroupDeltas(
@@ -152,7 +137,7 @@ class KernelRule(Rule):
         )
         privacy.count(client_id.removeprefix(f"{GLOBAL_ID}/") for client_id in newest)
         noised = plain.mean + privacy.noise_like(plain.mean, len(deltas))
-        return Followed(part.key, part.width, plain.client_ids, deltas, plain.shares, noised)
+        return Released(part.key, part.width, plain.client_ids, deltas, plain.shares, noised)
 
     def _move_shared(
         self, part: GroupDeltas, memory: Memory, beta: float, portion: float, factor: float

@@ -152,10 +152,6 @@ def _scaled(update: Update, norm: float, bound: float) -> Update:
     return replace(update, delta=update.delta * (bound / norm))
 
 
-FEWEST_THAT_AGREE = 3
-"""Deltas of a step, from which on one can point away from the others."""
-
-
 @dataclass(frozen=True)
 class GroupDeltas:
     """The deltas of one step that belong to one head group.
@@ -194,33 +190,10 @@ class GroupDeltas:
     @cached_property
     def mean(self) -> Tensor:
         """Their mean by shares (width,), each padded with zeros."""
-        return self.sum_of(self.within)
-
-    def sum_of(self, weights: Sequence[float]) -> Tensor:
-        """Return the sum (width,) of the deltas times these weights, each padded with zeros."""
-        total = torch.zeros(self.width, device=self.shares.device)
-        for delta, weight in zip(self.deltas, weights, strict=True):
-            total[: len(delta)].add_(delta, alpha=weight)
-        return total
-
-    @cached_property
-    def agreeing(self) -> list[float]:
-        """`within`, but 0 for a delta that points away from where the others go together.
-
-        That is, whose inner product with the sum of all others, each at length 1 times its share,
-        is negative. Fewer than three agree on nothing.
-        """
-        if len(self.deltas) < FEWEST_THAT_AGREE:
-            return self.within
-        pairs = [*zip(self.within, self.square_norms, strict=True)]
-        units = [w / math.sqrt(s) if s > 0 else 0.0 for w, s in pairs]
-        together = self.sum_of(units)
-        inner = torch.stack([together[: len(delta)] @ delta for delta in self.deltas]).tolist()
-        own = [unit * square for unit, (_, square) in zip(units, pairs, strict=True)]
-        return [
-            weight * (found >= mine)
-            for weight, found, mine in zip(self.within, inner, own, strict=True)
-        ]
+        mean = torch.zeros(self.width, device=self.shares.device)
+        for delta, weight in zip(self.deltas, self.within, strict=True):
+            mean[: len(delta)].add_(delta, alpha=weight)
+        return mean
 
 
 def rms_and_coherence(parts: Sequence[GroupDeltas]) -> tuple[float, float]:

@@ -91,10 +91,6 @@ class FD(FedProto):
     Differs from paper: every client gets the mean over all clients, its own logits included.
     """
 
-    def sizes(self, registration: Registration) -> dict[str, int]:
-        """Add a row of logits for every class."""
-        return super().sizes(registration) | {"mean logits": registration.num_classes**2}
-
     def dim(self, client: Client) -> int:
         """Return the number of classes: one logit for each."""
         return client.num_classes

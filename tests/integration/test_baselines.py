@@ -76,7 +76,7 @@ EASY = {"baseline_server_lr": 0.3}
 def test_baseline_learns_and_counts_its_bytes(
     tmp_path: Path, method: str, up: list[int], down: list[int], first_down: list[int]
 ) -> None:
-    config = config_for(tmp_path, method, rounds=4, models=SMALL, **EASY)
+    config = config_for(tmp_path, method, rounds=5, models=SMALL, **EASY)
     run_tiny(config)
     found = rows(config)
     assert found[-1]["accuracy_micro"] > 0.6, "chance is 0.25"
@@ -85,8 +85,8 @@ def test_baseline_learns_and_counts_its_bytes(
     def size(vectors: list[int]) -> int:
         return sum(4 * n + 128 for n in vectors)  # 128: the .npy header of each array
 
-    assert [row["bytes_up"] for row in found] == [6 * size(up)] * 4
-    expected = [6 * (size(first_down) + size(down))] + [6 * 2 * size(down)] * 3
+    assert [row["bytes_up"] for row in found] == [6 * size(up)] * 5
+    expected = [6 * (size(first_down) + size(down))] + [6 * 2 * size(down)] * 4
     assert [row["bytes_down"] for row in found] == expected  # to train, and to evaluate
     found = summary(config)
     assert (found["status"], found["method"]) == ("completed", method)

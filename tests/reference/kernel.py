@@ -78,8 +78,7 @@ class ReferenceGroup:
         gain = 1.0 if is_global else self.rho + (1 - self.rho) / count
         now = torch.zeros_like(self.base)
         for _, delta, weight in updates:
-            if self.agrees(delta, updates):
-                now += weight / total * self.padded(delta)
+            now += weight / total * self.padded(delta)
         if self.mean is None:
             self.mean = now.clone()
         if not frozen:
@@ -95,16 +94,6 @@ class ReferenceGroup:
                 self.own[client_id][:size] -= gain * factor * n * weight / total * own
             if not is_global:
                 self.embeddings[client_id] = self.embeddings[client_id] + self.sketch(own)
-
-    def agrees(self, delta: Tensor, updates: list[tuple[str, Tensor, float]]) -> bool:
-        """Whether a delta does not point away from all others' sum, each at length 1."""
-        if len(updates) < 3:
-            return True
-        others = torch.zeros_like(self.base)
-        for _, theirs, weight in updates:
-            if theirs is not delta and float(theirs.norm()) > 0:
-                others += weight * self.padded(theirs) / theirs.double().norm()
-        return float(others @ self.padded(delta)) >= 0
 
     def sketch(self, change: Tensor) -> Tensor:
         kept = torch.zeros(self.embed_dim, dtype=torch.float64)

@@ -70,25 +70,6 @@ def test_every_schedule_agrees_with_the_reference(sizes: dict[str, int], buffer_
         assert_equal(rule, slow)
 
 
-def test_who_undoes_what_all_others_learn_moves_nobody_but_itself() -> None:
-    """However its delta is weighed; and the others are not held up by it."""
-    away, against = made(), made()
-    common = torch.randn(28, generator=torch.Generator().manual_seed(0))
-    honest = [
-        (c, common[: SIZES[c]] + 0.5 * d, w) for c, d, w in drawn(1, SIZES, *["c0", "c1", "c2"])
-    ]
-    others = [(c, common[: SIZES[c]] + 0.5 * d, w) for c, d, w in drawn(2, SIZES, *["c4", "c5"])]
-    slow = reference(against)
-    for strength in (0.5, 1.0, 1.5):
-        undone = -strength * common[: SIZES["c3"]] * 1.5
-        both(against, slow, [*honest, ("c3", undone, 3.0), *others])
-        away.step([Update(c, d, weight=w) for c, d, w in [
-            *honest, ("c3", 0 * undone, 3.0), *others]], progress=0.0)  # fmt: skip
-    assert_equal(against, slow)
-    assert torch.equal(against.hypernet.groups["3"].base, away.hypernet.groups["3"].base)
-    assert against.hypernet.personal["c3"].any()
-
-
 def test_a_client_that_joins_late_and_one_that_leaves() -> None:
     rule = made()
     slow = reference(rule)

@@ -301,16 +301,15 @@ def test_a_server_that_learned_nothing_can_be_saved(method: str) -> None:
             {"feature_dim": 10**8},
             "a head of 400,000,004 numbers; at most 12,000,000 (max-parameters)",
         ),
-        ("fd", {"num_classes": 4000}, "mean logits of 16,000,000 numbers"),
+        ("fd", {"num_classes": 4000}, "class means of 16,000,000 numbers"),
         ("fedtgp", {"feature_dim": 4000}, "a layer of 16,000,000 numbers"),
     ],
 )
 def test_registration_must_bring_what_the_method_needs(
     method: str, change: dict, message: str
 ) -> None:
-    good = Registration(
-        "a", 6, 10, num_global_parameters=5, group="aa", num_classes=4, feature_dim=3
-    )
+    facts = {"num_global_parameters": 5, "group": "aa", "num_classes": 4, "feature_dim": 3}
+    good = Registration("a", 6, 10, **{k: facts[k] for k in METHODS[method].needs})
     make(method).admit(good, [])
     with pytest.raises(RegistrationError) as caught:
         make(method).admit(replace(good, **change), [])
@@ -323,7 +322,10 @@ def test_clients_must_agree_on_what_they_share() -> None:
         RegistrationError, match="client z has feature_dim = 8; the federation's is 3"
     ):
         make("fedproto").admit(other, [client("a")])
-    make("fedavg").admit(replace(other, group="aa"), [client("a")])  # shares no features
+    tagged = Registration("z", 6, 10, group="aa")
+    make("fedavg").admit(tagged, [client("a")])  # shares no features
+    with pytest.raises(RegistrationError, match="declares num_classes, for which fedavg has no"):
+        make("fedavg").admit(replace(tagged, num_classes=10**9), [])
 
 
 def test_synchronous_baselines_fold_everybody_at_once_whatever_the_preset_says() -> None:
