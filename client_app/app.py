@@ -28,12 +28,13 @@ app = ClientApp()
 @app.train("personal")
 @app.evaluate("personal")
 @app.query("finish")
+@app.query("refused")
 def reply(message: Message, context: Context) -> Message:
     """Reply to a message, whatever its type.
 
     `query.register`: identity and counts; `train.personal`: test and train what came, send what the
     method sends; `evaluate.personal`: test counts of the weights as received; `query.finish`: store
-    the personal model and say where.
+    the personal model and say where; `query.refused`: note why it is not admitted.
 
     An error of a deployed participant leaves it without paths, layer names and traceback; its own
     log has the whole.

@@ -5,6 +5,7 @@ Imports torch; `app.py` decides in which process it runs.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,13 @@ from client_app.store import ClientState, FolderState, open_state, personal_fold
 from client_app.training.loop import FlatModel, Loss, Trained, accuracy_of, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, WireError
+from common.files import PRIVATE, replace_file
 from common.log import logger
-from common.messages import Evaluation
+from common.messages import FINAL, REASON, REFUSED, Evaluation
 from common.methods import method_class
-from common.records import Received, encode
+from common.records import Content, Received, encode
 
+REFUSAL, MOST_WORDS = "refusal.json", 1000
 MOST_VERSIONS = 20
 """Of what a deployed participant keeps, whatever `checkpoint-every` its server has."""
 
@@ -157,6 +160,14 @@ class Participant:
         """Whether every model that comes is kept: where this is deployed, and has a folder."""
         return self.is_deployed and isinstance(self.state, FolderState)
 
+    def note_refusal(self, reason: str, *, final: bool) -> None:
+        """Write down why the server does not admit this participant; `join` tells it."""
+        text = " ".join(reason.split())[:MOST_WORDS]
+        logger.error("refused by the server: %s", text)
+        if isinstance(self.state, FolderState):
+            told = json.dumps({"reason": text, "final": final})
+            replace_file(self.state.folder / REFUSAL, told, mode=PRIVATE)
+
     def told(self, found: Evaluation, server_round: int) -> Evaluation | None:
         """Return what of a test the server is told; a deployed participant's log has it all."""
         if self.is_deployed:
@@ -242,6 +253,9 @@ def answer(participant: Participant, message_type: str, content: RecordDict) -> 
     with cpu_threads(participant.section.client_threads):
         try:
             task = participant.task(content)
+            if message_type == REFUSED:
+                participant.note_refusal(task.value(REASON, str), final=task.flag(FINAL))
+                return encode(task.header, Content({}))
             method = method_class(participant.config.run.method, "client_app")(participant)
             reply = method.reply(message_type, task)
         except WireError as error:

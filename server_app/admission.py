@@ -6,11 +6,11 @@ It happens at the top of every round, so clients join, leave and return at any t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from common.config import RunConfig
 from common.errors import RunError, listing
-from common.messages import REGISTER, Recipient, Registration
+from common.messages import FINAL, REASON, REFUSED, REGISTER, Recipient, Registration
 from common.records import Content
 from server_app.clients import Client, NodeKey, Refusal, Registry, fingerprint, natural_key
 from server_app.transport import NO_ANSWER, Arrival, Outgoing, Transport
@@ -18,6 +18,9 @@ from server_app.transport import NO_ANSWER, Arrival, Outgoing, Transport
 REGISTRATION_S, LATE_REGISTRATION_S = 300.0, 60.0
 """A node that has not said who it is by then must not hold up the others; the second where enough
 are there to train."""
+
+NOTICE_S, MOST_WORDS = 10.0, 1000
+"""A node that is refused has so long to take notice of so many characters."""
 
 RETRY_S = 15.0
 """Seconds until a node that failed to register is asked again."""
@@ -108,6 +111,27 @@ class Admission:
             client = self._registry.admit(node_id, registration, server_round, key=key)
             if client is not None:
                 self._add_client(client)
+        self._tell_refused([node_id for node_id, _ in said], server_round)
+
+    def _tell_refused(self, nodes: Iterable[int], server_round: int) -> None:
+        """Tell those of these nodes that are not admitted why; what they say to it does not count.
+
+        Waiting is of no use to them, but where somebody else has to leave first.
+        """
+        pairs = [(node, self._registry.refusal(node)) for node in nodes]
+        notices = (
+            self._transport.message(
+                REFUSED,
+                Recipient(f"of node {node}", node),
+                Content({REASON: refusal.reason[:MOST_WORDS], FINAL: refusal.holder is None}),
+                server_round=server_round,
+                patience_s=NOTICE_S,
+            )
+            for node, refusal in pairs
+            if refusal is not None
+        )
+        for _ in self._transport.exchange(notices):
+            pass
 
     def _keys(self) -> dict[int, NodeKey | None]:
         """Return who is online, with the key that each node proved to hold."""

@@ -155,6 +155,10 @@ class Registry:
         """Leave a node alone for the time being."""
         self._refused[node_id] = refusal
 
+    def refusal(self, node_id: int) -> Refusal | None:
+        """Return why a node is not admitted, if it is not."""
+        return self._refused.get(node_id)
+
     def refusals(self) -> list[str]:
         """Return the reasons of the nodes that are online and were refused."""
         found = [self._refused[node].reason for node in sorted(self._refused)]

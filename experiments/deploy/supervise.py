@@ -30,6 +30,7 @@ from experiments.run.progress import polled
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0
 STEADY_S = 120.0
 STOP_PATIENCE_S = 15.0
+REFUSAL = "refusal.json"
 MAX_LOG_BYTES = 10 << 20
 REASONS = {
     302: "the key cannot be used",
@@ -56,12 +57,15 @@ class Supervisor:
         self._lines: deque[str] = deque(maxlen=60)
         self._model = settings.folder / "personal_model.json"
         self._seen = _changed(self._model)
+        self._refusal = settings.folder / REFUSAL
+        self._refused = ""
+        self._refusal.unlink(missing_ok=True)  # of an earlier time
 
     def run(self) -> int:
-        """Run until Ctrl-C or SIGTERM (0), or until it cannot work (1)."""
+        """Run until Ctrl-C or SIGTERM (0), or until it cannot work or is refused for good (1)."""
         kept = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with guarded(self._settings.mark), polled(self._look_for_model, 1.0):
+            with guarded(self._settings.mark), polled(self._look_around, 1.0):
                 return self._keep_running()
         finally:
             self._end_process()
@@ -84,6 +88,9 @@ class Supervisor:
             self._say(f"the SuperNode ended: {why}; again in {pause:.0f} s", "yellow")
             self._stop.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+        if self._refused:
+            self._say(f"refused by the server: {self._refused}", "bold red")
+            return 1
         self._say("left the federation; what was learned is at the server, what is yours is here:")
         self._say(str(self._settings.folder))
         return 0
@@ -122,6 +129,9 @@ class Supervisor:
             self._say(_ANSI.sub("", line.rstrip()), "dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._stop.set()
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
@@ -132,8 +142,16 @@ class Supervisor:
         if self._process is not None:
             kill_session(self._process)
 
-    def _look_for_model(self) -> None:
-        """Say when a finished run has stored this participant's model."""
+    def _look_around(self) -> None:
+        """Say when a run has stored this participant's model; leave where the server refuses it."""
+        if self._refusal.exists():
+            told = json.loads(self._refusal.read_text())
+            self._refusal.unlink()
+            if told["final"]:
+                self._refused = str(told["reason"])
+                self._leave()
+            else:
+                self._say(f"not admitted yet: {told['reason']}", "yellow")
         changed, self._seen = _changed(self._model) != self._seen, _changed(self._model)
         if changed:
             facts = json.loads(self._model.read_text())

@@ -13,7 +13,7 @@ from server_app.admission import majority_first
 from server_app.clients import CHANGE_ROUNDS, Registry
 from tests.integration.conftest import Lines
 from tests.support.outputs import rows
-from tests.support.tiny import HERE, Handler, Small, Wrapped, run_tiny, tiny_config
+from tests.support.tiny import HERE, Handler, Small, Wrapped, run_tiny, tiny_config, trusting
 
 LIAR = 0  # the first to register
 
@@ -139,3 +139,25 @@ def test_numbers_that_cannot_be_are_refused(tmp_path: Path, claims: Mapping[str,
     config = tiny_config(tmp_path, rounds=1, models=f"{HERE}:small")
     run_tiny(config, app=claiming(lambda _: claims, "train.personal"))
     assert rows(config)[0]["num_accepted"] == 5
+
+
+def test_who_is_refused_is_told_why_at_once(tmp_path: Path) -> None:
+    """In its own folder, where `join` looks; the others train meanwhile."""
+    state = tmp_path / "state"
+    nodes = [
+        {"client-id": name, "partition-id": i, "num-partitions": 6, "state-dir": str(state),
+         **trusting(tmp_path, f"{HERE}:small")}
+        for i, name in enumerate(["good", "bad", "late"])
+    ]  # fmt: skip
+    nodes[1]["model"] = f"{HERE}:wide"
+    nodes.append(nodes[2] | {"partition-id": 3})  # of the same name
+    config = tiny_config(tmp_path, rounds=1, max_parameters=200, models=f"{HERE}:small")
+    run_tiny(config, node_configs=nodes)
+    assert [row["num_accepted"] for row in rows(config)] == [2]
+    told = json.loads((state / "bad" / "refusal.json").read_text())
+    assert "declares 424 parameters; at most 200 are accepted" in told["reason"]
+    assert told["final"] is True
+    other = json.loads((state / "late" / "refusal.json").read_text())
+    assert "Two participants cannot share one identity" in other["reason"]
+    assert other["final"] is False, "it may be its own of a moment ago"
+    assert not (state / "good" / "refusal.json").exists()

@@ -1,8 +1,11 @@
 """`mh-pfedhn join`: settings, and every check with what is wrong and what to change."""
 
 import argparse
+import json
 import os
 import sys
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from experiments.deploy import checks as join_checks
 from experiments.deploy import join
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.settings import JoinSettings, read_settings
-from experiments.deploy.supervise import explain
+from experiments.deploy.supervise import Supervisor, explain
 from experiments.examples import my_site
 from tests.support import tiny
 from tests.support.one_line_server import OneLineServer
@@ -244,3 +247,24 @@ def test_why_a_supernode_ended(lines: list[str], code: int, text: str) -> None:
     found = explain(lines)
     assert found[0] == code
     assert text in found[1]
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_a_refusal_ends_it_at_once_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final: bool
+) -> None:
+    """Unless it is of the kind that passes; then it is told, and goes on."""
+    monkeypatch.setattr(JoinSettings, "command", lambda *_: ["sleep", "60"])
+    own, console = settings(tmp_path), Console(record=True, width=200)
+    own.folder.mkdir(parents=True)
+    (own.folder / "refusal.json").write_text("{}")  # of an earlier time
+    supervisor = Supervisor(own, console)
+    told = json.dumps({"reason": "site-a declares 9 parameters [red]", "final": final})
+    threading.Timer(0.5, (own.folder / "refusal.json").write_text, [told]).start()
+    threading.Timer(4.0, supervisor._leave).start()
+    started = time.monotonic()
+    code = supervisor.run()
+    text = console.export_text()
+    assert "site-a declares 9 parameters [red]" in text
+    assert (code, "refused by the server" in text) == ((1, True) if final else (0, False))
+    assert (time.monotonic() - started < 3.5) == final
