@@ -15,6 +15,7 @@ from experiments.attacks.command import add_attack_parser, add_liars_parser
 from experiments.bench import add_bench_parser
 from experiments.console import add_set_option, make_console, say
 from experiments.deploy.certificates import add_certs_parser
+from experiments.deploy.forget import add_forget_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.models import add_model_parser
 from experiments.deploy.serve import add_serve_parser
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tensorboard_parser(commands)
     add_join_parser(commands)
     add_status_parser(commands)
+    add_forget_parser(commands)
     add_model_parser(commands)
     add_superlink_parser(commands)
     add_serve_parser(commands)

@@ -188,6 +188,9 @@ class Method(Generic[T]):
     def add_client(self, client: Client) -> None:
         """Take note of a client that was just admitted: new, back, or with another model."""
 
+    def forget_client(self, client_id: str) -> None:
+        """Drop what is a client's own; what it gave to all cannot be taken out."""
+
     def learners(self, clients: list[Client]) -> list[Client]:
         """Return those who train; raise RunError when nobody does."""
         return clients

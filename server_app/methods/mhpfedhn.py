@@ -83,13 +83,21 @@ class MHpFedHN(Method[Deltas]):
         if hypernet.has_client(client_id):
             if hypernet.is_same(client_id, client.num_parameters, tag):
                 return
-            hypernet.remove_client(client_id)
-            self.rule.free_unused()
-            self.clip.forget(client_id)
-            self._frozen_clients.discard(client_id)
+            self._drop(client_id)
         hypernet.add_client(client_id, client.num_parameters, tag=tag)
         if self.config.has_global_model and not hypernet.has_client(GLOBAL_ID):
             hypernet.add_client(GLOBAL_ID, client.num_global_parameters, tag=GLOBAL_ID)
+
+    def forget_client(self, client_id: str) -> None:
+        """Drop its embedding, its own vector, its norms, and those of its common model."""
+        for name in filter(self.hypernet.has_client, (client_id, common_id(client_id))):
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self.hypernet.remove_client(name)
+        self.rule.free_unused()
+        self.clip.forget(name)
+        self._frozen_clients.discard(name)
 
     def learners(self, clients: list[Client]) -> list[Client]:
         """Return those who train: everybody, or in a novel-only run the new clients alone."""

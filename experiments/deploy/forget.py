@@ -1,0 +1,95 @@
+"""`mh-pfedhn forget`: take a participant out of a run that has stopped."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from common.config import RunConfig
+from common.errors import RunError, listing
+from common.files import replace_file, safe_name
+from common.methods import method_class
+from experiments.console import make_console, say
+from experiments.report.runs import Run, find_run
+
+
+def add_forget_parser(commands: Any) -> None:
+    """Add `forget` to the command line."""
+    command = commands.add_parser("forget", help="take a participant out of a stopped run")
+    command.add_argument("run", metavar="RUN", help="a run folder, or its name")
+    command.add_argument("client", metavar="CLIENT", help="its client-id")
+    command.set_defaults(command=run_forget)
+
+
+def run_forget(args: argparse.Namespace) -> int:
+    """Write a checkpoint without the participant, and drop the others and its rows."""
+    run = find_run(args.run)
+    forget(run, args.client)
+    say(
+        make_console(),
+        f"{args.client} is forgotten in {run.folder}: embedding, own weights, registration, key, "
+        "rows. What all share was learned from its updates too, and stays; so do pictures that "
+        "were drawn, and copies elsewhere.",
+    )
+    return 0
+
+
+def forget(run: Run, client_id: str) -> None:
+    """Take a participant out of a run's checkpoint, clients.csv and personal models.
+
+    Raises RunError where a server is writing to the folder or the run does not know the
+    participant, CheckpointError where there is no whole checkpoint.
+    """
+    from server_app.app import CHECKPOINTS
+    from server_app.output.checkpoint import load_checkpoint, save_checkpoint
+    from server_app.output.run_folder import LOCK
+
+    lock = FileLock(run.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"a server is writing to {run.folder}. Stop it first.") from error
+    try:
+        place = run.folder / CHECKPOINTS
+        checkpoint = load_checkpoint(place)
+        meta = checkpoint.meta
+        known = [row["client_id"] for row in meta["registry"]]
+        if client_id not in known:
+            raise RunError(f"{run.folder} knows no {client_id!r}, only {listing(known, 20)}.")
+        config = RunConfig.parse(run.config)
+        kind = method_class(config.run.method, "server_app")
+        method = kind(kind.adapted(config))
+        method.load_state_dict(checkpoint.tensors, meta["learned"])
+        method.forget_client(client_id)
+        tensors, learned = method.state_dict()
+        without = {
+            "learned": learned,
+            "registry": [row for row in meta["registry"] if row["client_id"] != client_id],
+            "clients": [row for row in meta["clients"] if row["client_id"] != client_id],
+            "rejected": {k: n for k, n in meta["rejected"].items() if k != client_id},
+        }
+        save_checkpoint(place, tensors=tensors, meta={**meta, **without}, keep=1)
+        _drop_row(run.folder / "clients.csv", client_id)
+        models = run.folder / "personal-models" / safe_name(client_id)
+        shutil.rmtree(models, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def _drop_row(path: Path, client_id: str) -> None:
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names, rows = list(reader.fieldnames or ()), list(reader)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(row for row in rows if row["client_id"] != client_id)
+    replace_file(path, text.getvalue())

@@ -1,0 +1,57 @@
+"""`mh-pfedhn forget`: nothing of a participant is left in a run, and the run goes on without it."""
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from common.config import RunConfig
+from experiments.__main__ import main
+from experiments.run.engines.inprocess import simulated_nodes
+from tests.support.outputs import client_rows, rows
+from tests.support.tiny import HERE, run_tiny, tiny_config
+
+Capture = pytest.CaptureFixture[str]
+
+
+def finished(folder: Path, **settings: object) -> RunConfig:
+    wanted = {"validation_fraction": 0.1, "keep_checkpoints": 3, "rounds": 2, **settings}
+    config = tiny_config(folder, **wanted)
+    run_tiny(config, num_clients=4)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        ("mh-pfedhn", "adam"),
+        ("mh-pfedhn-gd", "kernel"),
+        ("mh-pfedhn-pg", "kernel"),
+        ("lg-fedavg", "kernel"),
+    ],
+)
+def test_nothing_of_it_is_left_and_the_others_go_on(tmp_path: Path, method: str, rule: str) -> None:
+    config = finished(tmp_path, method=method, server_rule=rule, models=f"{HERE}:small")
+    folder = Path(config.run.output_dir)
+    assert main(["forget", str(folder), "2"]) == 0
+    (checkpoint,) = (folder / "checkpoint").glob("checkpoint-*")
+    meta = (checkpoint / "meta.json").read_text()
+    assert '"client_id": "2"' not in meta
+    assert all(
+        f'"{name}"' not in meta.partition('"rows"')[0] for name in ("2", "__global__/2")
+    ) or method.startswith("lg")
+    assert [row["client_id"] for row in client_rows(config)] == ["0", "1", "3"]
+    assert not (folder / "personal-models" / "2").exists()
+    on = config.with_overrides({"rounds": 3, "resume-from": config.run.output_dir})
+    others = [node for node in simulated_nodes(4) if node["partition-id"] != 2]
+    run_tiny(on, node_configs=others)
+    assert [row["num_accepted"] for row in rows(on)] == [4, 4, 3]
+
+
+def test_what_cannot_be_forgotten_is_said(tmp_path: Path, capsys: Capture) -> None:
+    config = finished(tmp_path, rounds=1)
+    assert main(["forget", config.run.output_dir, "nobody"]) == 2
+    assert "knows no 'nobody', only 0, 1, 2, 3" in capsys.readouterr().err
+    with FileLock(Path(config.run.output_dir) / ".lock"):
+        assert main(["forget", config.run.output_dir, "1"]) == 2
+    assert "a server is writing to" in capsys.readouterr().err
