@@ -3,6 +3,7 @@
 # over the demo's:   docker-compose run --rm run rounds=20 'max-in-flight=1'
 # To go on with one: docker-compose run --rm run 'resume-from="/runs/X"' 'output-dir="/runs/X"'
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; fi
 connection=${CONNECTION:-federation}
 folder=/runs/demo-$(date +%Y%m%d-%H%M%S)
 for setting in "$@"; do

@@ -109,3 +109,13 @@ def test_each_site_declares_itself(site: str, monkeypatch: pytest.MonkeyPatch) -
         node = NodeConfig.parse(found.node)
         assert node.model in MODEL_NAMES
         assert node.partition_id == SITES.index(site)
+
+
+@pytest.mark.parametrize(
+    ("script", "says"), [("run.sh", "run config keys"), ("show.sh", "newest run")]
+)
+def test_the_operators_commands_explain_themselves(script: str, says: str) -> None:
+    command = ["bash", str(ROOT / "docker" / script), "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert says in found.stdout
+    assert "set -euo" not in found.stdout
