@@ -189,9 +189,11 @@ class Participant:
             "validation_accuracy": validation,
         }
         model = self._personal(module, found, facts)
-        Shelf(self.state.folder).keep(
-            model, header.federation_id, header.server_round, program=program
-        )
+        try:
+            shelf = Shelf(self.state.folder)
+            shelf.keep(model, header.federation_id, header.server_round, program=program)
+        except OSError as error:  # a full disk costs this version, not the round
+            logger.error("the model of round %d is not kept: %s", header.server_round, error)
 
     @property
     def keeps_rounds(self) -> int:

@@ -18,6 +18,7 @@ from common.config import RunConfig
 from common.errors import DataError, RunError
 from experiments.__main__ import main
 from tests.support import tiny
+from tests.support.outputs import rows as rows_of
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config, trusting
 
 Capture = pytest.CaptureFixture[str]
@@ -119,6 +120,17 @@ def test_a_stop_in_the_middle_leaves_a_whole_model(tmp_path: Path) -> None:
     half.mkdir()
     (half / "personal_model.json").write_text("{}")  # as a kill -9 leaves it
     assert shelf(tmp_path).find(LAST) == found
+
+
+def test_a_disk_that_cannot_be_written_costs_no_round(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state" / "a").mkdir(parents=True)
+    (tmp_path / "state" / "a" / "models").write_text("no folder")
+    config = config_at(tmp_path, rounds=2)
+    run_tiny(config, node_configs=[node(tmp_path)])
+    assert [row["num_accepted"] for row in rows_of(config)] == [1, 1]
+    assert "the model of round 1 is not kept" in caplog.text
 
 
 def test_a_server_that_invents_federations_fills_no_disk(tmp_path: Path) -> None:
