@@ -25,7 +25,7 @@ from client_app.store import ClientState, FolderState, open_state, personal_fold
 from client_app.training.loop import FlatModel, Loss, Trained, accuracy_of, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, WireError
-from common.files import PRIVATE, replace_file
+from common.files import PRIVATE, printable, replace_file
 from common.log import logger
 from common.messages import FINAL, REASON, REFUSED, Evaluation
 from common.methods import method_class
@@ -162,7 +162,7 @@ class Participant:
 
     def note_refusal(self, reason: str, *, final: bool) -> None:
         """Write down why the server does not admit this participant; `join` tells it."""
-        text = " ".join(reason.split())[:MOST_WORDS]
+        text = printable(reason)[:MOST_WORDS]
         logger.error("refused by the server: %s", text)
         if isinstance(self.state, FolderState):
             told = json.dumps({"reason": text, "final": final})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 
 from client_app.store import LEDGER, ClientState, FolderState
@@ -30,6 +30,9 @@ from common.messages import TrainReply
 if TYPE_CHECKING:
     from client_app.data.examples import ClientData
     from client_app.training.loop import FlatModel, Loss, Trained
+
+
+LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,18 @@ def _locked(state: ClientState) -> Iterator[None]:
     if not isinstance(state, FolderState):
         yield
         return
-    with FileLock(state.folder / "ledger.lock", mode=PRIVATE):
+    lock = FileLock(state.folder / "ledger.lock", mode=PRIVATE, timeout=LOCK_TIMEOUT_S)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"the ledger has been held for {LOCK_TIMEOUT_S:g} s by another message of this "
+            "participant; this one is refused, for what it spends could not be written."
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _write(state: ClientState, spent: list[Spent]) -> None:

@@ -8,25 +8,32 @@ the one that was best on the validation examples; both outlive the federation.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from common.errors import DataError
-from common.files import PRIVATE, closed_folder, read_rows
+from common.files import PRIVATE, closed_folder, read_rows, replace_file, sync
 from common.log import logger
 
 if TYPE_CHECKING:
     from client_app.personal import PersonalModel
 
 MODELS, DESCRIPTION, HISTORY = "models", "personal_model.json", "history.jsonl"
-MOST_FEDERATIONS = 20
-"""Whose models are kept, the newest: a server names its federation."""
+LOCK, LOCK_TIMEOUT_S = ".lock", 60.0
+MOST_FEDERATIONS, MANY = 20, 1000
+"""Whose models are kept: a server names its federation. And rows of a history that is cut."""
+MOST_HISTORY = 2**22
+"""Bytes of a history, from which on it is cut."""
 LAST, BEST = "last", "best"
 
 _VERSION = re.compile(r"round-(\d{8})")
@@ -57,37 +64,38 @@ class Shelf:
     def keep(
         self, model: PersonalModel, federation: str, server_round: int, *, program: bool
     ) -> None:
-        """Add a version, and drop those that are neither last nor best."""
+        """Add a version, and drop those that are neither the newest nor the best."""
         home = self.state / MODELS / _name_of(federation)
         closed_folder(home)
-        draft, place = home / ".draft", home / f"round-{server_round:08d}"
-        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-        model.store(draft, program=program)
-        self._note(home / HISTORY, model.describe(), server_round)
-        shutil.rmtree(place, ignore_errors=True)  # of a round that is being repeated
-        draft.rename(place)
-        versions = self.versions(home.name)
-        later = [v for v in versions if v.server_round > server_round]  # being repeated as well
-        kept = [v for v in versions if v not in later]
-        wanted = {kept[-1].folder, max(kept, key=lambda v: v.quality).folder}
-        for version in versions:
-            if version.folder not in wanted:
-                shutil.rmtree(version.folder, ignore_errors=True)
+        with FileLock(home / LOCK, mode=PRIVATE, timeout=LOCK_TIMEOUT_S):
+            place, draft = home / f"round-{server_round:08d}", home / ".draft"
+            shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+            model.store(draft, program=program)
+            if place.exists():  # of a round that is being repeated
+                place.rename(home / f".old-{secrets.token_hex(4)}")
+            draft.rename(place)
+            sync(home)
+            self._note(home / HISTORY, model.describe(), server_round)
+            versions = self.versions(home.name)
+            wanted = {place, max(versions, key=lambda v: v.quality).folder}
+            for folder in home.iterdir():
+                if folder.is_dir() and folder not in wanted:
+                    shutil.rmtree(folder, ignore_errors=True)
         self._prune()
 
     def versions(self, federation: str) -> list[Version]:
-        """Return the whole versions of a federation, by round; what is damaged is passed over."""
+        """Return the whole versions of a federation, the newest last; damaged ones are not."""
         found = []
         home = self.state / MODELS / federation
-        for folder in sorted(home.iterdir()) if home.is_dir() else ():
-            match = _VERSION.fullmatch(folder.name)
+        for folder in home.iterdir() if home.is_dir() else ():
+            match, description = _VERSION.fullmatch(folder.name), folder / DESCRIPTION
             try:
-                about = json.loads((folder / DESCRIPTION).read_text())
+                about, written = json.loads(description.read_text()), description.stat().st_mtime_ns
             except (OSError, ValueError):
                 continue
             if match and isinstance(about, dict):
-                found.append(Version(folder, federation, int(match[1]), about))
-        return found
+                found.append((written, Version(folder, federation, int(match[1]), about)))
+        return [version for _, version in sorted(found, key=lambda pair: pair[0])]
 
     def history(self, federation: str) -> list[dict[str, Any]]:
         """Return what every model that came reached, a row each, in the order of their coming."""
@@ -97,6 +105,9 @@ class Shelf:
         wanted = ("validation_accuracy", "test_accuracy", "num_test", "gain", "epsilon")
         row = {"round": server_round, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         row |= {k: v for k, v in about.items() if k in wanted or k.startswith("accuracy_")}
+        if path.exists() and path.stat().st_size > MOST_HISTORY:
+            kept = path.read_text().splitlines(keepends=True)[-MANY:]
+            replace_file(path, "".join(kept), mode=PRIVATE)
         with open(path, "a", opener=lambda name, flags: os.open(name, flags, PRIVATE)) as file:
             file.write(json.dumps(row) + "\n")
 
@@ -123,11 +134,16 @@ class Shelf:
         return versions[-1] if which == LAST else max(versions, key=lambda v: v.quality)
 
     def _prune(self) -> None:
-        for name in self.federations()[:-MOST_FEDERATIONS]:
-            logger.info("Models of federation %s are dropped: %d are newer", name, MOST_FEDERATIONS)
+        """Drop federations beyond `MOST_FEDERATIONS`: first those of whom least has come."""
+        known = self.federations()
+        fewest_first = sorted(known[:-1], key=lambda name: min(len(self.history(name)), MANY))
+        for name in fewest_first[: max(0, len(known) - MOST_FEDERATIONS)]:
+            logger.info("Models of federation %s are dropped: %d others are kept", name, len(known))
             shutil.rmtree(self.state / MODELS / name, ignore_errors=True)
 
 
 def _name_of(federation: str) -> str:
     """Return a folder's name for a federation, whose id a server makes up."""
-    return re.sub(r"[^A-Za-z0-9]", "", federation)[:32] or "unnamed"
+    if re.fullmatch(r"[0-9a-f]{1,32}", federation):
+        return federation
+    return "x" + hashlib.sha256(federation.encode()).hexdigest()[:31]

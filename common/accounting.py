@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+from common.config.client import LEAST_NOISE
 from common.errors import ConfigError
 
 DELTA = 1e-5
@@ -26,7 +27,7 @@ ORDERS = [
     *(2**k for k in range(9, 17)),
 ]
 """Renyi orders that are tried; the best one counts."""
-LEAST_NOISE, MOST_NOISE = 0.2, 1e4
+MOST_NOISE = 1e4
 
 
 class Spent(NamedTuple):

@@ -35,6 +35,11 @@ def replace_file(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
         raise
 
 
+def printable(text: str) -> str:
+    """Return a line of a text of others, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def private_folder(path: Path) -> None:
     """Make a folder, and those above it that are missing, for its owner alone; raise OSError."""
     for folder in reversed(path.parents):

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-from flwr.app import Array, ConfigRecord, Error, Message, Metadata, MetricRecord
+from flwr.app import Array, Error, Message, Metadata
 from flwr.app.message import make_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import ErrorCode
@@ -37,7 +37,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
 
 from common.errors import WireError
 
-SETTINGS = (ConfigRecord.__name__, MetricRecord.__name__)
 GRID = "flwr.superlink.grid.http_grid"
 PATIENCE_S = 120.0
 """For the next piece of a reply that was announced; nobody else waits for it meanwhile."""
@@ -47,12 +46,42 @@ PIECE, FEW = 2**20, 64
 """A reply has at most one piece for each of so many bytes that it may have, and a few more."""
 LARGEST_HEAD = 2**20
 """Bytes of what says how an array is put together; a hundred thousand pieces fit in."""
-LARGEST_SETTINGS = 2**16
-"""Bytes of settings: as Python's objects they take twenty times as many."""
+LARGEST = {"ConfigRecord": 2**16, "MetricRecord": 2**16, "ArrayRecord": 2**14, "RecordDict": 2**14}
+"""Bytes of settings, which are twenty times as many as Python's objects, and of lists of names: one
+array can be named a thousand times."""
+
+LOST = (OSError, httpx.HTTPError)
+"""What a grid raises whose SuperLink is gone; whatever else it raises is a reply's own fault."""
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+"""Between tries of what a SuperLink stumbles over, or is too busy for."""
+T = TypeVar("T")
 
 MostBytes = Callable[[str], int | None]
 """How many bytes the reply to a message may have; None where no reply is wanted."""
 Pull = Callable[[str], bytes]
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether a SuperLink is gone; one that stumbled over what a peer has sent it is there."""
+    return isinstance(error, LOST) and not _stumbled(error)
+
+
+def _stumbled(error: Exception) -> bool:
+    status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+    return status == httpx.codes.INTERNAL_SERVER_ERROR
+
+
+def again(call: Callable[[], T], failed: Exception, sleep: Callable[[float], None]) -> T:
+    """Call again after pauses, where a SuperLink stumbled; raise what the last try raises."""
+    for pause in PAUSES_S:
+        if not _stumbled(failed):
+            break
+        sleep(pause)
+        try:
+            return call()
+        except Exception as error:
+            failed = error
+    raise failed
 
 
 @dataclass
@@ -123,7 +152,8 @@ class Replies:
         gone, or cannot say who has replied.
         """
         client, run_id = grid._runtime_client, grid._run.run_id
-        self._note(client.PullMessages(PullAppMessagesRequest(message_ids=message_ids)), run_id)
+        announced = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        self._note(grid, announced)
         pull, found = make_pull_object_fn_protobuf(client.PullObject, grid.node, run_id), []
         for one in [one for one in self._announced.values() if one.reply_to in message_ids]:
             try:
@@ -136,25 +166,32 @@ class Replies:
                 reply = one.refused(f"{type(error).__name__}: {error}")
             del self._announced[one.reply_to]
             found.append(reply)
-            confirmed = ConfirmMessageReceivedRequest(
-                node=grid.node, run_id=run_id, message_object_id=one.message_id
-            )
-            client.ConfirmMessageReceived(confirmed)  # also of what was refused: its pieces go
+            self._confirm(grid, one.message_id)  # also of what was refused: its pieces go
+        for reply_to in [r for r in self._announced if self._most_bytes(r) is None]:
+            self._confirm(grid, self._announced.pop(reply_to).message_id)
         return found
 
-    def _note(self, response: Any, run_id: int) -> None:
-        """Note what was announced, the first reply to each message; forget what nobody wants."""
+    def _confirm(self, grid: Any, message_id: str) -> None:
+        """Let the SuperLink forget a reply's pieces."""
+        grid._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=grid.node, run_id=grid._run.run_id, message_object_id=message_id
+            )
+        )
+
+    def _note(self, grid: Any, response: Any) -> None:
+        """Note what was announced, the first reply to each message."""
         trees: list[ObjectTree] = list(response.message_object_trees)
         for proto, tree in zip(response.messages_list, trees, strict=True):
             reply_to, message_id = proto.metadata.reply_to_message_id, proto.metadata.message_id
-            most = self._most_bytes(reply_to)
-            if most is not None and reply_to not in self._announced:
+            most, known = self._most_bytes(reply_to), self._announced.get(reply_to)
+            if most is None or (known and known.message_id != message_id):
+                self._confirm(grid, message_id)  # nobody has asked for it: its pieces go
+            elif known is None:
                 wanted = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
                 self._announced[reply_to] = Announced(
-                    reply_to, message_id, run_id, most, wanted, self._clock()
+                    reply_to, message_id, grid._run.run_id, most, wanted, self._clock()
                 )
-        for reply_to in [r for r in self._announced if self._most_bytes(r) is None]:
-            del self._announced[reply_to]
 
 
 def _pulled(pull: Pull, name: str) -> bytes | None:
@@ -183,7 +220,7 @@ def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
     total = 0
     for content in contents.values():
         kind, children, _ = get_object_head_values_from_object_content(content)
-        most = LARGEST_SETTINGS if kind in SETTINGS else LARGEST_HEAD
+        most = LARGEST.get(kind, LARGEST_HEAD)
         if kind != ArrayChunk.__name__ and len(content) > most:
             raise WireError(f"its {kind:.20} has {len(content):,} bytes; {most:,} are enough.")
         if kind != Array.__name__:

@@ -33,7 +33,7 @@ COUNTS = "counts"
 
 LARGEST = 10**12
 """No count, loss or duration is larger; sums of what is accepted stay finite."""
-LARGEST_COUNT = 2**24
+LARGEST_COUNT, MOST_ROUNDS = 2**24, 10**7
 """float32 holds whole numbers up to here exactly."""
 
 Settings = Mapping[str, Scalar]
@@ -98,7 +98,7 @@ def encode(header: Header, content: Content, *, top_k: float = 1) -> RecordDict:
 
 def payload_bytes(content: RecordDict) -> int:
     """Count the bytes of all arrays in a message, as they travel."""
-    arrays = [a for record in content.array_records.values() for a in record.values()]
+    arrays = (a for record in content.array_records.values() for a in record.values())
     return sum(len(a.data) for a in arrays if isinstance(a.data, bytes))
 
 
@@ -133,7 +133,7 @@ class Received:
         self.header = Header(
             federation_id=self.value("federation-id", str),
             method=self.value("method", str),
-            server_round=self.value("server-round", int),
+            server_round=self.count("server-round", most=MOST_ROUNDS),
             nonce=self.value("nonce", str),
             precision=precision,  # type: ignore[arg-type]  # checked above
         )

@@ -5,6 +5,7 @@ It happens at the top of every round, so clients join, leave and return at any t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -86,7 +87,8 @@ class Admission:
 
         What all have to agree on is then what most of them declare, and not the first.
         """
-        keys, transport = self._keys(), self._transport
+        transport = self._transport
+        keys = transport.attempt(self._keys)
         unknown = self._registry.unknown_nodes(keys, server_round, transport.clock.monotonic())
         self._said = {node: said for node, said in self._said.items() if node in keys}
         nodes = sorted(unknown - transport.busy_nodes() - self._said.keys())
@@ -100,7 +102,7 @@ class Admission:
         for arrival in arrivals:
             registration = transport.read(arrival, Registration.read)
             if registration is None:
-                self._note_failure(arrival, server_round)
+                self._note_failure(arrival, server_round, enough=enough)
             else:
                 self._said[arrival.pending.node_id] = registration
         if not self._registry.clients() and len(self._said) < least:
@@ -123,7 +125,7 @@ class Admission:
             self._transport.message(
                 REFUSED,
                 Recipient(f"of node {node}", node),
-                Content({REASON: refusal.reason[:MOST_WORDS], FINAL: refusal.holder is None}),
+                Content({REASON: told(refusal.reason), FINAL: refusal.holder is None}),
                 server_round=server_round,
                 patience_s=NOTICE_S,
             )
@@ -152,11 +154,11 @@ class Admission:
             patience_s=patience_s,
         )
 
-    def _note_failure(self, arrival: Arrival, server_round: int) -> None:
-        """Leave a node alone for a while; one that said nothing for longer each time."""
+    def _note_failure(self, arrival: Arrival, server_round: int, *, enough: bool) -> None:
+        """Leave a node alone for a while; for longer each time where others wait for it."""
         node_id = arrival.pending.node_id
         refusal = Refusal(until_s=self._transport.clock.monotonic() + RETRY_S)
-        if arrival.failure.startswith(NO_ANSWER):
+        if enough or arrival.failure.startswith(NO_ANSWER):
             self._silences[node_id] += 1
             pause = min(2 ** (self._silences[node_id] - 1), LONGEST_RETRY_ROUNDS)
             refusal = Refusal(arrival.failure, until_round=server_round + pause)
@@ -183,6 +185,15 @@ class Admission:
             f"Away: {listing(away)}. Everything learned so far is in the checkpoint: start them "
             f"again, or lower min-clients, then resume with resume-from.{refused}"
         )
+
+
+def told(reason: str) -> str:
+    """Return what a refused node is told: not whose key and node a name belongs to.
+
+    >>> told("client a (node 3) claims a client-id that node 7 holds; it is of SHA256:ab12")
+    'client a (node ...) claims a client-id that node ... holds; it is of SHA256:...'
+    """
+    return re.sub(r"(?<=\bnode )\d+|(?<=SHA256:)\w+", "...", reason)[:MOST_WORDS]
 
 
 def majority_first(said: Mapping[int, Registration]) -> list[tuple[int, Registration]]:

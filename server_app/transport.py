@@ -14,15 +14,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from common.clock import Clock
 from common.compression import Precision
 from common.errors import MHpFedHNError
+from common.inflation import again, is_lost
 from common.log import logger
 from common.messages import Pending, Recipient
 from common.records import Content, Header, Received, encode, payload_bytes
@@ -38,26 +40,7 @@ WINDOW_PER_WORKER = 2
 NO_ANSWER = "no answer"
 """How the failure of a node begins that said nothing until its patience was over."""
 
-LOST = (OSError, httpx.HTTPError)
-"""What a grid raises whose SuperLink is gone; whatever else it raises is a reply's own fault."""
-
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.2
-
-
-def _stumbled(error: Exception) -> bool:
-    """Whether a SuperLink is there, and stumbled over what a peer has sent it."""
-    status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
-    return status == httpx.codes.INTERNAL_SERVER_ERROR
-
-
-class Clock(Protocol):
-    """What the transport needs of `time`; seconds."""
-
-    def monotonic(self) -> float:
-        """Return the time."""
-
-    def sleep(self, seconds: float, /) -> None:
-        """Let time pass."""
 
 
 @dataclass(frozen=True)
@@ -157,23 +140,45 @@ class Transport:
         """Forget the messages that were not pushed yet."""
         self._unsent.clear()
 
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Ask something of the grid, again where its SuperLink stumbles over it."""
+        try:
+            return call()
+        except Exception as error:
+            return again(call, error, self.clock.sleep)
+
     def _push(self) -> None:
         """Push messages, a batch at a time, until the window is full."""
         while self._unsent and len(self._in_flight) < self._window:
             part = list(islice(self._unsent[0], PUSH_BATCH))
             if len(part) < PUSH_BATCH:
                 self._unsent.popleft()
-            if not part:
-                continue
-            messages = [self._flower_message(outgoing) for outgoing in part]
-            accepted = set(self.grid.push_messages(messages))
-            for outgoing, message in zip(part, messages, strict=True):
-                if message.metadata.message_id in accepted:
-                    self._in_flight[message.metadata.message_id] = outgoing.pending
-                    self.bytes_down += payload_bytes(outgoing.content)
-                else:
-                    failure = "the node is unknown or offline"
-                    self._ready.append(Arrival(outgoing.pending, None, failure))
+            if part:
+                self._hand_over(part)
+
+    def _hand_over(self, part: list[Outgoing]) -> None:
+        """Push some messages at once; where that fails, each by itself."""
+        messages = [self._flower_message(outgoing) for outgoing in part]
+        try:
+            push = partial(self.grid.push_messages, messages)
+            accepted = set(self.attempt(push) if len(part) > 1 else push())
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if len(part) > 1:
+                for outgoing in part:
+                    self._hand_over([outgoing])
+                return
+            failure = f"it cannot be handed over: {type(error).__name__}: {error}"
+            self._ready.append(Arrival(part[0].pending, None, failure))
+            return
+        for outgoing, message in zip(part, messages, strict=True):
+            if message.metadata.message_id in accepted:
+                self._in_flight[message.metadata.message_id] = outgoing.pending
+                self.bytes_down += payload_bytes(outgoing.content)
+            else:
+                failure = "the node is unknown or offline"
+                self._ready.append(Arrival(outgoing.pending, None, failure))
 
     def _flower_message(self, outgoing: Outgoing) -> Message:
         pending = outgoing.pending
@@ -220,10 +225,13 @@ class Transport:
         self._ready += others
 
     def _pull(self, message_ids: list[str]) -> list[Arrival]:
+        if not message_ids:
+            return []
         try:
-            replies = list(self.grid.pull_messages(message_ids)) if message_ids else []
+            pull = partial(self.grid.pull_messages, message_ids)
+            replies = list(self.attempt(pull) if len(message_ids) > 1 else pull())
         except Exception as error:
-            if isinstance(error, LOST) and not _stumbled(error):
+            if is_lost(error):
                 raise
             if len(message_ids) > 1:  # one of them cannot be put together: that one is given up on
                 return [arrival for one in message_ids for arrival in self._pull([one])]

@@ -74,15 +74,15 @@ def open_dataset(
     Raises DataError where the source cannot be read, or the cache folder cannot be written.
     """
     facts = source.fingerprint()
-    digest = _digest([FORMAT, name, image_size, facts])
+    digest, origin = _digest([FORMAT, name, image_size, facts]), _digest([name, *facts[:2]])
     safe_name = re.sub(r"[^A-Za-z0-9]+", "-", name)[:40]
     folder = cache_root(cache_dir) / f"{safe_name}-{image_size}-{digest[:16]}"
     found = None if anew else _open_entry(folder)
     if found is None:
         with entry_lock(folder):
             found = None if anew else _open_entry(folder)
-            found = found or _build_entry(source, folder, image_size, _digest([name, facts]))
-            _prune(folder, _digest([name, facts]))
+            found = found or _build_entry(source, folder, image_size, origin)
+            _prune(folder, origin)
     return found
 
 
@@ -91,9 +91,10 @@ def _digest(facts: list[Any]) -> str:
 
 
 def _prune(newest: Path, source: str) -> None:
-    """Drop the same source's entries of other sizes, but the last: each is all of its pictures.
+    """Drop a source's other entries, but the last ones: each is all of its pictures.
 
-    Whoever starts a run says how large pictures are. Processes that have an entry open keep it.
+    Whoever starts a run says how large pictures are, and which classes there are. Processes that
+    have an entry open keep it.
     """
     found = []
     for folder in newest.parent.iterdir():

@@ -38,6 +38,8 @@ from common.errors import ModelError
 
 GRADIENT_BYTES = 16 * 2**20
 """Of the gradients of single examples that lie in memory at once."""
+FEWEST_ROWS = 8
+"""That are computed at once: torch has other kernels for one, two and three."""
 
 
 def require_private(module: nn.Module) -> None:
@@ -89,13 +91,24 @@ class PrivateStep:
         Images are (B, C, H, W), labels (B,). Raises ModelError where a layer cannot be followed.
         """
         total, losses = torch.zeros_like(self.model.theta), 0.0
-        size = max(1, GRADIENT_BYTES // (4 * self.model.num_parameters))
+        size = max(FEWEST_ROWS, GRADIENT_BYTES // (4 * self.model.num_parameters))
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            gradients, values = self.of_each(images[part], labels[part])
+            gradients, values = self.of_padded(images[part], labels[part], size)
             total += clipped(gradients, self.clip).sum(dim=0)
             losses += float(values.sum())
         return total, losses
+
+    def of_padded(self, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return every example's gradient (B, P), and loss (B,), computed with `size` rows.
+
+        Kernels round differently for few rows and for many, and weights can be made that turn the
+        last bit into all of a gradient: whether somebody else is in the batch must not show in it.
+        """
+        count = len(labels)
+        rows = torch.arange(size, device=labels.device).clamp(max=count - 1)
+        gradients, values = self.of_each(images[rows], labels[rows])
+        return gradients[:count], values[:count]
 
     def of_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return every example's gradient (B, P), and loss (B,)."""

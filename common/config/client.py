@@ -11,6 +11,7 @@ from common.errors import ConfigError, unknown_name
 
 SIMULATED = "engine inprocess"
 AUGMENTATIONS = ("flip", "crop")
+MOST_CLASSES = 10_000
 PRIVATE_METHODS = "MH-pFedHN, Local"
 
 
@@ -40,6 +41,8 @@ def named_classes(text: str) -> tuple[str, ...]:
     ('cat', 'dog')
     """
     names = tuple(name.strip() for name in text.split(",")) if text.strip() else ()
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"class-names has {len(names):,} names; at most {MOST_CLASSES:,}")
     if "" in names or len(set(names)) < len(names) or len(names) == 1:
         raise ValueError(f"class-names {text!r} must be two or more different names")
     return names
@@ -51,6 +54,16 @@ def _known_classes(text: str) -> str:
 
 
 ClassNames = Annotated[str, AfterValidator(_known_classes)]
+
+
+def _enough_noise(noise: float) -> float:
+    if 0 < noise < LEAST_NOISE:
+        raise ValueError(f"noise below {LEAST_NOISE} protects nobody; 0 is none")
+    return noise
+
+
+LEAST_NOISE = 0.2
+Noise = Annotated[float, AfterValidator(_enough_noise)]
 Augmentation = Annotated[str, AfterValidator(_known_augmentations)]
 
 
@@ -114,7 +127,7 @@ class ClientSection(Section):
     augmentation: Augmentation = key(
         "none", "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8)"
     )
-    dp_noise: float = key(
+    dp_noise: Noise = key(
         0.0,
         "DP-SGD on the client: noise in units of dp-clip, so that no single training example "
         "shows; of the run's and a participant's own the larger counts; 0: off",

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from common.config.client import Augmentation, ClassNames, ClientSection
+from common.config.client import Augmentation, ClassNames, ClientSection, Noise
 from common.config.section import Scalar, Section, key
 from common.errors import ConfigError
 
@@ -72,7 +72,7 @@ class NodeConfig(Section):
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
     augmentation: Augmentation | None = key(None, AS_RUN)
-    dp_noise: float | None = key(
+    dp_noise: Noise | None = key(
         None, "counts where it is larger than the run config's", ge=0, le=1e4
     )
     dp_clip: float | None = key(None, AS_RUN, unit="norm", ge=1e-3, le=1e3)

@@ -67,7 +67,9 @@ def _hold(folder: Path) -> AcquireReturnProxy:
             f"join: {folder} cannot be made: {error.strerror}. Choose another --state-dir."
         ) from error
     try:
-        return FileLock(folder / "join.lock", mode=PRIVATE).acquire(timeout=0)
+        return FileLock(folder / "join.lock", mode=PRIVATE).acquire(
+            timeout=2
+        )  # `status` looks at it
     except Timeout as error:
         raise RunError(
             f"another `mh-pfedhn join` already runs with {folder}. Stop it, or choose another "

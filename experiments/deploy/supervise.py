@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from common.files import printable
 from experiments.console import say
 from experiments.deploy.settings import JoinSettings
 from experiments.run.engines.processes import free_port, guarded, kill_session
@@ -126,7 +127,7 @@ class Supervisor:
             self._lines.append(line.rstrip())
             log.write(line)
             log.flush()
-            self._say(_ANSI.sub("", line.rstrip()), "dim")
+            self._say(_shown(_ANSI.sub("", line.rstrip())), "dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._leave()
@@ -148,10 +149,10 @@ class Supervisor:
             told = json.loads(self._refusal.read_text())
             self._refusal.unlink()
             if told["final"]:
-                self._refused = str(told["reason"])
+                self._refused = printable(str(told["reason"]))
                 self._leave()
             else:
-                self._say(f"not admitted yet: {told['reason']}", "yellow")
+                self._say(f"not admitted yet: {printable(str(told['reason']))}", "yellow")
         changed, self._seen = _changed(self._model) != self._seen, _changed(self._model)
         if changed:
             facts = json.loads(self._model.read_text())
@@ -160,6 +161,10 @@ class Supervisor:
 
     def _say(self, text: str, style: str = "") -> None:
         say(self._console, text, style=style)
+
+
+def _shown(line: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in line)
 
 
 def worth(facts: Mapping[str, Any]) -> str:

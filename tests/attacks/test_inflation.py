@@ -202,6 +202,13 @@ def test_what_nobody_asked_for_costs_nothing(superlink: SuperLink) -> None:
     assert found.keys() == {"asked"}
     assert len(found["asked"].content["arrays"]["delta"].numpy()) == 100
     assert superlink.asked_for <= 8
+    assert len(superlink.confirmed) == 4, "the SuperLink forgets what nobody wants"
+
+
+def test_one_array_of_a_thousand_names_is_refused(superlink: SuperLink) -> None:
+    array = Array(np.arange(10, dtype=np.float32))
+    superlink.announce(more={"more": ArrayRecord({f"name {i}": array for i in range(1000)})})
+    assert "its ArrayRecord has" in superlink.pull()["asked"].error.reason
 
 
 def test_nobody_waits_for_pieces_that_do_not_come(superlink: SuperLink) -> None:

@@ -80,7 +80,7 @@ def test_nothing_that_leaves_depends_on_what_is_held_back(
         )
 
     common = f"{HERE}:wide"  # with little noise: the two models differ, and one leads
-    node = {"dp-noise": 0.1, "dp-clip": 0.1, "global-model": common}
+    node = {"dp-noise": 0.2, "dp-clip": 0.05, "global-model": common}
     settings = {"method": method, "distill_alpha": 0.9, "rounds": 4, "global_model": common}
     true = contents(take_part(tmp_path / "true", node=node, **settings))
     monkeypatch.setattr("client_app.participant.load_client_data", blackened)

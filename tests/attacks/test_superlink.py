@@ -5,20 +5,24 @@ import http.client
 import math
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import ArrayRecord
 from flwr.common.constant import SUPERLINK_NODE_ID, TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
+from flwr.supercore.error import FlowerError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from common.errors import WireError
-from experiments.deploy.superlink import MOST_PIECES, require_reply
+from common.messages import LARGEST_REPLY
+from experiments.deploy.superlink import MOST_PIECES, Guard, empty_records, require_reply
 from tests.support.deployment import Deployment
 
 ME = 77
@@ -72,6 +76,73 @@ def test_one_message_of_so_many_pieces() -> None:
     for request in (twice, many, odd, PushMessagesRequest(node=Node(node_id=ME))):
         with pytest.raises(WireError):
             require_reply(request)
+
+
+def test_an_empty_record_has_no_pieces() -> None:
+    """It is in everybody's messages: registered with pieces, it would spoil all of them."""
+    request = handed_in()
+    poisoned = request.message_object_trees[0].children.add(object_id=ArrayRecord().object_id)
+    require_reply(request)
+    poisoned.children.add(object_id="d" * 64)
+    assert ArrayRecord().object_id in empty_records()
+    with pytest.raises(WireError, match="an empty record has no pieces"):
+        require_reply(request)
+
+
+class Store:
+    """An object store with a message of two pieces, of which one may be missing."""
+
+    def __init__(self, **contents: bytes) -> None:
+        self._contents = contents
+
+    def __contains__(self, name: str) -> bool:
+        return name == "root"
+
+    def get_object_tree(self, name: str) -> ObjectTree:
+        return ObjectTree(object_id=name, children=[ObjectTree(object_id="piece")])
+
+    def get(self, name: str) -> bytes | None:
+        return self._contents.get(name)
+
+
+def guard() -> tuple[Guard, list[str]]:
+    done: list[str] = []
+    handlers = SimpleNamespace(
+        push_messages=lambda request, state: done.append("message"),
+        push_object=lambda request, state: done.append("piece"),
+        confirm_message_received=lambda request, state, store: done.append("confirmed"),
+    )
+    made = Guard(handlers)
+    made.install()
+    assert handlers.push_object == made.push_object
+    return made, done
+
+
+@pytest.mark.parametrize("missing", ["root", "piece", ""])
+def test_a_message_is_not_confirmed_before_it_is_there(missing: str) -> None:
+    """It would be deleted under the hands of who is sending it, and end the run."""
+    found, done = guard()
+    contents = {name: b"x" for name in ("root", "piece") if name != missing}
+    request = SimpleNamespace(message_object_id="root", node=Node(node_id=ME))
+    if missing:
+        with pytest.raises(FlowerError, match="confirmed before all of it is there"):
+            found.confirm(request, None, Store(**contents))
+    else:
+        found.confirm(request, None, Store(**contents))
+        found.confirm(SimpleNamespace(message_object_id="gone"), None, Store())
+    assert done == ([] if missing else ["confirmed", "confirmed"])
+
+
+def test_a_node_stores_no_more_than_a_reply() -> None:
+    found, done = guard()
+    piece = SimpleNamespace(node=Node(node_id=ME), object_content=bytes(2**26))
+    for _ in range(LARGEST_REPLY // 2**26):
+        found.push_object(piece, None)
+    with pytest.raises(FlowerError, match="has more than"):
+        found.push_object(piece, None)
+    found.push_messages(handed_in(), None)
+    found.push_object(piece, None)
+    assert len(done) == LARGEST_REPLY // 2**26 + 2
 
 
 class RawNode:

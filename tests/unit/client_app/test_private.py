@@ -79,6 +79,20 @@ def test_nothing_is_longer_than_the_clip_however_small(monkeypatch: pytest.Monke
     torch.testing.assert_close(clipped(mixed, 1.0), wanted)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "vit"])
+def test_a_gradient_does_not_depend_on_who_else_is_there(name: str) -> None:
+    """Not in its last bit: weights can be made that turn it into all of the gradient."""
+    model = made(name)
+    step = PrivateStep(model, SECTION, 10, 1.0)
+    images, labels = batch(11)
+    wanted = step.of_padded(images[:1], labels[:1], 12)[0][0]
+    for company in (2, 3, 4, 7, 11):
+        found = step.of_padded(images[:company], labels[:company], 12)[0][0]
+        assert torch.equal(found, wanted), company
+        last = step.of_padded(images[:company].flip(0), labels[:company].flip(0), 12)[0][-1]
+        assert torch.equal(last, wanted), company
+
+
 def test_without_noise_and_clip_it_is_plain_sgd() -> None:
     """One batch of everybody: the sampling rate is 1."""
     section = SECTION.model_copy(update={"batch_size": 20, "local_epochs": 3})

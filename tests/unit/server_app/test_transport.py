@@ -94,6 +94,31 @@ def test_a_superlink_that_stumbles_over_one_reply_ends_no_run() -> None:
     assert [a.pending.node_id for a in arrivals if a.content is None] == [5]
 
 
+class Jammed(InProcessGrid):
+    """Cannot take messages to node 5; and is too busy for anything the first time."""
+
+    tries = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        Jammed.tries += 1
+        many = list(messages)
+        if Jammed.tries == 1 or any(m.metadata.dst_node_id == 5 for m in many):
+            request = httpx.Request("POST", "https://superlink/v1/runtime/push-messages")
+            response = httpx.Response(500, request=request)
+            raise httpx.HTTPStatusError("500", request=request, response=response)
+        return super().push_messages(many)
+
+
+def test_a_message_that_cannot_be_handed_over_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.inflation.PAUSES_S", (0.0, 0.0))
+    transport = Transport(grid(grid_type=Jammed), "mh-pfedhn")
+    arrivals = list(transport.exchange(messages(transport, [])))
+    (failed,) = [a for a in arrivals if a.content is None]
+    assert failed.pending.node_id == 5
+    assert failed.failure.startswith("it cannot be handed over: HTTPStatusError")
+    assert len(arrivals) == NUM
+
+
 class Lost(InProcessGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         raise ConnectionError("the SuperLink is gone")
