@@ -123,11 +123,12 @@ class Supervisor:
             reader.join(timeout=5.0)
 
     def _copy(self, lines: TextIO, log: TextIO) -> None:
-        for line in lines:
-            self._lines.append(line.rstrip())
-            log.write(line)
-            log.flush()
-            self._say(_shown(_ANSI.sub("", line.rstrip())), "dim")
+        with lines:
+            for line in lines:
+                self._lines.append(line.rstrip())
+                log.write(line)
+                log.flush()
+                self._say(_shown(_ANSI.sub("", line.rstrip())), "dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._leave()
