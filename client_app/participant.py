@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
-from client_app.models.building import ModelKind
+from client_app.models.building import AUTO, ModelKind, fitting
 from client_app.models.instances import cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
@@ -100,8 +100,7 @@ class Participant:
 
     def kind_of(self, name: str, role: str = "personal") -> ModelKind:
         """Return the kind of a model for these data, this device and this run."""
-        sizes, size = (self.data.in_channels, self.data.num_classes), self.data.image_size
-        return ModelKind(name, *sizes, self.device, role, self.config.run.seed, size)
+        return kind_for(name, self.data, device=self.device, role=role, seed=self.config.run.seed)
 
     @property
     def privacy(self) -> Privacy | None:
@@ -221,7 +220,7 @@ class Participant:
         self, module: nn.Module, evaluation: Evaluation, facts: dict[str, Any]
     ) -> PersonalModel:
         spent = self.privacy.facts() if self.privacy else {}
-        common = self.config.distill.global_model
+        common = self.kind_of(self.config.distill.global_model).name
         return PersonalModel(
             self.model_name, module, self.data, evaluation, common, {**facts, **spent}
         )
@@ -230,6 +229,17 @@ class Participant:
     def exports(self) -> bool:
         """Whether the personal model gets a program: that takes seconds, where many simulate."""
         return isinstance(self.state, FolderState)
+
+
+def kind_for(
+    name: str, data: ClientData, *, device: torch.device, role: str = "personal", seed: int = 0
+) -> ModelKind:
+    """Return the kind of a model for some data; "auto" is what fits their shape."""
+    shape, dtype = data.input_shape, data.input_dtype
+    if name == AUTO:
+        is_floats = dtype.is_floating_point
+        name = fitting(shape, is_pictures=data.is_pictures, is_floats=is_floats)
+    return ModelKind(name, data.in_channels, data.num_classes, device, role, seed, shape, dtype)
 
 
 def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +43,11 @@ EXPORTING = threading.Lock()
 """torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
 
 
-class PictureClassifier(nn.Module):
-    """A model with its normalisation: uint8 pictures (B, C, H, W) in, logits (B, classes) out."""
+class Classifier(nn.Module):
+    """A model with its normalisation: uint8 pictures (B, C, H, W) in, logits (B, classes) out.
+
+    Without mean and std examples are no pictures, and the model gets them as they are.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -57,7 +61,9 @@ class PictureClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise and classify."""
-        logits: Tensor = self.model(torch.addcmul(self.shift, images, self.scale))
+        if self.scale.numel():
+            images = torch.addcmul(self.shift, images, self.scale)
+        logits: Tensor = self.model(images)
         return logits
 
 
@@ -118,10 +124,7 @@ class PersonalModel:
             "in_channels": data.in_channels,
             "num_classes": data.num_classes,
             **{name: fact for name, fact in data.about.items() if name != "left_out"},
-            "image_size": int(data.test_images.shape[-1]),
-            "mean": [float(x) for x in data.mean],
-            "std": [float(x) for x in data.std],
-            "input": INPUT if "intensity" not in data.about else f"{SCALED}; {INPUT}",
+            **self._input(),
             "num_test": self.evaluation.num_test,
             "num_correct": self.evaluation.num_correct,
             "test_accuracy": accuracies.pop("accuracy"),
@@ -130,6 +133,16 @@ class PersonalModel:
             **load,
             **self.facts,
         }
+
+    def _input(self) -> dict[str, Any]:
+        """Say how the model is fed."""
+        data, dtype = self.data, str(self.data.input_dtype).removeprefix("torch.")
+        shape = list(data.input_shape)
+        facts = {"input_shape": shape, "mean": data.mean.tolist(), "std": data.std.tolist()}
+        if not data.is_pictures:
+            return {**facts, "input": f"{dtype} (B, ...), as the data set gives them"}
+        text = INPUT if "intensity" not in data.about else f"{SCALED}; {INPUT}"
+        return {**facts, "image_size": shape[-1], "input": text}
 
     def _export(self, path: Path) -> dict[str, Any]:
         try:
@@ -140,7 +153,9 @@ class PersonalModel:
             return {"program": None, "program_error": f"{type(error).__name__}: {error}"[:2000]}
         return {
             "program": path.name,
-            "program_input": "images as uint8 (B, C, H, W), any B; normalised inside",
+            "program_input": "images as uint8 (B, C, H, W), any B; normalised inside"
+            if self.data.is_pictures
+            else self._input()["input"],
             "run": f"import torch; model = torch.export.load('{path.name}').module(); "
             "logits = model(images)",
         }
@@ -178,15 +193,15 @@ class PersonalModel:
         kept = dict(self.module.named_buffers())
         for name, buffer in fresh.named_buffers():  # also those that no state_dict has
             buffer.copy_(kept[name].detach())
-        whole = PictureClassifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
-        shape = (2, data.in_channels, *data.test_images.shape[-2:])
-        return whole, torch.zeros(shape, dtype=torch.uint8)
+        whole = Classifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
+        return whole, torch.zeros_like(data.test_images[:1].cpu()).repeat_interleave(2, 0)
 
 
-def read_predictor(folder: Path) -> tuple[PictureClassifier, dict[str, Any]]:
+def read_predictor(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     """Rebuild what was stored in a folder, and return it with its description.
 
-    It maps uint8 pictures (B, C, H, W) to logits, of two models log-probabilities. Raises DataError
+    It maps uint8 pictures (B, C, H, W), or examples as the data set has them, to logits, of two
+    models log-probabilities. Raises DataError
     where the folder does not hold a model; ModelError where the participant's own code is not
     found, or builds another model than that.
     """
@@ -206,7 +221,7 @@ def read_predictor(folder: Path) -> tuple[PictureClassifier, dict[str, Any]]:
             f"{about['model']} is no longer the model that was trained: {error}"
         ) from error
     mean, std = (torch.tensor(about[name]) for name in ("mean", "std"))
-    return PictureClassifier(module, mean, std).eval(), about
+    return Classifier(module, mean, std).eval(), about
 
 
 def not_in_state_dict(module: nn.Module) -> list[str]:
@@ -220,7 +235,9 @@ def save_program(
     """Export a module to a .pt2 file, for any batch size, if it is what `require` wants."""
     module, example = program
     dynamic = ({0: torch.export.Dim("batch")},)
-    exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
+        exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
     exported.example_inputs = None  # torch would store it pickled; nobody needs it
     packed = io.BytesIO()
     torch.export.save(exported, packed)

@@ -1,9 +1,10 @@
 """Decode a source once; afterwards every process maps the same uint8 file.
 
-Layout of a cache entry: `images.npy` (N, channels, size, size) uint8, `labels.npy` (N,) int64,
-`meta.json`. Its name holds a hash of the source's fingerprint, so a changed source is a new entry.
-An entry appears by one rename, complete or not at all, under a lock that dies with its process.
-Folders and files are their owner's alone: pictures of a participant may be among them.
+Layout of a cache entry: `images.npy` (N, channels, size, size) uint8, or (N, ...) of examples that
+are no pictures; `labels.npy` (N,) int64; one file for each array of a `Division`; `meta.json`. Its
+name holds a hash of the source's fingerprint, so a changed source is a new entry. An entry appears
+by one rename, complete or not at all, under a lock that dies with its process. Folders and files
+are their owner's alone: pictures of a participant may be among them.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from client_app.data.decode import fill
-from client_app.data.source import Examples, Source
+from client_app.data.source import Division, Examples, Source
 from common.errors import DataError
 from common.files import PRIVATE, private_folder, replace_file, sync
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 CACHE_VARIABLE = "MH_PFEDHN_CACHE"
 LOCK_TIMEOUT_S = 3600.0
 MOST_SIZES = 3
@@ -46,16 +47,22 @@ class DecodedDataset:
     """A cache entry, opened; drawn partitions are stored in its folder too.
 
     Images (N, channels, size, size) uint8 are memory-mapped read-only, labels (N,) int64 in memory;
-    mean and std normalise each channel, in units of full intensity; `about` as `Examples` has it.
+    mean and std normalise each channel, in units of full intensity; all else as `Examples` has it.
     """
 
     folder: Path
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     labels: NDArray[np.int64]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
+    division: Division = field(default_factory=Division)
+
+    @property
+    def in_channels(self) -> int:
+        """What a model is built for: channels, or of a table its columns."""
+        return int(self.images.shape[1])
 
 
 def cache_root(cache_dir: str) -> Path:
@@ -143,7 +150,7 @@ def _build_entry(source: Source, folder: Path, image_size: int, origin: str) -> 
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     seconds = time.monotonic() - started
-    log.info("decoded %d pictures into %s in %.1f s", len(examples.labels), folder, seconds)
+    log.info("decoded %d examples into %s in %.1f s", len(examples.labels), folder, seconds)
     found = _open_entry(folder)
     if found is None:
         raise DataError(
@@ -154,14 +161,19 @@ def _build_entry(source: Source, folder: Path, image_size: int, origin: str) -> 
 
 
 def _write_entry(examples: Examples, draft: Path, image_size: int, origin: str) -> None:
-    shape = (len(examples.labels), len(examples.mean), image_size, image_size)
-    images = np.lib.format.open_memmap(draft / IMAGES, mode="w+", dtype=np.uint8, shape=shape)
+    shape = examples.shape or (len(examples.mean), image_size, image_size)
+    images = np.lib.format.open_memmap(
+        draft / IMAGES, mode="w+", dtype=examples.dtype, shape=(len(examples.labels), *shape)
+    )
     fill(images, examples.read_example)
     images.flush()
     del images
-    np.save(draft / LABELS, examples.labels, allow_pickle=False)
+    arrays = {LABELS: examples.labels}
+    arrays |= {f"{name}.npy": values for name, values in examples.division.arrays().items()}
+    for name, values in arrays.items():
+        np.save(draft / name, values, allow_pickle=False)
     files = {}
-    for name in (IMAGES, LABELS):
+    for name in (IMAGES, *arrays):
         (path := draft / name).chmod(PRIVATE)
         sync(path)
         facts = path.stat()
@@ -177,8 +189,13 @@ def _open_entry(folder: Path) -> DecodedDataset | None:
         return None
     try:
         meta = json.loads((folder / META).read_text())
-        for name in (IMAGES, LABELS):
-            _check_file(folder / name, meta["files"][name])
+        for name, facts in meta["files"].items():
+            _check_file(folder / name, facts)
+        division = {
+            Path(name).stem: np.load(folder / name, allow_pickle=False)
+            for name in meta["files"]
+            if name not in (IMAGES, LABELS)
+        }
         return DecodedDataset(
             folder=folder,
             images=np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False),
@@ -187,6 +204,7 @@ def _open_entry(folder: Path) -> DecodedDataset | None:
             mean=tuple(meta["mean"]),
             std=tuple(meta["std"]),
             about=meta["about"],
+            division=Division(**division),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("cache entry %s is damaged (%s); building it again", folder, error)

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,6 @@ _ORIENTATION = 0x0112  # EXIF tag
 _BAD_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 Pixels = NDArray[np.uint8]
-ReadExample = Callable[[int], Pixels]
 
 
 Intensity = tuple[float, float]
@@ -97,8 +97,8 @@ def picture_range(data: bytes, name: str) -> Intensity:
     return float(values.min()), float(values.max())
 
 
-def fill(images: Pixels, read_example: ReadExample) -> None:
-    """Write every example into `images` (N, channels, size, size), on a few threads."""
+def fill(images: NDArray[Any], read_example: Callable[[int], NDArray[Any]]) -> None:
+    """Write every example into `images` (N, ...), on a few threads."""
 
     def fill_span(start: int) -> None:
         for index in range(start, min(start + _CHUNK, len(images))):

@@ -23,14 +23,12 @@ from torch import Tensor
 
 from client_app.data.augment import draw_moves, moved
 from client_app.data.cache import DecodedDataset, open_dataset
-from client_app.data.catalogue import CATALOGUE, DATASET_NAMES
-from client_app.data.own import FolderSource, FunctionSource
 from client_app.data.partitions import WHOLE, client_indices
-from client_app.data.published import DigitsSource, HubSource, find_local_files
-from client_app.data.source import Source
-from client_app.data.splits import Indices, split_train_test
+from client_app.data.select import select_source
+from client_app.data.source import Division
+from client_app.data.splits import Indices, split_three_ways
 from common.config import ClientSection, named_augmentations, named_classes
-from common.errors import ConfigError, DataError, unknown_name
+from common.errors import ConfigError, DataError
 from common.seeding import numpy_generator
 
 
@@ -40,11 +38,11 @@ class ClientData:
 
     What a client predicts with is chosen on the validation examples, which may be none.
 
-    Images are (N, C, H, W) uint8, in channels-last memory: batches inherit it, and convolutions on
-    CPU are up to 1.5 times as fast with it. Labels are (N,) int64; mean and std (C,) float32, in
-    units of full intensity. `augmentation` names how train examples are changed. `test_rows` (N,)
-    int64 says which examples of the source the test examples are, so that a stored model's accuracy
-    can be checked without this project. `about` as `data.source.Examples` has it.
+    Images are (N, C, H, W) uint8, in channels-last memory, which batches inherit (convolutions on
+    CPU are up to 1.5 times as fast), mean and std (C,) float32 in units of full intensity; or no
+    pictures, (N, ...) float32 or int64, without mean and std. Labels are (N,) int64. `augmentation`
+    names how train examples are changed, `test_rows` (N,) int64 which examples of the source are
+    tested on. `about` as `data.source.Examples` has it.
     """
 
     train_images: Tensor
@@ -67,9 +65,19 @@ class ClientData:
         return len(self.train_labels)
 
     @property
-    def image_size(self) -> int:
-        """Pixels a side."""
-        return int(self.train_images.shape[-1])
+    def is_pictures(self) -> bool:
+        """Whether examples are pictures, which are normalised; others are taken as they are."""
+        return len(self.mean) > 0
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.train_images.shape[1:])
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What a model gets: float32, or int64 for token ids."""
+        return torch.float32 if self.is_pictures else self.train_images.dtype
 
     @property
     def num_test(self) -> int:
@@ -86,8 +94,7 @@ class ClientData:
     @cached_property
     def looks(self) -> tuple[float | int, ...]:
         """What normalised pictures have in common with another client's: mean, std, shape."""
-        shape = self.train_images.shape[1:]
-        return (*self.mean.tolist(), *self.std.tolist(), *shape)
+        return (*self.mean.tolist(), *self.std.tolist(), *self.input_shape)
 
     @cached_property
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
@@ -98,6 +105,8 @@ class ClientData:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Map uint8 images (B, C, H, W) to float32 (image / 255 - mean) / std, in one pass."""
+        if not self.is_pictures:
+            return images
         scale, shift = self._scale_and_shift
         return torch.addcmul(shift, images, scale)
 
@@ -171,12 +180,6 @@ def prepare_data(section: ClientSection, *, seed: int, partition_id: int = 0) ->
     return dataset.folder
 
 
-def describe_data(section: ClientSection) -> tuple[int, int]:
-    """Return (in_channels, num_classes) of the data set: what a model is built for."""
-    dataset = open_examples(section)
-    return len(dataset.mean), dataset.num_classes
-
-
 def load_client_data(
     section: ClientSection, *, partition_id: int, seed: int, device: torch.device
 ) -> ClientData:
@@ -219,24 +222,8 @@ class LoadedClients:
 LOADED = LoadedClients(max_bytes=512 << 20)
 
 
-def select_source(dataset: str, data_dir: str, class_names: tuple[str, ...] = ()) -> Source:
-    """Return the source that a client's `dataset` and `data-dir` name; raises as `prepare_data`."""
-    if ":" in dataset:
-        return FunctionSource(dataset, data_dir, class_names)
-    if dataset == "digits":
-        return DigitsSource()
-    if dataset == "folder":
-        if not data_dir:
-            raise ConfigError("dataset = 'folder' needs data-dir, a folder of class/picture.png.")
-        return FolderSource(Path(data_dir).expanduser().resolve(), class_names)
-    if dataset not in CATALOGUE:
-        known = unknown_name("dataset", dataset, DATASET_NAMES)
-        raise ConfigError(f"{known} Or 'module:function' for your own.")
-    return find_local_files(dataset, data_dir) if data_dir else HubSource(dataset)
-
-
 def open_examples(section: ClientSection, *, anew: bool = False) -> DecodedDataset:
-    """Open the decoded pictures and labels of all clients together; raises as `prepare_data`."""
+    """Open the examples of all clients together; raises as `prepare_data`."""
     if anew:
         LOADED.clear()
     return open_dataset(
@@ -255,18 +242,27 @@ def _load(section: ClientSection, partition_id: int, seed: int, device: torch.de
     rng = numpy_generator(seed, "train-test", client_id=client)
     labels = dataset.labels[rows]
     try:
-        train, held = split_train_test(labels, test_fraction=section.test_fraction, rng=rng)
-        chosen_on = section.validation_fraction / section.test_fraction
-        validation, test = held[:0], held
-        if chosen_on and len(held) > 1:
-            parts = split_train_test(labels[held], test_fraction=1 - chosen_on, rng=rng)
-            validation, test = (held[part] for part in parts)
+        train, validation, test = split_three_ways(
+            labels,
+            Division(**{name: x[rows] for name, x in dataset.division.arrays().items()}),
+            test_fraction=section.test_fraction,
+            validation_fraction=section.validation_fraction,
+            rng=rng,
+        )
     except DataError as error:
         raise DataError(f"{section.dataset}, client {partition_id}: {error}") from error
 
     def images(positions: Indices) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(dataset.images[rows[positions]]))
-        return pixels.to(device).contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if pixels.ndim == 4 else torch.contiguous_format
+        return pixels.to(device).contiguous(memory_format=layout)
+
+    augmentation = named_augmentations(section.augmentation)
+    if augmentation and not dataset.mean:
+        raise ConfigError(
+            f"augmentation = {section.augmentation!r} is for pictures, and {section.dataset} gives "
+            f"{dataset.images.dtype} {dataset.images.shape}. Set augmentation = 'none'."
+        )
 
     def targets(positions: Indices) -> Tensor:
         return torch.from_numpy(labels[positions]).to(device)
@@ -281,8 +277,8 @@ def _load(section: ClientSection, partition_id: int, seed: int, device: torch.de
         mean=torch.tensor(dataset.mean, device=device),
         std=torch.tensor(dataset.std, device=device),
         num_classes=dataset.num_classes,
-        in_channels=len(dataset.mean),
+        in_channels=dataset.in_channels,
         test_rows=np.asarray(rows)[test],
-        augmentation=named_augmentations(section.augmentation),
+        augmentation=augmentation,
         about=dataset.about,
     )

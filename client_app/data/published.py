@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client_app.data.catalogue import CATALOGUE, DatasetSpec
-from client_app.data.decode import ReadExample, decode_picture, resize_array
-from client_app.data.source import Examples, Source, file_identity
+from client_app.data.decode import decode_picture, resize_array
+from client_app.data.source import Examples, ReadExample, Source, file_identity
 from common.errors import DataError, listing
 
 IMAGE_COLUMNS = ("img", "image")

@@ -1,16 +1,61 @@
-"""What a source of pictures is: its fingerprint changes when its files do; it is read once."""
+"""What a source of examples is: its fingerprint changes when its files do; it is read once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client_app.data.decode import ReadExample
+PARTS = ("train", "validation", "test")
+"""What a source's own division may name, by number."""
+ReadExample = Callable[[int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a source wants its N examples divided; with none of these, at random.
+
+    `parts` (N,) int8 says which of `PARTS` an example belongs to. `groups` (N,) int64 are kept
+    together: all examples of a patient are trained on, or none. `times` (N,) float64 puts the
+    latest into the test part, those before into the validation part.
+    """
+
+    parts: NDArray[np.int8] | None = None
+    groups: NDArray[np.int64] | None = None
+    times: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, *, groups: Any = None, times: Any = None) -> Self:
+        """Number groups of any names; read times, numbers or numpy's datetimes."""
+        if groups is not None:
+            groups = np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+        if times is not None:
+            times = np.asarray(times)
+            times = times.astype("datetime64[ns]") if times.dtype.kind == "M" else times
+            times = times.astype(np.float64)
+        return cls(groups=groups, times=times)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what there is, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def fault(self, count: int) -> str:
+        """Say what is wrong with it for so many examples; "" when nothing is."""
+        found = self.arrays()
+        if len(found) > 1:
+            return f"{' and '.join(found)} together; give one of them"
+        for name, values in found.items():
+            if values.shape != (count,):
+                return f"{name} {values.shape} must have one entry for each of {count} examples"
+            if not np.isfinite(values).all():
+                return f"{name} has an entry that is no finite number"
+            if name != "parts" and len(np.unique(values)) < 2:
+                return f"{name} are all the same: nothing can be held back"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -18,9 +63,10 @@ class Examples:
     """All examples of a source: labels (N,) int64; mean and std for each channel, of 0 to 1.
 
     `read_example` decodes one, by its index, to uint8 (channels, image_size, image_size); it is
-    safe to call from several threads. `about` are JSON-able facts that go with a model of these
-    data: `class_names` in their order, `intensity` (what became 0 and 255 of pictures with more
-    than 8 bits), and `left_out`, files that are no pictures, by ending.
+    safe to call from several threads. Without a mean, examples are no pictures: they have `shape`
+    and `dtype`, and a model gets them as they are. `about` are JSON-able facts that go with a model
+    of these data: `class_names` in their order, `intensity` (what became 0 and 255 of pictures with
+    more than 8 bits), and `left_out`, files that are no pictures, by ending.
     """
 
     labels: NDArray[np.int64]
@@ -29,10 +75,13 @@ class Examples:
     std: tuple[float, ...]
     read_example: ReadExample
     about: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
+    division: Division = field(default_factory=Division)
 
 
 class Source(Protocol):
-    """A place that pictures and labels come from."""
+    """A place that examples and labels come from."""
 
     def fingerprint(self) -> list[Any]:
         """Return JSON-able facts that differ when the content may differ; cheap."""

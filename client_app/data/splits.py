@@ -6,9 +6,12 @@ randomness comes from the generator it is given. Index arrays are int64 and asce
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from client_app.data.source import PARTS, Division
 from common.errors import DataError
 
 Indices = NDArray[np.int64]
@@ -120,6 +123,67 @@ def split_train_test(
             given = np.flatnonzero(labels[test] == values[counts.argmax()])[0]
             train[spare[0]], test[given] = test[given], train[spare[0]]
     return np.sort(train), np.sort(test)
+
+
+def split_three_ways(
+    labels: Indices,
+    division: Division,
+    *,
+    test_fraction: float,
+    validation_fraction: float,
+    rng: np.random.Generator,
+) -> tuple[Indices, Indices, Indices]:
+    """Split one client's share into positions of train, validation and test examples.
+
+    As the client's own division says, else at random, labels in proportion. Fractions are of all
+    its examples; the validation part is taken from those held back, or, where a division names a
+    test part and no validation part, from the train part. Raises DataError where nothing is left to
+    train or to test on.
+    """
+    if division.parts is not None:
+        return _as_named(labels, division.parts, validation_fraction, rng)
+    for keys, draw in ((division.groups, rng.permutation), (division.times, None)):
+        if keys is not None:
+            order = np.unique(keys) if draw is None else draw(np.unique(keys))
+            return _along(order, keys, test_fraction, validation_fraction)
+    train, held = split_train_test(labels, test_fraction=test_fraction, rng=rng)
+    chosen_on = validation_fraction / test_fraction
+    if not chosen_on or len(held) < 2:
+        return train, held[:0], held
+    parts = split_train_test(labels[held], test_fraction=1 - chosen_on, rng=rng)
+    return train, held[parts[0]], held[parts[1]]
+
+
+def _as_named(
+    labels: Indices, parts: NDArray[np.int8], validation_fraction: float, rng: np.random.Generator
+) -> tuple[Indices, Indices, Indices]:
+    train, validation, test = (np.flatnonzero(parts == part) for part in range(len(PARTS)))
+    if min(len(train), len(test)) == 0:
+        raise DataError(
+            f"its own division has {len(train)} examples to train and {len(test)} to test; both "
+            "need some."
+        )
+    if not len(validation) and validation_fraction and len(train) > 1:
+        kept, chosen = split_train_test(labels[train], test_fraction=validation_fraction, rng=rng)
+        train, validation = train[kept], train[chosen]
+    return train, validation, test
+
+
+def _along(
+    order: NDArray[Any], keys: NDArray[Any], test_fraction: float, validation_fraction: float
+) -> tuple[Indices, Indices, Indices]:
+    """Fill train, validation and test part, one after the other, with whole groups in an order.
+
+    The first group is trained on and the last one tests, however large they are.
+    """
+    place = {key: number for number, key in enumerate(order.tolist())}
+    places = np.array([place[key] for key in keys.tolist()])
+    before = np.searchsorted(np.sort(places), places) / len(keys)  # the share in earlier groups
+    held = (before >= 1 - test_fraction - 1e-9) | (places == len(order) - 1)
+    tests = held & (before >= 1 - test_fraction + validation_fraction - 1e-9)
+    tests |= places == len(order) - 1
+    held &= places > 0
+    return np.flatnonzero(~held), np.flatnonzero(held & ~tests), np.flatnonzero(held & tests)
 
 
 def _divide(

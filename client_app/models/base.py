@@ -1,4 +1,4 @@
-"""What all families but SqueezeNet share: a 64-d feature, a linear head, 32x32 input.
+"""What all families but SqueezeNet share: a 64-d feature and a linear head; most take 32x32.
 
 Shapes: B batch, C classes, D = 64 the feature.
 """
@@ -27,17 +27,19 @@ class FeatureClassifier(nn.Module):
     head: nn.Linear
 
     def features(self, images: Tensor) -> Tensor:
-        """Map images (B, channels, 32, 32), float32, to features (B, 64)."""
+        """Map images (B, channels, 32, 32), float32, or other inputs, to features (B, 64)."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, channels, 32, 32), float32, to logits (B, C)."""
+        """Map the same to logits (B, C)."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
 
 def require_input_size(images: Tensor, model: str) -> None:
     """Raise ModelError unless images are 32x32: the published parameter counts hold for that."""
+    if images.ndim != 4:
+        raise ModelError(f"{model} takes pictures (B, channels, H, W), got {tuple(images.shape)}.")
     if tuple(images.shape[-2:]) != (INPUT_SIZE, INPUT_SIZE):
         height, width = images.shape[-2:]
         raise ModelError(

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from client_app.models.registry import build_model
 from common.log import logger
 
+AUTO = "auto"
+"""As a global-model: what `fitting` says."""
 _building = threading.Lock()
 """Building a model draws from torch's one generator of the process: one thread at a time."""
 
@@ -27,8 +29,8 @@ _building = threading.Lock()
 class ModelKind:
     """Everything a model's construction depends on. `role` keeps student and teacher apart.
 
-    `seed` is the run's; `image_size` (pixels a side) is that of the pictures that show which
-    parameters get a gradient, 0: not looked at.
+    `seed` is the run's; `input_shape` and `input_dtype` are those of one example as a model gets
+    it, which shows which parameters get a gradient; (): not looked at.
     """
 
     name: str
@@ -37,7 +39,21 @@ class ModelKind:
     device: torch.device
     role: str = "personal"
     seed: int = 0
-    image_size: int = 0
+    input_shape: tuple[int, ...] = ()
+    input_dtype: torch.dtype = torch.float32
+
+
+def fitting(shape: tuple[int, ...], *, is_pictures: bool, is_floats: bool) -> str:
+    """Return the built-in model that is the common one for examples of a shape.
+
+    >>> fitting((30,), is_pictures=False, is_floats=True)
+    'perceptron'
+    """
+    if is_pictures:
+        return "cnn"
+    if not is_floats:
+        return "tokens"
+    return "perceptron" if len(shape) == 1 else f"conv{min(len(shape) - 1, 3)}d"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -68,8 +84,10 @@ def built(kind: ModelKind, seed: int) -> nn.Module:
     """Build a model on the CPU with what it draws from a seed; freeze what gets no gradient."""
     with _building, drawing_from(seed):
         module = build_model(kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes)
-        if kind.image_size and ":" in kind.name:
-            _freeze_unused(module, (2, kind.in_channels, kind.image_size, kind.image_size))
+        if kind.input_shape and ":" in kind.name:
+            shape = (2, *kind.input_shape)
+            floats = kind.input_dtype.is_floating_point
+            _freeze_unused(module, torch.rand(shape) if floats else torch.zeros(shape).long())
         return module
 
 
@@ -88,8 +106,8 @@ def drawing_from(seed: int) -> Iterator[None]:
             random.setstate(states[1])
 
 
-def _freeze_unused(module: nn.Module, shape: tuple[int, ...]) -> None:
-    """Freeze parameters that no gradient reaches from the logits of pictures (B, C, H, W).
+def _freeze_unused(module: nn.Module, inputs: Tensor) -> None:
+    """Freeze parameters that no gradient reaches from the logits of inputs (B, ...).
 
     A backbone under no_grad is meant to stay as it is: weight decay, and what others learn, would
     change it. What cannot be run is left as it is, and says so when it is trained.
@@ -97,7 +115,7 @@ def _freeze_unused(module: nn.Module, shape: tuple[int, ...]) -> None:
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     parameters = trainable(module)
     try:
-        logits = module.train()(torch.rand(shape))
+        logits = module.train()(inputs)
         found = torch.autograd.grad(logits.sum(), [*parameters.values()], allow_unused=True)
     except Exception:  # whatever a participant's model raises, it will again
         return

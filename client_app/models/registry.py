@@ -18,6 +18,7 @@ from client_app.models.cnn import CNN
 from client_app.models.mlp import MLP
 from client_app.models.resnet import STAGES, ResNet
 from client_app.models.squeezenet import STEM, SqueezeNet
+from client_app.models.tensors import Convolutional, Perceptron, TokenMean
 from client_app.models.vgg import VGG8
 from client_app.models.vit import ViT
 from client_app.plugins import load_callable
@@ -35,6 +36,9 @@ _FAMILIES: dict[str, Factory] = {
     "mlp": MLP,
     **{name: partial(SqueezeNet, name) for name in STEM},
     "vit": ViT,
+    "perceptron": Perceptron,
+    **{f"conv{axes}d": partial(Convolutional, axes) for axes in (1, 2, 3)},
+    "tokens": TokenMean,
 }
 MODEL_NAMES: tuple[str, ...] = tuple(_FAMILIES)
 

@@ -40,8 +40,10 @@ class DistillSection(Section):
     """MH-pFedHNGD: the global model and the distillation from it (paper section 3.3)."""
 
     global_model: str = key(
-        "cnn",
-        "architecture of w_g, of the common models, and of a baseline's second model",
+        "auto",
+        "architecture of w_g, of the common models, and of a baseline's second model; auto: cnn "
+        "for pictures, perceptron for tables, conv1d, conv2d, conv3d for series and volumes, "
+        "tokens for texts",
         where="MH-pFedHNGD, MH-pFedHN-PG, FML, FedKD, local-ensemble",
     )
     gd_mode: Literal["separate", "fused"] = key(

@@ -155,7 +155,8 @@ def check_data(trial: Trial) -> Finding:
         section, partition_id=node.partition_id, seed=0, device=pick_device(section.device)
     )
     counts = (data.train_labels.bincount(minlength=data.num_classes)).tolist()
-    size = int(data.train_images.shape[-1])
+    shape, mean = "x".join(map(str, data.input_shape)), data.train_images.float().mean().item()
+    inputs = f"{shape}, mean {mean:.0f} of 255" if data.is_pictures else f"{shape}, mean {mean:.3g}"
     names = data.about.get("class_names") or [str(c) for c in range(data.num_classes)]
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
     hints = [] if node.dataset else [_unnamed("dataset", section.dataset)]
@@ -173,8 +174,7 @@ def check_data(trial: Trial) -> Finding:
     return Finding(
         f"{data.num_train} to train, {len(data.validation_labels)} to validate and "
         f"{data.num_test} to test, {data.num_classes} classes "
-        f"({shown}{', ...' * (len(counts) > 12)} to train), {data.in_channels} channel(s), "
-        f"{size}x{size}, mean {float(data.train_images.float().mean()):.0f} of 255, "
+        f"({shown}{', ...' * (len(counts) > 12)} to train), each {inputs}, "
         f"on {data.train_images.device}",
         " ".join(hints),
     )
@@ -182,9 +182,9 @@ def check_data(trial: Trial) -> Finding:
 
 def check_model(trial: Trial) -> Finding:
     """Build the model for these data; say its size, the one fact about it the server learns."""
-    from client_app.models.building import ModelKind
     from client_app.models.instances import instance_of
     from client_app.models.registry import model_for_partition
+    from client_app.participant import kind_for
     from client_app.personal import not_in_state_dict
 
     data, section = _needed(trial.data, "data"), trial.section
@@ -192,11 +192,7 @@ def check_model(trial: Trial) -> Finding:
     first = max(node.partition_id, 0)  # a run says which; the first of its defaults is tried
     name = model_for_partition(section.models, first, section.num_partitions)
     device = data.train_images.device
-    trial.instance = instance_of(
-        ModelKind(
-            name, data.in_channels, data.num_classes, device, image_size=data.train_images.shape[-1]
-        )
-    )
+    trial.instance = instance_of(kind_for(name, data, device=device))
     count, limit = trial.instance.model.num_parameters, RunConfig().hypernet.max_parameters
     hints = [] if node.model else [_unnamed("model", name)]
     if count > limit:

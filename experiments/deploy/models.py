@@ -6,11 +6,12 @@ import argparse
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from common.errors import DataError, listing
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from client_app.shelf import Version
 
 BATCH = 64
+Batches = Iterable[NDArray[Any]]
 
 
 def add_model_parser(commands: Any) -> None:
@@ -29,13 +31,13 @@ def add_model_parser(commands: Any) -> None:
     for name, act, words, about in (
         ("list", list_models, (), "every federation's models, and what they reached"),
         ("export", export, ("OUT",), "write one as files to a new folder, its program with them"),
-        ("evaluate", evaluate, ("PICTURES",), "test one on class folders of pictures"),
-        ("predict", predict, ("PICTURES", "OUT.csv"), "classify pictures of a folder"),
+        ("evaluate", evaluate, ("DATA",), "test one on class folders of pictures, or on an .npz"),
+        ("predict", predict, ("DATA", "OUT.csv"), "classify pictures of a folder, or an .npz"),
     ):
         action = actions.add_parser(name, help=about)
         action.add_argument("state", type=Path, metavar="STATE", help="the participant's folder")
         for word in words:
-            kind = "pictures" if word == "PICTURES" else "out"
+            kind = "data" if word == "DATA" else "out"
             action.add_argument(kind, type=Path, metavar=word)
         if name == "list":
             action.add_argument("--json", action="store_true", help="for programs")
@@ -80,45 +82,52 @@ def export(args: argparse.Namespace) -> int:
     shutil.copytree(found.folder, out)
     program = out / f"{PERSONAL_MODEL}.pt2"
     if not program.exists():
-        size, channels = about["image_size"], about["in_channels"]
-        save_program((module, _blank(2, channels, size)), program, lambda _: None)
+        save_program((module, _blank(about)), program, lambda _: None)
     say(make_console(), f"round {found.server_round} of federation {found.federation} is in {out}")
     return 0
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Write a line for every picture: its file, its class, and the probability of each class."""
+    """Write a line for every example: its file or row, its class, and each class's probability."""
     from client_app.data.own import pictures_below
 
     module, about = _opened(args)
-    paths = pictures_below(args.pictures)
-    names = _class_names(about)
-    probabilities = _probabilities(module, about, paths)
+    names, paths = _class_names(about), []
+    if _is_pictures(about):
+        paths = pictures_below(args.data)
+        probabilities = _probabilities(module, _pictures(about, paths))
+    else:
+        probabilities = _probabilities(module, _arrays(args.data, about)[0])
+    shown_as = [str(path.relative_to(args.data)) for path in paths]
     with args.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "class", *(f"p({name})" for name in names)])
-        for path, row in zip(paths, probabilities, strict=True):
+        writer.writerow(["file" if paths else "row", "class", *(f"p({name})" for name in names)])
+        for number, row in enumerate(probabilities):
             shown = [f"{p:.4f}" for p in row]
-            writer.writerow([path.relative_to(args.pictures), names[int(row.argmax())], *shown])
-    say(make_console(), f"{len(paths)} pictures classified: {args.out}")
+            example = shown_as[number] if shown_as else number
+            writer.writerow([example, names[int(row.argmax())], *shown])
+    say(make_console(), f"{len(probabilities)} examples classified: {args.out}")
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print accuracy, balanced accuracy, macro F1 and the confusion matrix on class folders."""
+    """Print accuracy, balanced accuracy, macro F1 and the confusion matrix on labelled data."""
     from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
     from client_app.data.own import FolderSource
 
     module, about = _opened(args)
     names = _class_names(about)
-    classes = FolderSource(args.pictures.resolve(), tuple(names)).pictures()
-    paths = [path for members in classes.values() for path in members]
-    truth = np.repeat(np.arange(len(names)), [len(members) for members in classes.values()])
-    found = _probabilities(module, about, paths).argmax(1)
+    if _is_pictures(about):
+        classes = FolderSource(args.data.resolve(), tuple(names)).pictures()
+        inputs = _pictures(about, [path for members in classes.values() for path in members])
+        truth = np.repeat(np.arange(len(names)), [len(members) for members in classes.values()])
+    else:
+        inputs, truth = _arrays(args.data, about, labels=True)
+    found = _probabilities(module, inputs).argmax(1)
     present = np.unique(truth)
     console = make_console()
-    say(console, f"{len(paths)} pictures of {len(present)} classes")
+    say(console, f"{len(truth)} examples of {len(present)} classes")
     say(console, f"accuracy          {(found == truth).mean():.3f}")
     say(console, f"balanced accuracy {balanced_accuracy_score(truth, found):.3f}")
     f1 = f1_score(truth, found, labels=present, average="macro", zero_division=0)
@@ -146,10 +155,23 @@ def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return read_predictor(found.folder)
 
 
-def _probabilities(module: Any, about: dict[str, Any], paths: Sequence[Path]) -> np.ndarray:
-    """Return the probability (N, C) of every class, of pictures read as in training."""
+def _is_pictures(about: dict[str, Any]) -> bool:
+    return bool(about["mean"])
+
+
+def _probabilities(module: Any, inputs: Batches) -> np.ndarray:
+    """Return the probability (N, C) of every class, of inputs as the model takes them."""
     import torch
 
+    with torch.no_grad():
+        found = [
+            torch.softmax(module(torch.from_numpy(part)).double(), dim=1).numpy() for part in inputs
+        ]
+    return np.concatenate(found)
+
+
+def _pictures(about: dict[str, Any], paths: Sequence[Path]) -> Batches:
+    """Yield pictures in batches, read as in training."""
     from client_app.data.decode import decode_picture
 
     if not paths:
@@ -159,16 +181,33 @@ def _probabilities(module: Any, about: dict[str, Any], paths: Sequence[Path]) ->
         "image_size": about["image_size"],
         "intensity": tuple(about["intensity"]) if "intensity" in about else None,
     }
-    found = []
-    with torch.no_grad():
-        for start in range(0, len(paths), BATCH):
-            pixels = [
-                decode_picture(path.read_bytes(), name=str(path), **settings)
-                for path in paths[start : start + BATCH]
-            ]
-            logits = module(torch.from_numpy(np.stack(pixels)))
-            found.append(torch.softmax(logits.double(), dim=1).numpy())
-    return np.concatenate(found)
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        read = [decode_picture(path.read_bytes(), name=str(path), **settings) for path in part]
+        yield np.stack(read)
+
+
+def _arrays(
+    path: Path, about: dict[str, Any], *, labels: bool = False
+) -> tuple[Batches, NDArray[np.int64]]:
+    """Read inputs, and labels where they are wanted, of a file that numpy.savez has written."""
+    wanted, shape = ("inputs", "labels") if labels else ("inputs",), tuple(about["input_shape"])
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in wanted}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. This model takes a file that numpy.savez has "
+            f"written, with {listing(wanted)}; inputs (N, {', '.join(map(str, shape))})."
+        ) from error
+    inputs = arrays["inputs"]
+    if inputs.shape[1:] != shape or not len(inputs):
+        raise DataError(f"{path}: inputs {inputs.shape} must be (N, ...) with ... = {shape}.")
+    truth = arrays.get("labels", np.zeros(len(inputs))).astype(np.int64)
+    if truth.shape != (len(inputs),) or truth.min() < 0 or truth.max() >= about["num_classes"]:
+        raise DataError(f"{path}: labels must be one of 0 to {about['num_classes'] - 1} an input.")
+    inputs = inputs.astype(about["input"].partition(" ")[0])
+    return (inputs[i : i + BATCH] for i in range(0, len(inputs), BATCH)), truth
 
 
 def _class_names(about: dict[str, Any]) -> list[str]:
@@ -198,7 +237,8 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _blank(count: int, channels: int, size: int) -> Any:
+def _blank(about: dict[str, Any]) -> Any:
     import torch
 
-    return torch.zeros(count, channels, size, size, dtype=torch.uint8)
+    kind = "uint8" if _is_pictures(about) else about["input"].partition(" ")[0]
+    return torch.zeros(2, *about["input_shape"], dtype=getattr(torch, kind))

@@ -177,8 +177,8 @@ def check_clients(config: RunConfig, engine: EngineSection) -> None:
     others until `wait-for-clients-s` is over; here it is told at once. Channels and classes come
     from the prepared data. Raises ConfigError or ModelError.
     """
-    from client_app.data.examples import describe_data  # imports torch: seconds
-    from client_app.models.building import num_parameters
+    from client_app.data.examples import open_examples  # imports torch: seconds
+    from client_app.models.building import AUTO, fitting, num_parameters
     from client_app.models.instances import pick_device
     from client_app.models.registry import build_model
 
@@ -189,10 +189,13 @@ def check_clients(config: RunConfig, engine: EngineSection) -> None:
             f"device = {wish!r}, but Ray gives clients no GPU: set the share of one that each "
             "client gets, for instance --set client-gpus=0.1."
         )
-    in_channels, num_classes = describe_data(config.client)
+    data = open_examples(config.client)
+    shape, is_floats = data.images.shape[1:], data.images.dtype.kind == "f"
     names = [name.strip() for name in config.client.models.split(",")]
     for name in dict.fromkeys([*names, *([config.distill.global_model] * config.distils)]):
-        model = build_model(name, in_channels=in_channels, num_classes=num_classes)
+        if name == AUTO:
+            name = fitting(shape, is_pictures=bool(data.mean), is_floats=is_floats)
+        model = build_model(name, in_channels=data.in_channels, num_classes=data.num_classes)
         size, limit = num_parameters(model), config.hypernet.max_parameters
         if size > limit:
             raise ConfigError(

@@ -263,7 +263,7 @@ def test_what_is_frozen_is_neither_generated_nor_decayed(
     head = 32 * 4 + 4
     assert {int(row["num_parameters"]) for row in client_rows(config)} == {head}
     kept = load_file(stored(tmp_path) / "personal_model.safetensors")
-    kind = ModelKind(f"{HERE}:{name}", 1, 4, CPU, seed=config.run.seed, image_size=8)
+    kind = ModelKind(f"{HERE}:{name}", 1, 4, CPU, seed=config.run.seed, input_shape=(1, 8, 8))
     fresh = instance_of(kind).model.module.state_dict()
     for key in ("body.0.weight", "body.0.bias"):
         assert torch.equal(kept[key], fresh[key])
@@ -279,7 +279,7 @@ def test_a_frozen_model_trains_privately_and_in_batches(tmp_path: Path) -> None:
 
 
 def test_building_leaves_the_callers_randomness_alone() -> None:
-    kind = ModelKind(f"{HERE}:drawn_by_numpy", 1, 4, CPU, image_size=8)
+    kind = ModelKind(f"{HERE}:drawn_by_numpy", 1, 4, CPU, input_shape=(1, 8, 8))
     torch.manual_seed(3), np.random.seed(3)
     wanted = torch.rand(1), np.random.rand()
     torch.manual_seed(3), np.random.seed(3)

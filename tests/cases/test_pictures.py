@@ -269,7 +269,7 @@ def alike() -> tuple[Any, Any]:
 
 def test_pictures_of_several_sizes_are_named(tmp_path: Path) -> None:
     own = section(tmp_path / "x", dataset=f"{HERE}:several_sizes", data_dir="")
-    with pytest.raises(DataError, match=r"2 sizes, \(8, 8\), \(9, 8\)\. Resize them to one"):
+    with pytest.raises(DataError, match=r"2 sizes, \(8, 8\), \(9, 8\)\. Resize pictures to one"):
         open_examples(own)
     same = own.model_copy(update={"dataset": f"{HERE}:alike"})
     assert len(open_examples(same).labels) == 4

@@ -12,9 +12,9 @@ from PIL import Image
 from client_app.data import published
 from client_app.data.catalogue import CATALOGUE, DatasetSpec
 from client_app.data.decode import decode_picture, fill, resize_array
-from client_app.data.examples import select_source
 from client_app.data.own import FolderSource
 from client_app.data.published import HubSource, IdxSource, ParquetSource
+from client_app.data.select import select_source
 from client_app.data.source import Examples
 from common.errors import ConfigError, DataError
 from tests.unit.client_app.pictures import (
@@ -254,7 +254,11 @@ FUNCTIONS = """
 import numpy as np
 def grey(): return np.full((4, 10, 10), 9, np.uint8), [0, 1, 2, 2]
 def five(): return np.zeros((4, 32, 32, 5), np.uint8), np.arange(4)
-def floats(): return np.zeros((4, 32, 32)), np.arange(4)
+def floats(): return np.zeros((4, 32, 32, 3)), np.arange(4)
+def flat(): return np.zeros((4, 32), np.uint8), np.arange(4)
+def nan(): return np.full((4, 3), np.nan), np.arange(4)
+def words(): return np.array([["a"], ["b"]]), np.arange(2)
+def odd(): return {"x": 1, "y": 2}
 def short(): return np.zeros((4, 32, 32), np.uint8), np.arange(3)
 def negative(): return np.zeros((1, 32, 32), np.uint8), np.array([-1])
 def raises(): raise OSError("disk not mounted")
@@ -294,14 +298,18 @@ def test_own_function_fingerprint_follows_code_and_data(own: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("floats", r"images must be uint8 .* got float64 \(4, 32, 32\)"),
-        ("short", r"one for each of the 4 images, got int64 \(3,\)"),
+        ("floats", r"float64 \(4, 32, 32, 3\) look like pictures"),
+        ("short", r"one for each of the 4 examples, got int64 \(3,\)"),
         ("negative", "labels must be integers from 0"),
         ("raises", "raised OSError: disk not mounted"),
-        ("one", r"must return \(images, labels\)"),
+        ("one", r"expected \(inputs, labels\); or a torch Dataset"),
+        ("odd", r"returned a dict of x, y; expected \(inputs, labels\)"),
+        ("flat", r"a table is float32 \(N, columns\)"),
+        ("nan", "an input is no finite number"),
+        ("words", r"inputs are <U1 \(2, 1\); expected pictures"),
         ("missing", "has nothing under 'missing'"),
         ("channels_first", r"channels come last: np\.moveaxis\(images, 1, -1\)"),
-        ("none", r"returned no images: \(0, 32, 32\)"),
+        ("none", r"returned no examples: \(0, 32, 32\)"),
     ],
 )
 def test_own_function_that_cannot_be_used(own: str, name: str, message: str) -> None:

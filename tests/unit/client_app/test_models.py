@@ -48,7 +48,10 @@ def test_parameter_count_is_the_published_one(
     assert num_parameters(model) == count
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+OF_PICTURES = [n for n in MODEL_NAMES if n not in ("perceptron", "conv1d", "conv3d", "tokens")]
+
+
+@pytest.mark.parametrize("name", OF_PICTURES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_model_maps_images_to_logits_and_gives_every_parameter_a_gradient(
     name: str, channels: int

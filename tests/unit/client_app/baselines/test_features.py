@@ -37,10 +37,19 @@ def toy_data(count: int = 70) -> ClientData:
     )
 
 
+INPUTS = {
+    "perceptron": torch.zeros(2, 1),
+    "conv1d": torch.zeros(2, 1, 20),
+    "conv3d": torch.zeros(2, 1, 8, 8, 8),
+    "tokens": torch.ones(2, 12, dtype=torch.int64),
+}
+
+
 @pytest.mark.parametrize("name", [n for n in MODEL_NAMES if n not in WITHOUT_HEAD])
 def test_every_family_has_a_head_of_64_features_at_the_end_of_theta(name: str) -> None:
     model = build_model(name, in_channels=1, num_classes=10)
-    head = require_head_is_last(model, torch.zeros(2, 1, 32, 32), 10)
+    inputs = INPUTS.get(name, torch.zeros(2, 1, 32, 32))
+    head = require_head_is_last(model, inputs, 10)
     assert head.layer is model.head
     assert head.layer.in_features == 64
     flat = FlatModel(model)

@@ -1,0 +1,28 @@
+"""Which source a participant's `dataset` and `data-dir` name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from client_app.data.catalogue import CATALOGUE, DATASET_NAMES
+from client_app.data.function import FunctionSource
+from client_app.data.own import FolderSource
+from client_app.data.published import DigitsSource, HubSource, find_local_files
+from client_app.data.source import Source
+from common.errors import ConfigError, unknown_name
+
+
+def select_source(dataset: str, data_dir: str, class_names: tuple[str, ...] = ()) -> Source:
+    """Return the source that a client's `dataset` and `data-dir` name; raises as `prepare_data`."""
+    if ":" in dataset:
+        return FunctionSource(dataset, data_dir, class_names)
+    if dataset == "digits":
+        return DigitsSource()
+    if dataset == "folder":
+        if not data_dir:
+            raise ConfigError("dataset = 'folder' needs data-dir, a folder of class/picture.png.")
+        return FolderSource(Path(data_dir).expanduser().resolve(), class_names)
+    if dataset not in CATALOGUE:
+        known = unknown_name("dataset", dataset, DATASET_NAMES)
+        raise ConfigError(f"{known} Or 'module:function' for your own.")
+    return find_local_files(dataset, data_dir) if data_dir else HubSource(dataset)
