@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,20 +87,21 @@ class Participant:
 
         Raises ConfigError where a message asks for more than the participant's caps.
         """
-        epochs, batch, node = section.local_epochs, section.batch_size, self.node
-        if epochs > node.max_local_epochs or batch > node.max_batch_size:
-            node.require_modest({"local-epochs": epochs, "batch-size": batch})
-        if self.privacy and node.client_id and batch != self.config.training.batch_size:
+        section = self.node.training(section)
+        batch, declared = section.batch_size, self.node.training(self.config.training).batch_size
+        if self.privacy and self.is_deployed and batch != declared:
             raise ConfigError(
                 f"client {self.client_id}: a message asks for batch-size = {batch}; the run config "
-                f"has {self.config.training.batch_size}, and every other is one more in the ledger."
+                f"has {declared}, and every other is one more in the ledger."
             )
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 
     def kind_of(self, name: str, role: str = "personal") -> ModelKind:
         """Return the kind of a model for these data, this device and this run."""
-        return kind_for(name, self.data, device=self.device, role=role, seed=self.config.run.seed)
+        generate = self.node.generate if role == "personal" else ""
+        kind = kind_for(name, self.data, device=self.device, generate=generate)
+        return replace(kind, role=role, seed=self.config.run.seed)
 
     @property
     def privacy(self) -> Privacy | None:
@@ -231,15 +232,14 @@ class Participant:
         return isinstance(self.state, FolderState)
 
 
-def kind_for(
-    name: str, data: ClientData, *, device: torch.device, role: str = "personal", seed: int = 0
-) -> ModelKind:
+def kind_for(name: str, data: ClientData, *, device: torch.device, generate: str = "") -> ModelKind:
     """Return the kind of a model for some data; "auto" is what fits their shape."""
     shape, dtype = data.input_shape, data.input_dtype
     if name == AUTO:
         is_floats = dtype.is_floating_point
         name = fitting(shape, is_pictures=data.is_pictures, is_floats=is_floats)
-    return ModelKind(name, data.in_channels, data.num_classes, device, role, seed, shape, dtype)
+    sizes = (data.in_channels, data.num_classes)
+    return ModelKind(name, *sizes, device, input_shape=shape, input_dtype=dtype, generate=generate)
 
 
 def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:

@@ -11,12 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from client_app.models.registry import build_model
+from common.errors import ModelError, listing
 from common.log import logger
 
 AUTO = "auto"
@@ -30,7 +32,8 @@ class ModelKind:
     """Everything a model's construction depends on. `role` keeps student and teacher apart.
 
     `seed` is the run's; `input_shape` and `input_dtype` are those of one example as a model gets
-    it, which shows which parameters get a gradient; (): not looked at.
+    it, which shows which parameters get a gradient; (): not looked at. `generate` are patterns of
+    the names of those that are shared; "": all that require a gradient.
     """
 
     name: str
@@ -41,6 +44,7 @@ class ModelKind:
     seed: int = 0
     input_shape: tuple[int, ...] = ()
     input_dtype: torch.dtype = torch.float32
+    generate: str = ""
 
 
 def fitting(shape: tuple[int, ...], *, is_pictures: bool, is_floats: bool) -> str:
@@ -84,6 +88,8 @@ def built(kind: ModelKind, seed: int) -> nn.Module:
     """Build a model on the CPU with what it draws from a seed; freeze what gets no gradient."""
     with _building, drawing_from(seed):
         module = build_model(kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes)
+        if kind.generate:
+            _keep_at_home(module, kind)
         if kind.input_shape and ":" in kind.name:
             shape = (2, *kind.input_shape)
             floats = kind.input_dtype.is_floating_point
@@ -104,6 +110,31 @@ def drawing_from(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(states[0])
             random.setstate(states[1])
+
+
+def _keep_at_home(module: nn.Module, kind: ModelKind) -> None:
+    """Freeze all parameters that no pattern names, and the statistics of BatchNorm beside them.
+
+    Raises ModelError where nothing is left to generate.
+    """
+    patterns = [pattern.strip() for pattern in kind.generate.split(",")]
+    named = trainable(module)
+    shared = {name for name in named if any(fnmatchcase(name, p) for p in patterns)}
+    if not shared:
+        raise ModelError(
+            f"model {kind.name!r}: generate = {kind.generate!r} names none of its parameters, "
+            f"which are {listing(named, 12)}. Patterns are as in a shell: head.*, *.bias"
+        )
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in shared)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not trainable(layer):
+            layer.register_forward_pre_hook(_in_evaluation)
+
+
+def _in_evaluation(layer: nn.Module, _: object) -> None:
+    """Keep a layer in evaluation mode: its statistics are those it came with."""
+    layer.eval()
 
 
 def _freeze_unused(module: nn.Module, inputs: Tensor) -> None:

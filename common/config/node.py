@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import create_model, model_validator
 
 from common.config.client import Augmentation, ClassNames, ClientSection, Noise
 from common.config.section import Scalar, Section, key
+from common.config.training import TrainingSection
 from common.errors import ConfigError
 
 ASKED = frozenset(
@@ -39,7 +41,21 @@ CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
 AS_RUN = "wins over the run config's"
 
 
-class NodeConfig(Section):
+if TYPE_CHECKING:
+    OwnRecipe = Section
+else:
+    OwnRecipe = create_model(
+        "OwnRecipe",
+        __base__=Section,
+        **{
+            name: (Annotated[(field.annotation, *field.metadata, AS_RUN)] | None, key(None, AS_RUN))
+            for name, field in TrainingSection.model_fields.items()
+        },
+    )
+    """Every key of local training, which a participant may set for itself."""
+
+
+class NodeConfig(OwnRecipe):
     """What one participant declares (`--node-config`). It wins over the run config.
 
     In simulation Flower sets `partition_id` and `num_partitions` alone. A deployed participant
@@ -50,6 +66,11 @@ class NodeConfig(Section):
     partition_id: int = key(-1, "its part of the data, where there is a partition", ge=-1)
     num_partitions: int = key(0, "parts of the data; 0: as the run config says", ge=0)
     model: str = key("", 'a name or "module:factory"; empty: from the run config\'s models')
+    generate: str = key(
+        "",
+        "which parameters are shared, by patterns of their names, such as head.*, *.adapter.*; "
+        "all others stay at home, as they are built; empty: all that require a gradient",
+    )
     head_tag: str = key(
         "",
         "names those it wants to share heads with; the server sees a hash of it",
@@ -150,12 +171,27 @@ class NodeConfig(Section):
             return
         caps = {"local-epochs": self.max_local_epochs, "batch-size": self.max_batch_size}
         for name, value in asked.items():
-            if value > caps[name]:
+            if value > caps[name] and name not in self.recipe:
                 raise ConfigError(
                     f"client {self.client_id}: the server's run config asks for {name} = {value}; "
                     f"this participant's own file allows max-{name} = {caps[name]}. Whoever starts "
                     f"the run lowers {name}, or the participant raises max-{name}."
                 )
+
+    @cached_property
+    def recipe(self) -> dict[str, Scalar]:
+        """What this participant has declared of its local training, by key."""
+        return TrainingSection.pick(self.model_dump(by_alias=True, exclude_none=True))
+
+    def training(self, asked: TrainingSection) -> TrainingSection:
+        """Return how this participant trains where a server proposes: its own recipe wins.
+
+        Raises ConfigError where what is asked is beyond this participant's caps.
+        """
+        self.require_modest({"local-epochs": asked.local_epochs, "batch-size": asked.batch_size})
+        return asked.model_copy(
+            update={name.replace("-", "_"): x for name, x in self.recipe.items()}
+        )
 
     def client_section(self, run: ClientSection) -> ClientSection:
         """Merge with the run config's section: what the participant declared wins."""

@@ -139,8 +139,7 @@ def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar]
     """Parse the items of a run config and a node config, once in a process; raise ConfigError."""
     own = NodeConfig.parse(dict(node))
     config = RunConfig.parse(own.admitted(dict(run)))
-    training = config.training
-    own.require_modest({"local-epochs": training.local_epochs, "batch-size": training.batch_size})
+    own.training(config.training)
     section = own.client_section(config.client)
     _require_private(config.run.method, section.dp_noise, "node config")
     return Declared(config, own, section, own.identity)

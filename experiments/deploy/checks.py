@@ -192,7 +192,7 @@ def check_model(trial: Trial) -> Finding:
     first = max(node.partition_id, 0)  # a run says which; the first of its defaults is tried
     name = model_for_partition(section.models, first, section.num_partitions)
     device = data.train_images.device
-    trial.instance = instance_of(kind_for(name, data, device=device))
+    trial.instance = instance_of(kind_for(name, data, device=device, generate=node.generate))
     count, limit = trial.instance.model.num_parameters, RunConfig().hypernet.max_parameters
     hints = [] if node.model else [_unnamed("model", name)]
     if count > limit:
@@ -212,7 +212,8 @@ def check_training(trial: Trial) -> Finding:
 
     data: ClientData = _needed(trial.data, "data")
     instance: Instance = _needed(trial.instance, "model")
-    module, training = instance.model.module.train(), RunConfig().training
+    node = NodeConfig.parse(trial.settings.node)
+    module, training = instance.model.module.train(), node.training(RunConfig().training)
     optimizer = make_optimizer(instance.model.theta, training)
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
