@@ -15,6 +15,7 @@ from experiments.attacks.command import add_attack_parser, add_liars_parser
 from experiments.bench import add_bench_parser
 from experiments.console import add_set_option, make_console, say
 from experiments.deploy.certificates import add_certs_parser
+from experiments.deploy.contract import add_contract_parser
 from experiments.deploy.forget import add_forget_parser
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.models import add_model_parser
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add_superlink_parser(commands)
     add_serve_parser(commands)
     add_certs_parser(commands)
+    add_contract_parser(commands)
     add_attack_parser(commands)
     add_bench_parser(commands)
     add_liars_parser(commands)

@@ -2,7 +2,7 @@
 
     DIR/ca/         ca.crt, ca.key          keep ca.key offline; it signs server certificates
     DIR/server/     ca.crt, server.crt, server.key, superexec.secret, supernodes/SITE.pub
-    DIR/SITE/       ca.crt, supernode, supernode.pub, superexec.secret
+    DIR/SITE/       ca.crt, supernode, supernode.pub, superexec.secret, federation.toml
 
 Each participant gets the folder with its name and nothing else. What exists is kept, so that the
 command can be repeated to add a site.
@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError, listing
 from common.files import replace_file
+from experiments.deploy.contract import CONTRACT, Contract
 
 PRIVATE, PUBLIC = 0o600, 0o644
 CA_DAYS, SERVER_DAYS = 3650, 825
@@ -51,6 +52,9 @@ def add_certs_parser(commands: Any) -> None:
     command.add_argument(
         "--site", action="append", default=[], metavar="NAME", help="a participant; repeat for more"
     )
+    command.add_argument(
+        "--contract", type=Path, metavar="FILE", help="goes to every participant (contract new)"
+    )
     command.add_argument("--force", action="store_true", help="replace what is there")
     command.set_defaults(command=run_certs)
 
@@ -60,6 +64,10 @@ def run_certs(args: argparse.Namespace) -> int:
     folder = Path(args.folder).expanduser()
     hosts = args.host or ["localhost", "127.0.0.1"]
     made = make_certs(folder, hosts=hosts, sites=args.site, force=args.force)
+    if args.contract:
+        Contract.read(args.contract)
+        for site in args.site:
+            replace_file(folder / site / CONTRACT, args.contract.read_text())
     for path in made:
         print(f"made  {path}")
     if not made:

@@ -26,6 +26,7 @@ from experiments.run.engines.processes import find_program
 if TYPE_CHECKING:
     from client_app.data.examples import ClientData
     from client_app.models.instances import Instance
+    from experiments.deploy.contract import Contract
 
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "bold red")}
 MIN_FREE_BYTES = 1 << 30
@@ -66,6 +67,7 @@ def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -
         "state folder": lambda t: check_folder(t.settings.folder),
         "key": lambda t: check_key(t.settings.key),
         "data": check_data,
+        **({"contract": check_contract} if settings.contract else {}),
         "model": check_model,
         "training": check_training,
         "server": lambda t: check_reach(t.settings, must_answer=must_answer),
@@ -178,6 +180,12 @@ def check_data(trial: Trial) -> Finding:
         f"on {data.train_images.device}",
         " ".join(hints),
     )
+
+
+def check_contract(trial: Trial) -> Finding:
+    """Hold the data against what the federation's participants agree on."""
+    contract: Contract = _needed(trial.settings.contract, "contract")
+    return Finding(contract.require_met(_needed(trial.data, "data")))
 
 
 def check_model(trial: Trial) -> Finding:

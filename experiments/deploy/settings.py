@@ -14,15 +14,20 @@ from common.config import NodeConfig, RunConfig
 from common.config.keys import to_toml
 from common.errors import ConfigError, unknown_name
 from common.files import PRIVATE, replace_file, state_folder
+from experiments.deploy.contract import Contract, join_defaults
 from experiments.run.engines.home import flower_environment, own_modules
 from experiments.run.engines.processes import MARK, find_program
 from experiments.run.presets import read_toml
 
-PATH_KEYS = ("data-dir", "cache-dir", "state-dir", "certificate", "key", "trusted-entities")
-OWN_KEYS = ("server", "certificate", "key", "insecure", "trusted-entities", "port")
+PATH_KEYS = (
+    *("data-dir", "cache-dir", "state-dir"),
+    *("certificate", "key", "trusted-entities", "bundle"),
+)
+OWN_KEYS = ("bundle", "server", "certificate", "key", "insecure", "trusted-entities", "port")
 REQUIRED = {"client-id": "hospital-a", "server": "fl.example.org:8000"}
 FLAGS = {
     "client-id": ("NAME", "your stable name in the federation"),
+    "bundle": ("DIR", "what the operator handed you: certificate, key, contract"),
     "server": ("HOST:PORT", "the federation's SuperLink"),
     "certificate": ("CA.crt", "the federation's CA certificate"),
     "key": ("FILE", "your private key (ECDSA, OpenSSH format)"),
@@ -51,6 +56,7 @@ class JoinSettings:
     node: Mapping[str, Any]
     base: Path
     port: int = 0
+    contract: Contract | None = None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], base: Path) -> Self:
@@ -68,7 +74,7 @@ class JoinSettings:
                 )
             if key not in known:
                 raise ConfigError("join: " + unknown_name("key", key, known))
-        settled = _absolute(values, base)
+        settled, contract = join_defaults(_absolute(values, base))
         for key, example in REQUIRED.items():
             if not settled.get(key):
                 raise ConfigError(f"join: {key} is missing, for instance --{key} {example}.")
@@ -94,6 +100,7 @@ class JoinSettings:
             node=node,
             base=base,
             port=port,
+            contract=contract,
         )
 
     @property

@@ -74,7 +74,7 @@ def test_paths_in_the_file_are_relative_to_it_and_a_flag_wins(
         ({"key": "k"}, r"insecure means no TLS: remove it, or both certificate and key"),
         ({"image-size": 2}, r"node config: image-size = 2 cannot be used"),
         ({"client-id": "../x"}, r"client-id '\.\./x' cannot name a folder"),
-        ({"learning-rate": 0.1}, r"join: learning-rate belongs to the run config"),
+        ({"server-lr": 0.1}, r"join: server-lr belongs to the run config"),
         ({"test-fraction": 0.1}, r"validation-fraction = 0\.1 .* nothing to test on\. Raise"),
         ({"port": "9094"}, r"port = '9094' must be a whole number from 0 to 65535"),
     ],

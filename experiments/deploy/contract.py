@@ -1,0 +1,160 @@
+"""`mh-pfedhn contract`: what all participants of a federation agree on, in one file.
+
+The operator writes it, `certs --contract` puts it into every participant's folder, `join --check`
+holds a participant's data against it, and `contract run` turns it into the keys of a run. What it
+says of data and of what may be asked wins over any run config, for it is part of the node config.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import model_validator
+
+from common.config.client import ClassNames, named_classes
+from common.config.keys import describe, toml_value
+from common.config.section import Section, key
+from common.errors import ConfigError, DataError, listing
+from common.files import replace_file
+from experiments.run.presets import read_toml
+
+if TYPE_CHECKING:
+    from client_app.data.examples import ClientData
+
+CONTRACT = "federation.toml"
+PICTURES = "pictures"
+
+
+class Contract(Section):
+    """The agreement of a federation's participants."""
+
+    name: str = key("my-federation", "of the federation")
+    server: str = key("", "HOST:PORT at which participants reach it")
+    class_names: ClassNames = key(
+        "", "names of all classes in their order, separated by commas; a site may lack some"
+    )
+    input: str = key(
+        PICTURES, '"pictures", or type and shape of one example: "float32 30", "int64 40"'
+    )
+    channels: int = key(0, "of pictures: 1 grey, 3 RGB; 0: any", ge=0)
+    image_size: int = key(32, "to which pictures are scaled", unit="pixels a side", ge=8, le=2048)
+    global_model: str = key("auto", "the common model: a built-in one, or auto: by the input")
+    least_examples: int = key(2, "to train on, at each site", ge=2)
+    max_local_epochs: int = key(50, "the most that a run may ask of a site", ge=1)
+    max_batch_size: int = key(1024, "the most that a run may ask of a site", ge=1)
+
+    @model_validator(mode="after")
+    def _is_usable(self) -> Self:
+        if ":" in self.global_model:
+            raise ValueError("global-model must be a built-in one: sites run their own code alone")
+        if self.input != PICTURES:
+            self.shape  # noqa: B018 - raises
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a contract; raise ConfigError where it cannot be used."""
+        return cls.checked(read_toml(path), str(path))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example that is no picture."""
+        dtype, _, shape = self.input.partition(" ")
+        if dtype not in ("float32", "int64") or not shape.replace("x", "").isdigit():
+            raise ValueError(f'input = {self.input!r} must be "pictures" or as "float32 3x40"')
+        return tuple(int(size) for size in shape.split("x"))
+
+    def run_config(self) -> dict[str, Any]:
+        """Return the keys that every run of this federation has."""
+        names = {"class-names": self.class_names} if self.class_names else {}
+        return {**names, "global-model": self.global_model, "image-size": self.image_size}
+
+    def node_config(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a participant's keys with those of the contract; its own caps win.
+
+        Raises ConfigError where its file contradicts the contract.
+        """
+        for name, agreed in self.run_config().items():
+            if name in own and own[name] != agreed:
+                raise ConfigError(
+                    f"join: {name} = {own[name]!r}, but the contract of {self.name} says "
+                    f"{agreed!r}. Leave it out."
+                )
+        caps = {"max-local-epochs": self.max_local_epochs, "max-batch-size": self.max_batch_size}
+        return {**caps, **self.run_config(), **own}
+
+    def require_met(self, data: ClientData) -> str:
+        """Say how a participant's data meet the contract; raise DataError where they do not."""
+        kind = PICTURES if data.is_pictures else str(data.input_dtype).removeprefix("torch.")
+        faults = []
+        if self.input.partition(" ")[0] != kind:
+            faults.append(f"{self.input} are agreed on, here {kind}")
+        elif data.is_pictures:
+            if self.channels not in (0, data.in_channels):
+                faults.append(f"{self.channels} channel(s) are agreed on, here {data.in_channels}")
+        elif self.shape != data.input_shape:
+            faults.append(f"examples of shape {self.shape} are agreed on, here {data.input_shape}")
+        if self.least_examples > data.num_train:
+            faults.append(f"{self.least_examples} to train on are agreed on, here {data.num_train}")
+        if faults:
+            raise DataError(f"contract of {self.name}: {'; '.join(faults)}.")
+        classes = len(named_classes(self.class_names)) or data.num_classes
+        return f"of {self.name}, {classes} classes, {self.input}"
+
+
+def add_contract_parser(commands: Any) -> None:
+    """Add `contract new|run` to the command line."""
+    command = commands.add_parser("contract", help="what a federation's participants agree on")
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="write one, with every key explained")
+    run = actions.add_parser("run", help="print the keys of a run, for flwr run --run-config")
+    for action, act in ((new, write_contract), (run, print_run)):
+        action.add_argument("file", type=Path, nargs="?", default=Path(CONTRACT), metavar="FILE")
+        action.set_defaults(command=act)
+
+
+def write_contract(args: argparse.Namespace) -> int:
+    """Write a contract with all defaults, and what each key means."""
+    if args.file.exists():
+        raise ConfigError(f"{args.file} is there already.")
+    lines = []
+    for one in describe(Contract, "contract"):
+        setting = f"{one.name} = {toml_value(one.default)}"
+        lines.append(f"{setting:<30} # {one.meaning}\n")
+    replace_file(args.file, "".join(lines))
+    words = "edit it, then: mh-pfedhn certs DIR --host HOST --site NAME --contract"
+    print(f"{args.file}: {words} {args.file}")
+    return 0
+
+
+def print_run(args: argparse.Namespace) -> int:
+    """Print a contract's keys as `flwr run` takes them."""
+    config = Contract.read(args.file).run_config()
+    print(*(f"{name}={toml_value(value)}" for name, value in config.items()))
+    return 0
+
+
+def join_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], Contract | None]:
+    """Fill in what the folder that a participant got from its operator says (`bundle`).
+
+    Certificate, key, the server's address and the contract; what the participant's own file has
+    wins. Raises ConfigError where the folder lacks something.
+    """
+    folder = values.get("bundle")
+    if not folder:
+        return dict(values), None
+    root, found = Path(folder), {k: v for k, v in values.items() if k != "bundle"}
+    for name, file in (("certificate", "ca.crt"), ("key", "supernode")):
+        if not (root / file).is_file() and name not in found:
+            has = listing(sorted(p.name for p in root.iterdir())) if root.is_dir() else "nothing"
+            raise ConfigError(f"join: bundle {root} lacks {file}; it has {has}. Ask the operator.")
+        found.setdefault(name, str(root / file))
+    if not (root / CONTRACT).is_file():
+        return found, None
+    contract = Contract.read(root / CONTRACT)
+    if contract.server:
+        found.setdefault("server", contract.server)
+    return contract.node_config(found), contract
