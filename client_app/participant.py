@@ -87,13 +87,16 @@ class Participant:
 
         Raises ConfigError where a message asks for more than the participant's caps.
         """
-        section = self.node.training(section)
-        batch, declared = section.batch_size, self.node.training(self.config.training).batch_size
-        if self.privacy and self.is_deployed and batch != declared:
-            raise ConfigError(
-                f"client {self.client_id}: a message asks for batch-size = {batch}; the run config "
-                f"has {declared}, and every other is one more in the ledger."
-            )
+        epochs, batch, node = section.local_epochs, section.batch_size, self.node
+        if node.recipe or epochs > node.max_local_epochs or batch > node.max_batch_size:
+            section = node.training(section)
+        if self.privacy and self.is_deployed:
+            declared = node.training(self.config.training).batch_size
+            if section.batch_size != declared:
+                raise ConfigError(
+                    f"client {self.client_id}: a message asks for batch-size = {batch}; the run "
+                    f"config has {declared}, and every other is one more in the ledger."
+                )
         rate = rate_of_round(section, server_round, self.config.run.rounds)
         return section.model_copy(update={"learning_rate": rate})
 

@@ -52,17 +52,21 @@ def test_paths_in_the_file_are_relative_to_it_and_a_flag_wins(
     file.parent.mkdir()
     example = Path(my_site.__file__).with_suffix(".toml").read_text()
     file.write_text(example)
+    bundle = file.parent / "hospital-a"
+    bundle.mkdir()
+    (bundle / "ca.crt").touch()
+    (bundle / "federation.toml").write_text('server = "federation.example.org:8000"\n')
     monkeypatch.chdir(tmp_path)
     found = read_settings(
-        arguments(str(file), "--key", "other.key", "--set", "image-size=16", "device=cpu")
+        arguments(str(file), "--key", "other.key", "--set", "image-size=32", "device=cpu")
     )
     assert found.server == "federation.example.org:8000"
-    assert found.certificate == file.parent / "ca.crt"
+    assert found.certificate == bundle / "ca.crt"
     assert found.key == tmp_path / "other.key"
     assert found.base == file.parent
     assert found.folder == file.parent / "state" / "hospital-a"
     node = NodeConfig.parse(found.node)
-    assert (node.image_size, node.device, node.partition) == (16, "cpu", "none")
+    assert (node.image_size, node.device, node.partition) == (32, "cpu", "none")
 
 
 @pytest.mark.parametrize(
