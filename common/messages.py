@@ -54,6 +54,13 @@ def bounded_counts(counts: Sequence[int], times: int) -> list[float]:
     return [float(min(count, most)) for count in counts]
 
 
+def weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return sum(w x) / sum(w) over (w, x) pairs; NaN when there is no weight."""
+    pairs = list(pairs)
+    total = math.fsum(w for w, _ in pairs)
+    return math.fsum(w * x for w, x in pairs) / total if total else math.nan
+
+
 def micro_accuracy(counts: Sequence[tuple[int, int]]) -> float:
     """Return correct over tested of all (tested, correct), nobody's above ten medians of tested."""
     weights = bounded_counts([tested for tested, _ in counts], MOST_TESTED)

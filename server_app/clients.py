@@ -101,6 +101,7 @@ class Registry:
         self._refused: dict[int, Refusal] = {}
         self._online: set[int] = set()
         self._asked_again: dict[str, int] = {}
+        self._last_reply: dict[str, int] = {}
 
     def present(self, server_round: int) -> list[Client]:
         """Return the clients that are online now, in natural order of client_id."""
@@ -117,6 +118,22 @@ class Registry:
     def clients(self) -> Mapping[str, Client]:
         """Return everyone who ever registered."""
         return self._clients
+
+    def attendance(self, server_round: int, replied: Collection[str]) -> dict[str, Any]:
+        """Return who is there, the round of everybody's last reply, and whom it refuses and why."""
+        self._last_reply |= dict.fromkeys(replied, server_round)
+        return {
+            "round": server_round,
+            "participants": [
+                {
+                    "client_id": client_id,
+                    "online": client.node_id in self._known_nodes,
+                    "last_reply": self._last_reply.get(client_id),
+                }
+                for client_id, client in self._clients.items()
+            ],
+            "refused": self.refusals(),
+        }
 
     def ask_again(self, client_ids: Iterable[str], server_round: int) -> None:
         """Have clients register anew at the next refresh: their replies do not fit.

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 from common import messages
 from common.errors import RunError
 from common.log import logger
-from common.messages import MOST_WEIGHT, Evaluation, Recipient, TrainReply, bounded_counts
+from common.messages import MOST_WEIGHT, Evaluation, Recipient, TrainReply, weighted_mean
 from common.records import Content, Received
 from common.seeding import numpy_generator
 from server_app.admission import Admission
 from server_app.aggregation.base import StepDiagnostics, mean_diagnostics
 from server_app.clients import Client, Registry
 from server_app.methods.base import Method, Upload
-from server_app.output.run_folder import RunFolder, summarise, weighted_mean
+from server_app.output.run_folder import RunFolder, summarise
 from server_app.scheduler import RoundOutcome, Schedule
 from server_app.transport import Arrival, Outgoing, Transport
 
@@ -210,6 +210,7 @@ class Rounds:
             read = partial(Evaluation.read_if_told, others=self._method.others)
             evaluations = self._ask(clients, server_round, messages.EVALUATE, read)
         self._folder.note_clients(self._client_rows(evaluations))
+        self._folder.note_attendance(self._registry.attendance(server_round, training.trained))
         self._registry.ask_again(transport.misfits, server_round)  # perhaps their model changed
         transport.misfits.clear()
         seconds = time.monotonic() - started
@@ -287,7 +288,7 @@ class Rounds:
 def _train_row(training: TrainingRound, outcome: RoundOutcome) -> dict[str, float]:
     replies = training.trained.values()
     told = [(r.num_examples, r.train_loss) for r in replies if r.train_loss is not None]
-    weights = bounded_counts([count for count, _ in told], MOST_WEIGHT) if told else []
+    weights = messages.bounded_counts([count for count, _ in told], MOST_WEIGHT) if told else []
     spent = [r.epsilon for r in replies if r.epsilon is not None]
     return {
         "train_loss": weighted_mean(zip(weights, (loss for _, loss in told), strict=True)),

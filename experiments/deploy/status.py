@@ -1,8 +1,10 @@
-"""`mh-pfedhn status`: what a participant would like to know while it takes part."""
+"""`mh-pfedhn status`: what a participant, or the operator of a run, wants to know meanwhile."""
 
 from __future__ import annotations
 
 import argparse
+import html
+import io
 import json
 import time
 from datetime import UTC, datetime
@@ -10,45 +12,77 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from common.errors import DataError
-from experiments.console import make_console
+from common.files import replace_file
+from experiments.console import make_console, say
+from experiments.deploy.attendance import ATTENDANCE, drawn_run, run_status
 from experiments.deploy.supervise import worth
 
 LOCK = "join.lock"
 SHOWN = 12
 """Rounds of the table, the newest."""
 PAUSE_S = 2.0
+PAGE_WIDTH = 140
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{pause:.0f}">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>body {{ margin: 2rem; font: 14px ui-monospace, monospace; overflow-x: auto; }}</style>
+</head><body>{body}</body></html>
+"""
 
 
 def add_status_parser(commands: Any) -> None:
     """Add `status` to the command line."""
-    command = commands.add_parser("status", help="a participant: connected, rounds, what it gains")
-    command.add_argument("state", type=Path, metavar="STATE", help="the participant's folder")
+    command = commands.add_parser("status", help="of a participant, or of a run's participants")
+    command.add_argument(
+        "folder", type=Path, metavar="STATE|RUN", help="a participant's folder, or a run's"
+    )
     command.add_argument("--watch", action="store_true", help="go on until Ctrl-C")
-    command.add_argument("--json", action="store_true", help="for programs")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--html", type=Path, metavar="FILE", help="a page that loads itself anew")
     command.set_defaults(command=show_status)
 
 
 def show_status(args: argparse.Namespace) -> int:
     """Print the status once, or again and again."""
-    if not args.state.is_dir():
-        raise DataError(f"{args.state} is not there. Name a participant's folder: STATE/CLIENT-ID.")
-    if args.json:
-        print(json.dumps(status_of(args.state), indent=2))
-        return 0
+    folder: Path = args.folder
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is not there. Name a participant's folder, STATE/CLIENT-ID, or a run's."
+        )
+    is_run = (folder / ATTENDANCE).exists()
+    read, draw = (run_status, drawn_run) if is_run else (status_of, drawn)
     console = make_console()
-    if not args.watch:
-        console.print(drawn(status_of(args.state)))
-        return 0
-    with Live(drawn(status_of(args.state)), console=console, refresh_per_second=1) as live:
-        while True:
+    if args.json:
+        print(json.dumps(read(folder), indent=2))
+    elif args.html:
+        write_page(draw(read(folder)), args.html, folder.name)
+        say(console, f"{args.html} shows {folder}{', until Ctrl-C' * args.watch}")
+        while args.watch:
             time.sleep(PAUSE_S)
-            live.update(drawn(status_of(args.state)))
+            write_page(draw(read(folder)), args.html, folder.name)
+    elif not args.watch:
+        console.print(draw(read(folder)))
+    else:
+        with Live(draw(read(folder)), console=console, refresh_per_second=1) as live:
+            while True:
+                time.sleep(PAUSE_S)
+                live.update(draw(read(folder)))
+    return 0
+
+
+def write_page(status: RenderableType, path: Path, title: str) -> None:
+    """Write what the terminal shows as a page of its own, which a browser loads anew by itself."""
+    console = Console(record=True, width=PAGE_WIDTH, file=io.StringIO(), force_terminal=True)
+    console.print(status)
+    body = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    replace_file(path, PAGE.format(title=html.escape(title), pause=PAUSE_S, body=body))
 
 
 def status_of(state: Path) -> dict[str, Any]:

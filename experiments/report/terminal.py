@@ -8,13 +8,13 @@ from statistics import fmean
 from rich.markup import escape
 from rich.table import Table
 
+from common.messages import weighted_mean
 from experiments.report.looks import method_label
 from experiments.report.plan import Plan
 from experiments.report.runs import ClientRow, Run, gain_of
 from experiments.run.presets import Preset
 from experiments.run.progress import clock
 from server_app.output.curves import Reference
-from server_app.output.run_folder import weighted_mean
 
 REFERENCE_ROUNDS = (10, 20, 30, 40)
 TOLERANCE = -4

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -22,11 +22,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from common import messages
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import replace_file
 from common.log import logger
-from common.messages import ALONE, MOST_TESTED, Evaluation, Gain, bounded_counts, micro_accuracy
+from common.messages import ALONE, MOST_TESTED, Evaluation, Gain
 
 LOCK = ".lock"
 DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
@@ -169,6 +170,14 @@ class RunFolder:
         except OSError as error:
             logger.error("clients.csv is not on disk, the run goes on: %s", error)
 
+    def note_attendance(self, attendance: Mapping[str, Any]) -> None:
+        """Replace attendance.json: who is there, who replied when, who was refused and why."""
+        text = json.dumps({"time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **attendance})
+        try:
+            replace_file(self.path / "attendance.json", text)
+        except OSError as error:
+            logger.error("attendance.json is not on disk, the run goes on: %s", error)
+
     def close(self, status: str, reason: str = "") -> None:
         """Write the final summary and the picture, let go of the folder.
 
@@ -235,8 +244,7 @@ class RunFolder:
     def _families(self) -> list[str]:
         """Name the model families: as the run config lists them, where the sizes agree with it.
 
-        The server knows sizes alone. Where participants declared their own models, the families
-        are named by their sizes.
+        The server knows sizes alone; families that participants declared are named by them.
         """
         names = [name.strip() for name in self._config.client.models.split(",")]
         sizes = sorted({int(row["num_parameters"]) for row in self._client_rows})
@@ -253,13 +261,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:
-    """Return sum(w x) / sum(w) over (w, x) pairs; NaN when there is no weight."""
-    pairs = list(pairs)
-    total = math.fsum(w for w, _ in pairs)
-    return math.fsum(w * x for w, x in pairs) / total if total else math.nan
-
-
 def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     """Summarise one evaluation of the federation; {} without any.
 
@@ -274,14 +275,15 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
         return {}
     rows = [evaluations[client_id] for client_id in sorted(evaluations)]
     accuracies = sorted(row.num_correct / row.num_test for row in rows)
+    counts = [(row.num_test, row.num_correct) for row in rows]
     worst = accuracies[: max(1, math.ceil(0.1 * len(accuracies)))]
-    weights = bounded_counts([row.num_test for row in rows], MOST_TESTED)
+    weights = messages.bounded_counts([row.num_test for row in rows], MOST_TESTED)
     return {
-        "accuracy_micro": micro_accuracy([(row.num_test, row.num_correct) for row in rows]),
+        "accuracy_micro": messages.micro_accuracy(counts),
         "accuracy_macro": fmean(accuracies),
         "accuracy_std": pstdev(accuracies),
         "accuracy_worst10": fmean(worst),
-        "test_loss": weighted_mean(zip(weights, (r.test_loss for r in rows), strict=True)),
+        "test_loss": messages.weighted_mean(zip(weights, (r.test_loss for r in rows), strict=True)),
         **_others(rows),
     }
 
@@ -291,9 +293,8 @@ def _others(rows: Sequence[Evaluation]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in dict.fromkeys(name for row in rows for name in row.others):
         having = [row for row in rows if name in row.others]
-        found[f"accuracy_{name}"] = micro_accuracy(
-            [(row.num_test, row.others[name]) for row in having]
-        )
+        counts = [(row.num_test, row.others[name]) for row in having]
+        found[f"accuracy_{name}"] = messages.micro_accuracy(counts)
         if name == ALONE:
             found["share_gaining"] = fmean(row.num_correct > row.others[name] for row in having)
     return found
