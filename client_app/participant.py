@@ -190,6 +190,7 @@ class Participant:
             "method": header.method,
             "round": header.server_round,
             "validation_accuracy": validation,
+            "num_validation": len(data.validation_labels),
         }
         model = self._personal(module, found, facts)
         try:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 LOCK_TIMEOUT_S = 60.0
+MOST_ROWS = 12
+"""Of a ledger: pairs of noise and rate; those that are most alike are counted as the worse one."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,20 @@ def _locked(state: ClientState) -> Iterator[None]:
         lock.release()
 
 
+def _ratio(pair: tuple[tuple[float, float], tuple[float, float]]) -> float:
+    """Order pairs of noise and rate by how much merging them costs; a clear one is never merged."""
+    (a, rate_a), (b, rate_b) = pair
+    return math.inf if not a else b / a * max(rate_a, rate_b) / min(rate_a, rate_b)
+
+
 def _write(state: ClientState, spent: list[Spent]) -> None:
     steps: Counter[tuple[float, float]] = Counter()
     for part in spent:
         steps[part.noise, part.rate] += part.steps
+    while len(steps) > MOST_ROWS:
+        (a, b), *_ = sorted(zip(kinds := sorted(steps), kinds[1:], strict=False), key=_ratio)
+        worse = (a[0], max(a[1], b[1]))  # less noise, more examples: what both cost at most
+        steps[worse] = steps.pop(a) + steps.pop(b)
     rows = [[*key, count] for key, count in sorted(steps.items())]
     state.save(LEDGER, {"spent": torch.tensor(rows, dtype=torch.float64)})
     if isinstance(state, FolderState):

@@ -1,15 +1,18 @@
 """A participant's models of every federation, safe from the next round, run and crash.
 
-    models/<federation>/round-00000012/personal_model.*, history.jsonl
+    models/<federation>/round-00000012-4f1c/personal_model.*, best.json, history.jsonl
 
-A version is written beside the others and renamed when it is whole. The newest stays (last), and
-the one that was best on the validation examples; both outlive the federation.
+A version is written beside the others and renamed when it is whole; none is ever written over. The
+newest stays (last), and the one that was best on the validation examples; both outlive the
+federation. A server may repeat rounds, make up federations, and say how many examples validate: the
+best gives way only to one that is surely as good, and the oldest federations stay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -32,11 +35,13 @@ MODELS, DESCRIPTION, HISTORY = "models", "personal_model.json", "history.jsonl"
 LOCK, LOCK_TIMEOUT_S = ".lock", 60.0
 MOST_FEDERATIONS, MANY = 20, 1000
 """Whose models are kept: a server names its federation. And rows of a history that is cut."""
+BEGUN, BEST_FILE = "begun", "best.json"
 MOST_HISTORY = 2**22
 """Bytes of a history, from which on it is cut."""
 LAST, BEST = "last", "best"
+Z = 2.0
 
-_VERSION = re.compile(r"round-(\d{8})")
+_VERSION = re.compile(r"round-(\d{8})(-[0-9a-f]{8})?")
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,17 @@ class Version:
     about: dict[str, Any]
 
     @property
-    def quality(self) -> tuple[float, int]:
-        """What the best has most of: accuracy on validation examples, then rounds."""
-        found = self.about.get("validation_accuracy")
-        return (-1.0 if found is None else float(found), self.server_round)
+    def quality(self) -> float:
+        """What accuracy on the validation examples is at least, -1 where there were none.
+
+        The lower end of Wilson's interval at two standard errors: all of one example is less than
+        most of thirty.
+        """
+        found, count = self.about.get("validation_accuracy"), self.about.get("num_validation", 0)
+        if found is None or not count:
+            return -1.0
+        spread = math.sqrt(found * (1 - found) / count + Z**2 / (4 * count**2))
+        return float((found + Z**2 / (2 * count) - Z * spread) / (1 + Z**2 / count))
 
 
 @dataclass(frozen=True)
@@ -68,20 +80,32 @@ class Shelf:
         home = self.state / MODELS / _name_of(federation)
         closed_folder(home)
         with FileLock(home / LOCK, mode=PRIVATE, timeout=LOCK_TIMEOUT_S):
-            place, draft = home / f"round-{server_round:08d}", home / ".draft"
+            (home / BEGUN).touch(PRIVATE, exist_ok=True)
+            name = f"round-{server_round:08d}-{secrets.token_hex(4)}"
+            place, draft = home / name, home / ".draft"
             shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
             model.store(draft, program=program)
-            if place.exists():  # of a round that is being repeated
-                place.rename(home / f".old-{secrets.token_hex(4)}")
             draft.rename(place)
             sync(home)
-            self._note(home / HISTORY, model.describe(), server_round)
-            versions = self.versions(home.name)
-            wanted = {place, max(versions, key=lambda v: v.quality).folder}
+            before, now = self.best(home.name), self.versions(home.name)[-1]
+            if before is None or now.quality >= before.quality:
+                replace_file(home / BEST_FILE, json.dumps(now.folder.name), mode=PRIVATE)
+                before = now
             for folder in home.iterdir():
-                if folder.is_dir() and folder not in wanted:
+                if folder.is_dir() and folder not in (now.folder, before.folder):
                     shutil.rmtree(folder, ignore_errors=True)
+            self._note(home / HISTORY, model.describe(), server_round)
         self._prune()
+
+    def best(self, federation: str) -> Version | None:
+        """Return the version that was best, None where no version is whole."""
+        versions = self.versions(federation)
+        try:
+            name = json.loads((self.state / MODELS / federation / BEST_FILE).read_text())
+        except (OSError, ValueError):
+            name = ""
+        named = [v for v in versions if v.folder.name == name]
+        return named[0] if named else max(versions, key=lambda v: v.quality, default=None)
 
     def versions(self, federation: str) -> list[Version]:
         """Return the whole versions of a federation, the newest last; damaged ones are not."""
@@ -99,7 +123,7 @@ class Shelf:
 
     def history(self, federation: str) -> list[dict[str, Any]]:
         """Return what every model that came reached, a row each, in the order of their coming."""
-        return read_rows(self.state / MODELS / federation / HISTORY)
+        return read_rows(self.state / MODELS / federation / HISTORY, skips_damaged=True)
 
     def _note(self, path: Path, about: dict[str, Any], server_round: int) -> None:
         wanted = ("validation_accuracy", "test_accuracy", "num_test", "gain", "epsilon")
@@ -108,8 +132,9 @@ class Shelf:
         if path.exists() and path.stat().st_size > MOST_HISTORY:
             kept = path.read_text().splitlines(keepends=True)[-MANY:]
             replace_file(path, "".join(kept), mode=PRIVATE)
-        with open(path, "a", opener=lambda name, flags: os.open(name, flags, PRIVATE)) as file:
-            file.write(json.dumps(row) + "\n")
+        with open(path, "ab", opener=lambda name, flags: os.open(name, flags, PRIVATE)) as file:
+            torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
+            file.write(b"\n" * bool(torn) + json.dumps(row).encode() + b"\n")
 
     def federations(self) -> list[str]:
         """Return the names of the federations whose models are here, the newest last."""
@@ -131,15 +156,22 @@ class Shelf:
                 f"{self.state} holds no model{f' of federation {name}' if name else ''}{here}. A "
                 "participant has one after the first round that it takes part in."
             )
-        return versions[-1] if which == LAST else max(versions, key=lambda v: v.quality)
+        return versions[-1] if which == LAST else self.best(name) or versions[-1]
 
     def _prune(self) -> None:
-        """Drop federations beyond `MOST_FEDERATIONS`: first those of whom least has come."""
+        """Drop federations beyond `MOST_FEDERATIONS`, the newest first, but the one of now."""
         known = self.federations()
-        fewest_first = sorted(known[:-1], key=lambda name: min(len(self.history(name)), MANY))
-        for name in fewest_first[: max(0, len(known) - MOST_FEDERATIONS)]:
-            logger.info("Models of federation %s are dropped: %d others are kept", name, len(known))
+        others = sorted(known[:-1], key=self._begun)
+        for name in others[MOST_FEDERATIONS - 1 :]:
+            logger.warning(
+                "Models of federation %s are dropped, for there are those of %d older ones. Delete "
+                "what is no longer needed below %s.", name, MOST_FEDERATIONS, self.state / MODELS,
+            )  # fmt: skip
             shutil.rmtree(self.state / MODELS / name, ignore_errors=True)
+
+    def _begun(self, federation: str) -> int:
+        marks = (self.state / MODELS / federation / name for name in (BEGUN, HISTORY))
+        return min((path.stat().st_mtime_ns for path in marks if path.exists()), default=0)
 
 
 def _name_of(federation: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.compression import Float32, Precision, indices_of_largest, num_kept, rounded
 from common.errors import ConfigError
 from common.files import PRIVATE, closed_folder, replace_file, safe_name, state_folder
+from common.log import logger
 
 Tensors = dict[str, Tensor]
 BUFFER, VALUES = "buffer/", "values"
@@ -174,7 +175,10 @@ def save_finite(state: ClientState, name: str, tensors: Mapping[str, Tensor], st
     The server refuses such an update as well, and the next round starts from sound weights.
     """
     if tensors and all(bool(x.isfinite().all()) for x in tensors.values()):
-        state.save(name, tensors, stamp=stamp)
+        try:
+            state.save(name, tensors, stamp=stamp)
+        except OSError as error:  # a full disk costs this version, not the round
+            logger.error("%s of round %d is not kept: %s", name, stamp.server_round, error)
 
 
 def buffers_of(kept: Mapping[str, Tensor]) -> Tensors:

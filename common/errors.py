@@ -38,13 +38,17 @@ class RunError(MHpFedHNError):
     """A run cannot go on (too few good replies, no clients, a broken runtime)."""
 
 
+LONGEST = 500
+"""Characters of one name in an error message: others may have made it up."""
+
+
 def listing(items: Iterable[object], limit: int = 10) -> str:
     """Join items for an error message, naming at most `limit` of them.
 
     >>> listing(["a", "b"])
     'a, b'
     """
-    names = [str(item) for item in items]
+    names = [" ".join(str(item)[:LONGEST].split()) for item in items]
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" (+{rest} more)" if rest > 0 else "")
 

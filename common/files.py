@@ -63,12 +63,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a line that is still being written is left out."""
+def read_rows(path: Path, *, skips_damaged: bool = False) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; a line that is still being written is left out.
+
+    `skips_damaged` leaves out those that a full disk has cut short; else they raise ValueError.
+    """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    rows, text = [], path.read_text(encoding="utf-8")
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            if not skips_damaged:
+                raise
+    return rows
 
 
 def sync(path: Path) -> None:

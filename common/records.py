@@ -32,6 +32,7 @@ COUNTS = "counts"
 """Vectors of this name are whole numbers and travel as float32 whatever the precision."""
 
 LARGEST = 10**12
+LONGEST_WORD = 64
 """No count, loss or duration is larger; sums of what is accepted stay finite."""
 LARGEST_COUNT, MOST_ROUNDS = 2**24, 10**7
 """float32 holds whole numbers up to here exactly."""
@@ -131,10 +132,10 @@ class Received:
         if precision not in get_args(Precision):
             raise WireError(unknown_name("precision", precision[:80], get_args(Precision)))
         self.header = Header(
-            federation_id=self.value("federation-id", str),
-            method=self.value("method", str),
+            federation_id=self.word("federation-id"),
+            method=self.word("method"),
             server_round=self.count("server-round", most=MOST_ROUNDS),
-            nonce=self.value("nonce", str),
+            nonce=self.word("nonce"),
             precision=precision,  # type: ignore[arg-type]  # checked above
         )
 
@@ -152,6 +153,13 @@ class Received:
         if type(value) is not kind:
             raise WireError(f"{key} = {value!r:.80}; expected {kind.__name__}.")
         return value
+
+    def word(self, key: str) -> str:
+        """Return a short text without anything that a terminal or a file name would obey."""
+        text = self.value(key, str)
+        if len(text) > LONGEST_WORD or not text.isprintable():
+            raise WireError(f"{key} = {text[:LONGEST_WORD]!r}; expected a word of a line.")
+        return text
 
     def flag(self, key: str) -> bool:
         """Return a switch; it is off where it is not there."""

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client_app.data.augment import draw_moves, moved
 from client_app.data.examples import ClientData
-from client_app.models.building import trainable
-from client_app.models.instances import MaskFeed, draw_mask, feeding
+from client_app.models.instances import GeneratorDropout
 from client_app.training.loop import (
     FlatModel,
     Loss,
@@ -35,11 +31,6 @@ from client_app.training.loop import (
 )
 from common.config import TrainingSection
 from common.errors import ModelError
-
-GRADIENT_BYTES = 16 * 2**20
-"""Of the gradients of single examples that lie in memory at once."""
-FEWEST_ROWS = 8
-"""That are computed at once: torch has other kernels for one, two and three."""
 
 
 def require_private(module: nn.Module) -> None:
@@ -88,69 +79,40 @@ class PrivateStep:
     def summed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
         """Return the sum (P,) of the examples' clipped gradients, and of their losses.
 
-        Images are (B, C, H, W), labels (B,). Raises ModelError where a layer cannot be followed.
+        Images are (B, ...), labels (B,). Raises ModelError where the model remembers an example.
         """
         total, losses = torch.zeros_like(self.model.theta), 0.0
-        size = max(FEWEST_ROWS, GRADIENT_BYTES // (4 * self.model.num_parameters))
-        for start in range(0, len(labels), size):
-            part = slice(start, start + size)
-            gradients, values = self.of_padded(images[part], labels[part], size)
-            total += clipped(gradients, self.clip).sum(dim=0)
-            losses += float(values.sum())
+        for row in range(len(labels)):
+            # a copy: where it lay in the batch must not show, not even by its alignment
+            image = images[row : row + 1].clone(memory_format=torch.contiguous_format)
+            gradient, value = self.of_one(image, labels[row : row + 1])
+            total += clipped(gradient[None], self.clip)[0]
+            losses += value
         return total, losses
 
-    def of_padded(self, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Return every example's gradient (B, P), and loss (B,), computed with `size` rows.
+    def of_one(self, image: Tensor, label: Tensor) -> tuple[Tensor, float]:
+        """Return the gradient (P,) of one example, image (1, ...), label (1,), and its loss.
 
-        Kernels round differently for few rows and for many, and weights can be made that turn the
-        last bit into all of a gradient: whether somebody else is in the batch must not show in it.
+        Nobody else is there: kernels round differently for few rows and for many, and by the row,
+        and weights can be made that turn the last bit into all of a gradient.
         """
-        count = len(labels)
-        rows = torch.arange(size, device=labels.device).clamp(max=count - 1)
-        gradients, values = self.of_each(images[rows], labels[rows])
-        return gradients[:count], values[:count]
-
-    def of_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return every example's gradient (B, P), and loss (B,)."""
-        module = self.model.module
-        module.train()
-        weights = {name: p.detach() for name, p in trainable(module).items()}
-        masks = self._masks(images)
-        each = vmap(grad_and_value(self._loss_of), (None, 0, 0, 0), randomness="different")
-        try:
-            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-                found, values = each(weights, images, labels, masks)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{type(module).__name__}: the gradients of single examples, which dp-noise needs, "
-                f"cannot be computed: {error}. Use layers that torch.func.vmap can follow (no "
-                ".item(), no branch on values, no running statistics), or set dp-noise = 0."
-            ) from error
-        gradients = torch.cat([found[name].flatten(1) for name in weights], dim=1)
-        return gradients, values.detach()
-
-    def _loss_of(
-        self, weights: dict[str, Tensor], image: Tensor, label: Tensor, masks: Sequence[Tensor]
-    ) -> Tensor:
-        module, images, labels = self.model.module, image[None], label[None]
-        with feeding(module, MaskFeed(masks)), mixed_precision(self.section, image.device):
-            logits: Tensor = functional_call(module, weights, (images,))
-            logits = logits.float()
-        value = label_loss(logits, labels, self.section)
-        return self.loss(images, logits, labels, value) if self.loss else value
-
-    @torch.no_grad()
-    def _masks(self, images: Tensor) -> list[Tensor]:
-        """Draw what the dropout layers drop (B, 1, ...), in the order of their calls."""
-        feed, module = MaskFeed(), self.model.module
-        with feeding(module, feed):
-            logits_of(module, images[:1], self.num_classes)
-        shapes = [
-            (torch.zeros(len(images), 1, *s, device=images.device), p) for s, p in feed.wanted
-        ]
-        generator = torch.Generator(images.device)
-        generator.seed()
-        return [draw_mask(mask, kept, generator) for mask, kept in shapes]
+        module = self.model.module.train()
+        for layer in module.modules():
+            if isinstance(layer, GeneratorDropout):
+                layer.generator.seed()  # the server knows the run's seed
+        kept = {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
+        with mixed_precision(self.section, image.device):
+            logits = logits_of(module, image, self.num_classes).float()
+        value = label_loss(logits, label, self.section)
+        self.model.backward(self.loss(image, logits, label, value) if self.loss else value)
+        for name, buffer in module.named_buffers():
+            if kept.get(name, (None, 0))[0] is not buffer or kept[name][1] != buffer._version:
+                raise ModelError(
+                    f"{type(module).__name__} changes {name} in its forward pass: what it "
+                    "remembers of one example would be in another's gradient, and dp-noise can "
+                    "bound neither. Use a layer without running statistics, or set dp-noise = 0."
+                )
+        return self.model.gradient, float(value.detach())
 
 
 def clipped(gradients: Tensor, clip: float) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 WORKING = b"working"
 RECORD = "worker.json"
+MAX_LOG_BYTES = 1 << 20
 
 
 def remove_socket(address: str) -> None:

@@ -20,14 +20,13 @@ from typing import Any, Self
 import psutil
 from filelock import FileLock
 
-from client_app.worker import RECORD, WORKING, remove_socket
+from client_app.worker import MAX_LOG_BYTES, RECORD, WORKING, remove_socket
 from common import errors
 from common.errors import MHpFedHNError
 from common.files import PRIVATE
 from common.log import logger
 
 LOCK, LOG = "worker.lock", "worker.log"
-MAX_LOG_BYTES = 1 << 20
 ATTEMPTS = 2
 """Workers that one message may lose: after that it is handled in process."""
 CODE_ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from client_app.worker import RECORD, WORKING, remove_socket
+from client_app.worker import MAX_LOG_BYTES, RECORD, WORKING, remove_socket
 from common.errors import MHpFedHNError
 from common.files import PRIVATE, replace_file
 
@@ -80,6 +80,7 @@ class Worker:
                 connection.send_bytes(WORKING)
         finally:
             future.cancel()  # work that nobody waits for is not begun
+        _keep_short(sys.stderr.fileno())
         error = future.exception()
         if error is None:
             connection.send_bytes(b"{}")
@@ -96,6 +97,12 @@ class Worker:
         module, _, name = self._function.partition(":")
         reply: bytes = getattr(importlib.import_module(module), name)(facts, body)  # torch: seconds
         return reply
+
+
+def _keep_short(log: int) -> None:
+    """Begin the log anew where it has become long; a server's messages are part of it."""
+    if os.fstat(log).st_size > MAX_LOG_BYTES:
+        os.ftruncate(log, 0)
 
 
 def _end(listener: Listener) -> NoReturn:

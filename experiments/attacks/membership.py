@@ -124,10 +124,10 @@ def alignment(federation: Federation, client_id: str, name: str, answer: Answer)
     images, labels, _ = members_and_others(data)
     step = PrivateStep(model, federation.config.training, data.num_classes, 1.0)
     delta, found = answer.delta[name], []
-    for rows in torch.split(torch.arange(len(labels)), 32):
-        gradients, _ = step.of_each(images[rows], labels[rows])
-        found.append(functional.cosine_similarity(gradients, delta[None]).double())
-    return torch.cat(found)
+    for row in range(len(labels)):
+        gradient, _ = step.of_one(images[row : row + 1], labels[row : row + 1])
+        found.append(functional.cosine_similarity(gradient, delta, dim=0).double())
+    return torch.stack(found)
 
 
 def lira(federation: Federation, client_id: str, answer: Answer, num_shadows: int) -> Tensor:

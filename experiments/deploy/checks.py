@@ -245,7 +245,9 @@ def check_training(trial: Trial) -> Finding:
         require_accountant()
         require_private(module)
         step = PrivateStep(instance.model, training, data.num_classes, trial.section.dp_clip)
+        started = time.monotonic()
         step.summed(*batches[0])
+        seconds = time.monotonic() - started
     with torch.no_grad():
         module.eval()(batches[0][0][:1])
     epoch = seconds * len(batches)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from common.errors import DataError, listing
+from common.files import printable
 from experiments.console import make_console, say
 
 if TYPE_CHECKING:
@@ -55,7 +57,10 @@ def list_models(args: argparse.Namespace) -> int:
 
     shelf = Shelf(args.state)
     rows = [
-        _row(v, shelf.versions(name)) for name in shelf.federations() for v in shelf.versions(name)
+        _row(v, is_last=v == versions[-1], is_best=v == shelf.best(name))
+        for name in shelf.federations()
+        for versions in [shelf.versions(name)]
+        for v in versions
     ]
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -105,7 +110,7 @@ def predict(args: argparse.Namespace) -> int:
         for number, row in enumerate(probabilities):
             shown = [f"{p:.4f}" for p in row]
             example = shown_as[number] if shown_as else number
-            writer.writerow([example, names[int(row.argmax())], *shown])
+            writer.writerow([_no_formula(example), _no_formula(names[int(row.argmax())]), *shown])
     say(make_console(), f"{len(probabilities)} examples classified: {args.out}")
     return 0
 
@@ -132,10 +137,10 @@ def evaluate(args: argparse.Namespace) -> int:
     say(console, f"balanced accuracy {balanced_accuracy_score(truth, found):.3f}")
     f1 = f1_score(truth, found, labels=present, average="macro", zero_division=0)
     say(console, f"macro F1          {f1:.3f}")
-    table = Table("true \\ found", *names)
+    table = Table("true \\ found", *(escape(name) for name in names))
     matrix = confusion_matrix(truth, found, labels=range(len(names)))
     for name, row in zip(names, matrix, strict=True):
-        table.add_row(name, *map(str, row))
+        table.add_row(escape(name), *map(str, row))
     console.print(table)
     return 0
 
@@ -214,13 +219,9 @@ def _class_names(about: dict[str, Any]) -> list[str]:
     return list(about.get("class_names") or map(str, range(about["num_classes"])))
 
 
-def _row(version: Version, all_of_them: Sequence[Version]) -> dict[str, Any]:
+def _row(version: Version, *, is_last: bool, is_best: bool) -> dict[str, Any]:
     about = version.about
-    which = []
-    if version == all_of_them[-1]:
-        which.append("last")
-    if version == max(all_of_them, key=lambda v: v.quality):
-        which.append("best")
+    which = [name for name, it_is in (("last", is_last), ("best", is_best)) if it_is]
     return {
         "federation": version.federation,
         "round": version.server_round,
@@ -231,6 +232,12 @@ def _row(version: Version, all_of_them: Sequence[Version]) -> dict[str, Any]:
         "gain": about.get("gain"),
         "folder": str(version.folder),
     }
+
+
+def _no_formula(value: object) -> str:
+    """Keep a spreadsheet from taking a name for a formula: a server may make up class names."""
+    text = printable(str(value))
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def _share(value: float | None) -> str:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 
@@ -33,6 +33,7 @@ STEADY_S = 120.0
 STOP_PATIENCE_S = 15.0
 REFUSAL = "refusal.json"
 MAX_LOG_BYTES = 10 << 20
+LONGEST_LINE = 4000
 REASONS = {
     302: "the key cannot be used",
     303: "a key needs TLS: remove --insecure and give --certificate",
@@ -45,6 +46,8 @@ REASONS = {
 }
 FATAL = REASONS.keys() - {305}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_EXIT = re.compile(r"(?:ERROR ?: ?)?Exit Code: (\d+)")
+"""As Flower's own line begins; a text of the server's stands behind other words."""
 
 
 class Supervisor:
@@ -98,10 +101,8 @@ class Supervisor:
 
     def _run_once(self) -> None:
         self._lines.clear()
-        settings, path = self._settings, self._settings.folder / "supernode.log"
-        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-            os.replace(path, path.with_suffix(".log.1"))
-        with path.open("a", encoding="utf-8") as log:
+        settings = self._settings
+        with RotatingLog(settings.folder / "supernode.log") as log:
             self._process = process = subprocess.Popen(
                 settings.command(settings.port or free_port()),
                 env=settings.environment(),
@@ -122,13 +123,13 @@ class Supervisor:
             self._end_process()  # its SuperExec may outlive it, and hold the pipe
             reader.join(timeout=5.0)
 
-    def _copy(self, lines: TextIO, log: TextIO) -> None:
+    def _copy(self, lines: TextIO, log: RotatingLog) -> None:
         with lines:
             for line in lines:
-                self._lines.append(line.rstrip())
-                log.write(line)
-                log.flush()
-                self._say(_shown(_ANSI.sub("", line.rstrip())), "dim")
+                self._lines.append(line.rstrip()[:LONGEST_LINE])
+                shown = _shown(_ANSI.sub("", line.rstrip()[:LONGEST_LINE]))
+                log.write(shown + "\n")
+                self._say(shown, "dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._leave()
@@ -164,6 +165,29 @@ class Supervisor:
         say(self._console, text, style=style)
 
 
+class RotatingLog:
+    """A log of at most two files of `MAX_LOG_BYTES`: the one of now, and the one before."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, text: str) -> None:
+        """Append a text, to a new file where this one is full."""
+        if self._file.tell() > MAX_LOG_BYTES:
+            self._file.close()
+            os.replace(self._path, self._path.with_suffix(".log.1"))
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(text)
+        self._file.flush()
+
+
 def _shown(line: str) -> str:
     return "".join(c if c.isprintable() else " " for c in line)
 
@@ -194,10 +218,9 @@ def _changed(path: Path) -> int:
 
 def explain(lines: list[str]) -> tuple[int, str]:
     """Return Flower's exit code (0: none seen) and what it means here, from the last log lines."""
-    text = _ANSI.sub("", "\n".join(lines))
-    codes = re.findall(r"Exit Code: (\d+)", text)
+    plain = [printable(_ANSI.sub("", line)) for line in lines]
+    codes = [found[1] for line in plain if (found := _EXIT.match(line))]
     if not codes:
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
-        return 0, last.strip()
+        return 0, next((line for line in reversed(plain) if line), "no output")
     code = int(codes[-1])
     return code, f"{REASONS[code]} (exit code {code})" if code in REASONS else f"exit code {code}"

@@ -53,19 +53,15 @@ def slow_sum(model: FlatModel, clip: float, teacher: Teacher | None = None) -> T
 
 @pytest.mark.parametrize("distils", [False, True])
 @pytest.mark.parametrize("name", ["cnn", "vit"])
-def test_clipping_equals_a_loop_over_examples(
-    name: str, distils: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clipping_equals_a_loop_over_examples(name: str, distils: bool) -> None:
     model = made(name)
-    monkeypatch.setattr(
-        "client_app.training.private.GRADIENT_BYTES", 2 * 4 * model.num_parameters
-    )  # in parts of two
     teacher = Teacher(made("mlp").module, 0.5, 3.0) if distils else None
     step = PrivateStep(model, SECTION, 10, 0.3, teacher.loss if teacher else None)
     found, _ = step.summed(*batch())
     torch.testing.assert_close(found, slow_sum(model, 0.3, teacher), rtol=1e-4, atol=1e-6)
-    gradients, _ = step.of_each(*batch())
-    assert gradients.norm(dim=1).min() > 0.3, "all of them were clipped"
+    images, labels = batch()
+    norms = [step.of_one(images[i : i + 1], labels[i : i + 1])[0].norm() for i in range(5)]
+    assert min(norms) > 0.3, "all of them were clipped"
     assert float(found.norm()) <= 5 * 0.3 + 1e-4
 
 
@@ -79,18 +75,22 @@ def test_nothing_is_longer_than_the_clip_however_small(monkeypatch: pytest.Monke
     torch.testing.assert_close(clipped(mixed, 1.0), wanted)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "vit"])
-def test_a_gradient_does_not_depend_on_who_else_is_there(name: str) -> None:
-    """Not in its last bit: weights can be made that turn it into all of the gradient."""
-    model = made(name)
-    step = PrivateStep(model, SECTION, 10, 1.0)
+def of_width(width: int) -> FlatModel:
+    layers = [nn.Flatten(), nn.Linear(3072, width), nn.Sigmoid(), nn.Linear(width, 10)]
+    return FlatModel(nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize("model", [made(), made("vit"), of_width(7), of_width(10), of_width(50)])
+def test_a_gradient_does_not_depend_on_who_else_is_there(model: FlatModel) -> None:
+    """Not in its last bit, wherever in the batch: weights can turn it into all of the gradient."""
+    step = PrivateStep(model, SECTION, 10, 1e9)
     images, labels = batch(11)
-    wanted = step.of_padded(images[:1], labels[:1], 12)[0][0]
-    for company in (2, 3, 4, 7, 11):
-        found = step.of_padded(images[:company], labels[:company], 12)[0][0]
-        assert torch.equal(found, wanted), company
-        last = step.of_padded(images[:company].flip(0), labels[:company].flip(0), 12)[0][-1]
-        assert torch.equal(last, wanted), company
+    wanted = step.summed(images[:1], labels[:1])[0]
+    nothing = torch.zeros(1, *images.shape[1:]).fill_(float("inf"))  # counts as nothing
+    for place in range(11):
+        company = torch.cat([nothing.expand(place, *images.shape[1:]), images[:1]])
+        found, _ = step.summed(company, torch.cat([labels[:place], labels[:1]]))
+        assert torch.equal(found, wanted), place
 
 
 def test_without_noise_and_clip_it_is_plain_sgd() -> None:
@@ -138,9 +138,9 @@ def test_a_sample_without_anybody_is_noise_alone() -> None:
 
 def test_each_example_drops_its_own_entries() -> None:
     model = made("squeezenet1_1")
-    images, labels = (x[:1].expand(6, *x.shape[1:]) for x in batch())
-    gradients, _ = PrivateStep(model, SECTION, 10, 1.0).of_each(images, labels)
-    assert len({round(float(norm), 6) for norm in gradients.norm(dim=1)}) > 1
+    step, (images, labels) = PrivateStep(model, SECTION, 10, 1.0), batch(1)
+    norms = {round(float(step.of_one(images, labels)[0].norm()), 6) for _ in range(6)}
+    assert len(norms) > 1
 
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
@@ -150,18 +150,24 @@ def test_batchnorm_is_refused_and_groupnorm_named(name: str) -> None:
     require_private(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
 
 
-def test_layers_that_cannot_be_followed_are_named() -> None:
-    class Branches(nn.Module):
+def test_a_model_that_remembers_examples_is_refused() -> None:
+    class Remembers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.head = nn.Linear(3 * 32 * 32, 10)
+            self.register_buffer("mean", torch.zeros(3 * 32 * 32))
 
         def forward(self, images: Tensor) -> Tensor:
-            scale = 1.0 if images.sum().item() > 0 else 2.0
-            return self.head(images.flatten(1)) * scale
+            with torch.no_grad():
+                self.mean.lerp_(images.flatten(1).mean(0), 0.1)
+            return self.head(images.flatten(1) - self.mean)
 
-    with pytest.raises(ModelError, match=r"Branches: the gradients of single examples.*vmap"):
-        PrivateStep(FlatModel(Branches()), SECTION, 10, 1.0).summed(*batch())
+    with pytest.raises(ModelError, match=r"Remembers changes mean in its forward pass"):
+        PrivateStep(FlatModel(Remembers()), SECTION, 10, 1.0).summed(*batch())
+    tracks = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten(),
+                           nn.Linear(3072, 10))  # fmt: skip
+    with pytest.raises(ModelError, match=r"changes 0\.running_mean"):
+        PrivateStep(FlatModel(tracks), SECTION, 10, 1.0).summed(*batch())
 
 
 def test_an_example_that_overflows_counts_as_nothing() -> None:
