@@ -8,6 +8,7 @@ bytes can name one piece a thousand times.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -172,12 +173,13 @@ class Replies:
         return found
 
     def _confirm(self, grid: Any, message_id: str) -> None:
-        """Let the SuperLink forget a reply's pieces."""
-        grid._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=grid.node, run_id=grid._run.run_id, message_object_id=message_id
+        """Let the SuperLink forget a reply's pieces; where it cannot now, they go with the run."""
+        with contextlib.suppress(Exception):
+            grid._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=grid.node, run_id=grid._run.run_id, message_object_id=message_id
+                )
             )
-        )
 
     def _note(self, grid: Any, response: Any) -> None:
         """Note what was announced, the first reply to each message."""

@@ -136,6 +136,8 @@ class Registration:
         client_id = reply.value("client-id", str)
         if not 1 <= len(client_id) <= 200:
             raise WireError(f"client-id must have 1 to 200 characters, got {client_id!r:.80}.")
+        if client_id[0] in "=+-@" or not client_id.isprintable():
+            raise WireError(f"client-id {client_id!r:.80} begins as a formula, or cannot be shown.")
         group = reply.value("group", str) if reply.has_setting("group") else ""
         if len(group) > 64 or not set(group) <= set("0123456789abcdef"):
             raise WireError(f"group = {group!r:.80}; expected up to 64 hex digits.")

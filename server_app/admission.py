@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from common.config import RunConfig
 from common.errors import RunError, listing
+from common.files import printable
 from common.messages import FINAL, REASON, REFUSED, REGISTER, Recipient, Registration
 from common.records import Content
 from server_app.clients import Client, NodeKey, Refusal, Registry, fingerprint, natural_key
@@ -22,6 +23,9 @@ are there to train."""
 
 NOTICE_S, MOST_WORDS = 10.0, 1000
 """A node that is refused has so long to take notice of so many characters."""
+
+PROMPT_S = 10.0
+"""A node that takes longer to say who it is has kept those waiting who could train."""
 
 RETRY_S = 15.0
 """Seconds until a node that failed to register is asked again."""
@@ -49,6 +53,7 @@ class Admission:
         self._config, self._transport = config, transport
         self._registry, self._add_client = registry, add_client
         self._silences: Counter[int] = Counter()
+        self._ask_from: dict[int, int] = {}  # rounds, of nodes that took their time
         self._said: dict[int, Registration] = {}  # by node, before anybody is admitted
         self._settled = False
 
@@ -75,10 +80,11 @@ class Admission:
         """Wait at the start until no node has come for `seconds`: simulated ones trickle in."""
         clock, known = self._transport.clock, set[int]()
         since = clock.monotonic()
-        while clock.monotonic() - since < seconds:
+        latest = since + self._config.schedule.wait_for_clients_s
+        while clock.monotonic() < min(since + seconds, latest):
             online = set(self._transport.grid.get_node_ids())
             if online - known:
-                known, since = online, clock.monotonic()
+                known, since = known | online, clock.monotonic()
             clock.sleep(min(0.2, seconds))
         self._settled = True
 
@@ -91,20 +97,28 @@ class Admission:
         keys = transport.attempt(self._keys)
         unknown = self._registry.unknown_nodes(keys, server_round, transport.clock.monotonic())
         self._said = {node: said for node, said in self._said.items() if node in keys}
-        nodes = sorted(unknown - transport.busy_nodes() - self._said.keys())
+        later = {node for node, now in self._ask_from.items() if server_round < now}
+        nodes = sorted(unknown - transport.busy_nodes() - self._said.keys() - later)
         section = self._config.schedule
         enough = len(self._registry.present(server_round)) >= section.min_clients
         patience = REGISTRATION_S
         if enough:
             patience = min(LATE_REGISTRATION_S, section.round_deadline_s or LATE_REGISTRATION_S)
         messages = (self._question(node, server_round, patience) for node in nodes)
-        arrivals = sorted(transport.exchange(messages), key=lambda a: a.pending.node_id)
-        for arrival in arrivals:
+        started, took = transport.clock.monotonic(), dict[int, float]()
+        arrivals = []
+        for arrival in transport.exchange(messages):
+            arrivals.append(arrival)
+            took[arrival.pending.node_id] = transport.clock.monotonic() - started
+        for arrival in sorted(arrivals, key=lambda a: a.pending.node_id):
+            node_id = arrival.pending.node_id
             registration = transport.read(arrival, Registration.read)
             if registration is None:
                 self._note_failure(arrival, server_round, enough=enough)
-            else:
-                self._said[arrival.pending.node_id] = registration
+                continue
+            self._said[node_id] = registration
+            if enough and took[node_id] > PROMPT_S:  # when it comes again, it is not waited for
+                self._ask_from[node_id] = server_round + self._pause(node_id)
         if not self._registry.clients() and len(self._said) < least:
             return
         said, self._said = majority_first(self._said), {}
@@ -159,10 +173,15 @@ class Admission:
         node_id = arrival.pending.node_id
         refusal = Refusal(until_s=self._transport.clock.monotonic() + RETRY_S)
         if enough or arrival.failure.startswith(NO_ANSWER):
-            self._silences[node_id] += 1
-            pause = min(2 ** (self._silences[node_id] - 1), LONGEST_RETRY_ROUNDS)
-            refusal = Refusal(arrival.failure, until_round=server_round + pause)
+            refusal = Refusal(
+                printable(arrival.failure), until_round=server_round + self._pause(node_id)
+            )
         self._registry.refuse(node_id, refusal)
+
+    def _pause(self, node_id: int) -> int:
+        """Return for how many rounds a node is left alone that has kept others waiting."""
+        self._silences[node_id] += 1
+        return int(min(2 ** (self._silences[node_id] - 1), LONGEST_RETRY_ROUNDS))
 
     def _too_few(self, present: list[Client], server_round: int) -> str:
         section = self._config.schedule

@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from common.clock import Clock
 from common.compression import Precision
 from common.errors import MHpFedHNError
+from common.files import printable
 from common.inflation import again, is_lost
 from common.log import logger
 from common.messages import Pending, Recipient
@@ -286,15 +287,14 @@ class Transport:
             received.require_all_read()
         except Exception as error:  # a peer made the content up: whatever it makes `read` raise
             self.misfits.add(pending.client_id)
-            known = isinstance(error, MHpFedHNError)
-            self._reject(pending, f"{error}" if known else f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, MHpFedHNError) else f"{type(error).__name__}: "
+            self._reject(pending, f"{kind}{error}")
             return None
         return found
 
     def _reject(self, pending: Pending, reason: str) -> None:
         self.rejected[pending.client_id] += 1
-        text = " ".join(f"{pending.source}: {reason}".split())
-        if len(text) > 1000:  # its start says who, and Ray puts the cause last
-            text = f"{text[:300]} ... {text[-700:]}"
+        text = printable(f"{pending.source}: {reason}")
+        text = text if len(text) <= 1000 else f"{text[:300]} ... {text[-700:]}"  # who, and why
         self.recent.append(text)
         logger.warning("Rejected: %s", text)

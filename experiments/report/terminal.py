@@ -8,6 +8,7 @@ from statistics import fmean
 from rich.markup import escape
 from rich.table import Table
 
+from common.files import printable
 from common.messages import weighted_mean
 from experiments.report.looks import method_label
 from experiments.report.plan import Plan
@@ -57,7 +58,7 @@ def run_table(run: Run) -> Table:
                for way in ("down", "up")]  # fmt: skip
     rows = {
         "status": f"[{color}]{run.status}[/{color}]",
-        "reason": escape(str(summary.get("reason") or "")),
+        "reason": escape(printable(str(summary.get("reason") or ""))),
         "method": method_label(run.method),
         "data": str(run.config.get("dataset", "?")),
         "models": ", ".join(dict.fromkeys(run.families().values())) or "?",

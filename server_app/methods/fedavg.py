@@ -33,6 +33,14 @@ class FedAvg(Method[Float32]):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self.models: dict[str, Float32] = {}
+        self._declared: dict[str, str] = {}
+
+    def add_client(self, client: Client) -> None:
+        """Drop the model of a group that its last client has left for another."""
+        before = self._declared.get(client.client_id)
+        self._declared[client.client_id] = self.key(client)
+        if before and before not in self._declared.values():
+            self.models.pop(before, None)
 
     def key(self, client: Client) -> str:
         """Return whose model this client shares."""

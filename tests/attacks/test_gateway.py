@@ -91,7 +91,7 @@ def say(place: tuple[Deployment, int, Behind], sent: str) -> tuple[list[int], li
 def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Behind]) -> None:
     listed = re.search(r"/v1/fleet/\(([a-z|-]+)\)", CONFIG)
     assert listed is not None
-    passing = [*listed[1].split("|"), "push-object"]
+    passing = [*listed[1].split("|"), "push-messages", "push-object"]
     assert {f"/v1/fleet/{name}" for name in passing} == FLEET
     for path in sorted(FLEET):
         codes, passed = say(place, f"POST {path}?x=1 HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n")
@@ -199,6 +199,9 @@ def test_only_pieces_are_large(place: tuple[Deployment, int, Behind]) -> None:
     head = f"{HEAD}Content-Length: {2**20}\r\n\r\n"
     codes, passed = say(place, f"POST /v1/fleet/push-messages HTTP/1.1\r\n{head}")
     assert (codes, passed) == ([413], [])
+    for procedure in ("pull-messages", "register-node"):
+        large = f"{HEAD}Content-Length: {2**13}\r\n\r\n"
+        assert say(place, f"POST /v1/fleet/{procedure} HTTP/1.1\r\n{large}") == ([413], [])
     too_much = f"{HEAD}Content-Length: {7 * 2**20}\r\n\r\n"
     assert say(place, f"POST /v1/fleet/push-object HTTP/1.1\r\n{too_much}") == ([413], [])
 

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message
 
+from common.config import RunConfig
 from common.messages import Registration
-from server_app.admission import majority_first
+from server_app.admission import Admission, majority_first
 from server_app.clients import CHANGE_ROUNDS, Registry
 from tests.integration.conftest import Lines
 from tests.support.outputs import rows
@@ -161,3 +163,63 @@ def test_who_is_refused_is_told_why_at_once(tmp_path: Path) -> None:
     assert "Two participants cannot share one identity" in other["reason"]
     assert other["final"] is False, "it may be its own of a moment ago"
     assert not (state / "good" / "refusal.json").exists()
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_nodes_that_take_turns_do_not_keep_a_run_from_starting() -> None:
+    clock = Clock()
+
+    def online() -> list[int]:
+        assert clock.now < 3600, "the run never begins"
+        return [1, 2, 3, 100 + int(clock.now // 1.5) % 2]
+
+    config = RunConfig.parse({"min-clients": 3, "wait-for-clients-s": 300.0})
+    transport: Any = SimpleNamespace(clock=clock, grid=SimpleNamespace(get_node_ids=online))
+    registry = Registry(10**6, lambda *_: None)
+    admission = Admission(config, transport, registry, lambda _: None)
+    admission._settle(2.0)
+    assert clock.now < 10
+
+
+def test_who_takes_its_time_is_asked_less_and_less() -> None:
+    """Away every other round, it would have everybody wait for it each time it comes back."""
+    clock, asked = Clock(), list[int]()
+    registry = Registry(10**6, lambda *_: None)
+
+    def exchange(messages: Any) -> Any:
+        for node in sorted(messages, key=lambda node: node == 3):
+            clock.now += 59.0 if node == 3 else 0.0
+            yield SimpleNamespace(pending=SimpleNamespace(node_id=node))
+
+    here: set[int] = set()
+    transport: Any = SimpleNamespace(
+        clock=clock,
+        exchange=exchange,
+        busy_nodes=set,
+        recent=[],
+        attempt=lambda call: dict.fromkeys(here),
+        read=lambda arrival, _: Registration(f"c{arrival.pending.node_id}", 10, 10),
+    )
+    config = RunConfig.parse({"min-clients": 2})
+    admission = Admission(config, transport, registry, lambda _: None)
+    admission._settled = True
+    admission._question = lambda node, *_: asked.append(node) or node  # type: ignore[assignment,func-returns-value]
+    waits = []
+    for number in range(1, 33):
+        here = {1, 2, 3} if number % 2 else {1, 2}
+        before = clock.now
+        admission.refresh(number)
+        waits.append(clock.now - before)
+    assert sum(wait > 10 for wait in waits) <= 6, waits

@@ -1,29 +1,44 @@
 """What a node may hand in at a SuperLink: one reply, in its own name, with finite numbers."""
 
 import base64
+import contextlib
 import http.client
 import math
+import secrets
 import ssl
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import SUPERLINK_NODE_ID, TIMESTAMP_HEADER
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.superlink.servicer.fleet import fleet_handlers
 
 from common.errors import WireError
-from common.messages import LARGEST_REPLY
-from experiments.deploy.superlink import MOST_PIECES, Guard, empty_records, require_reply
+from experiments.deploy.guard import MOST_PIECES, empty_records, require_reply
 from tests.support.deployment import Deployment
+from tests.support.link import Link, guarded_link
 
 ME = 77
 
@@ -89,60 +104,135 @@ def test_an_empty_record_has_no_pieces() -> None:
         require_reply(request)
 
 
-class Store:
-    """An object store with a message of two pieces, of which one may be missing."""
-
-    def __init__(self, **contents: bytes) -> None:
-        self._contents = contents
-
-    def __contains__(self, name: str) -> bool:
-        return name == "root"
-
-    def get_object_tree(self, name: str) -> ObjectTree:
-        return ObjectTree(object_id=name, children=[ObjectTree(object_id="piece")])
-
-    def get(self, name: str) -> bytes | None:
-        return self._contents.get(name)
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[Link]:
+    with guarded_link(tmp_path) as opened:
+        yield opened
 
 
-def guard() -> tuple[Guard, list[str]]:
-    done: list[str] = []
-    handlers = SimpleNamespace(
-        push_messages=lambda request, state: done.append("message"),
-        push_object=lambda request, state: done.append("piece"),
-        confirm_message_received=lambda request, state, store: done.append("confirmed"),
-    )
-    made = Guard(handlers)
-    made.install()
-    assert handlers.push_object == made.push_object
-    return made, done
+def chunks(count: int, size: int = 1000) -> dict[str, bytes]:
+    made = [ArrayChunk(secrets.token_bytes(size)).deflate() for _ in range(count)]
+    return {get_object_id(content): content for content in made}
 
 
-@pytest.mark.parametrize("missing", ["root", "piece", ""])
-def test_a_message_is_not_confirmed_before_it_is_there(missing: str) -> None:
+def trees(names: Iterable[str]) -> list[ObjectTree]:
+    return [ObjectTree(object_id=name) for name in names]
+
+
+def vector() -> tuple[Array, RecordDict]:
+    array = Array(np.random.default_rng(1).standard_normal(500).astype(np.float32))
+    return array, RecordDict({"arrays": ArrayRecord({"global-theta": array})})
+
+
+def test_a_message_is_not_confirmed_before_it_is_there(link: Link) -> None:
     """It would be deleted under the hands of who is sending it, and end the run."""
-    found, done = guard()
-    contents = {name: b"x" for name in ("root", "piece") if name != missing}
-    request = SimpleNamespace(message_object_id="root", node=Node(node_id=ME))
-    if missing:
+    evil, good = link.nodes
+    link.send(evil)
+    pieces = chunks(3)
+    root = secrets.token_hex(32)
+    session = link.reply(evil, link.fetch(evil), trees(pieces), root=root).session_id
+    for name, content in pieces.items():
         with pytest.raises(FlowerError, match="confirmed before all of it is there"):
-            found.confirm(request, None, Store(**contents))
-    else:
-        found.confirm(request, None, Store(**contents))
-        found.confirm(SimpleNamespace(message_object_id="gone"), None, Store())
-    assert done == ([] if missing else ["confirmed", "confirmed"])
+            link.confirm(evil, root)
+        assert link.push(evil, session, name, content)
+    with pytest.raises(FlowerError, match="confirmed before all of it is there"):
+        link.confirm(evil, root)  # the message itself
+    link.send(good)
+    link.confirm(good, link.fetch(good).metadata.message_id)
+    link.confirm(good, "0" * 64)  # one that is gone
 
 
-def test_a_node_stores_no_more_than_a_reply() -> None:
-    found, done = guard()
-    piece = SimpleNamespace(node=Node(node_id=ME), object_content=bytes(2**26))
-    for _ in range(LARGEST_REPLY // 2**26):
-        found.push_object(piece, None)
-    with pytest.raises(FlowerError, match="has more than"):
-        found.push_object(piece, None)
-    found.push_messages(handed_in(), None)
-    found.push_object(piece, None)
-    assert len(done) == LARGEST_REPLY // 2**26 + 2
+def test_a_node_stores_no_more_than_a_reply(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a second message, that is not stored, give it more."""
+    monkeypatch.setattr("experiments.deploy.guard.LARGEST_REPLY", 5000)
+    evil = link.nodes[0]
+    link.send(evil)
+    message, pieces, stored = link.fetch(evil), chunks(12), 0
+    session = link.reply(evil, message, trees(pieces), ttl=3000.0).session_id
+    for name, content in pieces.items():
+        try:
+            stored += link.push(evil, session, name, content)
+        except FlowerError:
+            made_up = Message(metadata=message.metadata)
+            made_up.metadata.message_id = "f" * 64
+            link.reply(evil, made_up, [])
+    assert stored == 4, "of 1,024 bytes each"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_all_get_is_not_spoiled_by_who_had_it_first(link: Link, there: bool) -> None:
+    """A vector's id is known, or known to the first who gets it: it says what it is made of."""
+    evil, good = link.nodes
+    array, content = vector()
+    link.send(evil, content if there else None)
+    message = link.fetch(evil)
+    if there:
+        link.confirm(evil, message.metadata.message_id)
+    session = link.reply(evil, message, trees([array.object_id]), ttl=3000.0).session_id
+    with pytest.raises(FlowerError, match="made of others than were announced"):
+        link.push(evil, session, array.object_id, array.deflate())
+    sent = link.send(good, vector()[1])
+    got = link.fetch(good)
+    assert got.metadata.message_id == sent
+    tree = link.state.object_store.get_object_tree(sent)
+    names = {node.object_id for node in iterate_object_tree(tree)}
+    assert names >= set(get_all_nested_objects(array))
+    assert all(link.state.object_store.get(name) for name in names), "it can be received"
+    link.confirm(good, sent)
+
+
+def test_pieces_go_with_their_message(link: Link) -> None:
+    """Of a reply that comes too late, and of a message that is never confirmed."""
+    evil, good = link.nodes
+    for _ in range(3):
+        _, content = vector()
+        sent, pieces = link.send(evil, content), chunks(5)
+        message = link.fetch(evil)
+        session = link.reply(evil, message, trees(pieces), ttl=0.02).session_id
+        time.sleep(0.1)
+        (failed,) = link.pull(sent)
+        assert failed.has_error()
+        for name, piece in pieces.items():
+            with contextlib.suppress(FlowerError, NoObjectInStoreError):
+                assert not link.push(evil, session, name, piece)
+        other = link.send(good)
+        link.pull(other)
+        link.confirm(good, other)
+    assert link.num_pieces() == 0
+
+
+def test_what_nobody_asks_after_goes_in_the_end(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.deploy.pieces.GRACE_S", -4000.0)
+    link.send(link.nodes[0])
+    assert link.num_pieces() > 0
+    link.pull()
+    assert link.num_pieces() == 0
+
+
+def test_an_honest_exchange_is_as_ever(link: Link) -> None:
+    """Many get one vector; each one's reply comes; nothing is left behind."""
+    array, _ = vector()
+    for _ in range(2):
+        sent = [link.send(node, vector()[1]) for node in link.nodes]
+        for node in link.nodes:
+            message = link.fetch(node)
+            answer = FlowerMessage(RecordDict({"arrays": ArrayRecord({"delta": array})}),
+                                   reply_to=message_from_proto(message))  # fmt: skip
+            answer.metadata.__dict__["_message_id"] = answer.object_id
+            link.confirm(node, message.metadata.message_id)
+            parts = get_all_nested_objects(answer)
+            request = PushMessagesRequest(
+                node=Node(node_id=node), messages_list=[message_to_proto(answer)],
+                message_object_trees=[get_object_tree(answer)],
+            )  # fmt: skip
+            response = fleet_handlers.push_messages(request=request, state=link.state)
+            for name in response.objects_to_push:
+                assert link.push(node, response.session_id, name, parts[name].deflate())
+        found = link.pull(*sent)
+        assert [reply.has_error() for reply in found] == [False, False]
+    assert link.num_pieces() == 0
 
 
 class RawNode:

@@ -1,0 +1,175 @@
+"""The guard of a SuperLink, which takes from a node only what a node may say.
+
+Flower checks who asks, and not in whose name the message is that it hands in: a participant could
+speak as the SuperLink, to the ServerApp and to other participants; and a time that is no number
+stays in its database, where every later pull stumbles over it. It deletes a message whose pieces
+have not come yet if its recipient confirms it, stores whatever pieces a node has announced,
+believes what a node says of them, and keeps them until the run ends.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+
+from common.errors import WireError
+from common.messages import LARGEST_REPLY, MOST_SECONDS
+from experiments.deploy.pieces import Kept, correct, is_whole, require_true
+
+MOST_PIECES = 160
+"""Of one reply: each has up to 5 MB."""
+PATIENCE_S = 2.0
+"""That a node waits for its own other request to hand in a message."""
+
+
+class Guard:
+    """Stands before Flower's handlers.
+
+    Of the fleet API, where it refuses what a node may not do, and of the server's own, where it
+    lets the pieces of messages go.
+    """
+
+    def __init__(self, handlers: Any, runtime: Any) -> None:
+        self._handlers, self._runtime = handlers, runtime
+        self._push_messages = handlers.push_messages
+        self._push_object = handlers.push_object
+        self._confirm = handlers.confirm_message_received
+        self._send, self._collect = runtime.push_messages, runtime.pull_messages
+        self._kept = Kept()
+        self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._bytes: Counter[int] = Counter()
+
+    def install(self) -> None:
+        """Put this in the place of the handlers."""
+        self._handlers.push_messages = self.push_messages
+        self._handlers.push_object = self.push_object
+        self._handlers.confirm_message_received = self.confirm
+        self._runtime.push_messages = self.send
+        self._runtime.pull_messages = self.collect
+
+    def push_messages(self, request: Any, state: Any) -> Any:
+        """Take one reply at a time from a node."""
+        node = request.node.node_id
+        with refusing():
+            require_reply(request)
+        with self._alone(node):
+            response = self._push_messages(request=request, state=state)
+            if response.objects_to_push:
+                self._bytes[node] = 0
+                metadata = request.messages_list[0].metadata
+                self._kept.note_reply(metadata.reply_to_message_id, metadata.message_id)
+            return response
+
+    def push_object(self, request: Any, state: Any) -> Any:
+        """Take no more bytes from a node than its last reply may have."""
+        node = request.node.node_id
+        with refusing():
+            self._bytes[node] += len(request.object_content)
+            if self._bytes[node] > LARGEST_REPLY:
+                raise WireError(f"node {node}: its reply has more than {LARGEST_REPLY:,} bytes.")
+            require_true(state.object_store, request.object_id, request.object_content)
+        return self._push_object(request=request, state=state)
+
+    def confirm(self, request: Any, state: Any, store: Any) -> Any:
+        """Let a message go when all of it is here; before that nobody can have received it."""
+        message_id = request.message_object_id
+        with self._alone(request.node.node_id):
+            with refusing():
+                if message_id in store and not is_whole(store, message_id):
+                    raise WireError(f"{message_id} is confirmed before all of it is there.")
+            return self._confirm(request=request, state=state, store=store)
+
+    def send(self, request: Any, state: Any, task: Any) -> Any:
+        """Take the server's messages, whatever a node has said of their pieces before."""
+        for message, tree in zip(request.messages_list, request.message_object_trees, strict=True):
+            correct(state.object_store, tree)
+            metadata = message.metadata
+            self._kept.note_sent(metadata.message_id, metadata.created_at + metadata.ttl)
+        return self._send(request, state, task)
+
+    def collect(self, request: Any, state: Any, task: Any) -> Any:
+        """Give the server what has come; what is answered, or was never, leaves no pieces."""
+        response, store = self._collect(request, state, task), state.object_store
+        for message in response.messages_list:
+            metadata = message.metadata
+            self._kept.close(store, metadata.reply_to_message_id, reply=metadata.message_id)
+        self._kept.close_old(store, time.time())
+        return response
+
+    @contextmanager
+    def _alone(self, node: int) -> Iterator[None]:
+        """Serve a node's requests of one kind one after the other."""
+        with refusing():
+            if not self._locks[node].acquire(timeout=PATIENCE_S):
+                raise WireError(f"node {node} hands in several messages at once.")
+        try:
+            yield
+        finally:
+            self._locks[node].release()
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn a WireError into what the node is told."""
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+
+    try:
+        yield
+    except WireError as error:
+        raise FlowerError(ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, str(error)) from error
+
+
+def require_reply(request: Any) -> None:
+    """Raise WireError unless a PushMessagesRequest is one reply, in the name of who sends it."""
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        raise WireError("a node hands in one message at a time, with one tree of its pieces.")
+    metadata, tree = request.messages_list[0].metadata, request.message_object_trees[0]
+    node = request.node.node_id
+    if metadata.src_node_id != node or metadata.dst_node_id != SUPERLINK_NODE_ID:
+        raise WireError(
+            f"node {node} hands in a message from {metadata.src_node_id} to "
+            f"{metadata.dst_node_id}; it may send from itself to {SUPERLINK_NODE_ID} alone."
+        )
+    if not metadata.reply_to_message_id:
+        raise WireError(f"node {node} hands in a message that answers none.")
+    if not (math.isfinite(metadata.created_at) and 0 < metadata.ttl < math.inf):
+        raise WireError(f"node {node}: created_at and ttl must be finite numbers.")
+    if metadata.message_id != tree.object_id:
+        raise WireError(f"node {node}: the pieces are of another message.")
+    if not all(0 <= seconds <= MOST_SECONDS for seconds in request.clientapp_runtime_list):
+        raise WireError(f"node {node}: a running time is no number of seconds.")
+    pieces = pieces_of(tree)
+    if len(pieces) > MOST_PIECES:
+        raise WireError(f"node {node}: a reply has at most {MOST_PIECES} pieces.")
+    empty = empty_records()
+    if any(piece.object_id in empty and piece.children for piece in pieces):
+        raise WireError(f"node {node}: an empty record has no pieces.")
+
+
+def pieces_of(tree: Any) -> list[Any]:
+    """Return the pieces of a reply, of more than `MOST_PIECES` one more than so many."""
+    waiting: list[Any] = [tree]
+    found: list[Any] = []
+    while waiting and len(found) <= MOST_PIECES:
+        found.append(waiting.pop())
+        waiting.extend(found[-1].children)
+    return found
+
+
+@cache
+def empty_records() -> frozenset[str]:
+    """Return the ids of records that hold nothing: they are in everybody's messages.
+
+    Who registers one with pieces would spoil every later reply that has it.
+    """
+    records = (ArrayRecord(), ConfigRecord(), MetricRecord(), RecordDict())
+    return frozenset(record.object_id for record in records)

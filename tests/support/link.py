@@ -1,0 +1,176 @@
+"""A SuperLink without processes: Flower's handlers and database, and the guard before them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    Message,
+    Metadata,
+    ObjectTree,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore import task_identity
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.servicer.fleet import fleet_handlers as fleet
+from flwr.superlink.servicer.runtime import runtime_handlers as runtime
+
+from common.inflation import Replies
+from experiments.deploy.guard import Guard
+
+SERVER = Node(node_id=SUPERLINK_NODE_ID)
+GUARDED = (
+    (fleet, ("push_messages", "push_object", "confirm_message_received")),
+    (runtime, ("push_messages", "pull_messages")),
+)
+
+
+@contextmanager
+def guarded_link(folder: Path, nodes: int = 2) -> Iterator[Link]:
+    """Open a link whose handlers are guarded until the context is left."""
+    kept = [(module, name, getattr(module, name)) for module, names in GUARDED for name in names]
+    identity = dict(vars(task_identity.TaskIdentity))
+    try:
+        yield Link(folder, nodes)
+    finally:
+        for module, name, handler in kept:
+            setattr(module, name, handler)
+        for name in ("_run_id", "_node_id", "_task_id"):
+            setattr(task_identity.TaskIdentity, name, identity[name])
+
+
+class Link:
+    """The database of a SuperLink, some nodes and one run of a server."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder, self.store = folder, ObjectStoreFactory(str(folder / "state.db"))
+        factory = LinkStateFactory(str(folder / "state.db"), NoOpFederationManager(), self.store)
+        self.state: Any = factory.state()
+        Guard(fleet, runtime).install()
+        self.nodes = []
+        for number in range(nodes):
+            node = self.state.create_node(
+                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, b"key%d" % number, 60, name=f"n{number}"
+            )
+            self.state.activate_node(node, 600)
+            self.nodes.append(node)
+        self.run = self.state.create_run(
+            "a", "1", "h", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task = self.state.get_run_info(run_ids=[self.run])[0].primary_task_id
+        self.state.claim_task(task)
+        self.state.activate_task(task)
+        self.task: Any = SimpleNamespace(run_id=self.run)
+        client = SimpleNamespace(
+            PullMessages=lambda r: runtime.pull_messages(r, self.state, self.task),
+            PullObject=lambda r: runtime.pull_object(r, self.state, self.task),
+            ConfirmMessageReceived=lambda r: runtime.confirm_message_received(
+                r, self.state, self.task
+            ),
+        )
+        self.waiting: dict[str, int] = {}
+        self._replies = Replies(self.waiting.get)
+        self._grid = SimpleNamespace(
+            _runtime_client=client, _run=SimpleNamespace(run_id=self.run), node=SERVER
+        )
+        for name, value in (
+            ("_run_id", self.run),
+            ("_node_id", SUPERLINK_NODE_ID),
+            ("_task_id", 1),
+        ):
+            setattr(task_identity.TaskIdentity, name, value)
+
+    # --- the server ------------------------------------------------------------------------------
+
+    def send(self, node: int, content: RecordDict | None = None) -> str:
+        """Send a message of the server's with all its pieces; return its id."""
+        content = content or RecordDict()
+        content["config"] = ConfigRecord({"nonce": secrets.token_hex(8)})
+        message = FlowerMessage(content, node, "train.personal", ttl=3600.0, group_id="1")
+        facts = {"_run_id": self.run, "_src_node_id": SUPERLINK_NODE_ID}
+        message.metadata.__dict__.update(facts)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        request = PushAppMessagesRequest(
+            messages_list=[message_to_proto(message)],
+            message_object_trees=[get_object_tree(message)],
+        )
+        response = runtime.push_messages(request, self.state, self.task)
+        for name, piece in get_all_nested_objects(message).items():
+            pushed = PushObjectRequest(
+                node=SERVER, run_id=self.run, object_id=name, object_content=piece.deflate(),
+                session_id=response.session_id,
+            )  # fmt: skip
+            runtime.push_object(pushed, self.state, self.task)
+        self.waiting[response.message_ids[0]] = 2**20
+        return str(response.message_ids[0])
+
+    def pull(self, *message_ids: str) -> list[Any]:
+        """Pull what came to messages; those that are answered are waited for no longer."""
+        found = self._replies.pull(self._grid, message_ids)
+        for reply in found:
+            self.waiting.pop(reply.metadata.reply_to_message_id, None)
+        return found
+
+    # --- a node ----------------------------------------------------------------------------------
+
+    def fetch(self, node: int) -> Any:
+        """Return the message that a node gets, None where there is none."""
+        request = PullMessagesRequest(node=Node(node_id=node))
+        found = fleet.pull_messages(request, self.state, self.state.object_store).messages_list
+        return found[0] if found else None
+
+    def reply(
+        self, node: int, message: Any, pieces: list[ObjectTree], *, root: str = "", **claims: Any
+    ) -> Any:
+        """Hand in a reply of so many pieces; return Flower's response."""
+        facts = message.metadata
+        fields = {
+            "run_id": facts.run_id, "message_id": root or secrets.token_hex(32),
+            "src_node_id": node, "dst_node_id": SUPERLINK_NODE_ID, "group_id": facts.group_id,
+            "reply_to_message_id": facts.message_id, "created_at": time.time(), "ttl": 60.0,
+            "message_type": facts.message_type,
+        } | claims  # fmt: skip
+        handed = Message(metadata=Metadata(**fields))
+        handed.content.SetInParent()
+        tree = ObjectTree(object_id=str(fields["message_id"]), children=pieces)
+        request = PushMessagesRequest(
+            node=Node(node_id=node), messages_list=[handed], message_object_trees=[tree]
+        )
+        return fleet.push_messages(request, self.state)
+
+    def push(self, node: int, session: str, name: str, content: bytes) -> bool:
+        """Push a piece; return whether it was stored."""
+        request = PushObjectRequest(
+            node=Node(node_id=node), run_id=self.run, object_id=name, object_content=content,
+            session_id=session,
+        )  # fmt: skip
+        return bool(fleet.push_object(request, self.state).stored)
+
+    def confirm(self, node: int, message_id: str) -> None:
+        """Confirm that a message has been received."""
+        request = ConfirmMessageReceivedRequest(
+            node=Node(node_id=node), run_id=self.run, message_object_id=message_id
+        )
+        fleet.confirm_message_received(request, self.state, self.state.object_store)
+
+    def num_pieces(self) -> int:
+        """Count what the database holds."""
+        return len(self.state.object_store)
