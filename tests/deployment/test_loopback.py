@@ -80,5 +80,5 @@ def test_three_sites_train_over_tls_and_a_stranger_is_refused(tmp_path: Path) ->
     assert sum(len(s) for s in streams) > 100_000
     for stream in streams:
         assert 22 in tls_records(stream)  # a handshake, and nothing but TLS records after it
-        for word in (b"site-a", b"theta", b"delta", b"output-dir", b"HTTP/1.1", b"POST"):
+        for word in (b"site-a", b"theta", b"delta", b"output-dir", b"HTTP/1.1", b"POST /v1"):
             assert word not in stream
