@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from common.config import RunConfig
 from common.errors import RunError, listing
-from common.files import replace_file, safe_name
+from common.files import read_json, replace_file, safe_name
 from common.methods import method_class
 from experiments.console import make_console, say
+from experiments.deploy.attendance import ATTENDANCE
 from experiments.report.runs import Run, find_run
+
+if TYPE_CHECKING:
+    from server_app.output.checkpoint import Checkpoint
 
 
 def add_forget_parser(commands: Any) -> None:
@@ -24,12 +31,19 @@ def add_forget_parser(commands: Any) -> None:
     command = commands.add_parser("forget", help="take a participant out of a stopped run")
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
     command.add_argument("client", metavar="CLIENT", help="its client-id")
+    command.add_argument(
+        "--key", action="store_true", help="only its key: it comes with another one from now on"
+    )
     command.set_defaults(command=run_forget)
 
 
 def run_forget(args: argparse.Namespace) -> int:
-    """Write a checkpoint without the participant, and drop the others and its rows."""
+    """Write a checkpoint without the participant, or without its key; drop the others."""
     run = find_run(args.run)
+    if args.key:
+        forget_key(run, args.client)
+        say(make_console(), f"{args.client} belongs to the next key that comes with its name.")
+        return 0
     forget(run, args.client)
     say(
         make_console(),
@@ -46,22 +60,10 @@ def forget(run: Run, client_id: str) -> None:
     Raises RunError where a server is writing to the folder or the run does not know the
     participant, CheckpointError where there is no whole checkpoint.
     """
-    from server_app.app import CHECKPOINTS
-    from server_app.output.checkpoint import load_checkpoint, save_checkpoint
-    from server_app.output.run_folder import LOCK
+    from server_app.output.checkpoint import save_checkpoint
 
-    lock = FileLock(run.folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"a server is writing to {run.folder}. Stop it first.") from error
-    try:
-        place = run.folder / CHECKPOINTS
-        checkpoint = load_checkpoint(place)
+    with _checkpoint(run, client_id) as (place, checkpoint):
         meta = checkpoint.meta
-        known = [row["client_id"] for row in meta["registry"]]
-        if client_id not in known:
-            raise RunError(f"{run.folder} knows no {client_id!r}, only {listing(known, 20)}.")
         config = RunConfig.parse(run.config)
         kind = method_class(config.run.method, "server_app")
         method = kind(kind.adapted(config))
@@ -76,10 +78,55 @@ def forget(run: Run, client_id: str) -> None:
         }
         save_checkpoint(place, tensors=tensors, meta={**meta, **without}, keep=1)
         _drop_row(run.folder / "clients.csv", client_id)
+        _drop_attendance(run.folder / ATTENDANCE, client_id)
         models = run.folder / "personal-models" / safe_name(client_id)
         shutil.rmtree(models, ignore_errors=True)
+
+
+def forget_key(run: Run, client_id: str) -> None:
+    """Let a participant come with another key: its client-id is bound to the next that claims it.
+
+    Raises as `forget`.
+    """
+    from server_app.output.checkpoint import save_checkpoint
+
+    with _checkpoint(run, client_id) as (place, checkpoint):
+        meta = checkpoint.meta
+        registry = [
+            {**row, "key": ""} if row["client_id"] == client_id else row for row in meta["registry"]
+        ]
+        meta = {**meta, "registry": registry}
+        save_checkpoint(place, tensors=checkpoint.tensors, meta=meta, keep=1)
+
+
+@contextmanager
+def _checkpoint(run: Run, client_id: str) -> Iterator[tuple[Path, Checkpoint]]:
+    """Hold a run's folder and open its newest checkpoint, which has to know the participant."""
+    from server_app.app import CHECKPOINTS
+    from server_app.output.checkpoint import load_checkpoint
+    from server_app.output.run_folder import LOCK
+
+    lock = FileLock(run.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"a server is writing to {run.folder}. Stop it first.") from error
+    try:
+        place = run.folder / CHECKPOINTS
+        checkpoint = load_checkpoint(place)
+        known = [row["client_id"] for row in checkpoint.meta["registry"]]
+        if client_id not in known:
+            raise RunError(f"{run.folder} knows no {client_id!r}, only {listing(known, 20)}.")
+        yield place, checkpoint
     finally:
         lock.release()
+
+
+def _drop_attendance(path: Path, client_id: str) -> None:
+    if path.is_file():
+        found = read_json(path)
+        kept = [row for row in found["participants"] if row["client_id"] != client_id]
+        replace_file(path, json.dumps({**found, "participants": kept, "refused": []}))
 
 
 def _drop_row(path: Path, client_id: str) -> None:

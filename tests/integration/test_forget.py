@@ -1,5 +1,6 @@
 """`mh-pfedhn forget`: nothing of a participant is left in a run, and the run goes on without it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from filelock import FileLock
 from common.config import RunConfig
 from experiments.__main__ import main
 from experiments.run.engines.inprocess import simulated_nodes
+from server_app.output.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.outputs import client_rows, rows
 from tests.support.tiny import HERE, run_tiny, tiny_config
 
@@ -42,10 +44,28 @@ def test_nothing_of_it_is_left_and_the_others_go_on(tmp_path: Path, method: str,
     ) or method.startswith("lg")
     assert [row["client_id"] for row in client_rows(config)] == ["0", "1", "3"]
     assert not (folder / "personal-models" / "2").exists()
+    attendance = json.loads((folder / "attendance.json").read_text())
+    assert [row["client_id"] for row in attendance["participants"]] == ["0", "1", "3"]
     on = config.with_overrides({"rounds": 3, "resume-from": config.run.output_dir})
     others = [node for node in simulated_nodes(4) if node["partition-id"] != 2]
     run_tiny(on, node_configs=others)
     assert [row["num_accepted"] for row in rows(on)] == [4, 4, 3]
+
+
+def test_a_participant_comes_with_another_key(tmp_path: Path, capsys: Capture) -> None:
+    config = finished(tmp_path, rounds=1)
+    place = Path(config.run.output_dir) / "checkpoint"
+    checkpoint = load_checkpoint(place)
+    for row in checkpoint.meta["registry"]:
+        row["key"] = f"SHA256:{row['client_id']}"
+    save_checkpoint(place, tensors=checkpoint.tensors, meta=checkpoint.meta, keep=1)
+    assert main(["forget", config.run.output_dir, "2", "--key"]) == 0
+    assert "2 belongs to the next key that comes" in capsys.readouterr().out
+    after = load_checkpoint(place)
+    keys = {row["client_id"]: row["key"] for row in after.meta["registry"]}
+    assert keys == {"0": "SHA256:0", "1": "SHA256:1", "2": "", "3": "SHA256:3"}
+    assert after.tensors.keys() == checkpoint.tensors.keys()
+    assert after.meta["learned"] == checkpoint.meta["learned"], "it keeps what it has learned"
 
 
 def test_what_cannot_be_forgotten_is_said(tmp_path: Path, capsys: Capture) -> None:
