@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
+from client_app.frozen import FROZEN, frozen_of, frozen_state, link_frozen
 from client_app.models.registry import build_model
 from client_app.predictor import Predictor
 from client_app.store import COMMON_MODEL, OWN_MODEL, PERSONAL_MODEL, FolderState
@@ -82,19 +83,28 @@ class PersonalModel:
     common: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def store(self, folder: Path, *, program: bool) -> Path:
+    def store(self, folder: Path, *, program: bool, once: Path | None = None) -> Path:
         """Write the files; returns the path of the safetensors file.
 
-        A model that torch.export cannot follow keeps its weights and its description, which then
-        says why there is no program.
+        With a folder `once`, parameters that are frozen lie there, one time for all versions, and
+        `frozen.safetensors` is a link to them. A model that torch.export cannot follow keeps its
+        weights and its description, which then says why there is no program.
         """
-        FolderState(folder).save(PERSONAL_MODEL, self.module.state_dict())
-        for name in (OWN_MODEL, COMMON_MODEL):  # an earlier run's may be there
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+        frozen = {} if once is None else frozen_state(self.module)
+        models = {PERSONAL_MODEL: self.module, OWN_MODEL: None, COMMON_MODEL: None}
         if isinstance(self.module, Predictor):
-            FolderState(folder).save(OWN_MODEL, self.module.own.state_dict())
-            FolderState(folder).save(COMMON_MODEL, self.module.common.state_dict())
+            models |= {OWN_MODEL: self.module.own, COMMON_MODEL: self.module.common}
+        for name, module in models.items():
+            if module is None:  # an earlier run's may be there
+                (folder / f"{name}.safetensors").unlink(missing_ok=True)
+                continue
+            kept = module.state_dict()
+            changing = {key: kept[key] for key in kept.keys() - frozen_state(module).keys()}
+            FolderState(folder).save(name, changing if frozen else kept)
         description = self.describe()
+        if once is not None and frozen:
+            link_frozen(frozen, once, folder)
+            description["frozen"] = f"{FROZEN}.safetensors: `mh-pfedhn model export` puts it in"
         if self.data.test_rows is not None:
             rows = io.BytesIO()
             np.save(rows, self.data.test_rows, allow_pickle=False)
@@ -207,7 +217,7 @@ def read_predictor(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     """
     try:
         about = json.loads((folder / f"{PERSONAL_MODEL}.json").read_text())
-        weights = load_file(folder / f"{PERSONAL_MODEL}.safetensors")
+        weights = load_file(folder / f"{PERSONAL_MODEL}.safetensors") | frozen_of(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} does not hold a whole personal model: {error}") from error
     sizes = {"in_channels": about["in_channels"], "num_classes": about["num_classes"]}

@@ -84,7 +84,7 @@ class Shelf:
             name = f"round-{server_round:08d}-{secrets.token_hex(4)}"
             place, draft = home / name, home / ".draft"
             shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-            model.store(draft, program=program)
+            model.store(draft, program=program, once=home)
             draft.rename(place)
             sync(home)
             before, now = self.best(home.name), self.versions(home.name)[-1]
@@ -94,6 +94,9 @@ class Shelf:
             for folder in home.iterdir():
                 if folder.is_dir() and folder not in (now.folder, before.folder):
                     shutil.rmtree(folder, ignore_errors=True)
+            for frozen in home.glob("frozen-*"):
+                if frozen.stat().st_nlink == 1:
+                    frozen.unlink()
             self._note(home / HISTORY, model.describe(), server_round)
         self._prune()
 

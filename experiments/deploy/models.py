@@ -77,6 +77,7 @@ def list_models(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Copy a model's files, and add its program where it has none yet."""
+    from client_app.frozen import make_whole
     from client_app.personal import read_predictor, save_program
     from client_app.store import PERSONAL_MODEL
 
@@ -85,6 +86,7 @@ def export(args: argparse.Namespace) -> int:
         raise DataError(f"{out} is there already. Name a folder that is not.")
     module, about = read_predictor(found.folder)
     shutil.copytree(found.folder, out)
+    make_whole(out)
     program = out / f"{PERSONAL_MODEL}.pt2"
     if not program.exists():
         save_program((module, _blank(about)), program, lambda _: None)

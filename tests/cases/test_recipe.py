@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.models.building import ModelKind, built, trainable
+from client_app.personal import read_predictor
+from client_app.shelf import Shelf
 from common.config import NodeConfig, TrainingSection
 from common.errors import ConfigError, ModelError
+from experiments.__main__ import main
 from tests.support.outputs import rows
 from tests.support.tiny import Handler, Wrapped, run_tiny, tiny_config, trusting
 from tests.unit.experiments.test_join import checked, settings
@@ -91,6 +94,32 @@ def test_only_what_is_named_is_generated_and_changes(tmp_path: Path, method: str
     for key, value in before.items():
         changed = not torch.equal(after[key], value)
         assert changed == key.startswith("head."), key
+
+
+def test_what_is_frozen_is_stored_once(tmp_path: Path) -> None:
+    """On the shelf two versions share it; what is exported has it."""
+    model = f"{HERE}:pretrained"
+    config = tiny_config(tmp_path, method="mh-pfedhn-pg", server_rule="kernel", rounds=4,
+                         validation_fraction=0.1)  # fmt: skip
+    run_tiny(config, node_configs=[node(tmp_path, model, generate="head.*")])
+    state = tmp_path / "state" / "a"
+    (home,) = (state / "models").iterdir()
+    (frozen,) = home.glob("frozen-*")
+    versions = [path for path in home.iterdir() if path.is_dir()]
+    assert frozen.stat().st_nlink == 1 + len(versions)
+    assert frozen.stat().st_mode & 0o077 == 0
+    for version in versions:
+        assert "own.backbone.0.weight" not in load_file(version / "personal_model.safetensors")
+    before = read_predictor(Shelf(state).find("last").folder)[0].state_dict()
+    out = tmp_path / "out"
+    assert main(["model", "export", str(state), str(out), "--last"]) == 0
+    module, about = read_predictor(out)
+    assert "frozen" not in about
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+    plain = pretrained(in_channels=1, num_classes=4)
+    plain.load_state_dict(load_file(out / "own_model.safetensors"))
+    built = pretrained(in_channels=1, num_classes=4).state_dict()
+    assert torch.equal(plain.state_dict()["backbone.0.weight"], built["backbone.0.weight"])
 
 
 def test_an_adapter_is_shared_and_its_layer_stays(tmp_path: Path) -> None:
