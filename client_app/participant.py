@@ -58,8 +58,13 @@ class Participant:
         items = (*context.run_config.items(),), (*context.node_config.items(),)
         config, node, section, client_id = declared(*items)
         device = pick_device(section.device)
+        state = open_state(context, section.state_dir, client_id)
         data = load_client_data(
-            section, partition_id=node.partition_id, seed=config.run.seed, device=device
+            section,
+            partition_id=node.partition_id,
+            seed=config.run.seed,
+            split_seed=split_seed_of(node, state),
+            device=device,
         )
         return cls(
             client_id=client_id,
@@ -70,7 +75,7 @@ class Participant:
             model_name=model_for_partition(
                 section.models, node.partition_id, section.num_partitions
             ),
-            state=open_state(context, section.state_dir, client_id),
+            state=state,
             node=node,
         )
 
@@ -234,6 +239,16 @@ class Participant:
     def exports(self) -> bool:
         """Whether the personal model gets a program: that takes seconds, where many simulate."""
         return isinstance(self.state, FolderState)
+
+
+def split_seed_of(node: NodeConfig, state: ClientState) -> int | None:
+    """Return what divides a participant's examples; None: the run's seed, where it is simulated.
+
+    A server that chose the division could train on what another run holds back.
+    """
+    if node.split_seed >= 0:
+        return node.split_seed
+    return state.split_seed() if node.client_id and isinstance(state, FolderState) else None
 
 
 def kind_for(name: str, data: ClientData, *, device: torch.device, generate: str = "") -> ModelKind:

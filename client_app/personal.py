@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -141,8 +142,18 @@ class PersonalModel:
             **accuracies,  # of the own model by itself, of the common one, alone, and the gain
             "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
             **load,
+            **self._code(),
             **self.facts,
         }
+
+    def _code(self) -> dict[str, list[str]]:
+        """Return the folders of the modules that build the models, where they are of one's own."""
+        modules = [name.partition(":")[0] for name in (self.name, self.common) if ":" in name]
+        files = [getattr(sys.modules.get(name), "__file__", None) for name in modules]
+        found = [
+            str(Path(f).parents[n.count(".")]) for f, n in zip(files, modules, strict=True) if f
+        ]
+        return {"code": found} if found else {}
 
     def _input(self) -> dict[str, Any]:
         """Say how the model is fed."""

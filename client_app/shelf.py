@@ -1,6 +1,6 @@
 """A participant's models of every federation, safe from the next round, run and crash.
 
-    models/<federation>/round-00000012-4f1c/personal_model.*, best.json, history.jsonl
+    models/<federation>/round-00000012-000000057/personal_model.*, best.json, history.jsonl
 
 A version is written beside the others and renamed when it is whole; none is ever written over. The
 newest stays (last), and the one that was best on the validation examples; both outlive the
@@ -15,8 +15,8 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,8 @@ MOST_HISTORY = 2**22
 LAST, BEST = "last", "best"
 Z = 2.0
 
-_VERSION = re.compile(r"round-(\d{8})(-[0-9a-f]{8})?")
+_VERSION = re.compile(r"round-(\d{8})-(\d{9})")
+"""Its round, and the how manieth version of the federation it is."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Version:
     folder: Path
     federation: str
     server_round: int
+    number: int
     about: dict[str, Any]
 
     @property
@@ -80,8 +82,11 @@ class Shelf:
         home = self.state / MODELS / _name_of(federation)
         closed_folder(home)
         with FileLock(home / LOCK, mode=PRIVATE, timeout=LOCK_TIMEOUT_S):
-            (home / BEGUN).touch(PRIVATE, exist_ok=True)
-            name = f"round-{server_round:08d}-{secrets.token_hex(4)}"
+            if not (home / BEGUN).exists():
+                replace_file(home / BEGUN, str(time.time_ns()), mode=PRIVATE)
+            earlier = self.versions(home.name)
+            number = 1 + max((v.number for v in earlier), default=0)
+            name = f"round-{server_round:08d}-{number:09d}"
             place, draft = home / name, home / ".draft"
             shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
             model.store(draft, program=program, once=home)
@@ -117,12 +122,12 @@ class Shelf:
         for folder in home.iterdir() if home.is_dir() else ():
             match, description = _VERSION.fullmatch(folder.name), folder / DESCRIPTION
             try:
-                about, written = json.loads(description.read_text()), description.stat().st_mtime_ns
+                about = json.loads(description.read_text())
             except (OSError, ValueError):
                 continue
             if match and isinstance(about, dict):
-                found.append((written, Version(folder, federation, int(match[1]), about)))
-        return [version for _, version in sorted(found, key=lambda pair: pair[0])]
+                found.append(Version(folder, federation, int(match[1]), int(match[2]), about))
+        return sorted(found, key=lambda version: version.number)
 
     def history(self, federation: str) -> list[dict[str, Any]]:
         """Return what every model that came reached, a row each, in the order of their coming."""
@@ -173,8 +178,10 @@ class Shelf:
             shutil.rmtree(self.state / MODELS / name, ignore_errors=True)
 
     def _begun(self, federation: str) -> int:
-        marks = (self.state / MODELS / federation / name for name in (BEGUN, HISTORY))
-        return min((path.stat().st_mtime_ns for path in marks if path.exists()), default=0)
+        try:
+            return int((self.state / MODELS / federation / BEGUN).read_text())
+        except (OSError, ValueError):
+            return 0
 
 
 def _name_of(federation: str) -> str:

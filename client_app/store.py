@@ -7,6 +7,7 @@ lost when a SuperNode restarts, so deployments always have a folder; everything 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -95,6 +97,23 @@ class FolderState:
                 "this participant may write to."
             ) from error
 
+    def split_seed(self) -> int:
+        """Return this participant's secret, by which its examples are divided; drawn once.
+
+        Raises ConfigError where it is damaged.
+        """
+        path = self.folder / SPLIT_SEED
+        with FileLock(f"{path}.lock", mode=PRIVATE, timeout=LOCK_TIMEOUT_S):
+            if not path.exists():
+                replace_file(path, str(secrets.randbits(62)), mode=PRIVATE)
+        try:
+            return int(path.read_text())
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is damaged: which examples are held back is not known. Restore it from a "
+                "copy, or set split-seed."
+            ) from error
+
     def load(self, name: str, *, before: int | None = None) -> Tensors | None:
         """Return a group of tensors, or None when there is none or it is damaged.
 
@@ -163,6 +182,7 @@ def _read(path: Path) -> Tensors | None:
 
 
 PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL = "personal_model", "own_model", "common_model"
+SPLIT_SEED, LOCK_TIMEOUT_S = "split-seed", 60.0
 LEDGER = "privacy_ledger"
 """What was spent of the examples' privacy (`client_app.privacy`)."""
 OWNED = (PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL, LEDGER)

@@ -153,8 +153,9 @@ class Replies:
         gone, or cannot say who has replied.
         """
         client, run_id = grid._runtime_client, grid._run.run_id
-        announced = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
-        self._note(grid, announced)
+        asked = [name for name in message_ids if name not in self._announced]
+        if asked:  # of the others it is known, and Flower would say that they are gone
+            self._note(grid, client.PullMessages(PullAppMessagesRequest(message_ids=asked)))
         pull, found = make_pull_object_fn_protobuf(client.PullObject, grid.node, run_id), []
         for one in [one for one in self._announced.values() if one.reply_to in message_ids]:
             try:
@@ -164,6 +165,8 @@ class Replies:
             except (OSError, httpx.TransportError):
                 raise
             except Exception as error:  # a peer made the pieces up: whatever they make Flower raise
+                if _stumbled(error):
+                    continue  # it is asked again with the next pull
                 reply = one.refused(f"{type(error).__name__}: {error}")
             del self._announced[one.reply_to]
             found.append(reply)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from common.config import RunConfig
 from common.errors import RunError, listing
 from common.files import printable
+from common.log import logger
 from common.messages import FINAL, REASON, REFUSED, REGISTER, Recipient, Registration
 from common.records import Content
 from server_app.clients import Client, NodeKey, Refusal, Registry, fingerprint, natural_key
@@ -65,7 +66,7 @@ class Admission:
         section, clock = self._config.schedule, self._transport.clock
         if not self._settled:
             self._settle(min(SETTLE_S, section.wait_for_clients_s))
-        deadline = clock.monotonic() + section.wait_for_clients_s
+        deadline, said = clock.monotonic() + section.wait_for_clients_s, False
         while True:
             late = clock.monotonic() >= deadline
             self._register(server_round, least=0 if late else section.min_clients)
@@ -74,6 +75,10 @@ class Admission:
                 return present
             if late:
                 raise RunError(self._too_few(present, server_round))
+            if not said:
+                here, wanted = len(present), section.min_clients
+                logger.info("Waiting for %d clients; %d are here", wanted, here)
+            said = True
             clock.sleep(0.5)
 
     def _settle(self, seconds: float) -> None:
@@ -173,9 +178,8 @@ class Admission:
         node_id = arrival.pending.node_id
         refusal = Refusal(until_s=self._transport.clock.monotonic() + RETRY_S)
         if enough or arrival.failure.startswith(NO_ANSWER):
-            refusal = Refusal(
-                printable(arrival.failure), until_round=server_round + self._pause(node_id)
-            )
+            again = self._ask_from[node_id] = server_round + self._pause(node_id)
+            refusal = Refusal(printable(arrival.failure), until_round=again)
         self._registry.refuse(node_id, refusal)
 
     def _pause(self, node_id: int) -> int:

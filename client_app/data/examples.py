@@ -181,15 +181,22 @@ def prepare_data(section: ClientSection, *, seed: int, partition_id: int = 0) ->
 
 
 def load_client_data(
-    section: ClientSection, *, partition_id: int, seed: int, device: torch.device
+    section: ClientSection,
+    *,
+    partition_id: int,
+    seed: int,
+    device: torch.device,
+    split_seed: int | None = None,
 ) -> ClientData:
     """Load one client's examples; the same arguments give the same split in every process.
+
+    `seed` says who has which examples, `split_seed` which of them are held back; None: `seed` too.
 
     The last clients loaded stay in memory (512 MiB in a process), so a repeated call is free; a
     source that changes is noticed by new processes. Raises as `prepare_data`, and where the client
     (0 to num_partitions - 1; any for partition "none") does not exist or has fewer than two.
     """
-    key = (section, partition_id, seed, device)
+    key = (section, partition_id, seed, device, seed if split_seed is None else split_seed)
     return LOADED.get(key, lambda: _load(*key))
 
 
@@ -235,11 +242,13 @@ def open_examples(section: ClientSection, *, anew: bool = False) -> DecodedDatas
     )
 
 
-def _load(section: ClientSection, partition_id: int, seed: int, device: torch.device) -> ClientData:
+def _load(
+    section: ClientSection, partition_id: int, seed: int, device: torch.device, split_seed: int
+) -> ClientData:
     dataset = open_examples(section)
     rows = client_indices(dataset, section, partition_id=partition_id, seed=seed)
     client = WHOLE if section.partition == WHOLE else str(partition_id)
-    rng = numpy_generator(seed, "train-test", client_id=client)
+    rng = numpy_generator(split_seed, "train-test", client_id=client)
     labels = dataset.labels[rows]
     try:
         train, validation, test = split_three_ways(

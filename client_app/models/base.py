@@ -39,7 +39,10 @@ class FeatureClassifier(nn.Module):
 def require_input_size(images: Tensor, model: str) -> None:
     """Raise ModelError unless images are 32x32: the published parameter counts hold for that."""
     if images.ndim != 4:
-        raise ModelError(f"{model} takes pictures (B, channels, H, W), got {tuple(images.shape)}.")
+        raise ModelError(
+            f"{model} takes pictures (B, channels, H, W), got {tuple(images.shape)}. Tables want "
+            "perceptron, series and volumes conv1d, conv2d, conv3d, texts tokens, or your own."
+        )
     if tuple(images.shape[-2:]) != (INPUT_SIZE, INPUT_SIZE):
         height, width = images.shape[-2:]
         raise ModelError(

@@ -81,14 +81,14 @@ class PrivateStep:
 
         Images are (B, ...), labels (B,). Raises ModelError where the model remembers an example.
         """
-        total, losses = torch.zeros_like(self.model.theta), 0.0
+        total, losses = torch.zeros_like(self.model.theta, dtype=torch.float64), 0.0
         for row in range(len(labels)):
             # a copy: where it lay in the batch must not show, not even by its alignment
             image = images[row : row + 1].clone(memory_format=torch.contiguous_format)
             gradient, value = self.of_one(image, labels[row : row + 1])
-            total += clipped(gradient[None], self.clip)[0]
+            total += clipped(gradient[None], self.clip)[0].double()
             losses += value
-        return total, losses
+        return total.float(), losses
 
     def of_one(self, image: Tensor, label: Tensor) -> tuple[Tensor, float]:
         """Return the gradient (P,) of one example, image (1, ...), label (1,), and its loss.

@@ -20,13 +20,13 @@ ASKED = frozenset(
         *("momentum", "weight-decay", "label-smoothing", "client-clip-norm", "training-precision"),
         *("models", "dataset", "global-model", "distill-alpha", "distill-temperature"),
         *("fedprox-mu", "prototype-weight", "pfedhn-batches"),
-        *("test-fraction", "validation-fraction", "image-size", "augmentation", "measure-alone"),
-        *("class-names",),
+        *("image-size", "augmentation", "measure-alone", "class-names"),
         *("dp-noise", "wire-precision", "uplink-top-k"),
     }
 )
 """All that a run config may say to a participant with a client-id: nothing of its machine, nor of
-which of its examples it uses. A server that could cut them to one would see that one's gradient."""
+which of its examples it uses, trains on and holds back. A server that could cut them to one would
+see that one's gradient, and one that knew a split could train on what another holds back."""
 DIVIDED = frozenset(
     {
         *("partition", "num-partitions", "classes-per-client", "dirichlet-alpha"),
@@ -34,7 +34,7 @@ DIVIDED = frozenset(
     }
 )
 """And how a data set is divided, to one whose own file says which part of it is its own."""
-MOST_ASKED = {"image-size": 256, "test-fraction": 0.5, "validation-fraction": 0.5}
+MOST_ASKED = {"image-size": 256}
 """Beyond these a participant's own file has to name the value."""
 CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
 """Keys of a run config that may name code, and those of the node config that win."""
@@ -89,6 +89,9 @@ class NodeConfig(OwnRecipe):
     partition_options: str | None = key(None, AS_RUN)
     test_fraction: float | None = key(None, AS_RUN, gt=0, lt=1)
     validation_fraction: float | None = key(None, AS_RUN, ge=0, lt=1)
+    split_seed: int = key(
+        -1, "which of its examples are held back; -1: drawn once, and kept in the state-dir", ge=-1
+    )
     class_names: ClassNames | None = key(None, AS_RUN)
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
@@ -171,11 +174,12 @@ class NodeConfig(OwnRecipe):
             return
         caps = {"local-epochs": self.max_local_epochs, "batch-size": self.max_batch_size}
         for name, value in asked.items():
-            if value > caps[name] and name not in self.recipe:
+            if value > caps[name]:
                 raise ConfigError(
                     f"client {self.client_id}: the server's run config asks for {name} = {value}; "
-                    f"this participant's own file allows max-{name} = {caps[name]}. Whoever starts "
-                    f"the run lowers {name}, or the participant raises max-{name}."
+                    f"this participant's own file, or its contract, allows max-{name} = "
+                    f"{caps[name]}. Whoever starts the run lowers {name}, or the participant "
+                    f"raises max-{name}."
                 )
 
     @cached_property
@@ -188,7 +192,8 @@ class NodeConfig(OwnRecipe):
 
         Raises ConfigError where what is asked is beyond this participant's caps.
         """
-        self.require_modest({"local-epochs": asked.local_epochs, "batch-size": asked.batch_size})
+        sizes = {"local-epochs": asked.local_epochs, "batch-size": asked.batch_size}
+        self.require_modest({k: size for k, size in sizes.items() if k not in self.recipe})
         return asked.model_copy(
             update={name.replace("-", "_"): x for name, x in self.recipe.items()}
         )

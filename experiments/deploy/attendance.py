@@ -32,6 +32,9 @@ def run_status(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{run} holds no run that can be read: {error}") from error
     tested = {row["client_id"]: row for row in csv.DictReader(io.StringIO(text))}
+    if not attendance:
+        attendance = {"time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "round": 0}
+        attendance |= {"participants": [], "refused": [summary["reason"]] * bool(summary["reason"])}
     then = datetime.fromisoformat(attendance["time"].replace("Z", "+00:00"))
     scored = [row for row in rows if "accuracy_micro" in row]
     return {
@@ -49,7 +52,8 @@ def run_status(run: Path) -> dict[str, Any]:
 
 def drawn_run(status: dict[str, Any]) -> RenderableType:
     """Draw a run's status: a line, a row for every participant, the refusals."""
-    head = Text.assemble((Path(status["run"]).name, "bold"), f"  round {status['round']}, ")
+    done = f"  {status['status']}, round {status['round']}, "
+    head = Text.assemble((Path(status["run"]).name, "bold"), done)
     head.append(f"{status['seconds_since']:.0f} s ago")
     if status["accuracy"] is not None:
         head.append(f", accuracy {status['accuracy']:.3f}")

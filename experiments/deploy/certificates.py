@@ -1,7 +1,7 @@
 """`mh-pfedhn certs`: every secret of a deployment in one command.
 
     DIR/ca/         ca.crt, ca.key          keep ca.key offline; it signs server certificates
-    DIR/server/     ca.crt, server.crt, server.key, superexec.secret, supernodes/SITE.pub
+    DIR/server/     ca.crt, server.crt, server.key, superexec.secret, flwr.toml, supernodes/SITE.pub
     DIR/SITE/       ca.crt, supernode, supernode.pub, superexec.secret, federation.toml
 
 Each participant gets the folder with its name and nothing else. What exists is kept, so that the
@@ -31,6 +31,14 @@ from experiments.deploy.contract import CONTRACT, Contract
 PRIVATE, PUBLIC = 0o600, 0o644
 CA_DAYS, SERVER_DAYS = 3650, 825
 RESERVED = ("ca", "server")
+FLWR = """# The operator's ~/.flwr/config.toml, for a SuperLink on this machine.
+[superlink]
+default = "federation"
+
+[superlink.federation]
+address = "127.0.0.1:8000"
+root-certificates = "{certificate}"
+"""
 USAGES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
     *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
@@ -65,7 +73,10 @@ def run_certs(args: argparse.Namespace) -> int:
     hosts = args.host or ["localhost", "127.0.0.1"]
     made = make_certs(folder, hosts=hosts, sites=args.site, force=args.force)
     if args.contract:
-        Contract.read(args.contract)
+        if not (contract := Contract.read(args.contract)).server:
+            raise ConfigError(f"{args.contract}: server is empty; sites could not find it.")
+        if contract.server.rpartition(":")[0] not in hosts:
+            print(f"note: the contract's server {contract.server} is none of {listing(hosts)}")
         for site in args.site:
             replace_file(folder / site / CONTRACT, args.contract.read_text())
     for path in made:
@@ -146,6 +157,9 @@ class _Maker:
         self._keep(key_path, PRIVATE, lambda: _pem(key))
         self._keep(path, PUBLIC, lambda: _certificate("MH-pFedHN server", key, hosts, ca))
         self._keep(folder / "superexec.secret", PRIVATE, lambda: secrets.token_bytes(32))
+        place = (folder / "ca.crt").resolve()
+        settings = FLWR.format(certificate=place).encode()
+        self._keep(folder / "flwr.toml", PUBLIC, lambda: settings)
 
     def make_site(self, site: str) -> None:
         """Make a participant's folder, and its public key in the server's."""

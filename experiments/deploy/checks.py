@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "bold red")}
 MIN_FREE_BYTES = 1 << 30
+LARGE = 30.0
+"""Of a number that a network gets as it is."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,17 @@ def check_data(trial: Trial) -> Finding:
     from client_app.data.examples import load_client_data, prepare_data
     from client_app.data.own import listed
     from client_app.models.instances import pick_device
+    from client_app.participant import split_seed_of
+    from client_app.store import FolderState
 
     section, node = trial.section, NodeConfig.parse(trial.settings.node)
     prepare_data(section, seed=0, partition_id=node.partition_id)  # asks a function anew
     trial.data = data = load_client_data(
-        section, partition_id=node.partition_id, seed=0, device=pick_device(section.device)
+        section,
+        partition_id=node.partition_id,
+        seed=0,
+        split_seed=split_seed_of(node, FolderState(trial.settings.folder)),
+        device=pick_device(section.device),
     )
     counts = (data.train_labels.bincount(minlength=data.num_classes)).tolist()
     shape, mean = "x".join(map(str, data.input_shape)), data.train_images.float().mean().item()
@@ -162,16 +170,18 @@ def check_data(trial: Trial) -> Finding:
     names = data.about.get("class_names") or [str(c) for c in range(data.num_classes)]
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
     hints = [] if node.dataset else [_unnamed("dataset", section.dataset)]
+    if not data.is_pictures and float(data.train_images.float().abs().max()) > LARGE:
+        hints.append("- values are large: scale columns to mean 0 and standard deviation 1")
     if missing:
         hints.append(f"- none to train of class {', '.join(missing[:10])}")
-    if counts[0] == 0 and not (data.test_labels == 0).any():
+    named = "class_names" in data.about
+    if not named and counts[0] == 0 and not (data.test_labels == 0).any():
         hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
     if intensity := data.about.get("intensity"):
         hints.append("- values {:g} to {:g} become 0 to 255".format(*intensity))
     if left_out := data.about.get("left_out"):
         hints.append(f"- not read, for they are no pictures: {listed(left_out)}")
     few = zip(names[:12], counts, strict=False)
-    named = "class_names" in data.about
     shown = ", ".join(f"{name} {count}" if named else str(count) for name, count in few)
     return Finding(
         f"{data.num_train} to train, {len(data.validation_labels)} to validate and "
@@ -209,7 +219,9 @@ def check_model(trial: Trial) -> Finding:
         hints.append(
             f"- plain weights lack {', '.join(lost)} (persistent=False); the program has it"
         )
-    return Finding(f"{name}, {count:,} parameters", " ".join(hints))
+    kept = sum(p.numel() for p in trial.instance.model.module.parameters()) - count
+    stays = f" shared, {kept:,} stay at home" if kept else ""
+    return Finding(f"{name}, {count:,} parameters{stays}", " ".join(hints))
 
 
 def check_training(trial: Trial) -> Finding:
@@ -226,7 +238,12 @@ def check_training(trial: Trial) -> Finding:
     batches = list(data.batches(training.batch_size, torch.Generator().manual_seed(0)))
     losses, started = [], time.monotonic()
     for images, labels in {0: batches[0], -1: batches[-1]}.values():
-        logits = logits_of(module, images, data.num_classes)
+        try:
+            logits = logits_of(module, images, data.num_classes)
+        except RuntimeError as error:
+            raise ModelError(
+                f"the model got {str(images.dtype)[6:]} {tuple(images.shape)} and raised: {error}"
+            ) from error
         loss = label_loss(logits, labels, training)
         instance.model.backward(loss)
         optimizer.step(instance.model.gradient)

@@ -18,7 +18,7 @@ from common.config.client import ClassNames, named_classes
 from common.config.keys import describe, toml_value
 from common.config.section import Section, key
 from common.errors import ConfigError, DataError, listing
-from common.files import replace_file
+from common.files import printable, replace_file
 from experiments.run.presets import read_toml
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Contract(Section):
         if faults:
             raise DataError(f"contract of {self.name}: {'; '.join(faults)}.")
         classes = len(named_classes(self.class_names)) or data.num_classes
-        return f"of {self.name}, {classes} classes, {self.input}"
+        return f"of {printable(self.name)}, {classes} classes, {self.input}"
 
 
 def add_contract_parser(commands: Any) -> None:

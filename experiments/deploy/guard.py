@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from common.errors import WireError
+from common.log import logger
 from common.messages import LARGEST_REPLY, MOST_SECONDS
 from experiments.deploy.pieces import Kept, correct, is_whole, require_true
 
@@ -29,6 +30,12 @@ MOST_PIECES = 160
 """Of one reply: each has up to 5 MB."""
 PATIENCE_S = 2.0
 """That a node waits for its own other request to hand in a message."""
+OPEN = 8
+"""Replies of one node that may be on their way at once."""
+MOST_ANNOUNCED, AGAIN_S = 5, 2.0
+"""How often, and how soon, a reply may be announced again."""
+DEEPEST = 8
+"""Levels of the pieces of a reply: message, records, record, array, chunks."""
 
 
 class Guard:
@@ -45,6 +52,8 @@ class Guard:
         self._confirm = handlers.confirm_message_received
         self._send, self._collect = runtime.push_messages, runtime.pull_messages
         self._kept = Kept()
+        self._sessions: defaultdict[int, deque[str]] = defaultdict(lambda: deque(maxlen=OPEN))
+        self._announced: dict[str, tuple[int, float]] = {}  # how often, and when last
         self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._bytes: Counter[int] = Counter()
 
@@ -61,18 +70,41 @@ class Guard:
         node = request.node.node_id
         with refusing():
             require_reply(request)
+        metadata = request.messages_list[0].metadata
         with self._alone(node):
-            response = self._push_messages(request=request, state=state)
-            if response.objects_to_push:
-                self._bytes[node] = 0
-                metadata = request.messages_list[0].metadata
+            with refusing():
+                is_first = self._announce(metadata.reply_to_message_id)
+            if is_new := metadata.message_id not in state.object_store:
+                # before it is there: the server may take it at once
                 self._kept.note_reply(metadata.reply_to_message_id, metadata.message_id)
+            response = self._push_messages(request=request, state=state)
+            self._sessions[node].append(response.session_id)
+            if is_new and metadata.message_id not in state.object_store:  # it was not taken
+                self._kept.forget_reply(metadata.reply_to_message_id, metadata.message_id)
+                self._announced.pop(metadata.reply_to_message_id, None)
+            elif is_first:
+                self._bytes[node] = 0
             return response
+
+    def _announce(self, reply_to: str) -> bool:
+        """Count the announcements of replies to a message; return whether this is the first.
+
+        Each is written down, piece by piece, while all others wait for the database. Who did not
+        hear the answer may announce its reply again, after a while. Raises WireError before.
+        """
+        now = time.monotonic()
+        count, last = self._announced.get(reply_to, (0, -math.inf))
+        if count >= MOST_ANNOUNCED or now < last + AGAIN_S:
+            raise WireError("this reply has been announced just now; push its pieces.")
+        self._announced[reply_to] = (count + 1, now)
+        return not count
 
     def push_object(self, request: Any, state: Any) -> Any:
         """Take no more bytes from a node than its last reply may have."""
         node = request.node.node_id
         with refusing():
+            if not request.session_id or request.session_id not in self._sessions[node]:
+                raise WireError(f"node {node}: a piece is pushed in the session of its own reply.")
             self._bytes[node] += len(request.object_content)
             if self._bytes[node] > LARGEST_REPLY:
                 raise WireError(f"node {node}: its reply has more than {LARGEST_REPLY:,} bytes.")
@@ -98,11 +130,18 @@ class Guard:
 
     def collect(self, request: Any, state: Any, task: Any) -> Any:
         """Give the server what has come; what is answered, or was never, leaves no pieces."""
-        response, store = self._collect(request, state, task), state.object_store
-        for message in response.messages_list:
-            metadata = message.metadata
-            self._kept.close(store, metadata.reply_to_message_id, reply=metadata.message_id)
-        self._kept.close_old(store, time.time())
+        with state.session():  # what is taken and not deleted would be lost
+            response = self._collect(request, state, task)
+        try:
+            for message in response.messages_list:
+                metadata = message.metadata
+                self._announced.pop(metadata.reply_to_message_id, None)
+                self._kept.close(
+                    state.object_store, metadata.reply_to_message_id, reply=metadata.message_id
+                )
+            self._kept.close_old(state.object_store, time.time())
+        except Exception as error:  # pieces that stay cost space, an error the replies
+            logger.warning("Pieces of messages that are over stay for now: %s", error)
         return response
 
     @contextmanager
@@ -149,19 +188,22 @@ def require_reply(request: Any) -> None:
         raise WireError(f"node {node}: a running time is no number of seconds.")
     pieces = pieces_of(tree)
     if len(pieces) > MOST_PIECES:
-        raise WireError(f"node {node}: a reply has at most {MOST_PIECES} pieces.")
+        raise WireError(f"node {node}: a reply has at most {MOST_PIECES} pieces, {DEEPEST} deep.")
     empty = empty_records()
     if any(piece.object_id in empty and piece.children for piece in pieces):
         raise WireError(f"node {node}: an empty record has no pieces.")
 
 
 def pieces_of(tree: Any) -> list[Any]:
-    """Return the pieces of a reply, of more than `MOST_PIECES` one more than so many."""
-    waiting: list[Any] = [tree]
+    """Return the pieces of a reply; one more than `MOST_PIECES` of what is larger or too deep."""
+    waiting: list[tuple[Any, int]] = [(tree, 1)]
     found: list[Any] = []
     while waiting and len(found) <= MOST_PIECES:
-        found.append(waiting.pop())
-        waiting.extend(found[-1].children)
+        piece, depth = waiting.pop()
+        if depth > DEEPEST:
+            return [tree] * (MOST_PIECES + 1)
+        found.append(piece)
+        waiting.extend((child, depth + 1) for child in piece.children)
     return found
 
 

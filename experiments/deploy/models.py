@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,9 @@ def evaluate(args: argparse.Namespace) -> int:
     module, about = _opened(args)
     names = _class_names(about)
     if _is_pictures(about):
+        if {"train", "test"} <= {path.name for path in args.data.iterdir()}:
+            args.data /= "test"
+            say(make_console(), f"of the parts, {args.data}")
         classes = FolderSource(args.data.resolve(), tuple(names)).pictures()
         inputs = _pictures(about, [path for members in classes.values() for path in members])
         truth = np.repeat(np.arange(len(names)), [len(members) for members in classes.values()])
@@ -139,10 +143,10 @@ def evaluate(args: argparse.Namespace) -> int:
     say(console, f"balanced accuracy {balanced_accuracy_score(truth, found):.3f}")
     f1 = f1_score(truth, found, labels=present, average="macro", zero_division=0)
     say(console, f"macro F1          {f1:.3f}")
-    table = Table("true \\ found", *(escape(name) for name in names))
+    table = Table("true \\ found", *(escape(printable(name)) for name in names))
     matrix = confusion_matrix(truth, found, labels=range(len(names)))
     for name, row in zip(names, matrix, strict=True):
-        table.add_row(escape(name), *map(str, row))
+        table.add_row(escape(printable(name)), *map(str, row))
     console.print(table)
     return 0
 
@@ -156,9 +160,12 @@ def _chosen(args: argparse.Namespace) -> Version:
 def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return a model that maps uint8 pictures to logits, and its description."""
     from client_app.personal import read_predictor
+    from client_app.shelf import DESCRIPTION
 
     found = _chosen(args)
     say(make_console(), f"round {found.server_round} of federation {found.federation}")
+    about = json.loads((found.folder / DESCRIPTION).read_text())
+    sys.path += [folder for folder in about.get("code", ()) if folder not in sys.path]
     return read_predictor(found.folder)
 
 

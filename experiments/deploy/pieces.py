@@ -29,6 +29,7 @@ def correct(store: SqlObjectStore, tree: Any) -> None:
     A piece that is not there yet is made of what this tree says. One that is there has been held
     against its own content (`require_true`).
     """
+    unlinked = set()
     with store._mutation_session() as session:
         for node in iterate_object_tree(tree):  # children first
             there = session.scalar(_facts(StoredObject.is_available, node.object_id))
@@ -46,12 +47,15 @@ def correct(store: SqlObjectStore, tree: Any) -> None:
                 if change > 0:
                     session.execute(insert(ObjectChild).values(link))
                 else:
+                    unlinked.add(child)
                     session.execute(delete(ObjectChild).filter_by(**link))
                 session.execute(
                     update(StoredObject)
                     .where(StoredObject.object_id == child, StoredObject.ref_count + change >= 0)
                     .values(ref_count=StoredObject.ref_count + change)
                 )
+    for child in unlinked:  # nobody's now, unless somebody else has it
+        store.delete(child)
 
 
 def require_true(store: SqlObjectStore, piece: str, content: bytes) -> None:
@@ -108,8 +112,15 @@ class Kept:
         self._sent[message_id] = over
 
     def note_reply(self, reply_to: str, message_id: str) -> None:
-        """Note that a node was allowed to hand in a reply."""
+        """Note that a node hands in a reply."""
         self._replies.setdefault(reply_to, set()).add(message_id)
+
+    def forget_reply(self, reply_to: str, message_id: str) -> None:
+        """Forget a reply that was not taken."""
+        known = self._replies.get(reply_to, set())
+        known.discard(message_id)
+        if not known:
+            self._replies.pop(reply_to, None)
 
     def close(self, store: SqlObjectStore, message_id: str, reply: str = "") -> None:
         """Delete the pieces of a message that is over, and of all replies to it but one."""

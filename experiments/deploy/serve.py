@@ -9,10 +9,14 @@ import argparse
 import os
 import signal
 import subprocess
+import time
 from types import FrameType
 from typing import Any
 
 from experiments.run.engines.processes import find_program, program_path
+
+STEADY_S = 10.0
+"""Who ends sooner could never work: a wrong address, a wrong secret."""
 
 
 def add_serve_parser(commands: Any) -> None:
@@ -26,9 +30,11 @@ def add_serve_parser(commands: Any) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Run until stopped; returns 0 when it was told to end, else what Flower's SuperExec says."""
-    process = subprocess.Popen(_command(args), env={**os.environ, "PATH": program_path()})
-    stopped = False
+    """Run until stopped; returns 0 when it was told to end, else what Flower's SuperExec says.
+
+    A SuperExec that has worked ends when the SuperLink stumbles once: another one follows it.
+    """
+    stopped, process = False, _started(args)
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
@@ -37,8 +43,19 @@ def run_serve(args: argparse.Namespace) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    code = process.wait()
-    return 0 if stopped else code
+    while True:
+        began = time.monotonic()
+        code = process.wait()
+        if stopped or time.monotonic() - began < STEADY_S:
+            return 0 if stopped else code
+        print(f"the SuperExec ended with {code}; another one starts", flush=True)
+        process = _started(args)
+        if stopped:  # the signal came meanwhile, for the one before
+            process.terminate()
+
+
+def _started(args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(_command(args), env={**os.environ, "PATH": program_path()})
 
 
 def _command(args: argparse.Namespace) -> list[str]:

@@ -20,16 +20,17 @@ from rich.text import Text
 from common.errors import DataError
 from common.files import replace_file
 from experiments.console import make_console, say
-from experiments.deploy.attendance import ATTENDANCE, drawn_run, run_status
+from experiments.deploy.attendance import drawn_run, run_status
 from experiments.deploy.supervise import worth
 
-LOCK = "join.lock"
+LOCK, MODELS = "join.lock", "models"
 SHOWN = 12
 """Rounds of the table, the newest."""
 PAUSE_S = 2.0
 PAGE_WIDTH = 140
+REFRESH = '<meta http-equiv="refresh" content="2">'
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{pause:.0f}">
+<html lang="en"><head><meta charset="utf-8">{refresh}
 <meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body {{ margin: 2rem; font: 14px ui-monospace, monospace; overflow-x: auto; }}</style>
 </head><body>{body}</body></html>
@@ -45,7 +46,9 @@ def add_status_parser(commands: Any) -> None:
     command.add_argument("--watch", action="store_true", help="go on until Ctrl-C")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
-    form.add_argument("--html", type=Path, metavar="FILE", help="a page that loads itself anew")
+    form.add_argument(
+        "--html", type=Path, metavar="FILE", help="a page; with --watch it loads itself anew"
+    )
     command.set_defaults(command=show_status)
 
 
@@ -56,17 +59,19 @@ def show_status(args: argparse.Namespace) -> int:
         raise DataError(
             f"{folder} is not there. Name a participant's folder, STATE/CLIENT-ID, or a run's."
         )
-    is_run = (folder / ATTENDANCE).exists()
+    is_run = (folder / "summary.json").exists()
+    if not is_run and not (folder / LOCK).exists() and not (folder / MODELS).exists():
+        raise DataError(f"{folder} is no participant's folder (STATE/CLIENT-ID), and no run's.")
     read, draw = (run_status, drawn_run) if is_run else (status_of, drawn)
     console = make_console()
     if args.json:
         print(json.dumps(read(folder), indent=2))
     elif args.html:
-        write_page(draw(read(folder)), args.html, folder.name)
+        write_page(draw(read(folder)), args.html, folder.name, again=args.watch)
         say(console, f"{args.html} shows {folder}{', until Ctrl-C' * args.watch}")
         while args.watch:
             time.sleep(PAUSE_S)
-            write_page(draw(read(folder)), args.html, folder.name)
+            write_page(draw(read(folder)), args.html, folder.name, again=True)
     elif not args.watch:
         console.print(draw(read(folder)))
     else:
@@ -77,12 +82,12 @@ def show_status(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_page(status: RenderableType, path: Path, title: str) -> None:
-    """Write what the terminal shows as a page of its own, which a browser loads anew by itself."""
+def write_page(status: RenderableType, path: Path, title: str, *, again: bool) -> None:
+    """Write what the terminal shows as a page, which a browser loads `again` and again."""
     console = Console(record=True, width=PAGE_WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(status)
     body = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    replace_file(path, PAGE.format(title=html.escape(title), pause=PAUSE_S, body=body))
+    replace_file(path, PAGE.format(title=html.escape(title), refresh=REFRESH * again, body=body))
 
 
 def status_of(state: Path) -> dict[str, Any]:

@@ -21,14 +21,19 @@ def add_superlink_parser(commands: Any) -> None:
 
 def run_superlink(args: argparse.Namespace) -> int:
     """Run `flower-superlink` with these words; returns when it ends."""
+    from flwr.supercore import sql_mixin
     from flwr.superlink.cli import flower_superlink
     from flwr.superlink.servicer.fleet import fleet_handlers
     from flwr.superlink.servicer.runtime import runtime_handlers
 
-    if not any(word.partition("=")[0] == "--database" for word in args.words):
+    wants_help = {"-h", "--help"} & {*args.words}
+    if not wants_help and not any(word.partition("=")[0] == "--database" for word in args.words):
         raise ConfigError("superlink: give --database FILE; messages are kept, and checked, there.")
     from experiments.deploy.guard import Guard
 
+    # one waits for another's turn at the database, and does not fail
+    waiting = (*vars(sql_mixin)["SQLITE_PRAGMAS"], ("busy_timeout", "30000"))
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = waiting
     Guard(fleet_handlers, runtime_handlers).install()
     sys.argv = ["flower-superlink", *args.words]
     flower_superlink()

@@ -67,13 +67,21 @@ class FedAvg(Method[Float32]):
         for key in {self.key(upload.client) for upload in uploads}:
             self.models[key] = mean_vector([u for u in uploads if self.key(u.client) == key])
 
+    def forget_client(self, client_id: str) -> None:
+        """Drop the model of a group that had this client alone: it is that client's."""
+        key = self._declared.pop(client_id, "")
+        if key not in self._declared.values():
+            self.models.pop(key, None)
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the groups' models."""
         tensors = {f"model.{key}": torch.from_numpy(theta) for key, theta in self.models.items()}
-        return tensors, {"models": {key: theta.size for key, theta in self.models.items()}}
+        sizes = {key: theta.size for key, theta in self.models.items()}
+        return tensors, {"models": sizes, "declared": dict(self._declared)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Load the groups' models."""
+        self._declared = dict(facts["declared"])
         for key, size in facts["models"].items():
             self.models[key] = required_tensor(tensors, f"model.{key}", (size,)).numpy().copy()
 

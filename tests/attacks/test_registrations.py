@@ -193,6 +193,37 @@ def test_nodes_that_take_turns_do_not_keep_a_run_from_starting() -> None:
     assert clock.now < 10
 
 
+def test_who_is_silent_and_goes_away_is_asked_less_and_less() -> None:
+    clock = Clock()
+    registry = Registry(10**6, lambda *_: None)
+
+    def exchange(messages: Any) -> Any:
+        for node in messages:
+            clock.now += 60.0 if node == 3 else 0.0
+            failure = "no answer within 60 s" if node == 3 else ""
+            yield SimpleNamespace(pending=SimpleNamespace(node_id=node), failure=failure)
+
+    def read(arrival: Any, _: object) -> Registration | None:
+        node = arrival.pending.node_id
+        return None if node == 3 else Registration(f"c{node}", 10, 10)
+
+    here: set[int] = set()
+    transport: Any = SimpleNamespace(
+        clock=clock, exchange=exchange, busy_nodes=set, recent=[], read=read,
+        attempt=lambda call: dict.fromkeys(here),
+    )  # fmt: skip
+    admission = Admission(RunConfig.parse({"min-clients": 2}), transport, registry, lambda _: None)
+    admission._settled = True
+    admission._question = lambda node, *_: node  # type: ignore[assignment,method-assign]
+    waits = []
+    for number in range(1, 33):
+        here = {1, 2} if number % 2 else {1, 2, 3}
+        before = clock.now
+        admission.refresh(number)
+        waits.append(clock.now - before)
+    assert sum(wait > 10 for wait in waits) <= 6, waits
+
+
 def test_who_takes_its_time_is_asked_less_and_less() -> None:
     """Away every other round, it would have everybody wait for it each time it comes back."""
     clock, asked = Clock(), list[int]()

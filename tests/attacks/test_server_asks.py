@@ -99,9 +99,7 @@ def test_which_examples_are_whose_is_the_participants_affair() -> None:
     assert ask(asked, OWN | {"partition-id": 3, "num-partitions": 4}).client.num_partitions == 4
 
 
-@pytest.mark.parametrize(
-    ("key", "least", "more"), [("image-size", 256, 257), ("test-fraction", 0.5, 0.51)]
-)
+@pytest.mark.parametrize(("key", "least", "more"), [("image-size", 256, 257)])
 def test_some_of_it_is_bounded(key: str, least: float, more: float) -> None:
     ask({key: least}, OWN)
     with pytest.raises(ConfigError, match=rf"{key} = {more}; beyond {least} .*own file"):

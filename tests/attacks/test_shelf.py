@@ -1,10 +1,12 @@
 """A server that wants a participant to lose what it has learned, with valid messages alone."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from common.records import Content, Received, encode
 from experiments.__main__ import main
 from experiments.deploy.supervise import MAX_LOG_BYTES, RotatingLog, explain
 from tests.cases.test_pictures import grey
+from tests.support.tiny import HERE, run_tiny, tiny_config, trusting
 from tests.unit.client_app.pictures import client_data
 from tests.unit.common.test_records import HEADER
 
@@ -68,6 +71,45 @@ def test_federations_that_are_made_up_push_none_out(tmp_path: Path) -> None:
             keep(shelf, server_round, 0.5, federation=f"b{number:04x}")
     assert accuracy(shelf, BEST) == 0.8
     assert len(shelf.federations()) == MOST_FEDERATIONS
+
+
+def test_a_federation_that_goes_on_meanwhile_is_not_the_newest(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    for number in range(MOST_FEDERATIONS + 10):
+        keep(shelf, number, 0.8 if number == 5 else 0.3)
+        keep(shelf, 1, 0.5, federation=f"b{number:04x}")
+    assert accuracy(shelf, BEST) == 0.8
+
+
+def test_a_clock_that_was_ahead_costs_no_version(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    keep(shelf, 1, 0.5)
+    for path in (tmp_path / MODELS / "a1").rglob("*"):
+        os.utime(path, (4e9, 4e9))
+    keep(shelf, 2, 0.8)
+    keep(shelf, 3, 0.7)
+    assert (accuracy(shelf, BEST), accuracy(shelf, LAST)) == (0.8, 0.7)
+
+
+def test_a_server_does_not_say_what_is_held_back(tmp_path: Path) -> None:
+    """It could train on what another run, or another seed, validates."""
+    own = trusting(tmp_path, f"{HERE}:small") | {"state-dir": str(tmp_path / "state")}
+    own.pop("split-seed")
+    node = {"client-id": "a", "partition-id": 0, **own}
+    held = []
+    for seed in (1, 2):
+        config = tiny_config(
+            tmp_path / str(seed), rounds=1, seed=seed, test_fraction=0.1 * seed,
+            validation_fraction=0.0, partition="none",
+        )  # fmt: skip
+        run_tiny(config, node_configs=[node])
+        rows = np.load(tmp_path / "state" / "a" / "test_rows.npy")
+        held.append(rows.tolist())
+    assert held[0] == held[1]
+    assert len(held[0]) == 72, "by the participant's own fractions"
+    secret = tmp_path / "state" / "a" / "split-seed"
+    assert secret.stat().st_mode & 0o077 == 0
+    assert int(secret.read_text()) > 2
 
 
 def test_a_crash_between_two_versions_loses_none(

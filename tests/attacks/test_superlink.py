@@ -36,7 +36,13 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 from common.errors import WireError
-from experiments.deploy.guard import MOST_PIECES, empty_records, require_reply
+from experiments.deploy.guard import (
+    DEEPEST,
+    MOST_ANNOUNCED,
+    MOST_PIECES,
+    empty_records,
+    require_reply,
+)
 from tests.support.deployment import Deployment
 from tests.support.link import Link, guarded_link
 
@@ -181,6 +187,102 @@ def test_what_all_get_is_not_spoiled_by_who_had_it_first(link: Link, there: bool
     link.confirm(good, sent)
 
 
+def test_a_piece_is_pushed_in_the_session_of_its_own_reply(link: Link) -> None:
+    """Without one Flower takes any in which the piece is wanted, and its owner is refused."""
+    evil, good = link.nodes
+    link.send(good)
+    empty = ArrayRecord()
+    session = link.reply(good, link.fetch(good), trees([empty.object_id])).session_id
+    for stolen in ("", session):
+        with pytest.raises(FlowerError, match="in the session of its own reply"):
+            link.push(evil, stolen, empty.object_id, empty.deflate())
+    assert link.push(good, session, empty.object_id, empty.deflate())
+
+
+def test_a_reply_that_is_taken_at_once_is_whole(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may ask between the moment it is there and the node's hearing of it."""
+    node, pieces = link.nodes[0], chunks(2)
+    sent = link.send(node)
+    guard = fleet_handlers.push_messages.__self__
+    real = guard._push_messages
+
+    def slow(**words: Any) -> Any:
+        response = real(**words)
+        assert link.pull(sent) == []  # announced; its pieces are not here yet
+        assert link.pull(sent) == []
+        return response
+
+    monkeypatch.setattr(guard, "_push_messages", slow)
+    session = link.reply(node, link.fetch(node), trees(pieces)).session_id
+    assert all(link.push(node, session, name, piece) for name, piece in pieces.items())
+    link.pull()
+
+
+def test_a_reply_is_announced_once_in_a_while(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time all its pieces are written down, and everybody else waits for the database."""
+    evil = link.nodes[0]
+    link.send(evil)
+    message, pieces, root = link.fetch(evil), trees(chunks(5)), secrets.token_hex(32)
+    link.reply(evil, message, pieces, root=root)
+    with pytest.raises(FlowerError, match="has been announced just now"):
+        link.reply(evil, message, pieces, root=root)
+    monkeypatch.setattr("experiments.deploy.guard.AGAIN_S", 0.0)
+    assert link.reply(evil, message, pieces, root=root).objects_to_push, "its answer was lost"
+    for _ in range(MOST_ANNOUNCED - 2):
+        link.reply(evil, message, pieces, root=root)
+    with pytest.raises(FlowerError, match="has been announced just now"):
+        link.reply(evil, message, pieces, root=root)
+
+
+def test_a_reply_is_taken_and_its_message_deleted_together(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that is busy in between would have lost it."""
+    node = link.nodes[0]
+    sent = link.send(node)
+    link.reply(node, link.fetch(node), [])
+    real = link.state.delete_messages
+    failing = [True]
+
+    def delete_messages(message_ins_ids: set[str]) -> None:
+        if failing.pop() if failing else False:
+            raise RuntimeError("database is locked")
+        real(message_ins_ids)
+
+    monkeypatch.setattr(link.state, "delete_messages", delete_messages)
+    with pytest.raises(RuntimeError, match="locked"):
+        link.pull(sent)
+    monkeypatch.setattr("common.inflation.PATIENCE_S", -1.0)
+    assert len(link.pull(sent)) == 1
+
+
+def test_what_the_server_unlinks_is_gone(link: Link) -> None:
+    """False pieces of a piece that is coming belong to nobody then."""
+    evil, good = link.nodes
+    array, content = vector()
+    link.send(evil)
+    junk = chunks(3)
+    false = ObjectTree(object_id=array.object_id, children=trees(junk))
+    session = link.reply(evil, link.fetch(evil), [false], ttl=3000.0).session_id
+    for name, piece in junk.items():
+        assert link.push(evil, session, name, piece)
+    link.send(good, content)
+    assert not any(name in link.state.object_store for name in junk)
+
+
+def test_pieces_lie_no_deeper_than_a_reply_has() -> None:
+    request = handed_in()
+    piece = request.message_object_trees[0]
+    for depth in range(DEEPEST - 1):
+        piece = piece.children.add(object_id=f"{depth:064x}")
+    require_reply(request)
+    piece.children.add(object_id="e" * 64)
+    with pytest.raises(WireError, match="8 deep"):
+        require_reply(request)
+
+
 def test_pieces_go_with_their_message(link: Link) -> None:
     """Of a reply that comes too late, and of a message that is never confirmed."""
     evil, good = link.nodes
@@ -211,7 +313,7 @@ def test_what_nobody_asks_after_goes_in_the_end(
     monkeypatch.setattr("experiments.deploy.pieces.GRACE_S", -4000.0)
     link.send(link.nodes[0])
     assert link.num_pieces() > 0
-    link.pull()
+    link.pull(link.send(link.nodes[1]))
     assert link.num_pieces() == 0
 
 

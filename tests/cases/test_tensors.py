@@ -344,7 +344,7 @@ def test_the_common_model_fits_the_data() -> None:
 
 
 def test_a_site_with_a_table_is_checked(tmp_path: Path) -> None:
-    own = {"dataset": f"{HERE}:cancer", "model": f"{HERE}:mlp"}
+    own = {"dataset": f"{HERE}:cancer", "model": f"{HERE}:mlp", "split-seed": 0}
     good, text = checked(settings(tmp_path, **own, **{"cache-dir": str(tmp_path / "cache")}))
     assert good, text
     assert "2 classes (154, 273 to train), each 30, mean -0.01" in text

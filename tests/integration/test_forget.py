@@ -30,6 +30,7 @@ def finished(folder: Path, **settings: object) -> RunConfig:
         ("mh-pfedhn-gd", "kernel"),
         ("mh-pfedhn-pg", "kernel"),
         ("lg-fedavg", "kernel"),
+        ("fedavg", "kernel"),
     ],
 )
 def test_nothing_of_it_is_left_and_the_others_go_on(tmp_path: Path, method: str, rule: str) -> None:
@@ -50,6 +51,20 @@ def test_nothing_of_it_is_left_and_the_others_go_on(tmp_path: Path, method: str,
     others = [node for node in simulated_nodes(4) if node["partition-id"] != 2]
     run_tiny(on, node_configs=others)
     assert [row["num_accepted"] for row in rows(on)] == [4, 4, 3]
+
+
+def test_a_model_that_was_of_nobody_else_goes_too(tmp_path: Path) -> None:
+    """Of averaged models, who is alone in its group has it as it sent it."""
+    config = finished(tmp_path, method="fedavg", models=f"{HERE}:small,{HERE}:wide", rounds=1,
+                      num_partitions=4)  # fmt: skip
+    folder = Path(config.run.output_dir)
+    models = load_checkpoint(folder / "checkpoint").meta["learned"]["models"]
+    assert len(models) == 2
+    for client in ("2", "3"):
+        assert main(["forget", str(folder), client]) == 0
+    left = load_checkpoint(folder / "checkpoint")
+    assert len(left.meta["learned"]["models"]) == 1
+    assert len([name for name in left.tensors if name.startswith("model.")]) == 1
 
 
 def test_a_participant_comes_with_another_key(tmp_path: Path, capsys: Capture) -> None:

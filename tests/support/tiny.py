@@ -150,10 +150,10 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
     return RunConfig.parse(settings)
 
 
-def trusting(folder: Path, models: str = MIXED) -> dict[str, str]:
+def trusting(folder: Path, models: str = MIXED) -> dict[str, Any]:
     """What a participant with a client-id names itself, so that it takes part in a tiny run."""
     code = {"model": models, "dataset": f"{HERE}:patterns", "global-model": f"{HERE}:small"}
-    return {**code, "cache-dir": str(folder / "cache")}
+    return {**code, "cache-dir": str(folder / "cache"), "split-seed": 42}
 
 
 Handler = Callable[[Message, Context], Message]

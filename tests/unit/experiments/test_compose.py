@@ -39,7 +39,9 @@ def test_nobody_sees_the_secrets_of_another() -> None:
 
 
 ROLES = {
-    "superlink": {"ca.crt", "server.crt", "server.key", "superexec.secret", "supernodes"},
+    "superlink": {
+        *("ca.crt", "server.crt", "server.key", "superexec.secret", "supernodes", "flwr.toml")
+    },
     "server": {"ca.crt", "superexec.secret"},
     "gateway": {"ca.crt", "server.crt", "server.key"},
     "register": {"ca.crt", "supernodes"},

@@ -198,7 +198,10 @@ def test_each_failure_is_shown_and_what_depends_on_it_named(tmp_path: Path) -> N
     assert "✗ model        unknown model 'cn'. Did you mean 'cnn'?" in text
     assert "✗ training     not checked: needs the model, see above." in text
     good, text = checked(own(tmp_path, model=f"{tiny.HERE}:explodes"))
-    assert "✗ training     RuntimeError: this model cannot run" in text
+    assert (
+        "✗ training     the model got float32 (16, 1, 8, 8) and raised: this model cannot run"
+        in text
+    )
     good, text = checked(own(tmp_path, dataset="folder", **{"data-dir": str(tmp_path / "no")}))
     assert good is False
     assert "is not a folder. Give the absolute path" in text
