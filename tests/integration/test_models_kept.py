@@ -201,6 +201,7 @@ def test_the_status_says_what_joining_is_worth(site: Path, capsys: Capture) -> N
     assert "joining is worth" in text
     assert main(["status", str(site / "nobody")]) == 2
     (site / "state" / "new").mkdir()
+    (site / "state" / "new" / "join.lock").touch()
     assert main(["status", str(site / "state" / "new")]) == 0
     assert "no model has come yet" in capsys.readouterr().out
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from experiments.__main__ import main
+from experiments.deploy.attendance import drawn_run, run_status
+from experiments.deploy.status import write_page
 from tests.support.tiny import run_tiny, tiny_config, trusting
 
 Capture = pytest.CaptureFixture[str]
@@ -50,6 +52,9 @@ def test_there_is_a_page_that_loads_itself_anew(run: Path, tmp_path: Path) -> No
     page = tmp_path / "status.html"
     assert main(["status", str(run), "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
+    assert "refresh" not in text, "it is of one moment"
+    write_page(drawn_run(run_status(run)), page, "run", again=True)
+    text = page.read_text(encoding="utf-8")
     assert '<meta http-equiv="refresh" content="2">' in text
     assert "<b>site<b>" not in text
     assert "&lt;b&gt;site&lt;b&gt;" in text
@@ -57,6 +62,11 @@ def test_there_is_a_page_that_loads_itself_anew(run: Path, tmp_path: Path) -> No
 
 
 def test_a_damaged_run_is_named(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is no participant's folder" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text((run / "summary.json").read_text())
+    assert main(["status", str(tmp_path)]) == 0
+    assert "completed, round 0" in capsys.readouterr().out, "before the first round"
     (tmp_path / "attendance.json").write_text("{")
     assert main(["status", str(tmp_path)]) == 2
     assert "holds no run that can be read" in capsys.readouterr().err
