@@ -32,8 +32,8 @@ PATIENCE_S = 2.0
 """That a node waits for its own other request to hand in a message."""
 OPEN = 8
 """Replies of one node that may be on their way at once."""
-MOST_ANNOUNCED, AGAIN_S = 5, 2.0
-"""How often, and how soon, a reply may be announced again."""
+MOST_ANNOUNCED = 4
+"""How often a reply may be announced: a node that was not answered tries again."""
 DEEPEST = 8
 """Levels of the pieces of a reply: message, records, record, array, chunks."""
 
@@ -53,7 +53,7 @@ class Guard:
         self._send, self._collect = runtime.push_messages, runtime.pull_messages
         self._kept = Kept()
         self._sessions: defaultdict[int, deque[str]] = defaultdict(lambda: deque(maxlen=OPEN))
-        self._announced: dict[str, tuple[int, float]] = {}  # how often, and when last
+        self._announced: Counter[str] = Counter()
         self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._bytes: Counter[int] = Counter()
 
@@ -77,7 +77,11 @@ class Guard:
             if is_new := metadata.message_id not in state.object_store:
                 # before it is there: the server may take it at once
                 self._kept.note_reply(metadata.reply_to_message_id, metadata.message_id)
-            response = self._push_messages(request=request, state=state)
+            try:
+                response = self._push_messages(request=request, state=state)
+            except Exception:
+                self._announced.pop(metadata.reply_to_message_id, None)  # it did not cost others
+                raise
             self._sessions[node].append(response.session_id)
             if is_new and metadata.message_id not in state.object_store:  # it was not taken
                 self._kept.forget_reply(metadata.reply_to_message_id, metadata.message_id)
@@ -90,14 +94,12 @@ class Guard:
         """Count the announcements of replies to a message; return whether this is the first.
 
         Each is written down, piece by piece, while all others wait for the database. Who did not
-        hear the answer may announce its reply again, after a while. Raises WireError before.
+        hear the answer may announce its reply again. Raises WireError at one too many.
         """
-        now = time.monotonic()
-        count, last = self._announced.get(reply_to, (0, -math.inf))
-        if count >= MOST_ANNOUNCED or now < last + AGAIN_S:
-            raise WireError("this reply has been announced just now; push its pieces.")
-        self._announced[reply_to] = (count + 1, now)
-        return not count
+        self._announced[reply_to] += 1
+        if self._announced[reply_to] > MOST_ANNOUNCED:
+            raise WireError("this reply has been announced before; push its pieces.")
+        return self._announced[reply_to] == 1
 
     def push_object(self, request: Any, state: Any) -> Any:
         """Take no more bytes from a node than its last reply may have."""
