@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import DataError
-from common.files import replace_file
+from common.files import read_json, replace_file
 from experiments.console import make_console, say
 from experiments.deploy.attendance import drawn_run, run_status
-from experiments.deploy.supervise import worth
+from experiments.deploy.supervise import TROUBLE, worth
 
 LOCK, MODELS = "join.lock", "models"
 SHOWN = 12
@@ -100,6 +100,7 @@ def status_of(state: Path) -> dict[str, Any]:
     return {
         "client": state.name,
         "joined": is_held(state / LOCK),
+        "trouble": read_json(state / TROUBLE),
         "federation": known[-1] if known else None,
         "rounds": rows,
         "seconds_since": _age(rows[-1]["time"]) if rows else None,
@@ -110,6 +111,8 @@ def drawn(status: dict[str, Any]) -> RenderableType:
     """Draw a status: a line, a table of the newest rounds, what joining is worth."""
     joined = Text("joined", "green") if status["joined"] else Text("not joined", "red")
     head = Text.assemble((status["client"], "bold"), "  ", joined)
+    if trouble := status["trouble"]:
+        head.append(f"  {trouble['reason']} ({trouble['time']})", "yellow")
     if not (rows := status["rounds"]):
         return Group(head, Text("no model has come yet: there is one after the first round"))
     head.append(f"  federation {status['federation']}, ")

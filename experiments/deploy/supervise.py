@@ -7,6 +7,7 @@ growing pauses, until Ctrl-C. What no waiting heals (a bad key, another Flower v
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,13 +17,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
 
-from common.files import printable
+from common.files import PRIVATE, printable, replace_file
 from experiments.console import say
 from experiments.deploy.settings import JoinSettings
 from experiments.run.engines.processes import free_port, guarded, kill_session
@@ -34,6 +36,7 @@ STOP_PATIENCE_S = 15.0
 REFUSAL = "refusal.json"
 MAX_LOG_BYTES = 10 << 20
 LONGEST_LINE = 4000
+TROUBLE = "trouble.json"
 REASONS = {
     302: "the key cannot be used",
     303: "a key needs TLS: remove --insecure and give --certificate",
@@ -89,6 +92,7 @@ class Supervisor:
                 return 1
             if time.monotonic() - started > STEADY_S:
                 pause = FIRST_PAUSE_S
+            self._note_trouble(f"the SuperNode ended: {why}")
             self._say(f"the SuperNode ended: {why}; again in {pause:.0f} s", "yellow")
             self._stop.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -150,6 +154,7 @@ class Supervisor:
         if self._refusal.exists():
             told = json.loads(self._refusal.read_text())
             self._refusal.unlink()
+            self._note_trouble(f"refused: {printable(str(told['reason']))}")
             if told["final"]:
                 self._refused = printable(str(told["reason"]))
                 self._leave()
@@ -157,9 +162,16 @@ class Supervisor:
                 self._say(f"not admitted yet: {printable(str(told['reason']))}", "yellow")
         changed, self._seen = _changed(self._model) != self._seen, _changed(self._model)
         if changed:
+            (self._settings.folder / TROUBLE).unlink(missing_ok=True)
             facts = json.loads(self._model.read_text())
             self._say(f"your model: {self._model.with_suffix('.safetensors')}", "bold green")
             self._say(worth(facts), "bold green")
+
+    def _note_trouble(self, reason: str) -> None:
+        """Write down, for `status`, why this participant does not take part at the moment."""
+        told = {"reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        with contextlib.suppress(OSError):
+            replace_file(self._settings.folder / TROUBLE, json.dumps(told), mode=PRIVATE)
 
     def _say(self, text: str, style: str = "") -> None:
         say(self._console, text, style=style)

@@ -1,6 +1,7 @@
 """`mh-pfedhn join`: settings, and every check with what is wrong and what to change."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from experiments.deploy import checks as join_checks
 from experiments.deploy import join
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.settings import JoinSettings, read_settings
+from experiments.deploy.status import drawn, status_of
 from experiments.deploy.supervise import Supervisor, explain
 from experiments.examples import my_site
 from tests.support import tiny
@@ -275,3 +277,6 @@ def test_a_refusal_ends_it_at_once_with_its_reason(
     assert "site-a declares 9 parameters [red]" in text
     assert (code, "refused by the server" in text) == ((1, True) if final else (0, False))
     assert (time.monotonic() - started < 3.5) == final
+    shown = Console(record=True, width=200, file=io.StringIO())
+    shown.print(drawn(status_of(own.folder)))
+    assert "not joined  refused: site-a declares 9 parameters [red] (20" in shown.export_text()
