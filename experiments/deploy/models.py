@@ -164,9 +164,22 @@ def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     found = _chosen(args)
     say(make_console(), f"round {found.server_round} of federation {found.federation}")
+    if not args.federation and not args.last and (better := _better(args.state, found)):
+        words = f"federation {better.federation} has a better one, of round {better.server_round}"
+        say(make_console(), f"note: {words}: --federation {better.federation}")
     about = json.loads((found.folder / DESCRIPTION).read_text())
     sys.path += [folder for folder in about.get("code", ()) if folder not in sys.path]
     return read_predictor(found.folder)
+
+
+def _better(state: Path, found: Version) -> Version | None:
+    """Return the best model of another federation, where it is surely better on validation."""
+    from client_app.shelf import Shelf
+
+    shelf = Shelf(state)
+    others = [shelf.best(name) for name in shelf.federations() if name != found.federation]
+    best = max((v for v in others if v), key=lambda v: v.quality, default=None)
+    return best if best and best.quality > found.quality else None
 
 
 def _is_pictures(about: dict[str, Any]) -> bool:

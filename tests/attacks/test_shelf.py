@@ -52,6 +52,20 @@ def test_a_round_that_is_repeated_takes_no_better_model(tmp_path: Path) -> None:
     assert (accuracy(shelf, BEST), accuracy(shelf, LAST)) == (0.9, 0.1)
 
 
+def test_a_better_model_of_an_earlier_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shelf = Shelf(tmp_path)
+    keep(shelf, 9, 0.95)
+    keep(shelf, 2, 0.3, federation="b2")
+    grey(tmp_path / "pictures" / "a" / "1.png", 5)
+    words = [str(tmp_path), str(tmp_path / "pictures"), str(tmp_path / "o.csv")]
+    assert main(["model", "predict", *words]) == 0
+    assert "federation a1 has a better one, of round 9: --federation a1" in capsys.readouterr().out
+    assert main(["model", "predict", *words, "--federation", "a1"]) == 0
+    assert "has a better one" not in capsys.readouterr().out
+
+
 def test_few_validation_examples_make_no_best_model(tmp_path: Path) -> None:
     """How many there are, a run config says."""
     shelf = Shelf(tmp_path)
