@@ -1,6 +1,6 @@
 """A participant's models of every federation, safe from the next round, run and crash.
 
-    models/<federation>/round-00000012-000000057/personal_model.*, best.json, history.jsonl
+    models/<federation>/round-00000012-000000057/personal_model.*, history.jsonl
 
 A version is written beside the others and renamed when it is whole; none is ever written over. The
 newest stays (last), and the one that was best on the validation examples; both outlive the
@@ -35,11 +35,12 @@ MODELS, DESCRIPTION, HISTORY = "models", "personal_model.json", "history.jsonl"
 LOCK, LOCK_TIMEOUT_S = ".lock", 60.0
 MOST_FEDERATIONS, MANY = 20, 1000
 """Whose models are kept: a server names its federation. And rows of a history that is cut."""
-BEGUN, BEST_FILE = "begun", "best.json"
+BEGUN = "begun"
 MOST_HISTORY = 2**22
 """Bytes of a history, from which on it is cut."""
 LAST, BEST = "last", "best"
 Z = 2.0
+"""Standard errors of the interval by which models are compared."""
 
 _VERSION = re.compile(r"round-(\d{8})-(\d{9})")
 """Its round, and the how manieth version of the federation it is."""
@@ -92,12 +93,9 @@ class Shelf:
             model.store(draft, program=program, once=home)
             draft.rename(place)
             sync(home)
-            before, now = self.best(home.name), self.versions(home.name)[-1]
-            if before is None or now.quality >= before.quality:
-                replace_file(home / BEST_FILE, json.dumps(now.folder.name), mode=PRIVATE)
-                before = now
+            best = self.best(home.name)
             for folder in home.iterdir():
-                if folder.is_dir() and folder not in (now.folder, before.folder):
+                if folder.is_dir() and folder not in (place, best and best.folder):
                     shutil.rmtree(folder, ignore_errors=True)
             for frozen in home.glob("frozen-*"):
                 if frozen.stat().st_nlink == 1:
@@ -106,14 +104,9 @@ class Shelf:
         self._prune()
 
     def best(self, federation: str) -> Version | None:
-        """Return the version that was best, None where no version is whole."""
+        """Return the best version, of two that are as good the newer; None where none is whole."""
         versions = self.versions(federation)
-        try:
-            name = json.loads((self.state / MODELS / federation / BEST_FILE).read_text())
-        except (OSError, ValueError):
-            name = ""
-        named = [v for v in versions if v.folder.name == name]
-        return named[0] if named else max(versions, key=lambda v: v.quality, default=None)
+        return max(versions, key=lambda v: (v.quality, v.number), default=None)
 
     def versions(self, federation: str) -> list[Version]:
         """Return the whole versions of a federation, the newest last; damaged ones are not."""

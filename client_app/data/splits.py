@@ -142,10 +142,11 @@ def split_three_ways(
     """
     if division.parts is not None:
         return _as_named(labels, division.parts, validation_fraction, rng)
-    for keys, draw in ((division.groups, rng.permutation), (division.times, None)):
-        if keys is not None:
-            order = np.unique(keys) if draw is None else draw(np.unique(keys))
-            return _along(order, keys, test_fraction, validation_fraction)
+    fractions = (test_fraction, validation_fraction)
+    if division.groups is not None:
+        return _along(rng.permutation(np.unique(division.groups)), division.groups, *fractions)
+    if division.times is not None:
+        return _along(np.unique(division.times), division.times, *fractions)
     train, held = split_train_test(labels, test_fraction=test_fraction, rng=rng)
     chosen_on = validation_fraction / test_fraction
     if not chosen_on or len(held) < 2:

@@ -79,14 +79,11 @@ class Guard:
                 self._kept.note_reply(metadata.reply_to_message_id, metadata.message_id)
             try:
                 response = self._push_messages(request=request, state=state)
-            except Exception:
-                self._announced.pop(metadata.reply_to_message_id, None)  # it did not cost others
-                raise
+            finally:
+                if is_new and metadata.message_id not in state.object_store:  # it was not taken
+                    self._kept.forget_reply(metadata.reply_to_message_id, metadata.message_id)
             self._sessions[node].append(response.session_id)
-            if is_new and metadata.message_id not in state.object_store:  # it was not taken
-                self._kept.forget_reply(metadata.reply_to_message_id, metadata.message_id)
-                self._announced.pop(metadata.reply_to_message_id, None)
-            elif is_first:
+            if is_first and response.objects_to_push:
                 self._bytes[node] = 0
             return response
 
@@ -94,8 +91,11 @@ class Guard:
         """Count the announcements of replies to a message; return whether this is the first.
 
         Each is written down, piece by piece, while all others wait for the database. Who did not
-        hear the answer may announce its reply again. Raises WireError at one too many.
+        hear the answer may announce its reply again. Raises WireError at one too many. What answers
+        no message of the server's leaves nothing here; Flower refuses it.
         """
+        if reply_to not in self._kept:
+            return True
         self._announced[reply_to] += 1
         if self._announced[reply_to] > MOST_ANNOUNCED:
             raise WireError("this reply has been announced before; push its pieces.")

@@ -39,10 +39,8 @@ def correct(store: SqlObjectStore, tree: Any) -> None:
                 session.execute(insert(StoredObject).values(_empty(node.object_id)))
             wanted = {child.object_id for child in node.children}
             found = set(session.scalars(_children(node.object_id)))
-            for child, change in [
-                *((c, -1) for c in found - wanted),
-                *((c, 1) for c in wanted - found),
-            ]:
+            changes = dict.fromkeys(found - wanted, -1) | dict.fromkeys(wanted - found, 1)
+            for child, change in changes.items():
                 link = {"parent_id": node.object_id, "child_id": child}
                 if change > 0:
                     session.execute(insert(ObjectChild).values(link))
@@ -106,6 +104,9 @@ class Kept:
     def __init__(self) -> None:
         self._sent: dict[str, float] = {}
         self._replies: dict[str, set[str]] = {}
+
+    def __contains__(self, message_id: str) -> bool:
+        return message_id in self._sent
 
     def note_sent(self, message_id: str, over: float) -> None:
         """Note a message of the server's, and the time, in seconds, when nobody waits for it."""

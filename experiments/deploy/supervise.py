@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import logging
 import re
 import signal
 import subprocess
@@ -17,10 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -106,7 +108,7 @@ class Supervisor:
     def _run_once(self) -> None:
         self._lines.clear()
         settings = self._settings
-        with RotatingLog(settings.folder / "supernode.log") as log:
+        with closing(rotating_log(settings.folder / "supernode.log")) as log:
             self._process = process = subprocess.Popen(
                 settings.command(settings.port or free_port()),
                 env=settings.environment(),
@@ -127,12 +129,12 @@ class Supervisor:
             self._end_process()  # its SuperExec may outlive it, and hold the pipe
             reader.join(timeout=5.0)
 
-    def _copy(self, lines: TextIO, log: RotatingLog) -> None:
+    def _copy(self, lines: TextIO, log: logging.Handler) -> None:
         with lines:
             for line in lines:
                 self._lines.append(line.rstrip()[:LONGEST_LINE])
                 shown = _shown(_ANSI.sub("", line.rstrip()[:LONGEST_LINE]))
-                log.write(shown + "\n")
+                log.handle(logging.makeLogRecord({"msg": shown}))
                 self._say(shown, "dim")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -177,27 +179,9 @@ class Supervisor:
         say(self._console, text, style=style)
 
 
-class RotatingLog:
-    """A log of at most two files of `MAX_LOG_BYTES`: the one of now, and the one before."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, text: str) -> None:
-        """Append a text, to a new file where this one is full."""
-        if self._file.tell() > MAX_LOG_BYTES:
-            self._file.close()
-            os.replace(self._path, self._path.with_suffix(".log.1"))
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(text)
-        self._file.flush()
+def rotating_log(path: Path) -> logging.Handler:
+    """Open a log of at most two files of `MAX_LOG_BYTES`: the one of now, and the one before."""
+    return RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1, encoding="utf-8")
 
 
 def _shown(line: str) -> str:

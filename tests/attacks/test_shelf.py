@@ -1,7 +1,9 @@
 """A server that wants a participant to lose what it has learned, with valid messages alone."""
 
 import csv
+import logging
 import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from common.errors import WireError
 from common.messages import Evaluation
 from common.records import Content, Received, encode
 from experiments.__main__ import main
-from experiments.deploy.supervise import MAX_LOG_BYTES, RotatingLog, explain
+from experiments.deploy.supervise import MAX_LOG_BYTES, explain, rotating_log
 from tests.cases.test_pictures import grey
 from tests.support.tiny import HERE, run_tiny, tiny_config, trusting
 from tests.unit.client_app.pictures import client_data
@@ -210,9 +212,9 @@ def test_names_of_records_are_cut(tmp_path: Path) -> None:
 
 
 def test_logs_of_a_participant_do_not_grow_without_end(tmp_path: Path) -> None:
-    with RotatingLog(tmp_path / "supernode.log") as log:
+    with closing(rotating_log(tmp_path / "supernode.log")) as log:
         for _ in range(3 * MAX_LOG_BYTES // 100_000):
-            log.write("x" * 99_999 + "\n")
+            log.handle(logging.makeLogRecord({"msg": "x" * 99_999}))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2.1 * MAX_LOG_BYTES
 
 
