@@ -6,7 +6,6 @@ Imports torch; `app.py` decides in which process it runs.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +14,21 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
+from client_app.data.source import CLASSES, NUMBERS
 from client_app.models.building import AUTO, ModelKind, fitting
-from client_app.models.instances import cpu_threads, pick_device
+from client_app.models.instances import FlatModel, cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
 from client_app.personal import PersonalModel
 from client_app.privacy import Privacy, note_clear
 from client_app.shelf import Shelf
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from client_app.training.loop import FlatModel, Loss, Trained, accuracy_of, train
+from client_app.training.loop import Loss, Trained, accuracy_of, rate_of_round, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
-from common.errors import ConfigError, WireError
+from common.errors import ConfigError, DataError, WireError
 from common.files import PRIVATE, printable, replace_file
 from common.log import logger
 from common.messages import FINAL, REASON, REFUSED, Evaluation
-from common.methods import method_class
+from common.methods import METHODS, method_class
 from common.records import Content, Received, encode
 
 REFUSAL, MOST_WORDS = "refusal.json", 1000
@@ -66,6 +66,12 @@ class Participant:
             split_seed=split_seed_of(node, state),
             device=device,
         )
+        info = METHODS[config.run.method]
+        if info.of_classes and data.target != CLASSES:
+            raise DataError(
+                f"method {config.run.method!r} is for classes; {section.dataset} has "
+                f"{data.target}. Use one that is not made of classes: mh-pfedhn-pg, fedavg."
+            )
         return cls(
             client_id=client_id,
             config=config,
@@ -125,6 +131,11 @@ class Participant:
         """Raise ModelError or ConfigError where private training is asked and cannot be."""
         if self.privacy:
             self.privacy.require_fit(module)
+            if self.data.target == NUMBERS:
+                raise DataError(
+                    "dp-noise cannot protect numbers to predict: they are trained on in units of "
+                    "their mean and spread, which all examples have made. Set dp-noise = 0."
+                )
 
     @property
     def tells_counts(self) -> bool:
@@ -258,14 +269,8 @@ def kind_for(name: str, data: ClientData, *, device: torch.device, generate: str
         is_floats = dtype.is_floating_point
         name = fitting(shape, is_pictures=data.is_pictures, is_floats=is_floats)
     sizes = (data.in_channels, data.num_classes)
-    return ModelKind(name, *sizes, device, input_shape=shape, input_dtype=dtype, generate=generate)
-
-
-def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:
-    """Return the local rate in a round, 1 to `rounds`: along a cosine to `learning-rate-final`."""
-    passed = min((server_round - 1) / max(rounds - 1, 1), 1.0)
-    final = section.learning_rate_final
-    return section.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * passed)) / 2)
+    inputs = tuple((part, tuple(is_a)) for part, is_a in data.about.get("inputs", {}).items())
+    return ModelKind(name, *sizes, device, "personal", 0, shape, dtype, generate, inputs)
 
 
 def reply_to(message_type: str, content: RecordDict, context: Context) -> RecordDict:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,11 @@ from torch import Tensor, nn
 
 from client_app.data.examples import ClientData
 from client_app.frozen import FROZEN, frozen_of, frozen_state, link_frozen
-from client_app.models.registry import build_model
+from client_app.models.building import build_for
 from client_app.predictor import Predictor
+from client_app.program import Classifier, save_program
 from client_app.store import COMMON_MODEL, OWN_MODEL, PERSONAL_MODEL, FolderState
+from client_app.training.loop import num_correct
 from common.errors import DataError, ModelError
 from common.files import PRIVATE, replace_file
 from common.log import logger
@@ -41,32 +41,11 @@ from common.messages import Evaluation
 TEST_ROWS = "test_rows"
 INPUT = "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)"
 SCALED = "values scaled so that intensity[0] becomes 0 and intensity[1] 255, in whole numbers"
-EXPORTING = threading.Lock()
-"""torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
-
-
-class Classifier(nn.Module):
-    """A model with its normalisation: uint8 pictures (B, C, H, W) in, logits (B, classes) out.
-
-    Without mean and std examples are no pictures, and the model gets them as they are.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        # the same two constants as in training, so that not one rounding differs
-        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, -1, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalise and classify."""
-        if self.scale.numel():
-            images = torch.addcmul(self.shift, images, self.scale)
-        logits: Tensor = self.model(images)
-        return logits
+PREDICTIONS = {
+    "classes": "weight * softmax(own) + (1 - weight) * softmax(common)",
+    "labels": "weight * sigmoid(own) + (1 - weight) * sigmoid(common)",
+    "numbers": "label_mean + label_std * (weight * own + (1 - weight) * common)",
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +105,7 @@ class PersonalModel:
             load = {
                 "common_model": self.common,
                 "weight_of_own_model": float(self.module.weight),
-                "prediction": "weight * softmax(own) + (1 - weight) * softmax(common)",
+                "prediction": PREDICTIONS[data.target],
                 "load_own": _load_line(self.name, data, OWN_MODEL),
                 "load_common": _load_line(self.common, data, COMMON_MODEL),
             }
@@ -159,9 +138,19 @@ class PersonalModel:
         """Say how the model is fed."""
         data, dtype = self.data, str(self.data.input_dtype).removeprefix("torch.")
         shape = list(data.input_shape)
-        facts = {"input_shape": shape, "mean": data.mean.tolist(), "std": data.std.tolist()}
+        facts: dict[str, Any] = {
+            "input_shape": shape,
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+        }
+        facts["target"] = data.target
+        if len(data.label_std):
+            facts |= {name: getattr(data, name).tolist() for name in ("label_mean", "label_std")}
         if not data.is_pictures:
-            return {**facts, "input": f"{dtype} (B, ...), as the data set gives them"}
+            words = "as the data set gives them"
+            if parts := data.about.get("inputs"):
+                words = f"{', '.join(parts)}, each flattened, side by side"
+            return {**facts, "input": f"{dtype} (B, ...), {words}"}
         text = INPUT if "intensity" not in data.about else f"{SCALED}; {INPUT}"
         return {**facts, "image_size": shape[-1], "input": text}
 
@@ -186,18 +175,16 @@ class PersonalModel:
 
         Differences of rounding may turn one in a hundred.
         """
-        data = self.data
-        parts = zip(
-            *(torch.split(x, 256) for x in (data.test_images, data.test_labels)), strict=True
-        )
-        correct = sum(
-            int((program(x.cpu().contiguous()).argmax(1) == y.cpu()).sum()) for x, y in parts
-        )
+        data, labels = self.data, self.data.test_labels.cpu()
+        if len(data.label_std):
+            labels = labels * data.label_std + data.label_mean
+        found = [program(x.cpu().contiguous()) for x in torch.split(data.test_images, 256)]
+        correct = num_correct(torch.cat(found), labels)
         wanted, tested = self.evaluation.num_correct, self.evaluation.num_test
         if abs(correct - wanted) > max(1, tested // 100):
             raise RuntimeError(
-                f"the exported program gets {correct} of {tested} test examples right, the model "
-                f"{wanted}: it has something that is neither parameter nor buffer"
+                f"the exported program gets {correct:g} of {tested} test examples right, the model "
+                f"{wanted:g}: it has something that is neither parameter nor buffer"
             )
 
     def _on_cpu(self) -> tuple[nn.Module, Tensor]:
@@ -206,15 +193,13 @@ class PersonalModel:
         The trained module shares one flat vector and has the client's own dropout inside.
         """
         data = self.data
-        sizes = {"in_channels": data.in_channels, "num_classes": data.num_classes}
-        fresh = build_model(self.name, **sizes)
-        if isinstance(self.module, Predictor):
-            fresh = Predictor(fresh, build_model(self.common, **sizes), 0.0)
+        fresh = _built(self.describe())
         fresh.load_state_dict({k: v.detach().cpu() for k, v in self.module.state_dict().items()})
         kept = dict(self.module.named_buffers())
         for name, buffer in fresh.named_buffers():  # also those that no state_dict has
             buffer.copy_(kept[name].detach())
-        whole = Classifier(fresh, data.mean.cpu(), data.std.cpu()).eval()
+        scales = (data.mean, data.std, data.label_mean, data.label_std)
+        whole = Classifier(fresh, *(x.cpu() for x in scales)).eval()
         return whole, torch.zeros_like(data.test_images[:1].cpu()).repeat_interleave(2, 0)
 
 
@@ -231,43 +216,31 @@ def read_predictor(folder: Path) -> tuple[Classifier, dict[str, Any]]:
         weights = load_file(folder / f"{PERSONAL_MODEL}.safetensors") | frozen_of(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} does not hold a whole personal model: {error}") from error
-    sizes = {"in_channels": about["in_channels"], "num_classes": about["num_classes"]}
-    module = build_model(about["model"], **sizes)
-    if common := about.get("common_model"):
-        module = Predictor(module, build_model(common, **sizes), 0.0)
+    module = _built(about)
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(
             f"{about['model']} is no longer the model that was trained: {error}"
         ) from error
-    mean, std = (torch.tensor(about[name]) for name in ("mean", "std"))
-    return Classifier(module, mean, std).eval(), about
+    scales = (about.get(name, []) for name in ("mean", "std", "label_mean", "label_std"))
+    return Classifier(module, *map(torch.tensor, scales)).eval(), about
+
+
+def _built(about: Mapping[str, Any]) -> nn.Module:
+    """Build what a description is of, with weights of its own."""
+    sizes = {"in_channels": about["in_channels"], "num_classes": about["num_classes"]}
+    own, *common = (
+        build_for(name, about.get("inputs", {}), **sizes)
+        for name in (about["model"], about.get("common_model"))
+        if name
+    )
+    return Predictor(own, common[0], 0.0, about.get("target", "classes")) if common else own
 
 
 def not_in_state_dict(module: nn.Module) -> list[str]:
     """Return the buffers that plain weights lack (persistent=False); the program has them."""
     return sorted(dict(module.named_buffers()).keys() - module.state_dict().keys())
-
-
-def save_program(
-    program: tuple[nn.Module, Tensor], path: Path, require: Callable[[nn.Module], None]
-) -> None:
-    """Export a module to a .pt2 file, for any batch size, if it is what `require` wants."""
-    module, example = program
-    dynamic = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
-        exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
-    exported.example_inputs = None  # torch would store it pickled; nobody needs it
-    packed = io.BytesIO()
-    torch.export.save(exported, packed)
-    packed.seek(0)
-    again = torch.export.load(packed).module()
-    if not torch.allclose(again(example), module(example), rtol=1e-4, atol=1e-5):
-        raise RuntimeError("the exported program gives other logits than the model")
-    require(again)
-    replace_file(path, packed.getvalue(), mode=PRIVATE)
 
 
 def _load_line(name: str, data: ClientData, file: str = PERSONAL_MODEL) -> str:

@@ -29,7 +29,8 @@ from common.messages import TrainReply
 
 if TYPE_CHECKING:
     from client_app.data.examples import ClientData
-    from client_app.training.loop import FlatModel, Loss, Trained
+    from client_app.models.instances import FlatModel
+    from client_app.training.loop import Loss, Trained
 
 
 LOCK_TIMEOUT_S = 60.0

@@ -160,15 +160,25 @@ class Shelf:
         return versions[-1] if which == LAST else self.best(name) or versions[-1]
 
     def _prune(self) -> None:
-        """Drop federations beyond `MOST_FEDERATIONS`, the newest first, but the one of now."""
+        """Drop federations beyond `MOST_FEDERATIONS`: not the one of now, nor the best one.
+
+        Of the others the first and the last to begin stay: federations that a server makes up push
+        out neither those before them nor those after.
+        """
         known = self.federations()
-        others = sorted(known[:-1], key=self._begun)
-        for name in others[MOST_FEDERATIONS - 1 :]:
+        best = max(known, key=self._quality)
+        others = sorted((name for name in known[:-1] if name != best), key=self._begun)
+        first = (MOST_FEDERATIONS - 2) // 2
+        for name in others[first : len(others) - (MOST_FEDERATIONS - 2 - first)]:
             logger.warning(
-                "Models of federation %s are dropped, for there are those of %d older ones. Delete "
-                "what is no longer needed below %s.", name, MOST_FEDERATIONS, self.state / MODELS,
+                "Models of federation %s are dropped: %d others are kept below %s.",
+                name, MOST_FEDERATIONS, self.state / MODELS,
             )  # fmt: skip
             shutil.rmtree(self.state / MODELS / name, ignore_errors=True)
+
+    def _quality(self, federation: str) -> float:
+        best = self.best(federation)
+        return best.quality if best else -1.0
 
     def _begun(self, federation: str) -> int:
         try:

@@ -61,7 +61,7 @@ def weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:
     return math.fsum(w * x for w, x in pairs) / total if total else math.nan
 
 
-def micro_accuracy(counts: Sequence[tuple[int, int]]) -> float:
+def micro_accuracy(counts: Sequence[tuple[int, float]]) -> float:
     """Return correct over tested of all (tested, correct), nobody's above ten medians of tested."""
     weights = bounded_counts([tested for tested, _ in counts], MOST_TESTED)
     right = (w * correct / tested for w, (tested, correct) in zip(weights, counts, strict=True))
@@ -156,15 +156,17 @@ class Registration:
 class Evaluation:
     """Test counts of one client: weights exactly as received, its own BatchNorm statistics.
 
+    Of several labels an example, a correct one is a share of an example; of numbers R^2 says which
+    share of all is correct, 0 at least. `num_correct` over `num_test` is called accuracy.
     `others` are the counts of correct examples of further predictors that a method reports beside
     its own, by name (FedProto: its head), and of the model trained alone where it is measured.
     """
 
     num_test: int
-    num_correct: int
+    num_correct: float
     test_loss: float
     seconds: float = 0.0
-    others: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Scalar]:
         """Return the keys that stand for it."""
@@ -206,10 +208,10 @@ class Evaluation:
             others = (*others, ALONE)
         return cls(
             num_test=num_test,
-            num_correct=reply.count("num-correct", most=num_test),
+            num_correct=reply.share("num-correct", of=num_test),
             test_loss=reply.number("test-loss", most=MOST_LOSS),
             seconds=reply.number("seconds-evaluation", most=MOST_SECONDS),
-            others={name: reply.count(f"num-correct-{name}", most=num_test) for name in others},
+            others={name: reply.share(f"num-correct-{name}", of=num_test) for name in others},
         )
 
 

@@ -22,6 +22,7 @@ ENSEMBLE = "own and global-model, both trained alone, weighed by the validation 
 PROTOTYPES = "own features after local training, by the nearest prototype that the server sends"
 
 HEAD_SIZES = ("num_classes", "feature_dim")
+GLOBAL_SIZE = ("num_global_parameters",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class MethodInfo:
     needs: tuple[str, ...] = ()  # further fields of `Registration` that clients must fill in
     others: tuple[str, ...] = ()  # further predictors whose accuracy clients report
     synchronous: bool = True  # one server step a round, of all replies; else the schedule decides
+    of_classes: bool = False  # whether it needs labels that are classes
 
     @property
     def is_baseline(self) -> bool:
@@ -43,16 +45,16 @@ class MethodInfo:
         return not self.module.startswith("mhpfedhn")
 
 
-_FEDPROTO = (HEAD_SIZES, ("head",))
+_FEDPROTO = (HEAD_SIZES, ("head",), True, True)
 
 METHODS = {
     "mh-pfedhn": MethodInfo("MH-pFedHN", "mhpfedhn", "MHpFedHN", SENT, (0, 0), synchronous=False),
     "mh-pfedhn-gd": MethodInfo(
-        "MH-pFedHNGD", "mhpfedhn", "MHpFedHN", SENT, (1, 0), ("num_global_parameters",),
+        "MH-pFedHNGD", "mhpfedhn", "MHpFedHN", SENT, (1, 0), GLOBAL_SIZE,
         synchronous=False,
     ),
     "mh-pfedhn-pg": MethodInfo(
-        "MH-pFedHN-PG", "mhpfedhn", "MHpFedHNPG", MIXED, (1, 1), ("num_global_parameters",),
+        "MH-pFedHN-PG", "mhpfedhn", "MHpFedHNPG", MIXED, (1, 1), GLOBAL_SIZE,
         ("own", "common"), synchronous=False,
     ),
     "local": MethodInfo("Local", "base", "Local", OWN, (7, 1)),
@@ -61,16 +63,16 @@ METHODS = {
         "FedAvg + fine-tuning", "fedavg", "FedAvgFineTuned", TUNED, (2, 1), ("group",), ("global",)
     ),
     "fedprox": MethodInfo("FedProx", "fedavg", "FedProx", SENT, (2, 2), ("group",)),
-    "fml": MethodInfo("FML", "fedavg", "FML", OWN, (5, 0), ("num_global_parameters",)),
-    "fedkd": MethodInfo("FedKD", "fedavg", "FedKD", OWN, (5, 2), ("num_global_parameters",)),
+    "fml": MethodInfo("FML", "fedavg", "FML", OWN, (5, 0), GLOBAL_SIZE, of_classes=True),
+    "fedkd": MethodInfo("FedKD", "fedavg", "FedKD", OWN, (5, 2), GLOBAL_SIZE, of_classes=True),
     "local-ensemble": MethodInfo(
         "Local ensemble", "fedavg", "LocalEnsemble", ENSEMBLE, (7, 2), (), ("own", "common")
     ),
     "lg-fedavg": MethodInfo("LG-FedAvg", "heads", "LGFedAvg", HEAD, (3, 0), HEAD_SIZES),
-    "fedgh": MethodInfo("FedGH", "heads", "FedGH", HEAD, (3, 1), HEAD_SIZES),
+    "fedgh": MethodInfo("FedGH", "heads", "FedGH", HEAD, (3, 1), HEAD_SIZES, of_classes=True),
     "fedproto": MethodInfo("FedProto", "prototypes", "FedProto", PROTOTYPES, (4, 0), *_FEDPROTO),
     "fedtgp": MethodInfo("FedTGP", "prototypes", "FedTGP", PROTOTYPES, (4, 1), *_FEDPROTO),
-    "fd": MethodInfo("FD", "prototypes", "FD", OWN, (5, 1), ("num_classes",)),
+    "fd": MethodInfo("FD", "prototypes", "FD", OWN, (5, 1), ("num_classes",), of_classes=True),
     "pfedhn": MethodInfo(
         "pFedHN", "pfedhn", "PFedHN", SENT, (6, 0), ("group",), synchronous=False
     ),

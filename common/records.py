@@ -179,6 +179,12 @@ class Received:
             raise WireError(f"{key} is {value}; expected a number from 0 to {most:g}.")
         return value
 
+    def share(self, key: str, *, of: int) -> float:
+        """Return an int or float from 0 to `of`."""
+        if type(self._config.get(key)) is int:
+            return self.count(key, most=of)
+        return self.number(key, most=of)
+
     def section(self, section: type[S]) -> S:
         """Rebuild a config section from its keys."""
         values = {key: self._config[key] for key in section.key_names() if key in self._config}

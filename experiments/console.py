@@ -14,7 +14,11 @@ def make_console(*, wide: bool = False) -> Console:
 
 
 def say(console: Console, text: str, *, style: str = "", end: str = "\n") -> None:
-    """Print text as it stands: no markup in it, no colours of rich's choice, no line breaks."""
+    """Print text as it stands: no markup in it, no colours of rich's choice, no line breaks.
+
+    What a terminal would obey is left out: names and reasons come from others.
+    """
+    text = "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
     console.print(text, style=style, end=end, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -179,7 +179,7 @@ class Admission:
         refusal = Refusal(until_s=self._transport.clock.monotonic() + RETRY_S)
         if enough or arrival.failure.startswith(NO_ANSWER):
             again = self._ask_from[node_id] = server_round + self._pause(node_id)
-            refusal = Refusal(printable(arrival.failure), until_round=again)
+            refusal = Refusal(printable(arrival.failure)[:MOST_WORDS], until_round=again)
         self._registry.refuse(node_id, refusal)
 
     def _pause(self, node_id: int) -> int:

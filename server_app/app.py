@@ -133,7 +133,7 @@ class Server:
         try:
             _require_same_run(checkpoint, self.method.config)
             last = self._restore(checkpoint)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path} is whole, but does not hold what is read: "
                 f"{type(error).__name__}: {error}. Resume from a checkpoint that a run of this "

@@ -155,11 +155,10 @@ class Transport:
             if len(part) < PUSH_BATCH:
                 self._unsent.popleft()
             if part:
-                self._hand_over(part)
+                self._hand_over(part, [*map(self._flower_message, part)])
 
-    def _hand_over(self, part: list[Outgoing]) -> None:
-        """Push some messages at once; where that fails, each by itself."""
-        messages = [self._flower_message(outgoing) for outgoing in part]
+    def _hand_over(self, part: list[Outgoing], messages: list[Message]) -> None:
+        """Push some messages at once; where that fails, each: a node may have been given it."""
         try:
             push = partial(self.grid.push_messages, messages)
             accepted = set(self.attempt(push) if len(part) > 1 else push())
@@ -167,8 +166,8 @@ class Transport:
             if is_lost(error):
                 raise
             if len(part) > 1:
-                for outgoing in part:
-                    self._hand_over([outgoing])
+                for outgoing, message in zip(part, messages, strict=True):
+                    self._hand_over([outgoing], [message])
                 return
             failure = f"it cannot be handed over: {type(error).__name__}: {error}"
             self._ready.append(Arrival(part[0].pending, None, failure))

@@ -1,7 +1,7 @@
 """Decode a source once; afterwards every process maps the same uint8 file.
 
 Layout of a cache entry: `images.npy` (N, channels, size, size) uint8, or (N, ...) of examples that
-are no pictures; `labels.npy` (N,) int64; one file for each array of a `Division`; `meta.json`. Its
+are no pictures; `labels.npy` (N, ...); one file for each array of a `Division`; `meta.json`. Its
 name holds a hash of the source's fingerprint, so a changed source is a new entry. An entry appears
 by one rename, complete or not at all, under a lock that dies with its process. Folders and files
 are their owner's alone: pictures of a participant may be among them.
@@ -46,13 +46,14 @@ IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 class DecodedDataset:
     """A cache entry, opened; drawn partitions are stored in its folder too.
 
-    Images (N, channels, size, size) uint8 are memory-mapped read-only, labels (N,) int64 in memory;
-    mean and std normalise each channel, in units of full intensity; all else as `Examples` has it.
+    Images (N, channels, size, size) uint8 are memory-mapped read-only, labels (N,) int64, or (N, C)
+    bool or float32, in memory; mean and std normalise each channel, in units of full intensity; all
+    else as `Examples` has it.
     """
 
     folder: Path
     images: NDArray[Any]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -113,6 +114,7 @@ def _prune(newest: Path, source: str) -> None:
     for _, folder in sorted(found)[: -(MOST_SIZES - 1)]:
         log.info("%s is dropped: pictures of the same source in another size", folder)
         shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 Pictures are decoded once into a cache that all client processes map (`cache`), a client's rows are
 drawn once (`partitions`), and a batch is an index into tensors that already are on the device.
-Nothing here is done picture by picture.
 
 Shapes: N examples, B batch, C channels, H = W image size.
 """
@@ -23,12 +22,13 @@ from torch import Tensor
 
 from client_app.data.augment import draw_moves, moved
 from client_app.data.cache import DecodedDataset, open_dataset
+from client_app.data.labels import scale_of
 from client_app.data.partitions import WHOLE, client_indices
 from client_app.data.select import select_source
-from client_app.data.source import Division
-from client_app.data.splits import Indices, split_three_ways
+from client_app.data.source import CLASSES, LABELS, NUMBERS, Division
+from client_app.data.splits import Indices, numbered_anew, split_three_ways, strata
 from common.config import ClientSection, named_augmentations, named_classes
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.seeding import numpy_generator
 
 
@@ -40,7 +40,9 @@ class ClientData:
 
     Images are (N, C, H, W) uint8, in channels-last memory, which batches inherit (convolutions on
     CPU are up to 1.5 times as fast), mean and std (C,) float32 in units of full intensity; or no
-    pictures, (N, ...) float32 or int64, without mean and std. Labels are (N,) int64. `augmentation`
+    pictures, (N, ...) float32 or int64, without mean and std. Labels are of one of `TARGETS`;
+    numbers are minus `label_mean`, divided by `label_std` (C,), of the train part, which
+    of other labels are empty. `num_classes` counts a model's outputs. `augmentation`
     names how train examples are changed, `test_rows` (N,) int64 which examples of the source are
     tested on. `about` as `data.source.Examples` has it.
     """
@@ -58,6 +60,14 @@ class ClientData:
     test_rows: Indices | None = None
     augmentation: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
+    label_mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    label_std: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def target(self) -> str:
+        """What the examples are labelled with, one of `source.TARGETS`."""
+        kinds = {torch.bool: LABELS, torch.float32: NUMBERS}
+        return kinds.get(self.train_labels.dtype, CLASSES)
 
     @property
     def num_train(self) -> int:
@@ -86,10 +96,8 @@ class ClientData:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the examples occupy on the device."""
-        parts = (self.train_images, self.validation_images, self.test_images)
-        labels = (self.train_labels, self.validation_labels, self.test_labels)
-        return sum(x.nbytes for x in (*parts, *labels))
+        """Bytes that the examples and their labels occupy on the device."""
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
     @cached_property
     def looks(self) -> tuple[float | int, ...]:
@@ -99,8 +107,7 @@ class ClientData:
     @cached_property
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(1, C, 1, 1) each, so that normalised = shift + scale * image."""
-        scale = 1.0 / (255.0 * self.std)
-        shift = -self.mean / self.std
+        scale, shift = 1.0 / (255.0 * self.std), -self.mean / self.std
         return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -115,8 +122,7 @@ class ClientData:
 
         BatchNorm over vectors cannot take one alone.
         """
-        alone = self.num_train > batch_size > 1 and self.num_train % batch_size == 1
-        return self.num_train - alone
+        return self.num_train - (self.num_train > batch_size > 1 == self.num_train % batch_size)
 
     def batches(
         self, batch_size: int, generator: torch.Generator
@@ -127,13 +133,10 @@ class ClientData:
         """
         epoch = self.draw_epoch(generator).to(self.train_labels.device)
         for start in range(0, self.num_used(batch_size), batch_size):
-            rows, moves = (
-                epoch[0, start : start + batch_size],
-                epoch[1:, start : start + batch_size],
-            )
+            rows, *moves = epoch[:, start : start + batch_size]
             images = self.train_images[rows]
             if self.augmentation:
-                images = moved(images, moves)
+                images = moved(images, torch.stack(moves))
             yield self.normalise(images), self.train_labels[rows]
 
     def draw_epoch(self, generator: torch.Generator) -> Tensor:
@@ -201,11 +204,12 @@ def load_client_data(
 
 
 class LoadedClients:
-    """The clients that were loaded last, of at most `max_bytes` together; shared by all threads."""
+    """The clients loaded last, of at most `max_bytes` together; shared by all threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._clients: OrderedDict[Hashable, ClientData] = OrderedDict()
+        self.clear = self._clients.clear
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, load: Callable[[], ClientData]) -> ClientData:
@@ -218,10 +222,6 @@ class LoadedClients:
                 self._clients.popitem(last=False)
             return self._clients[key]
 
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._clients.clear()
-
     def _num_bytes(self) -> int:
         return sum(data.num_bytes for data in self._clients.values())
 
@@ -233,8 +233,9 @@ def open_examples(section: ClientSection, *, anew: bool = False) -> DecodedDatas
     """Open the examples of all clients together; raises as `prepare_data`."""
     if anew:
         LOADED.clear()
+    names = named_classes(section.class_names)
     return open_dataset(
-        select_source(section.dataset, section.data_dir, named_classes(section.class_names)),
+        select_source(section.dataset, section.data_dir, names),
         name=section.dataset,
         image_size=section.image_size,
         cache_dir=section.cache_dir,
@@ -246,13 +247,15 @@ def _load(
     section: ClientSection, partition_id: int, seed: int, device: torch.device, split_seed: int
 ) -> ClientData:
     dataset = open_examples(section)
-    rows = client_indices(dataset, section, partition_id=partition_id, seed=seed)
+    rows = client_indices(dataset, section, partition_id=partition_id, seed=seed, cap=split_seed)
     client = WHOLE if section.partition == WHOLE else str(partition_id)
     rng = numpy_generator(split_seed, "train-test", client_id=client)
     labels = dataset.labels[rows]
+    if dataset.num_classes < 2 and labels.ndim == 1:
+        raise DataError(f"{section.dataset} has one class; there is nothing to tell apart.")
     try:
         train, validation, test = split_three_ways(
-            labels,
+            numbered_anew(strata(labels)),
             Division(**{name: x[rows] for name, x in dataset.division.arrays().items()}),
             test_fraction=section.test_fraction,
             validation_fraction=section.validation_fraction,
@@ -266,15 +269,17 @@ def _load(
         layout = torch.channels_last if pixels.ndim == 4 else torch.contiguous_format
         return pixels.to(device).contiguous(memory_format=layout)
 
-    augmentation = named_augmentations(section.augmentation)
-    if augmentation and not dataset.mean:
-        raise ConfigError(
+    if (augmentation := named_augmentations(section.augmentation)) and not dataset.mean:
+        raise DataError(
             f"augmentation = {section.augmentation!r} is for pictures, and {section.dataset} gives "
             f"{dataset.images.dtype} {dataset.images.shape}. Set augmentation = 'none'."
         )
 
+    label_mean, label_std = scale_of(torch.from_numpy(labels[train]))
+
     def targets(positions: Indices) -> Tensor:
-        return torch.from_numpy(labels[positions]).to(device)
+        found = torch.from_numpy(labels[positions])
+        return ((found - label_mean) / label_std if len(label_std) else found).to(device)
 
     return ClientData(
         train_images=images(train),
@@ -290,4 +295,6 @@ def _load(
         test_rows=np.asarray(rows)[test],
         augmentation=augmentation,
         about=dataset.about,
+        label_mean=label_mean,
+        label_std=label_std,
     )

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from client_app.data.catalogue import OWN
 from client_app.data.decode import resize_array
+from client_app.data.labels import read_labels
+from client_app.data.several import packed
 from client_app.data.source import PARTS, Division, Examples, file_identity
 from client_app.plugins import load_callable
 from common.errors import DataError, listing
@@ -26,15 +28,21 @@ FORMS = (
     "(inputs, labels); or a torch Dataset of such pairs; or a dict of train, test and perhaps "
     "validation with one of these each; or a dict of inputs, labels and groups or times"
 )
+ALSO = {"groups", "times", "target"}
+"""What may stand beside inputs and labels."""
 MOST_CHANNELS = 4
 
 
 class Table(NamedTuple):
-    """What a function returned, as arrays: inputs (N, ...), labels (N,), how they are divided."""
+    """What a function returned: inputs (N, ...) or several by name, labels, how they are divided.
+
+    `target` is what it says that labels are; "": as their type says.
+    """
 
     inputs: Any
     labels: Any
     division: Division
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ class FunctionSource:
     """A participant's own function(), which returns one of `FORMS`.
 
     Inputs are pictures, uint8 (N, H, W[, channels]), which are scaled to the run's size; or floats
-    or token ids (N, ...), which a model gets as they are. Labels (N,) are integers from 0.
+    or token ids (N, ...), which a model gets as they are, or a dict of several of these. Labels are
+    classes, integers (N,) from 0; or several labels, bool (N, C); or numbers, floats (N[, C]).
 
     The result is kept until the file that defines the function changes, or any file under data-dir
     when that is set: name there the folder that the function reads.
@@ -80,12 +89,17 @@ class FunctionSource:
                 f"dataset {self.spec!r} must return {FORMS}, when called without arguments; it "
                 f"raised {type(cause).__name__}: {cause}"
             ) from cause
-        inputs, labels = np.asarray(table.inputs), np.asarray(table.labels)
-        if fault := _fault(inputs, labels) or table.division.fault(len(inputs)):
+        try:
+            inputs, parts = packed(table.inputs)
+            labels = read_labels(table.labels, len(inputs), table.target)
+        except DataError as error:
+            raise DataError(f"dataset {self.spec!r}: {error}.") from error
+        if fault := _wrong_inputs(inputs) or table.division.fault(len(inputs)):
             raise DataError(f"dataset {self.spec!r}: {fault}.")
         num_classes = self._num_classes(labels)
-        about = {"class_names": list(self.class_names)} if self.class_names else {}
-        labels = labels.astype(np.int64)
+        about: dict[str, Any] = {"inputs": parts} if parts else {}
+        if self.class_names:
+            about["class_names"] = list(self.class_names)
         if inputs.dtype != np.uint8:
             values = _as_they_are(inputs)
             return Examples(
@@ -105,7 +119,15 @@ class FunctionSource:
         )
 
     def _num_classes(self, labels: NDArray[Any]) -> int:
-        count, names = int(labels.max(initial=0)) + 1, self.class_names
+        names = self.class_names
+        if labels.ndim > 1:
+            if names and len(names) != labels.shape[1]:
+                raise DataError(
+                    f"dataset {self.spec!r}: labels {labels.shape} have {labels.shape[1]} columns, "
+                    f"class-names has {len(names)} names: {listing(names, 20)}."
+                )
+            return int(labels.shape[1])
+        count = int(labels.max(initial=0)) + 1
         if names and count > len(names):
             raise DataError(
                 f"dataset {self.spec!r}: a label is {count - 1}, but class-names has "
@@ -123,14 +145,14 @@ def _table(found: Any) -> Table:
         pairs = {name: _pair(found[name]) for name in PARTS if name in found}
         parts = [np.full(len(y), PARTS.index(name), np.int8) for name, (_, y) in pairs.items()]
         return Table(
-            np.concatenate([np.asarray(x) for x, _ in pairs.values()]),
-            np.concatenate([np.asarray(y) for _, y in pairs.values()]),
+            _joined([x for x, _ in pairs.values()]),
+            np.concatenate([y for _, y in pairs.values()]),
             Division(parts=np.concatenate(parts)),
         )
-    if {"inputs", "labels"} <= keys <= {"inputs", "labels", "groups", "times"}:
+    if {"inputs", "labels"} <= keys <= {"inputs", "labels", *ALSO}:
         inputs, labels = _pair((found["inputs"], found["labels"]))
-        times = found.get("times")
-        return Table(inputs, labels, Division.of(groups=found.get("groups"), times=times))
+        division = Division.of(groups=found.get("groups"), times=found.get("times"))
+        return Table(inputs, labels, division, str(found.get("target", "")))
     raise DataError(f"it returned a dict of {listing(sorted(map(str, keys)), 8)}; expected {FORMS}")
 
 
@@ -141,9 +163,25 @@ def _pair(found: Any) -> tuple[Any, Any]:
             found = tuple(zip(*(found[index] for index in range(len(found))), strict=True))
         if len(found) == 2:
             inputs, labels = found
-            _require_one_shape(inputs)
-            return np.asarray(inputs), np.asarray(labels)
+            return _stacked(inputs), np.asarray(labels)
     raise DataError(f"it returned a {type(found).__name__}; expected {FORMS}")
+
+
+def _stacked(inputs: Any) -> Any:
+    """Return inputs as one array, or as a dict of arrays where an example has several."""
+    if isinstance(inputs, Mapping):
+        return {str(name): _stacked(values) for name, values in inputs.items()}
+    if not hasattr(inputs, "dtype") and len(inputs) and isinstance(inputs[0], Mapping):
+        return {str(name): _stacked([one[name] for one in inputs]) for name in inputs[0]}
+    _require_one_shape(inputs)
+    return np.asarray(inputs)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Put the inputs of several parts one after the other."""
+    if not isinstance(parts[0], dict):
+        return np.concatenate(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _require_one_shape(inputs: Any) -> None:
@@ -162,11 +200,6 @@ def _as_they_are(inputs: NDArray[Any]) -> NDArray[Any]:
     """Return floats as float32, whole numbers as int64."""
     whole = np.issubdtype(inputs.dtype, np.integer)
     return np.ascontiguousarray(inputs, np.int64 if whole else np.float32)
-
-
-def _fault(inputs: NDArray[Any], labels: NDArray[Any]) -> str:
-    """Say what is wrong with what a participant's function returned; "" when nothing is."""
-    return _wrong_inputs(inputs) or _wrong_labels(labels, len(inputs))
 
 
 def _wrong_inputs(inputs: NDArray[Any]) -> str:
@@ -198,14 +231,4 @@ def _wrong_inputs(inputs: NDArray[Any]) -> str:
         )
     if dtype.kind == "f" and not np.isfinite(inputs).all():
         return "an input is no finite number (NaN or infinite). Fill or drop what is missing"
-    return ""
-
-
-def _wrong_labels(labels: NDArray[Any], count: int) -> str:
-    whole = np.issubdtype(labels.dtype, np.integer)
-    if labels.shape != (count,) or not whole or labels.min(initial=0) < 0:
-        return (
-            f"labels must be integers from 0, one for each of the {count} examples, "
-            f"got {labels.dtype} {labels.shape}"
-        )
     return ""

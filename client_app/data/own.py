@@ -7,7 +7,7 @@ import itertools
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,9 @@ class FolderSource:
     def read(self, image_size: int) -> Examples:
         """Open the folder."""
         classes, left_out = self.pictures(), self._left_out()
-        paths = [path for members in classes.values() for path in members]
-        labels = np.repeat(np.arange(len(classes)), [len(m) for m in classes.values()])
+        pairs = [(path, n) for n, members in enumerate(classes.values()) for path in members]
+        # by path, whatever the order of class-names: a server must not say who is held back
+        paths, labels = zip(*sorted(pairs), strict=True)
         kinds = [picture_kind(_bytes(path)) for path in paths]
         channels, intensity = max(count for count, _ in kinds), _intensity(paths, kinds)
         about: dict[str, Any] = {"class_names": list(classes), "left_out": left_out}
@@ -86,11 +87,11 @@ class FolderSource:
             )
 
         return Examples(
-            labels.astype(np.int64), len(classes), OWN.mean * channels, OWN.std * channels,
+            np.array(labels, np.int64), len(classes), OWN.mean * channels, OWN.std * channels,
             read_example, about, division=self._division(paths),
         )  # fmt: skip
 
-    def _division(self, paths: list[Path]) -> Division:
+    def _division(self, paths: Sequence[Path]) -> Division:
         """Say which part each picture is in, where the folders do."""
         if self._roots() == [self.root]:
             return Division()
@@ -163,7 +164,7 @@ class FolderSource:
         return classes
 
 
-def _intensity(paths: list[Path], kinds: list[tuple[int, bool]]) -> Intensity | None:
+def _intensity(paths: Sequence[Path], kinds: list[tuple[int, bool]]) -> Intensity | None:
     """Return the least and the largest value of all pictures, None where all have 8 bits."""
     deep = [path for path, (_, has_more) in zip(paths, kinds, strict=True) if has_more]
     if not deep:

@@ -19,7 +19,14 @@ import numpy as np
 
 from client_app.data.cache import DecodedDataset, entry_lock
 from client_app.data.catalogue import CATALOGUE, OWN
-from client_app.data.splits import Indices, split_dirichlet, split_pathological, thin_out
+from client_app.data.splits import (
+    Indices,
+    numbered_anew,
+    split_dirichlet,
+    split_pathological,
+    strata,
+    thin_out,
+)
 from common.config import ClientSection
 from common.errors import ConfigError, DataError, listing, unknown_name
 from common.files import PRIVATE, replace_file
@@ -28,6 +35,8 @@ from common.seeding import numpy_generator
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+MOST_PARTITIONS = 32
+"""Of one data set that are kept: each run's seed may draw another."""
 WHOLE = "none"
 PUBLISHED = ("pathological", "dirichlet")
 LIBRARY = {
@@ -47,12 +56,18 @@ PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, *LIBRARY)
 
 
 def client_indices(
-    dataset: DecodedDataset, section: ClientSection, *, partition_id: int, seed: int
+    dataset: DecodedDataset,
+    section: ClientSection,
+    *,
+    partition_id: int,
+    seed: int,
+    cap: int | None = None,
 ) -> Indices:
     """Return the rows that one client owns, ascending (M_i,), at most `max-client-examples`.
 
-    With partition "none" a client owns all rows, whatever its partition_id. Raises ConfigError for
-    a setting that cannot be used, DataError where the partition cannot be drawn from this data.
+    Which of them that are is drawn from `cap`, else from `seed`. With partition "none" a client
+    owns all rows, whatever its partition_id. Raises ConfigError for a setting that cannot be used,
+    DataError where the partition cannot be drawn from this data.
     """
     most = section.max_client_examples
     if most == 1:
@@ -64,8 +79,8 @@ def client_indices(
     if not most or len(rows) <= most:
         return rows
     client = WHOLE if section.partition == WHOLE else str(partition_id)
-    rng = numpy_generator(seed, "max-client-examples", client_id=client)
-    return rows[thin_out(dataset.labels[rows], most=most, rng=rng)]
+    rng = numpy_generator(seed if cap is None else cap, "max-client-examples", client_id=client)
+    return rows[thin_out(numbered_anew(strata(dataset.labels[rows])), most=most, rng=rng)]
 
 
 def _share(
@@ -87,7 +102,12 @@ def _share(
         with entry_lock(dataset.folder):
             share = _read_share(path, partition_id)
             if share is None:
-                parts = _draw(dataset.labels, settings, count, seed)
+                if dataset.labels.ndim > 1 and section.partition in PUBLISHED:
+                    raise DataError(
+                        f"partition = {section.partition!r} divides by class, and the labels of "
+                        f"{section.dataset} are no classes. Set partition = 'iid'."
+                    )
+                parts = _draw(strata(dataset.labels), settings, count, seed)
                 _write_parts(path, parts)
                 share = parts[partition_id]
     return share
@@ -209,3 +229,6 @@ def _write_parts(path: Path, parts: list[Indices]) -> None:
     packed = io.BytesIO()
     np.savez(packed, rows=np.concatenate(parts), starts=starts)
     replace_file(path, packed.getvalue(), mode=PRIVATE)
+    found = [(p.stat().st_mtime_ns, p) for p in path.parent.glob("partition-*.npz") if p != path]
+    for _, old in sorted(found)[: -(MOST_PARTITIONS - 1)]:
+        old.unlink(missing_ok=True)

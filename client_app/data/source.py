@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 PARTS = ("train", "validation", "test")
 """What a source's own division may name, by number."""
+CLASSES, LABELS, NUMBERS = TARGETS = "classes", "labels", "numbers"
+"""What examples are labelled with: a class each, int64 (N,); several labels, each of them there or
+not, bool (N, C); numbers, float32 (N, C)."""
 ReadExample = Callable[[int], NDArray[Any]]
 
 
@@ -60,8 +63,9 @@ class Division:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a source: labels (N,) int64; mean and std for each channel, of 0 to 1.
+    """All examples of a source; mean and std for each channel, of 0 to 1.
 
+    Labels are of one of `TARGETS`, `num_classes` counts a model's outputs.
     `read_example` decodes one, by its index, to uint8 (channels, image_size, image_size); it is
     safe to call from several threads. Without a mean, examples are no pictures: they have `shape`
     and `dtype`, and a model gets them as they are. `about` are JSON-able facts that go with a model
@@ -69,7 +73,7 @@ class Examples:
     more than 8 bits), and `left_out`, files that are no pictures, by ending.
     """
 
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]

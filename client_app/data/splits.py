@@ -22,6 +22,22 @@ MAX_DIRICHLET_DRAWS = 10_000
 """Bound of the redraws; a draw takes 0.03 to 1.5 ms."""
 
 
+def strata(labels: NDArray[Any]) -> Indices:
+    """Return what a draw keeps in proportion (M,): classes; of other labels all alike."""
+    return labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
+
+
+def numbered_anew(classes: Indices) -> Indices:
+    """Number classes (M,) in the order in which they come: whoever numbers them, a draw is one.
+
+    >>> numbered_anew(np.array([7, 2, 2, 7])).tolist()
+    [0, 1, 1, 0]
+    """
+    _, firsts, which = np.unique(classes, return_index=True, return_inverse=True)
+    found: Indices = np.argsort(np.argsort(firsts))[which]
+    return found
+
+
 def split_pathological(
     labels: Indices, *, num_clients: int, classes_per_client: int, rng: np.random.Generator
 ) -> list[Indices]:

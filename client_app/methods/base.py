@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from client_app.methods.features import Head, head_of, require_head_is_last
-from client_app.models.building import ModelKind, draw_theta
-from client_app.models.instances import Instance, architecture_tag, instance_of, opaque
+from client_app.models.building import ModelKind, architecture_tag, draw_theta, opaque
+from client_app.models.instances import Instance, instance_of
 from client_app.participant import Participant
-from client_app.personal import EXPORTING
+from client_app.program import EXPORTING
 from client_app.store import BUFFER, Stamp, buffers_of, save_finite
 from client_app.training.loop import Loss, Trained, evaluate, logits_over, num_correct
 from common.compression import Float32
@@ -186,7 +186,7 @@ class Method:
             feature_dim = head.layer.in_features
         if "group" in needs:
             declared = "" if participant.config.is_baseline else participant.node.head_tag
-            group = opaque(declared) if declared else architecture_tag(instance)
+            group = opaque(declared) if declared else architecture_tag(instance.model.module)
         shared_size = 0
         if "num_global_parameters" in needs:
             shared = instance_of(self.global_kind).model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from client_app.methods.base import Method
 from client_app.models.building import ModelKind
-from client_app.models.instances import Instance, instance_of, offset_theta
+from client_app.models.instances import FlatModel, Instance, instance_of, offset_theta
 from client_app.predictor import (
     Logits,
     choose_predictor,
@@ -26,7 +26,7 @@ from client_app.predictor import (
 )
 from client_app.store import BUFFER, Residual, buffers_of, largest_with_residual, save_finite
 from client_app.training.batched import Member, Outcome
-from client_app.training.loop import FlatModel, Loss, Teacher, Trained, delta, judged, logits_over
+from client_app.training.loop import Loss, Teacher, Trained, delta, judged, logits_over
 from common.compression import Float32
 from common.config import DistillSection
 from common.errors import WireError

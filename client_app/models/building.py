@@ -6,17 +6,20 @@ Shapes: P trainable scalars of a client's model (the paper's K_i). theta has the
 
 from __future__ import annotations
 
+import hashlib
 import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client_app.data.several import Parts, take_apart
 from client_app.models.registry import build_model
 from common.errors import ModelError, listing
 from common.log import logger
@@ -33,7 +36,8 @@ class ModelKind:
 
     `seed` is the run's; `input_shape` and `input_dtype` are those of one example as a model gets
     it, which shows which parameters get a gradient; (): not looked at. `generate` are patterns of
-    the names of those that are shared; "": all that require a gradient.
+    the names of those that are shared; "": all that require a gradient. `inputs` say what an
+    example of several is taken apart to (`data.several`).
     """
 
     name: str
@@ -45,6 +49,7 @@ class ModelKind:
     input_shape: tuple[int, ...] = ()
     input_dtype: torch.dtype = torch.float32
     generate: str = ""
+    inputs: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
 
 def fitting(shape: tuple[int, ...], *, is_pictures: bool, is_floats: bool) -> str:
@@ -75,6 +80,21 @@ def flatten(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in trainable(model).values()]).float()
 
 
+def architecture_tag(module: nn.Module) -> str:
+    """Return an opaque tag, equal for models of equal parameter names and shapes (64 bits, hex).
+
+    Who guesses an architecture can confirm the guess: only baselines that average whole models, and
+    `head-sharing = "tag"`, ask for the tag.
+    """
+    shapes = [(name, *p.shape) for name, p in trainable(module).items()]
+    return opaque(repr(shapes))
+
+
+def opaque(text: str) -> str:
+    """Return 64 bits of a hash, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def draw_theta(kind: ModelKind, seed: int) -> Tensor:
     """Draw a model's initial parameters (P,), on the CPU, as its own code initialises them.
 
@@ -87,7 +107,8 @@ def draw_theta(kind: ModelKind, seed: int) -> Tensor:
 def built(kind: ModelKind, seed: int) -> nn.Module:
     """Build a model on the CPU with what it draws from a seed; freeze what gets no gradient."""
     with _building, drawing_from(seed):
-        module = build_model(kind.name, in_channels=kind.in_channels, num_classes=kind.num_classes)
+        sizes = {"in_channels": kind.in_channels, "num_classes": kind.num_classes}
+        module = build_for(kind.name, dict(kind.inputs), **sizes)
         if kind.generate:
             _keep_at_home(module, kind)
         if kind.input_shape and ":" in kind.name:
@@ -95,6 +116,12 @@ def built(kind: ModelKind, seed: int) -> nn.Module:
             floats = kind.input_dtype.is_floating_point
             _freeze_unused(module, torch.rand(shape) if floats else torch.zeros(shape).long())
         return module
+
+
+def build_for(name: str, inputs: Parts, *, in_channels: int, num_classes: int) -> nn.Module:
+    """Build a model as `build_model`; one of a participant's own gets several inputs by name."""
+    module = build_model(name, in_channels=in_channels, num_classes=num_classes)
+    return take_apart(module, inputs) if ":" in name else module
 
 
 @contextmanager

@@ -9,7 +9,6 @@ global one, so results would depend on who ran before, and on threads.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,14 +18,75 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from client_app.models.building import ModelKind, built, draw_theta, trainable
+from client_app.models.building import ModelKind, built, draw_theta, flatten, trainable
 from client_app.training.allocator import keep_freed_memory
-from client_app.training.loop import FlatModel
 from common.errors import ConfigError, ModelError
 from common.log import logger
 from common.seeding import stream_seed
 
 _own = threading.local()
+
+
+class FlatModel:
+    """A model whose trainable parameters are views into one flat vector.
+
+    Loading `theta` (P,), float32, is one copy, reading it none, and an optimiser sees a single
+    tensor however many layers the model has. `theta.grad` (P,) has all gradients. What is frozen
+    stays as it was built.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if not trainable(module):
+            raise ModelError(f"{type(module).__name__} has no trainable parameters to generate.")
+        self.module = module
+        self.theta = nn.Parameter(flatten(module))
+        self.theta.grad = torch.zeros_like(self.theta)
+        self._named = trainable(module)
+        self._parameters = list(self._named.values())
+        offset = 0
+        for parameter in self._parameters:
+            parameter.data = self.theta.data[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the paper's K_i."""
+        return self.theta.numel()
+
+    @property
+    def gradient(self) -> Tensor:
+        """`theta.grad` (P,)."""
+        assert self.theta.grad is not None
+        return self.theta.grad
+
+    @torch.no_grad()
+    def load(self, theta: Tensor) -> None:
+        """Overwrite all parameters with theta (P,); raise ModelError at another length."""
+        if theta.shape != self.theta.shape:
+            raise ModelError(
+                f"theta has {tuple(theta.shape)} entries; this model has ({self.num_parameters},)."
+            )
+        self.theta.copy_(theta)
+
+    def require_views(self) -> None:
+        """Raise ModelError where the model has put another tensor in a parameter's place.
+
+        It would compute with a tensor that nobody trains, sends or stores.
+        """
+        now, place = dict(self.module.named_parameters()), self.theta.data_ptr()
+        for name, parameter in self._named.items():
+            if now.get(name) is not parameter or parameter.data_ptr() != place:
+                raise ModelError(
+                    f"{type(self.module).__name__} has replaced the tensor of {name}, in forward "
+                    f"perhaps ({name}.data = ...). Change it in place: with torch.no_grad(): "
+                    f"{name}.copy_(...)."
+                )
+            place += 4 * parameter.numel()
+
+    def backward(self, loss: Tensor) -> None:
+        """Overwrite `theta.grad` (P,) with the gradient of a scalar loss, 0 where there is none."""
+        gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
 
 
 @dataclass
@@ -81,21 +141,6 @@ def _offset_theta(kind: ModelKind, seed: int) -> Tensor:
 def offset_theta(kind: ModelKind, seed: int) -> Tensor:
     """Return `draw_theta` on the kind's device, whatever its role; kept: every message needs it."""
     return _offset_theta(replace(kind, role=""), seed)
-
-
-def architecture_tag(instance: Instance) -> str:
-    """Return an opaque tag, equal for models of equal parameter names and shapes (64 bits, hex).
-
-    Who guesses an architecture can confirm the guess: only baselines that average whole models, and
-    `head-sharing = "tag"`, ask for the tag.
-    """
-    shapes = [(name, *p.shape) for name, p in trainable(instance.model.module).items()]
-    return opaque(repr(shapes))
-
-
-def opaque(text: str) -> str:
-    """Return 64 bits of a hash, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pick_device(wish: str) -> torch.device:

@@ -49,9 +49,9 @@ def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     Raises ModelError where the name is unknown, or a user's factory cannot be imported, fails, or
     returns something whose parameters the hypernetwork cannot generate.
     """
-    if in_channels < 1 or num_classes < 2:
+    if min(in_channels, num_classes) < 1:
         raise ModelError(
-            f"model {name!r} needs in_channels >= 1 and num_classes >= 2, "
+            f"model {name!r} needs in_channels and num_classes of at least 1, "
             f"got {in_channels} and {num_classes}."
         )
     if ":" in name:

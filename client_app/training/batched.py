@@ -257,7 +257,7 @@ class _Cohort:
         if self._augments:
             pictures = moved(pictures, moves.flatten(1))
         images = self._members[0].data.normalise(pictures)
-        labels = self._labels[rows_GB].flatten()
+        labels = self._labels[rows_GB].flatten(0, 1)
         buffers = {name: stacked[group] for name, stacked in self._buffers.items()}
 
         def logits(
@@ -273,7 +273,7 @@ class _Cohort:
             losses = label_loss(out.flatten(0, 1), labels, self._section, reduction="none")
             losses = losses.view(rows_GB.shape)
             if self._teachers is not None:
-                losses = self._teachers.of(group).losses(stacked_images, out, losses)
+                losses = self._teachers.of(group).losses(stacked_images, out, labels, losses)
         return losses
 
     @torch.no_grad()

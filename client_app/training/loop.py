@@ -6,18 +6,19 @@ layout of `model.named_parameters()`: each tensor flattened row-major, one after
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.examples import ClientData
-from client_app.models.building import flatten, trainable
+from client_app.models.instances import FlatModel
 from client_app.training.allocator import warn_of_slow_bfloat16
 from client_app.training.optim import AdamW
 from common.config import TrainingSection
@@ -28,6 +29,7 @@ TEST_BATCH = {"cpu": 64, "cuda": 1024}
 """By device type: on a CPU the activations of 64 pictures stay in the cache (1.3 times as fast as
 256, measured), a GPU wants few launches."""
 
+Reduction = Literal["mean", "none"]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(images (B, ...), logits (B, C), labels (B,), the scalar `label_loss`) -> scalar loss."""
 
@@ -38,68 +40,6 @@ def delta(theta_sent: Tensor, theta_trained: Tensor) -> Tensor:
     The hypernetwork DESCENDS along it. This is the only place that knows the sign.
     """
     return theta_sent - theta_trained
-
-
-class FlatModel:
-    """A model whose trainable parameters are views into one flat vector.
-
-    Loading `theta` (P,), float32, is one copy, reading it none, and an optimiser sees a single
-    tensor however many layers the model has. `theta.grad` (P,) has all gradients. What is frozen
-    stays as it was built.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        if not trainable(module):
-            raise ModelError(f"{type(module).__name__} has no trainable parameters to generate.")
-        self.module = module
-        self.theta = nn.Parameter(flatten(module))
-        self.theta.grad = torch.zeros_like(self.theta)
-        self._named = trainable(module)
-        self._parameters = list(self._named.values())
-        offset = 0
-        for parameter in self._parameters:
-            parameter.data = self.theta.data[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-
-    @property
-    def num_parameters(self) -> int:
-        """P, the paper's K_i."""
-        return self.theta.numel()
-
-    @property
-    def gradient(self) -> Tensor:
-        """`theta.grad` (P,)."""
-        assert self.theta.grad is not None
-        return self.theta.grad
-
-    @torch.no_grad()
-    def load(self, theta: Tensor) -> None:
-        """Overwrite all parameters with theta (P,); raise ModelError at another length."""
-        if theta.shape != self.theta.shape:
-            raise ModelError(
-                f"theta has {tuple(theta.shape)} entries; this model has ({self.num_parameters},)."
-            )
-        self.theta.copy_(theta)
-
-    def require_views(self) -> None:
-        """Raise ModelError where the model has put another tensor in a parameter's place.
-
-        It would compute with a tensor that nobody trains, sends or stores.
-        """
-        now, place = dict(self.module.named_parameters()), self.theta.data_ptr()
-        for name, parameter in self._named.items():
-            if now.get(name) is not parameter or parameter.data_ptr() != place:
-                raise ModelError(
-                    f"{type(self.module).__name__} has replaced the tensor of {name}, in forward "
-                    f"perhaps ({name}.data = ...). Change it in place: with torch.no_grad(): "
-                    f"{name}.copy_(...)."
-                )
-            place += 4 * parameter.numel()
-
-    def backward(self, loss: Tensor) -> None:
-        """Overwrite `theta.grad` (P,) with the gradient of a scalar loss, 0 where there is none."""
-        gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
-        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
 
 
 @dataclass(frozen=True)
@@ -129,25 +69,61 @@ class Examples(Protocol):
 
 
 def label_loss(
-    logits: Tensor, labels: Tensor, section: TrainingSection, *, reduction: str = "mean"
+    logits: Tensor, labels: Tensor, section: TrainingSection, *, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Return the cross-entropy with the labels, smoothed by `label-smoothing`, in nats."""
-    smoothing = section.label_smoothing
-    return functional.cross_entropy(logits, labels, reduction=reduction, label_smoothing=smoothing)
+    """Return `loss_of` with labels smoothed by `label-smoothing`."""
+    return loss_of(logits, labels, smoothing=section.label_smoothing, reduction=reduction)
+
+
+def loss_of(
+    logits: Tensor, labels: Tensor, *, smoothing: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """Return the loss of outputs (B, C) by the labels' kind, its mean or each example's (B,).
+
+    Of classes, int64 (B,), the cross-entropy; of several labels, bool (B, C), the binary one, both
+    in nats; of numbers, float32 (B, C), the squared error. The last two are means over C.
+    """
+    if labels.dtype == torch.int64:
+        return functional.cross_entropy(
+            logits, labels, reduction=reduction, label_smoothing=smoothing
+        )
+    if labels.is_floating_point():
+        losses = (logits - labels).square().mean(1)
+    else:
+        wanted = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
+        found = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        losses = found.mean(1)
+    return losses.mean() if reduction == "mean" else losses
 
 
 def distilled(
-    student: Tensor, teacher: Tensor, hard: Tensor, *, alpha: float | Tensor, temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    hard: Tensor,
+    *,
+    alpha: float | Tensor,
+    temperature: float,
 ) -> Tensor:
     """Return the loss of every example (..., B) from both models' logits (..., B, C).
 
     alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) hard, as in paper
-    section 3.3 (method.md, Phase 2). `hard` is the `label_loss`, (..., B) or its mean; `alpha` is
-    one number, or every client's own (G, 1).
+    section 3.3 (method.md, Phase 2); of several labels each one's KL, of numbers the squared
+    difference, the means over C. `hard` is the `label_loss`, (..., B) or its mean; `alpha` is one
+    number, or every client's own (G, 1).
     """
-    target = functional.log_softmax(teacher.float() / temperature, dim=-1)
-    found = functional.log_softmax(student / temperature, dim=-1)
-    divergence = functional.kl_div(found, target, reduction="none", log_target=True).sum(dim=-1)
+    found, target = student / temperature, teacher.float() / temperature
+    if labels.dtype == torch.int64:
+        target = functional.log_softmax(target, dim=-1)
+        found = functional.log_softmax(found, dim=-1)
+        divergence = functional.kl_div(found, target, reduction="none", log_target=True).sum(dim=-1)
+    elif labels.is_floating_point():
+        divergence = (found - target).square().mean(dim=-1)
+    else:
+        yes, no = functional.logsigmoid(target), functional.logsigmoid(-target)
+        terms = yes.exp() * (yes - functional.logsigmoid(found))
+        terms = terms + no.exp() * (no - functional.logsigmoid(-found))
+        divergence = terms.mean(dim=-1)
     return alpha * temperature**2 * divergence + (1 - alpha) * hard
 
 
@@ -164,8 +140,8 @@ class Teacher:
         self.module.eval()
         with torch.no_grad():
             teacher = self.module(images)
-        losses = distilled(logits, teacher, hard, alpha=self.alpha, temperature=self.temperature)
-        return losses.mean()
+        settings = {"alpha": self.alpha, "temperature": self.temperature}
+        return distilled(logits, teacher, labels, hard, **settings).mean()
 
 
 def mixed_precision(section: TrainingSection, device: torch.device) -> torch.autocast:
@@ -194,6 +170,13 @@ class MomentumSGD:
 def make_optimizer(theta: Tensor, section: TrainingSection) -> MomentumSGD | AdamW:
     """Make what descends theta (..., P) by `optimizer`, its state afresh."""
     return (AdamW if section.optimizer == "adamw" else MomentumSGD)(theta, section)
+
+
+def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:
+    """Return the local rate in a round, 1 to `rounds`: along a cosine to `learning-rate-final`."""
+    passed = min((server_round - 1) / max(rounds - 1, 1), 1.0)
+    final = section.learning_rate_final
+    return section.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * passed)) / 2)
 
 
 def train(
@@ -250,9 +233,11 @@ def logits_over(model: FlatModel, data: ClientData, *, validation: bool = False)
 def accuracy_of(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float | None:
     """Return the fraction that a model gets right, in evaluation mode; None of no example."""
     module.eval()
-    found = [(num_correct(module(images), labels), len(labels)) for images, labels in batches]
-    total = sum(count for _, count in found)
-    return sum(correct for correct, _ in found) / total if total else None
+    found = [(module(images), labels) for images, labels in batches]
+    if not found:
+        return None
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return num_correct(logits, labels) / len(labels)
 
 
 def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
@@ -266,14 +251,36 @@ def judged(logits: Tensor, data: ClientData, started: float) -> Evaluation:
     return Evaluation(
         num_test=data.num_test,
         num_correct=num_correct(logits, data.test_labels),
-        test_loss=float(functional.cross_entropy(logits.double(), data.test_labels)),
+        test_loss=float(loss_of(logits.double(), data.test_labels)),
         seconds=time.monotonic() - started,
     )
 
 
-def num_correct(logits: Tensor, labels: Tensor) -> int:
-    """Count the examples whose largest logit (B, C) is that of their label (B,)."""
-    return int((logits.argmax(dim=1) == labels).sum())
+def num_correct(logits: Tensor, labels: Tensor) -> float:
+    """Count the examples that outputs (B, C) get right.
+
+    Of classes (B,), those whose largest output is that of their label; of several labels (B, C), of
+    each example the share of its labels that is right; of numbers (B, C), B max(0, R^2).
+    """
+    if labels.dtype == torch.int64:
+        return int((logits.argmax(dim=1) == labels).sum())
+    if not len(labels):
+        return 0.0
+    if labels.is_floating_point():
+        return len(labels) * max(0.0, explained(logits, labels))
+    return float(((logits > 0) == labels).double().mean(1).sum())
+
+
+def explained(outputs: Tensor, wanted: Tensor) -> float:
+    """Return the coefficient of determination R^2, the mean over numbers (B, C), at most 1.
+
+    Of a number that does not vary it is 1 where all are met, else 0.
+    """
+    outputs, wanted = outputs.double(), wanted.double()
+    errors_C = (outputs - wanted).square().sum(0)  # noqa: N806
+    spread_C = (wanted - wanted.mean(0)).square().sum(0)  # noqa: N806
+    met = (errors_C == 0).double()
+    return float(torch.where(spread_C > 0, 1 - errors_C / spread_C, met).mean())
 
 
 def logits_of(module: nn.Module, images: Tensor, num_classes: int) -> Tensor:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from client_app.data.augment import draw_moves, moved
 from client_app.data.examples import ClientData
-from client_app.models.instances import GeneratorDropout
+from client_app.models.instances import FlatModel, GeneratorDropout
 from client_app.training.loop import (
-    FlatModel,
     Loss,
     Trained,
     label_loss,

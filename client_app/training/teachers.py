@@ -33,10 +33,11 @@ class Teachers:
         state = {k: x if len(x) == 1 else x[clients] for k, x in self.state.items()}
         return replace(self, state=state, alphas=self.alphas[clients])
 
-    def losses(self, images: Tensor, logits: Tensor, hard: Tensor) -> Tensor:
+    def losses(self, images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
         """Return the loss of every example (G, B).
 
-        Images are (G, B, ...), logits (G, B, C), and `hard` (G, B) is the loss of the labels.
+        Images are (G, B, ...), logits (G, B, C), and `hard` (G, B) is the loss of the labels, all
+        of which are of one kind.
         """
         self.module.eval()
         if all(len(x) == 1 for x in self.state.values()):
@@ -44,7 +45,7 @@ class Teachers:
         with torch.no_grad():
             teacher = vmap(self._logits)(self.state, images).reshape(logits.shape)
         alpha = self.alphas[:, None]
-        return distilled(logits, teacher, hard, alpha=alpha, temperature=self.temperature)
+        return distilled(logits, teacher, labels, hard, alpha=alpha, temperature=self.temperature)
 
     def _logits(self, state: dict[str, Tensor], images: Tensor) -> Tensor:
         logits: Tensor = functional_call(self.module, state, (images,))

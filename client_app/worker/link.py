@@ -23,7 +23,7 @@ from filelock import FileLock
 from client_app.worker import MAX_LOG_BYTES, RECORD, WORKING, remove_socket
 from common import errors
 from common.errors import MHpFedHNError
-from common.files import PRIVATE
+from common.files import PRIVATE, private_folder
 from common.log import logger
 
 LOCK, LOG = "worker.lock", "worker.log"
@@ -145,7 +145,7 @@ class Link:
     def _worker(self) -> WorkerRecord:
         """Return the worker that serves this context; start one where there is none."""
         identity = self._identity()
-        with FileLock(self.folder / LOCK):
+        with FileLock(self.folder / LOCK, mode=PRIVATE):
             worker = WorkerRecord.read(self.folder)
             if worker is None or worker.identity != identity:
                 self._start(identity)
@@ -189,7 +189,7 @@ class Link:
 def _make_private(folder: Path) -> None:
     """Create a folder, or check that it is this user's; close it to others."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         facts = folder.lstat()
         own = not hasattr(os, "getuid") or facts.st_uid == os.getuid()
         if not stat.S_ISDIR(facts.st_mode) or not own:

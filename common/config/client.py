@@ -11,7 +11,7 @@ from common.errors import ConfigError, unknown_name
 
 SIMULATED = "engine inprocess"
 AUGMENTATIONS = ("flip", "crop")
-MOST_CLASSES = 10_000
+MOST_CLASSES, LONGEST_NAME = 10_000, 100
 PRIVATE_METHODS = "MH-pFedHN, Local"
 
 
@@ -43,6 +43,8 @@ def named_classes(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",")) if text.strip() else ()
     if len(names) > MOST_CLASSES:
         raise ValueError(f"class-names has {len(names):,} names; at most {MOST_CLASSES:,}")
+    if long := [n for n in names if len(n) > LONGEST_NAME or not n.isprintable()]:
+        raise ValueError(f"class {long[0][:LONGEST_NAME]!r} must be at most {LONGEST_NAME} letters")
     if "" in names or len(set(names)) < len(names) or len(names) == 1:
         raise ValueError(f"class-names {text!r} must be two or more different names")
     return names

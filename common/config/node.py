@@ -151,7 +151,7 @@ class NodeConfig(OwnRecipe):
             differs = bool(own[mine]) and name == "global-model" and own[mine] != named
             if differs or (":" in named and not own[mine]):
                 raise ConfigError(
-                    f"client {self.client_id}: the server's run config names {name} = {named!r}, "
+                    f"client {self.client_id}: the server's run config names code as its {name}, "
                     f"and this participant's own file does not. Only code that a participant has "
                     f"named itself is run: set {mine} there if you trust it."
                 )

@@ -19,9 +19,8 @@ from torch.nn import functional
 
 from client_app.data.examples import ClientData
 from client_app.methods.mhpfedhn import GLOBAL, PERSONAL, MHpFedHN, Role
-from client_app.models.instances import instance_of
+from client_app.models.instances import FlatModel, instance_of
 from client_app.participant import Participant
-from client_app.training.loop import FlatModel
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.messages import EVALUATE_FIRST, TRAIN

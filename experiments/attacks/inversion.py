@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from client_app.data.examples import ClientData
 from client_app.models.building import trainable
-from client_app.training.loop import FlatModel, label_loss
+from client_app.models.instances import FlatModel
+from client_app.training.loop import label_loss
 from common.errors import ConfigError
 from experiments.attacks.federation import OWN, Federation, trained_on
 

@@ -30,7 +30,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torch.nn import functional
 
-from client_app.training.loop import FlatModel
+from client_app.models.instances import FlatModel
 from client_app.training.private import PrivateStep
 from experiments.attacks.federation import (
     Answer,

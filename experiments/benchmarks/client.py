@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from client_app.data.examples import ClientData
+from client_app.models.instances import FlatModel
 from client_app.models.registry import build_model
 from client_app.training.batched import Member, train_cohort
-from client_app.training.loop import FlatModel, evaluate, train
+from client_app.training.loop import evaluate, train
 from common.compression import Precision
 from common.config import TrainingSection
 from common.messages import DELTA, TrainReply

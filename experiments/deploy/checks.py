@@ -164,32 +164,44 @@ def check_data(trial: Trial) -> Finding:
         split_seed=split_seed_of(node, FolderState(trial.settings.folder)),
         device=pick_device(section.device),
     )
-    counts = (data.train_labels.bincount(minlength=data.num_classes)).tolist()
     shape, mean = "x".join(map(str, data.input_shape)), data.train_images.float().mean().item()
     inputs = f"{shape}, mean {mean:.0f} of 255" if data.is_pictures else f"{shape}, mean {mean:.3g}"
-    names = data.about.get("class_names") or [str(c) for c in range(data.num_classes)]
-    missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    labels, label_hints = _labels_of(data)
     hints = [] if node.dataset else [_unnamed("dataset", section.dataset)]
     if not data.is_pictures and float(data.train_images.float().abs().max()) > LARGE:
         hints.append("- values are large: scale columns to mean 0 and standard deviation 1")
-    if missing:
-        hints.append(f"- none to train of class {', '.join(missing[:10])}")
-    named = "class_names" in data.about
-    if not named and counts[0] == 0 and not (data.test_labels == 0).any():
-        hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
+    hints += label_hints
     if intensity := data.about.get("intensity"):
         hints.append("- values {:g} to {:g} become 0 to 255".format(*intensity))
     if left_out := data.about.get("left_out"):
         hints.append(f"- not read, for they are no pictures: {listed(left_out)}")
-    few = zip(names[:12], counts, strict=False)
-    shown = ", ".join(f"{name} {count}" if named else str(count) for name, count in few)
     return Finding(
         f"{data.num_train} to train, {len(data.validation_labels)} to validate and "
-        f"{data.num_test} to test, {data.num_classes} classes "
-        f"({shown}{', ...' * (len(counts) > 12)} to train), each {inputs}, "
-        f"on {data.train_images.device}",
+        f"{data.num_test} to test, {labels}, each {inputs}, on {data.train_images.device}",
         " ".join(hints),
     )
+
+
+def _labels_of(data: ClientData) -> tuple[str, list[str]]:
+    """Say what the labels are, and what may be wrong with them."""
+    names = data.about.get("class_names") or [str(c) for c in range(data.num_classes)]
+    named = "class_names" in data.about
+    if len(data.label_std):
+        spreads = zip(names[:12], data.label_mean.tolist(), data.label_std.tolist(), strict=False)
+        shown = ", ".join(f"{name}: mean {m:.4g}, spread {s:.4g}" for name, m, s in spreads)
+        return f"{data.num_classes} number(s) to predict ({shown})", []
+    several = data.train_labels.ndim > 1
+    train, test = data.train_labels, data.test_labels
+    counts = (train.sum(0) if several else train.bincount(minlength=data.num_classes)).tolist()
+    missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    kind = "label" if several else "class"
+    hints = [f"- none to train of {kind} {', '.join(missing[:10])}"] if missing else []
+    if not named and not several and counts[0] == 0 and not (test == 0).any():
+        hints.append("- nor to test of class 0: do your labels start at 1? They count from 0")
+    few = zip(names[:12], counts, strict=False)
+    shown = ", ".join(f"{name} {count}" if named else str(count) for name, count in few)
+    what = "labels, each there or not" if several else "classes"
+    return f"{data.num_classes} {what} ({shown}{', ...' * (len(counts) > 12)} to train)", hints
 
 
 def check_contract(trial: Trial) -> Finding:

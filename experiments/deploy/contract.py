@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from common.config.client import ClassNames, named_classes
+from common.config.client import ClassNames
 from common.config.keys import describe, toml_value
 from common.config.section import Section, key
 from common.errors import ConfigError, DataError, listing
@@ -35,6 +35,12 @@ class Contract(Section):
     server: str = key("", "HOST:PORT at which participants reach it")
     class_names: ClassNames = key(
         "", "names of all classes in their order, separated by commas; a site may lack some"
+    )
+    target: Literal["classes", "labels", "numbers"] = key(
+        "classes", "what is predicted: one class, several labels (each there or not), or numbers"
+    )
+    outputs: int = key(
+        0, "how many labels or numbers, where class-names has no names; 0: any", ge=0
     )
     input: str = key(
         PICTURES, '"pictures", or type and shape of one example: "float32 30", "int64 40"'
@@ -97,12 +103,15 @@ class Contract(Section):
                 faults.append(f"{self.channels} channel(s) are agreed on, here {data.in_channels}")
         elif self.shape != data.input_shape:
             faults.append(f"examples of shape {self.shape} are agreed on, here {data.input_shape}")
+        if self.target != data.target:
+            faults.append(f"{self.target} are to be predicted, here {data.target}")
+        if self.outputs not in (0, data.num_classes):
+            faults.append(f"{self.outputs} {self.target} are agreed on, here {data.num_classes}")
         if self.least_examples > data.num_train:
             faults.append(f"{self.least_examples} to train on are agreed on, here {data.num_train}")
         if faults:
             raise DataError(f"contract of {self.name}: {'; '.join(faults)}.")
-        classes = len(named_classes(self.class_names)) or data.num_classes
-        return f"of {printable(self.name)}, {classes} classes, {self.input}"
+        return f"of {printable(self.name)}, {data.num_classes} {self.target}, {self.input}"
 
 
 def add_contract_parser(commands: Any) -> None:

@@ -8,14 +8,14 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from common.config import RunConfig
-from common.errors import RunError, listing
+from common.errors import ConfigError, RunError, listing
 from common.files import read_json, replace_file, safe_name
 from common.methods import method_class
 from experiments.console import make_console, say
@@ -79,8 +79,9 @@ def forget(run: Run, client_id: str) -> None:
         save_checkpoint(place, tensors=tensors, meta={**meta, **without}, keep=1)
         _drop_row(run.folder / "clients.csv", client_id)
         _drop_attendance(run.folder / ATTENDANCE, client_id)
-        models = run.folder / "personal-models" / safe_name(client_id)
-        shutil.rmtree(models, ignore_errors=True)
+        with suppress(ConfigError):  # a name that cannot be a folder's has none
+            models = run.folder / "personal-models" / safe_name(client_id)
+            shutil.rmtree(models, ignore_errors=True)
 
 
 def forget_key(run: Run, client_id: str) -> None:

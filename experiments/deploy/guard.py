@@ -10,6 +10,7 @@ believes what a node says of them, and keeps them until the run ends.
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -34,6 +35,7 @@ OPEN = 8
 """Replies of one node that may be on their way at once."""
 MOST_ANNOUNCED = 4
 """How often a reply may be announced: a node that was not answered tries again."""
+_ID = re.compile("[0-9a-f]{64}")
 DEEPEST = 8
 """Levels of the pieces of a reply: message, records, record, array, chunks."""
 
@@ -69,7 +71,7 @@ class Guard:
         """Take one reply at a time from a node."""
         node = request.node.node_id
         with refusing():
-            require_reply(request)
+            self._require_own(request, require_reply(request), state)
         metadata = request.messages_list[0].metadata
         with self._alone(node):
             with refusing():
@@ -87,12 +89,25 @@ class Guard:
                 self._bytes[node] = 0
             return response
 
+    def _require_own(self, request: Any, pieces: list[Any], state: Any) -> None:
+        """Raise WireError where a reply is, or has as a piece, a message of the server's.
+
+        To announce one anew ends the session in which the server pushes it, and others with it. And
+        where it answers nothing: Flower would note a session for it before it refuses it.
+        """
+        if any(
+            piece.object_id in self._kept for piece in pieces_of(request.message_object_trees[0])
+        ):
+            raise WireError("a reply is no message of the server's.")
+        reply_to = request.messages_list[0].metadata.reply_to_message_id
+        if reply_to not in self._kept and state.get_valid_message_ins(reply_to) is None:
+            raise WireError("there is no such message to reply to.")
+
     def _announce(self, reply_to: str) -> bool:
         """Count the announcements of replies to a message; return whether this is the first.
 
         Each is written down, piece by piece, while all others wait for the database. Who did not
-        hear the answer may announce its reply again. Raises WireError at one too many. What answers
-        no message of the server's leaves nothing here; Flower refuses it.
+        hear the answer may announce its reply again. Raises WireError at one too many.
         """
         if reply_to not in self._kept:
             return True
@@ -169,8 +184,11 @@ def refusing() -> Iterator[None]:
         raise FlowerError(ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, str(error)) from error
 
 
-def require_reply(request: Any) -> None:
-    """Raise WireError unless a PushMessagesRequest is one reply, in the name of who sends it."""
+def require_reply(request: Any) -> list[Any]:
+    """Return the pieces of a PushMessagesRequest that is one reply, in the name of who sends it.
+
+    Raises WireError where it is anything else.
+    """
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
         raise WireError("a node hands in one message at a time, with one tree of its pieces.")
     metadata, tree = request.messages_list[0].metadata, request.message_object_trees[0]
@@ -180,8 +198,10 @@ def require_reply(request: Any) -> None:
             f"node {node} hands in a message from {metadata.src_node_id} to "
             f"{metadata.dst_node_id}; it may send from itself to {SUPERLINK_NODE_ID} alone."
         )
-    if not metadata.reply_to_message_id:
+    if not _ID.fullmatch(metadata.reply_to_message_id):
         raise WireError(f"node {node} hands in a message that answers none.")
+    if metadata.message_id == metadata.reply_to_message_id:
+        raise WireError(f"node {node} hands in a message as the reply to itself.")
     if not (math.isfinite(metadata.created_at) and 0 < metadata.ttl < math.inf):
         raise WireError(f"node {node}: created_at and ttl must be finite numbers.")
     if metadata.message_id != tree.object_id:
@@ -194,6 +214,7 @@ def require_reply(request: Any) -> None:
     empty = empty_records()
     if any(piece.object_id in empty and piece.children for piece in pieces):
         raise WireError(f"node {node}: an empty record has no pieces.")
+    return pieces
 
 
 def pieces_of(tree: Any) -> list[Any]:

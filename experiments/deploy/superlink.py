@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
 from common.errors import ConfigError
+from common.files import printable
+
+LONGEST = 2000
+"""Of a line of the log."""
 
 
 def add_superlink_parser(commands: Any) -> None:
@@ -17,6 +22,16 @@ def add_superlink_parser(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("words", nargs="*")
     command.set_defaults(command=run_superlink)
+
+
+def on_a_line(record: logging.LogRecord) -> bool:
+    """Write what others sent on a line, without what a terminal would obey."""
+    record.msg = printable(str(record.msg))[:LONGEST]
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            x if isinstance(x, (int, float)) else printable(str(x))[:LONGEST] for x in record.args
+        )
+    return True
 
 
 def run_superlink(args: argparse.Namespace) -> int:
@@ -35,6 +50,8 @@ def run_superlink(args: argparse.Namespace) -> int:
     waiting = (*vars(sql_mixin)["SQLITE_PRAGMAS"], ("busy_timeout", "30000"))
     vars(sql_mixin)["SQLITE_PRAGMAS"] = waiting
     Guard(fleet_handlers, runtime_handlers).install()
+    for name in ("flwr", "uvicorn.access", "uvicorn.error"):
+        logging.getLogger(name).addFilter(on_a_line)
     sys.argv = ["flower-superlink", *args.words]
     flower_superlink()
     return 0

@@ -119,6 +119,8 @@ def label_shares(run: Run, clients: Sequence[str]) -> Array:
     if not all(c.isdecimal() and int(c) < section.num_partitions for c in clients):
         raise DataError("these clients brought data of their own; their labels are not known here.")
     dataset = open_examples(section)
+    if dataset.labels.ndim > 1:
+        raise DataError("these examples have no classes to compare clients by.")
     counts = np.zeros((len(clients), dataset.num_classes))
     for place, client in enumerate(clients):
         rows = client_indices(dataset, section, partition_id=int(client), seed=run.seed)

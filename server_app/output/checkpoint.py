@@ -133,7 +133,7 @@ def _load_one(path: Path) -> Checkpoint:
     try:
         tensors = safetensors.torch.load_file(path / TENSORS)
         meta = json.loads((path / META).read_text())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     return Checkpoint(path, tensors, meta)
 
@@ -156,7 +156,7 @@ def _verified(path: Path) -> Path:
                     f"{found['sha256'][:12]}; its manifest says {expected['bytes']} bytes and "
                     f"{expected['sha256'][:12]}"
                 )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {path} is incomplete: {type(error).__name__}: {error}"
         ) from error

@@ -1,6 +1,8 @@
 """Files: who can read what a participant keeps, and names that lead astray."""
 
+import hashlib
 import json
+import logging
 import os
 import subprocess
 from contextlib import suppress
@@ -9,13 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from client_app.data.examples import prepare_data
+from client_app.worker.link import _make_private
+from common.config import ClientSection
 from common.errors import CheckpointError, MHpFedHNError
+from experiments.console import make_console, say
+from experiments.deploy.superlink import on_a_line
 from experiments.report.clients import draw_clients
 from experiments.report.runs import find_run
 from server_app.output.checkpoint import load_checkpoint, save_checkpoint
 from server_app.output.curves import draw_curves
 from tests.support.outputs import client_rows
 from tests.support.tiny import run_tiny, tiny_config, trusting
+
+Patch = pytest.MonkeyPatch
 
 
 def test_what_participants_keep_is_their_owners_alone(tmp_path: Path) -> None:
@@ -76,6 +85,56 @@ def test_a_whole_checkpoint_of_something_else_is_named(tmp_path: Path, meta: obj
     with pytest.raises(CheckpointError, match=rf"{made.name} is whole, but does not hold"):
         run_tiny(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "meta.json"])
+def test_a_checkpoint_that_is_nested_without_end_is_passed_over(tmp_path: Path, file: str) -> None:
+    for server_round in (1, 2):
+        tensors = {"w": torch.full((2,), float(server_round))}
+        meta = {"round": server_round}
+        save_checkpoint(tmp_path, tensors=tensors, meta=meta, keep=2)
+    newest = max(tmp_path.glob("checkpoint-*"))
+    (newest / file).write_text("[" * 200_000)
+    if file == "meta.json":  # sealed, as who can write there would
+        manifest = json.loads((newest / "manifest.json").read_text())
+        digest = hashlib.sha256((newest / file).read_bytes()).hexdigest()
+        manifest["files"][file] = {"sha256": digest, "bytes": 200_000}
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert load_checkpoint(tmp_path).meta["round"] == 1
+
+
+def test_what_is_printed_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    say(make_console(), "contract of x\x1b]0;owned\x07\x9b31m\nnext")
+    assert capsys.readouterr().out == "contract of x ]0;owned  31m\nnext\n"
+
+
+def test_what_a_node_sends_writes_one_line_of_the_superlinks_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("a-log")
+    logger.addFilter(on_a_line)
+    logger.warning("asked for %s, %d times", "x\n\x1b[2Jall is fine" + "y" * 9000, 3)
+    logger.warning("a: %r", ValueError("\x1b]0;owned\x07"))
+    assert all("\x1b" not in r.getMessage() and "\n" not in r.getMessage() for r in caplog.records)
+    assert caplog.messages[0].endswith(", 3 times")
+    assert max(map(len, caplog.messages)) < 2100
+
+
+def test_a_worker_makes_its_owners_folders_alone(tmp_path: Path) -> None:
+    _make_private(tmp_path / "srv" / "state" / "worker")
+    for name in ("srv", "srv/state", "srv/state/worker"):
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0
+
+
+def test_runs_with_other_seeds_fill_no_cache(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("client_app.data.partitions.MOST_PARTITIONS", 3)
+    config = {"dataset": "digits", "num-partitions": 5, "cache-dir": str(tmp_path)}
+    for size in (8, 9, 10, 11, 12):
+        section = ClientSection.checked({**config, "image-size": size}, "x")
+        for seed in range(6):
+            folder = prepare_data(section, seed=seed)
+        assert len([*folder.glob("partition-*")]) == 3
+    assert len([*tmp_path.glob("digits-*.lock")]) == len([*tmp_path.glob("digits-*/")]) == 3
 
 
 def test_a_name_that_looks_like_a_formula_is_drawn_as_it_stands(tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Beh
         assert (codes, passed) == ([200], [f"POST {path} HTTP/1.1"])  # without what was asked
 
 
+def test_nobody_says_where_it_comes_from(place: tuple[Deployment, int, Behind]) -> None:
+    """The SuperLink would write that down as the address of whoever asked."""
+    deployment, port, behind = place
+    forged = "X-Forwarded-For: 10.9.9.9\x9b31mFORGED\r\nX-Forwarded-Proto: FORGED\r\n"
+    asked = f"POST /v1/fleet/get-run HTTP/1.1\r\n{HEAD}{forged}Content-Length: 0\r\n\r\n"
+    behind.lines()
+    with connect(deployment, port) as stream:
+        stream.sendall(asked.encode("latin-1"))
+        assert stream.recv(65536).startswith(b"HTTP/1.1 200")
+    assert b"get-run" in behind.received
+    assert b"FORGED" not in behind.received
+
+
 ESCAPED = "%20HTTP/1.1%0d%0aHost:x%0d%0a%0d%0aPOST%20/v1/control/list-runs"
 PATHS = [
     *CLOSED,

@@ -85,7 +85,8 @@ def test_a_node_stores_no_more_than_a_reply(link: Link, monkeypatch: pytest.Monk
         except FlowerError:
             made_up = Message(metadata=message.metadata)
             made_up.metadata.message_id = "f" * 64
-            link.reply(evil, made_up, [])
+            with pytest.raises(FlowerError, match="no such message to reply to"):
+                link.reply(evil, made_up, [])
     assert stored == 4, "of 1,024 bytes each"
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from client_app.models.instances import FlatModel
 from client_app.privacy import Privacy
-from client_app.training.loop import FlatModel, label_loss
+from client_app.training.loop import label_loss
 from common.errors import RunError
 from experiments.__main__ import main
 from experiments.attacks.federation import OWN, Federation, trained_on

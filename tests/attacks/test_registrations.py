@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Error, Message
 
 from common.config import RunConfig
-from common.messages import Registration
+from common.messages import REGISTER, Registration
 from server_app.admission import Admission, majority_first
 from server_app.clients import CHANGE_ROUNDS, Registry
 from tests.integration.conftest import Lines
@@ -222,6 +222,20 @@ def test_who_is_silent_and_goes_away_is_asked_less_and_less() -> None:
         admission.refresh(number)
         waits.append(clock.now - before)
     assert sum(wait > 10 for wait in waits) <= 6, waits
+
+
+def test_a_reason_is_a_few_words_of_whoever_gives_it(tmp_path: Path) -> None:
+    def spoil(message: Message, context: Context, handler: Handler) -> Message:
+        is_asked = message.metadata.message_type == REGISTER
+        if is_asked and context.node_config["partition-id"] == 3:
+            return Message(Error(1, "x\x1b[2J" * 9000), reply_to=message)
+        return handler(message, context)
+
+    config = tiny_config(tmp_path, rounds=1, min_clients=2)
+    run_tiny(config, num_clients=4, app=Wrapped(spoil))
+    said = (tmp_path / "run" / "attendance.json").read_text()
+    assert "xxx" not in said
+    assert len(said) < 6000
 
 
 def test_who_takes_its_time_is_asked_less_and_less() -> None:

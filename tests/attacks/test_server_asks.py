@@ -21,17 +21,27 @@ def ask(run: Mapping[str, int | float | str], node: Mapping[str, str | int | flo
     return declared(tuple(RunConfig.parse(run).flat().items()), tuple(node.items()))
 
 
+@pytest.mark.parametrize("name", ["b" * 101, "b\x1b[2J"])
+def test_a_class_has_a_short_name(name: str) -> None:
+    """All of them are in every description of every model that is kept."""
+    with pytest.raises(ConfigError, match="at most 100 letters"):
+        ask({"class-names": f"a,{name}"}, OWN)
+
+
 @pytest.mark.parametrize("key", ["models", "dataset", "global-model"])
 def test_code_is_what_the_participant_names(key: str) -> None:
     own = {"models": "model"}.get(key, key)
     with pytest.raises(
-        ConfigError, match=rf"client a: .* names {key} = 'evil:make', .* set {own} there"
+        ConfigError, match=rf"client a: .* names code as its {key}, .* set {own} there"
     ):
         ask({key: "evil:make"}, OWN)
+    with pytest.raises(ConfigError) as told:
+        ask({key: "x/srv/guess:m"}, OWN)
+    assert "guess" not in str(told.value), "it would be told whether that is a path here"
     assert ask({key: "evil:make"}, {"partition-id": 0}).run.flat()[key] == "evil:make"
     if key == "global-model":
         ask({key: "our:net"}, OWN | {own: "our:net"})
-        with pytest.raises(ConfigError, match="'evil:make'"):
+        with pytest.raises(ConfigError, match="names code as its global-model"):
             ask({key: "evil:make"}, OWN | {own: "our:net"})
     else:
         found = ask({key: "evil:make"}, OWN | {own: "our:net"})

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from client_app.data.examples import load_client_data
 from client_app.models.registry import build_model
 from client_app.personal import PersonalModel
 from client_app.privacy import MOST_ROWS, Privacy, spent_from
 from client_app.shelf import BEST, LAST, MODELS, MOST_FEDERATIONS, Shelf
 from client_app.store import FolderState
 from common.accounting import Spent, epsilon
+from common.config import ClientSection
 from common.errors import WireError
 from common.messages import Evaluation
 from common.records import Content, Received, encode
@@ -89,6 +92,19 @@ def test_federations_that_are_made_up_push_none_out(tmp_path: Path) -> None:
     assert len(shelf.federations()) == MOST_FEDERATIONS
 
 
+def test_nor_do_earlier_ones_those_that_come_after_them(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    for number in range(MOST_FEDERATIONS):
+        keep(shelf, 1, 0.5, federation=f"b{number:04x}")
+    for honest in ("a1", "a2", "a3", "a4"):
+        keep(shelf, 1, 0.9 if honest == "a2" else 0.6, federation=honest)
+    for number in range(MOST_FEDERATIONS):
+        keep(shelf, 1, 0.6, federation=f"c{number:04x}")
+        assert {"a2"} <= {*shelf.federations()}, "the best one stays"
+        assert {"a1", "a3", "a4"} <= {*shelf.federations()} or number > 4
+    assert len(shelf.federations()) == MOST_FEDERATIONS
+
+
 def test_a_federation_that_goes_on_meanwhile_is_not_the_newest(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     for number in range(MOST_FEDERATIONS + 10):
@@ -126,6 +142,29 @@ def test_a_server_does_not_say_what_is_held_back(tmp_path: Path) -> None:
     secret = tmp_path / "state" / "a" / "split-seed"
     assert secret.stat().st_mode & 0o077 == 0
     assert int(secret.read_text()) > 2
+
+
+def test_nor_does_the_order_of_its_class_names(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+
+    def held_back(names: str, most: int = 0) -> set[bytes]:
+        own = {"dataset": "folder", "data-dir": str(tmp_path / "pictures"), "partition": "none"}
+        own |= {"cache-dir": str(tmp_path / "cache"), "class-names": names, "image-size": 8}
+        section = ClientSection.checked({**own, "max-client-examples": most}, "x")
+        settings = {"partition_id": 0, "seed": len(names), "split_seed": 5}
+        data = load_client_data(section, device=torch.device("cpu"), **settings)
+        found = torch.cat([data.test_images, data.validation_images])
+        return {picture.numpy().tobytes() for picture in found}
+
+    for most in (0, 31):
+        wanted = held_back("a,b,c", most)
+        assert len(wanted) == round((most or 60) * 0.25)
+        assert held_back("c,a,b", most) == held_back("z,b,y,a,c", most) == wanted
 
 
 def test_a_crash_between_two_versions_loses_none(

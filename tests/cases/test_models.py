@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.models.building import ModelKind, built, draw_theta
-from client_app.models.instances import instance_of
+from client_app.models.instances import FlatModel, instance_of
 from client_app.personal import PersonalModel
-from client_app.training.loop import FlatModel, logits_over, num_correct
+from client_app.training.loop import logits_over, num_correct
 from common.errors import MHpFedHNError, RunError
 from common.messages import Evaluation
 from tests.support import tiny

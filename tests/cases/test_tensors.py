@@ -172,7 +172,7 @@ def test_a_model_of_tensors_is_used_without_code(tmp_path: Path, capsys: Capture
     assert np.mean([int(row["class"]) == y for row, y in zip(found, labels, strict=True)]) > 0.9
     np.savez(data, inputs=inputs[:, :5])
     assert main(["model", "predict", state, str(data), str(tmp_path / "x.csv")]) == 2
-    assert "must be (N, ...)" in capsys.readouterr().err
+    assert "must be (N, ...) of {'inputs': [30]}" in capsys.readouterr().err
     assert main(["model", "export", state, str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / "personal_model.json").read_text())
     assert about["input_shape"] == [30]

@@ -83,6 +83,16 @@ def test_a_participant_comes_with_another_key(tmp_path: Path, capsys: Capture) -
     assert after.meta["learned"] == checkpoint.meta["learned"], "it keeps what it has learned"
 
 
+def test_a_name_that_names_no_folder_is_forgotten_too(tmp_path: Path, capsys: Capture) -> None:
+    config = finished(tmp_path, rounds=1)
+    place, odd = Path(config.run.output_dir) / "checkpoint", "we/ird [red]x"
+    checkpoint = load_checkpoint(place)
+    told = json.dumps(checkpoint.meta).replace('"client_id": "2"', f'"client_id": "{odd}"')
+    meta = json.loads(told)
+    save_checkpoint(place, tensors=checkpoint.tensors, meta=meta, keep=1)
+    assert main(["forget", config.run.output_dir, odd]) == 0, capsys.readouterr().err
+
+
 def test_what_cannot_be_forgotten_is_said(tmp_path: Path, capsys: Capture) -> None:
     config = finished(tmp_path, rounds=1)
     assert main(["forget", config.run.output_dir, "nobody"]) == 2

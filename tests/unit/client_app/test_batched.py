@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from client_app.data.examples import ClientData
-from client_app.models.instances import seed_dropout
+from client_app.models.instances import FlatModel, seed_dropout
 from client_app.models.registry import build_model
 from client_app.training.batched import (
     Member,
@@ -16,7 +16,7 @@ from client_app.training.batched import (
     train_cohort,
 )
 from client_app.training.batched_evaluation import cohort_logits
-from client_app.training.loop import FlatModel, Teacher, logits_over, train
+from client_app.training.loop import Teacher, logits_over, train
 from client_app.training.teachers import Teachers
 from common.config import TrainingSection
 from common.errors import ModelError

@@ -22,7 +22,7 @@ def test_models_that_are_right_on_different_examples_are_mixed() -> None:
     own, common = torch.where(half, RIGHT, WRONG), torch.where(half, WRONG, RIGHT)
     weight = choose_weight(own, common, LABELS)
     assert math.isclose(weight, 0.5)
-    probabilities = mixture(own, common, weight).exp()
+    probabilities = mixture(own, common, weight, "classes").exp()
     torch.testing.assert_close(probabilities, (own.softmax(1) + common.softmax(1)) / 2)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
 
@@ -35,7 +35,7 @@ def test_a_mixture_that_is_better_by_less_than_a_standard_error_is_not_used() ->
     own = torch.zeros(40, 3)
     own[:, 0] = 0.8
     picked = torch.stack([model.log_softmax(1)[:, 0] for model in (own, common)])
-    mixed = mixture(own, common, 0.5)[:, 0]
+    mixed = mixture(own, common, 0.5, "classes")[:, 0]
     assert mixed.mean() > picked.mean(1).max(), "the mixture is the likeliest of the three"
     assert choose_weight(own, common, labels) == float(picked[0].mean() > picked[1].mean())
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client_app.models.instances import seed_dropout
+from client_app.models.instances import FlatModel, seed_dropout
 from client_app.models.registry import build_model
-from client_app.training.loop import FlatModel, Teacher, label_loss, make_optimizer, train
+from client_app.training.loop import Teacher, label_loss, make_optimizer, train
 from client_app.training.private import (
     Mechanism,
     PrivateStep,

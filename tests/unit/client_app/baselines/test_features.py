@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from client_app.data.examples import ClientData
 from client_app.methods.features import class_means, head_of, require_head_is_last, tapped
 from client_app.methods.pfedhn import BatchBudget
-from client_app.models.building import ModelKind, draw_theta
-from client_app.models.instances import Instance, architecture_tag, instance_of
+from client_app.models.building import ModelKind, architecture_tag, draw_theta
+from client_app.models.instances import FlatModel, Instance, instance_of
 from client_app.models.registry import MODEL_NAMES, build_model
-from client_app.training.loop import FlatModel
 from common.errors import ModelError
 from tests.support.tiny import Small
 
@@ -130,8 +129,8 @@ def test_tag_tells_architectures_apart_and_nothing_else() -> None:
     def instance(name: str) -> Instance:
         return instance_of(ModelKind(name, 1, 10, torch.device("cpu")))
 
-    tags = {name: architecture_tag(instance(name)) for name in ("cnn", "mlp", "vgg8")}
+    tags = {name: architecture_tag(instance(name).model.module) for name in ("cnn", "mlp", "vgg8")}
     assert len(set(tags.values())) == 3
     assert all(len(tag) == 16 and int(tag, 16) >= 0 for tag in tags.values())
     instance("cnn").model.load(torch.zeros_like(instance("cnn").model.theta))
-    assert architecture_tag(instance("cnn")) == tags["cnn"]
+    assert architecture_tag(instance("cnn").model.module) == tags["cnn"]

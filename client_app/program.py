@@ -1,0 +1,71 @@
+"""A model with its normalisation, and the file that it is as a whole program.
+
+Shapes: B examples, C outputs.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.files import PRIVATE, replace_file
+
+EXPORTING = threading.Lock()
+"""torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
+
+
+class Classifier(nn.Module):
+    """A model with its normalisation: uint8 pictures (B, C, H, W) in, logits (B, classes) out.
+
+    Without mean and std examples are no pictures, and the model gets them as they are. Numbers
+    (B, C) come out in the units of the labels.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    label_mean: Tensor
+    label_std: Tensor
+
+    def __init__(
+        self, model: nn.Module, mean: Tensor, std: Tensor, label_mean: Tensor, label_std: Tensor
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("label_mean", label_mean)
+        self.register_buffer("label_std", label_std)
+        # the same two constants as in training, so that not one rounding differs
+        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, -1, 1, 1))
+        self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise and classify."""
+        if self.scale.numel():
+            images = torch.addcmul(self.shift, images, self.scale)
+        logits: Tensor = self.model(images)
+        return logits * self.label_std + self.label_mean if self.label_std.numel() else logits
+
+
+def save_program(
+    program: tuple[nn.Module, Tensor], path: Path, require: Callable[[nn.Module], None]
+) -> None:
+    """Export a module to a .pt2 file, for any batch size, if it is what `require` wants."""
+    module, example = program
+    dynamic = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
+        exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
+    exported.example_inputs = None  # torch would store it pickled; nobody needs it
+    packed = io.BytesIO()
+    torch.export.save(exported, packed)
+    packed.seek(0)
+    again = torch.export.load(packed).module()
+    if not torch.allclose(again(example), module(example), rtol=1e-4, atol=1e-5):
+        raise RuntimeError("the exported program gives other logits than the model")
+    require(again)
+    replace_file(path, packed.getvalue(), mode=PRIVATE)
