@@ -18,11 +18,11 @@ from client_app.data.source import CLASSES, NUMBERS
 from client_app.models.building import AUTO, ModelKind, fitting
 from client_app.models.instances import FlatModel, cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
-from client_app.personal import PersonalModel
+from client_app.personal import PersonalModel, accuracy_of
 from client_app.privacy import Privacy, note_clear
 from client_app.shelf import Shelf
 from client_app.store import ClientState, FolderState, open_state, personal_folder
-from client_app.training.loop import Loss, Trained, accuracy_of, rate_of_round, train
+from client_app.training.loop import Loss, Trained, rate_of_round, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, DataError, WireError
 from common.files import PRIVATE, printable, replace_file

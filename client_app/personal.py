@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,17 @@ def _built(about: Mapping[str, Any]) -> nn.Module:
         if name
     )
     return Predictor(own, common[0], 0.0, about.get("target", "classes")) if common else own
+
+
+@torch.no_grad()
+def accuracy_of(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Return the fraction that a model gets right, in evaluation mode; None of no example."""
+    module.eval()
+    found = [(module(images), labels) for images, labels in batches]
+    if not found:
+        return None
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return num_correct(logits, labels) / len(labels)
 
 
 def not_in_state_dict(module: nn.Module) -> list[str]:

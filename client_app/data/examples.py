@@ -11,9 +11,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor
 from client_app.data.augment import draw_moves, moved
 from client_app.data.cache import DecodedDataset, open_dataset
 from client_app.data.labels import scale_of
+from client_app.data.losses import OwnLoss, own_loss
 from client_app.data.partitions import WHOLE, client_indices
 from client_app.data.select import select_source
 from client_app.data.source import CLASSES, LABELS, NUMBERS, Division
@@ -44,7 +44,8 @@ class ClientData:
     numbers are minus `label_mean`, divided by `label_std` (C,), of the train part, which
     of other labels are empty. `num_classes` counts a model's outputs. `augmentation`
     names how train examples are changed, `test_rows` (N,) int64 which examples of the source are
-    tested on. `about` as `data.source.Examples` has it.
+    tested on. `about` as `data.source.Examples` has it; `loss` is
+    descended in place of that of the labels' kind.
     """
 
     train_images: Tensor
@@ -62,6 +63,7 @@ class ClientData:
     about: Mapping[str, Any] = field(default_factory=dict)
     label_mean: Tensor = field(default_factory=lambda: torch.empty(0))
     label_std: Tensor = field(default_factory=lambda: torch.empty(0))
+    loss: OwnLoss | None = None
 
     @property
     def target(self) -> str:
@@ -167,22 +169,6 @@ class ClientData:
             yield self.normalise(images[span]), labels[span]
 
 
-def prepare_data(section: ClientSection, *, seed: int, partition_id: int = 0) -> Path:
-    """Decode the data set and draw the partition, unless that was done before a run.
-
-    What a participant's own function returns is asked anew. Returns the folder of the cache entry.
-    Safe to call from many processes at once.
-
-    Raises
-    ------
-    ConfigError, DataError
-        The section does not describe data that can be loaded and divided.
-    """
-    dataset = open_examples(section, anew=":" in section.dataset)
-    client_indices(dataset, section, partition_id=max(0, partition_id), seed=seed)
-    return dataset.folder
-
-
 def load_client_data(
     section: ClientSection,
     *,
@@ -281,7 +267,7 @@ def _load(
         found = torch.from_numpy(labels[positions])
         return ((found - label_mean) / label_std if len(label_std) else found).to(device)
 
-    return ClientData(
+    data = ClientData(
         train_images=images(train),
         train_labels=targets(train),
         test_images=images(test),
@@ -298,3 +284,5 @@ def _load(
         label_mean=label_mean,
         label_std=label_std,
     )
+    loss = own_loss(section.loss, data.train_labels, data.target, data.num_classes)
+    return replace(data, loss=loss)

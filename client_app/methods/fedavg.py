@@ -131,7 +131,7 @@ class FML(Method):
                     both = [
                         logits_of(m.module, images, self.data.num_classes).float() for m in models
                     ]
-                hard = [label_loss(logits, labels, section) for logits in both]
+                hard = [label_loss(logits, labels, section, self.data.loss) for logits in both]
                 for i, (model, value) in enumerate(
                     zip(models, self.losses(both, hard), strict=True)
                 ):

@@ -50,6 +50,7 @@ class BatchBudget:
     def __init__(self, data: ClientData, num_batches: int) -> None:
         self._data, self._num_batches = data, num_batches
         self.num_train, self.num_classes = data.num_train, data.num_classes
+        self.loss = data.loss
 
     def batches(
         self, batch_size: int, generator: torch.Generator

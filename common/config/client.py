@@ -141,6 +141,11 @@ class ClientSection(Section):
         1.0, "a single example's longer gradient is scaled down to it", where="dp-noise",
         unit="norm", ge=1e-3, le=1e3,
     )  # fmt: skip
+    loss: str = key(
+        "",
+        "that is descended: empty: of the labels' kind; balanced (of classes, all weigh alike), "
+        'absolute (of numbers), or "module:function": (outputs, labels) -> loss of each example',
+    )
     device: str = key("auto", "auto, cpu, cuda:0")
     client_threads: int = key(1, "torch CPU threads of one client; 0: torch's own choice", ge=0)
     state_dir: str = key(

@@ -96,6 +96,7 @@ class NodeConfig(OwnRecipe):
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
     augmentation: Augmentation | None = key(None, AS_RUN)
+    loss: str | None = key(None, AS_RUN)
     dp_noise: Noise | None = key(
         None, "counts where it is larger than the run config's", ge=0, le=1e4
     )
@@ -212,6 +213,11 @@ class NodeConfig(OwnRecipe):
             raise ConfigError(
                 f"node config: max-epsilon = {self.max_epsilon:g}, and neither this file nor the "
                 "run has dp-noise: what is sent without noise has no bound. Set dp-noise."
+            )
+        if section.dp_noise and section.loss:
+            raise ConfigError(
+                f"node config: loss = {section.loss!r} may be made of all examples, and dp-noise "
+                "protects single ones. Leave out one of the two."
             )
         if section.dp_noise and self.client_id and not section.state_dir:
             raise ConfigError(

@@ -149,8 +149,9 @@ def check_key(key: Path | None) -> Finding:
 
 def check_data(trial: Trial) -> Finding:
     """Load the data as training would; say how many there are of each class."""
-    from client_app.data.examples import load_client_data, prepare_data
+    from client_app.data.examples import load_client_data
     from client_app.data.own import listed
+    from client_app.data.prepare import prepare_data
     from client_app.models.instances import pick_device
     from client_app.participant import split_seed_of
     from client_app.store import FolderState
@@ -256,7 +257,7 @@ def check_training(trial: Trial) -> Finding:
             raise ModelError(
                 f"the model got {str(images.dtype)[6:]} {tuple(images.shape)} and raised: {error}"
             ) from error
-        loss = label_loss(logits, labels, training)
+        loss = label_loss(logits, labels, training, data.loss)
         instance.model.backward(loss)
         optimizer.step(instance.model.gradient)
         instance.model.require_views()

@@ -162,7 +162,7 @@ def _prepare_data(config: RunConfig, console: Console) -> None:
     if config.client.data_dir:
         os.environ.update(OFFLINE)
     with console.status(escape(f"preparing data: {config.client.dataset}")):
-        from client_app.data.examples import prepare_data  # imports torch: seconds
+        from client_app.data.prepare import prepare_data  # imports torch: seconds
         from client_app.models.registry import model_for_partition
 
         model_for_partition(config.client.models, 0, config.client.num_partitions)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client_app.data.examples import prepare_data
+from client_app.data.prepare import prepare_data
 from client_app.worker.link import _make_private
 from common.config import ClientSection
 from common.errors import CheckpointError, MHpFedHNError

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from client_app.data.examples import load_client_data, open_examples, prepare_data
+from client_app.data.examples import load_client_data, open_examples
+from client_app.data.prepare import prepare_data
 from common.config import ClientSection
 from common.errors import ConfigError, DataError
 from experiments.run.presets import Preset, read_toml

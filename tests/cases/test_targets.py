@@ -14,13 +14,14 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from client_app.data.labels import read_labels
+from client_app.data.losses import own_loss
 from client_app.data.several import packed, take_apart
 from client_app.personal import read_predictor
 from client_app.predictor import choose_weight, mixture
 from client_app.shelf import LAST, Shelf
 from client_app.training.loop import distilled, loss_of, num_correct
 from common.config import RunConfig
-from common.errors import DataError, RunError
+from common.errors import ConfigError, DataError, RunError
 from experiments.__main__ import main
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from tests.support.outputs import rows
@@ -208,6 +209,59 @@ def test_private_training_refuses_numbers(tmp_path: Path) -> None:
     config = federation(tmp_path, "numbers", method="mh-pfedhn", dp_noise=1.0)
     with pytest.raises(RunError, match="cannot protect numbers"):
         run_tiny(config)
+
+
+# --- losses of one's own --------------------------------------------------------------------------
+
+
+def focal(outputs: Tensor, labels: Tensor) -> Tensor:
+    likely = torch.softmax(outputs, 1).gather(1, labels[:, None])[:, 0]
+    return -((1 - likely) ** 2) * likely.log()
+
+
+def averaged(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, labels)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("numbers", "absolute"), ("classes", f"{HERE}:focal")])
+def test_a_loss_of_ones_own_is_descended(kind: str, loss: str, tmp_path: Path) -> None:
+    found = []
+    for name in ("", loss):
+        config = federation(tmp_path / str(len(found)), kind, loss=name, method="local")
+        run_tiny(config)
+        found.append(rows(config)[-1])
+    assert found[1]["accuracy_micro"] > KINDS[kind][2] - 0.1
+    assert found[0]["train_loss"] != found[1]["train_loss"]
+
+
+def test_balanced_classes_weigh_alike() -> None:
+    labels = torch.tensor([0] * 9 + [2] * 3)
+    outputs = torch.randn(12, 3)
+    each = own_loss("balanced", labels, "classes", 3)(outputs, labels)
+    plain = nn.functional.cross_entropy(outputs, labels, reduction="none")
+    torch.testing.assert_close(each.mean(), (plain[:9].mean() + plain[9:].mean()) / 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("classes", {"loss": "absolute"}, "'absolute' is for numbers; here are classes"),
+        ("classes", {"loss": "balance"}, "balanced"),
+        ("classes", {"loss": "balanced", "dp_noise": 1.0, "method": "local"}, "may be made of all"),
+    ],
+)
+def test_a_loss_that_cannot_be_says_so(
+    kind: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises((RunError, ConfigError), match=words):
+        run_tiny(federation(tmp_path, kind, **changes))
+
+
+def test_the_check_finds_a_loss_that_is_a_mean(tmp_path: Path) -> None:
+    values = {"model": f"{HERE}:joint", "dataset": f"{HERE}:visits", "loss": f"{HERE}:averaged"}
+    good, text = checked(settings(tmp_path, **values, **{"cache-dir": str(tmp_path / "cache")}))
+    assert not good
+    assert "got shape (). Leave out the mean" in " ".join(text.split())
 
 
 # --- what labels may look like --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from client_app.data.examples import prepare_data
+from client_app.data.prepare import prepare_data
 from common.config import ClientSection
 from common.errors import ConfigError, DataError
 from tests.support.close import assert_close

@@ -17,8 +17,8 @@ from client_app.data.examples import (
     LOADED,
     ClientData,
     LoadedClients,
-    prepare_data,
 )
+from client_app.data.prepare import prepare_data
 from common.config import ClientSection
 from common.errors import DataError
 from tests.unit.client_app.pictures import (
