@@ -35,6 +35,10 @@ def replace_file(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
         raise
 
 
+DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
+ROOT_VARIABLE = "MH_PFEDHN_RUNS"
+
+
 def printable(text: str) -> str:
     """Return a line of a text of others, without what a terminal would obey."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -105,3 +109,8 @@ def safe_name(name: str) -> str:
 def state_folder(state_dir: str, client_id: str) -> Path:
     """Return the folder of one client below `state_dir`."""
     return Path(state_dir).expanduser() / safe_name(client_id)
+
+
+def output_root() -> Path:
+    """Return the folder that holds run folders: $MH_PFEDHN_RUNS, or one below the user's home."""
+    return Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().absolute()

@@ -3,35 +3,109 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from common.errors import MHpFedHNError
-from experiments.attacks.command import add_attack_parser, add_liars_parser
-from experiments.bench import add_bench_parser
 from experiments.console import add_set_option, make_console, say
-from experiments.deploy.certificates import add_certs_parser
-from experiments.deploy.contract import add_contract_parser
-from experiments.deploy.forget import add_forget_parser
-from experiments.deploy.join import add_join_parser
-from experiments.deploy.models import add_model_parser
-from experiments.deploy.serve import add_serve_parser
-from experiments.deploy.status import add_status_parser
-from experiments.deploy.superlink import add_superlink_parser
-from experiments.keys import add_keys_parser
-from experiments.report.command import add_study_parsers
-from experiments.report.events import add_tensorboard_parser
 
 USAGE_ERROR = 2
+COMMANDS = {
+    "run": (
+        "run a preset or an experiment file",
+        "experiments.__main__:add_run_parser",
+    ),
+    "list": (
+        "list presets and studies",
+        "experiments.__main__:add_list_parser",
+    ),
+    "keys": (
+        "what can be set, and what it means",
+        "experiments.keys:add_keys_parser",
+    ),
+    "show": (
+        "tables and pictures of a run",
+        "experiments.__main__:add_show_parser",
+    ),
+    "compare": (
+        "runs side by side: a table and a picture",
+        "experiments.report.command:add_compare_parser",
+    ),
+    "report": (
+        "one HTML page and a table about many runs",
+        "experiments.report.command:add_report_parser",
+    ),
+    "sweep": (
+        "run a grid of settings and seeds; resumable",
+        "experiments.report.command:add_sweep_parser",
+    ),
+    "tensorboard": (
+        "write runs as TensorBoard event files",
+        "experiments.report.events:add_tensorboard_parser",
+    ),
+    "join": (
+        "take part in a federation with your own data",
+        "experiments.deploy.join:add_join_parser",
+    ),
+    "status": (
+        "of a participant, or of a run's participants",
+        "experiments.deploy.status:add_status_parser",
+    ),
+    "model": (
+        "a participant's models: list, export, use",
+        "experiments.deploy.models:add_model_parser",
+    ),
+    "contract": (
+        "what a federation's participants agree on",
+        "experiments.deploy.contract:add_contract_parser",
+    ),
+    "certs": (
+        "make the keys and certificates of a deployment",
+        "experiments.deploy.certificates:add_certs_parser",
+    ),
+    "superlink": (
+        "run a SuperLink (words as of flower-superlink)",
+        "experiments.deploy.superlink:add_superlink_parser",
+    ),
+    "serve": (
+        "host the ServerApp of a SuperLink's runs",
+        "experiments.deploy.serve:add_serve_parser",
+    ),
+    "forget": (
+        "take a participant out of a stopped run",
+        "experiments.deploy.forget:add_forget_parser",
+    ),
+    "attack": (
+        "what a run gives away: five attacks",
+        "experiments.attacks.command:add_attack_parser",
+    ),
+    "liars": (
+        "what participants that lie do to the others",
+        "experiments.attacks.command:add_liars_parser",
+    ),
+    "bench": (
+        "measure this machine (needs a checkout)",
+        "experiments.bench:add_bench_parser",
+    ),
+    "completion": (
+        "print what bash or zsh needs to complete words",
+        "experiments.__main__:add_completion_parser",
+    ),
+}
+"""What each is for, and who adds its words: imported when it is used, for that takes seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 only when everything was done."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser(next((word for word in words if word in COMMANDS), "")).parse_args(words)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own "module:factory" lives where they work
     try:
@@ -42,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `| head`: nobody reads on, and Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USAGE_ERROR
     return code
 
 
@@ -70,14 +147,23 @@ def run(args: argparse.Namespace) -> int:
 
 def list_presets(args: argparse.Namespace) -> int:
     """List the presets, and the studies."""
+    from experiments.report.listing import preset_table, study_table
     from experiments.report.plan import STUDIES, Plan
-    from experiments.report.terminal import preset_table, study_table
     from experiments.run.presets import Preset, preset_names
 
+    presets = [Preset.load(name) for name in preset_names()]
+    studies = [Plan.load(name) for name in preset_names(STUDIES)]
+    if args.json:
+        told = {
+            "presets": {preset.name: preset.description for preset in presets},
+            "studies": {study.file.stem: study.description for study in studies},
+        }
+        print(json.dumps(told, indent=2))
+        return 0
     console = make_console()
-    console.print(preset_table([Preset.load(name) for name in preset_names()]))
+    console.print(preset_table(presets))
     console.print()
-    console.print(study_table([Plan.load(name) for name in preset_names(STUDIES)]))
+    console.print(study_table(studies))
     return 0
 
 
@@ -89,6 +175,9 @@ def show(args: argparse.Namespace) -> int:
     from server_app.output.curves import Reference, draw_curves
 
     console, found = make_console(), find_run(args.run)
+    if args.json:
+        print(json.dumps(found.summary, indent=2))
+        return 0
     launch.show(found.folder, console)
     if args.reference:
         reference = Reference.load(Path(args.reference).expanduser())
@@ -101,38 +190,71 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def print_completion(args: argparse.Namespace) -> int:
+    """Print a shell's completion of this command line; `eval` it, or put it where shells look."""
+    import shtab
+
+    print(shtab.complete(parser(), args.shell))
+    return 0
+
+
+class About:
+    """Subparsers whose next one is said to be about something."""
+
+    def __init__(self, commands: Any, about: str) -> None:
+        self._commands, self._about = commands, about
+
+    def add_parser(self, name: str, **settings: Any) -> argparse.ArgumentParser:
+        """Add it, as argparse's subparsers do."""
+        found: argparse.ArgumentParser = self._commands.add_parser(
+            name, help=self._about, **settings
+        )
+        return found
+
+
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the command line, with the words of one command, or of all."""
+    found = argparse.ArgumentParser(
         prog="mh-pfedhn",
         description="Personalised federated learning across different architectures, on Flower.",
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_run(commands)
-    command = commands.add_parser("list", help="list presets and studies")
+    commands = found.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (about, place) in COMMANDS.items():
+        if command in (None, name):
+            module, _, adder = place.partition(":")
+            getattr(import_module(module), adder)(About(commands, about))
+        else:
+            commands.add_parser(name, help=about)
+    return found
+
+
+def add_list_parser(commands: Any) -> None:
+    """Add `list`."""
+    command = commands.add_parser("list")
+    command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(command=list_presets)
-    add_keys_parser(commands)
-    command = commands.add_parser("show", help="tables and pictures of a run")
+
+
+def add_show_parser(commands: Any) -> None:
+    """Add `show`."""
+    command = commands.add_parser("show")
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
-    command.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--reference", metavar="FILE.json", help="a curve to compare with")
+    form.add_argument("--json", action="store_true", help="its summary, for programs")
     command.set_defaults(command=show)
-    add_study_parsers(commands)
-    add_tensorboard_parser(commands)
-    add_join_parser(commands)
-    add_status_parser(commands)
-    add_forget_parser(commands)
-    add_model_parser(commands)
-    add_superlink_parser(commands)
-    add_serve_parser(commands)
-    add_certs_parser(commands)
-    add_contract_parser(commands)
-    add_attack_parser(commands)
-    add_bench_parser(commands)
-    add_liars_parser(commands)
-    return parser
 
 
-def _add_run(commands: Any) -> None:
-    command = commands.add_parser("run", help="run a preset or an experiment file")
+def add_completion_parser(commands: Any) -> None:
+    """Add `completion`."""
+    command = commands.add_parser("completion")
+    command.add_argument("shell", choices=("bash", "zsh"))
+    command.set_defaults(command=print_completion)
+
+
+def add_run_parser(commands: Any) -> None:
+    """Add `run`."""
+    command = commands.add_parser("run")
     command.add_argument("experiment", metavar="NAME|FILE.toml", help="see `mh-pfedhn list`")
     command.add_argument("--rounds", type=int, metavar="N", help="passes over the clients")
     command.add_argument("--clients", type=int, metavar="N", help="number of simulated clients")

@@ -14,7 +14,7 @@ PARTS = (*USUAL, "worker", "straggler")
 
 def add_bench_parser(commands: Any) -> None:
     """Add `bench` to the command line."""
-    command = commands.add_parser("bench", help="measure this machine (needs a checkout)")
+    command = commands.add_parser("bench")
     command.add_argument("--quick", action="store_true", help="toy sizes: does it run at all?")
     command.add_argument("--parts", default=",".join(USUAL), help="some of " + ", ".join(PARTS))
     command.add_argument("--data-dir", metavar="DIR", help="CIFAR-100; else synthetic pictures")

@@ -20,7 +20,7 @@ from experiments.run.presets import EngineSection
 
 def add_keys_parser(commands: Any) -> None:
     """Add `keys`."""
-    command = commands.add_parser("keys", help="what can be set, and what it means")
+    command = commands.add_parser("keys")
     command.add_argument("key", nargs="?", metavar="KEY", help="this one alone")
     command.add_argument("--node", action="store_true", help="those of a participant's node config")
     form = command.add_mutually_exclusive_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.config import NodeConfig, RunConfig
-from experiments.__main__ import _parser
+from experiments.__main__ import parser as build_parser
 from experiments.run.presets import CONFIGS, EngineSection, preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def subcommands() -> set[str]:
-    parser = _parser()
+    parser = build_parser()
     (choices,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return set(choices.choices)
 

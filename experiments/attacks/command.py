@@ -36,7 +36,7 @@ LIES = ("flip", "flip-5", "flip-100", "noise", "constant", "zero", "mimic", "lab
 
 def add_attack_parser(commands: Any) -> None:
     """Add `attack` to the command line."""
-    command = commands.add_parser("attack", help="what a run gives away: five attacks")
+    command = commands.add_parser("attack")
     words = "; ".join(f"{name}: {what}" for name, what in ATTACKS.items())
     command.add_argument("name", metavar="NAME", choices=[*ATTACKS], help=words)
     command.add_argument("run", metavar="RUN", help="a simulated run's folder, or its name")
@@ -50,7 +50,7 @@ def add_attack_parser(commands: Any) -> None:
 
 def add_liars_parser(commands: Any) -> None:
     """Add `liars` to the command line."""
-    command = commands.add_parser("liars", help="what participants that lie do to the others")
+    command = commands.add_parser("liars")
     command.add_argument("experiment", metavar="NAME|FILE.toml", help="see `mh-pfedhn list`")
     command.add_argument("--honest", type=int, default=10, metavar="N", help="honest participants")
     command.add_argument("--liars", type=int, nargs="+", default=[1, 2, 3], metavar="N")

@@ -48,7 +48,7 @@ _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 def add_certs_parser(commands: Any) -> None:
     """Add `certs` to the command line."""
-    command = commands.add_parser("certs", help="make the keys and certificates of a deployment")
+    command = commands.add_parser("certs")
     command.add_argument("folder", metavar="DIR", help="where they go")
     command.add_argument(
         "--host",

@@ -116,7 +116,7 @@ class Contract(Section):
 
 def add_contract_parser(commands: Any) -> None:
     """Add `contract new|run` to the command line."""
-    command = commands.add_parser("contract", help="what a federation's participants agree on")
+    command = commands.add_parser("contract")
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     new = actions.add_parser("new", help="write one, with every key explained")
     run = actions.add_parser("run", help="print the keys of a run, for flwr run --run-config")

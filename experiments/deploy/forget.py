@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def add_forget_parser(commands: Any) -> None:
     """Add `forget` to the command line."""
-    command = commands.add_parser("forget", help="take a participant out of a stopped run")
+    command = commands.add_parser("forget")
     command.add_argument("run", metavar="RUN", help="a run folder, or its name")
     command.add_argument("client", metavar="CLIENT", help="its client-id")
     command.add_argument(

@@ -19,7 +19,7 @@ CHECKS_FAILED = 1
 
 def add_join_parser(commands: Any) -> None:
     """Add `join` to the command line."""
-    command = commands.add_parser("join", help="take part in a federation with your own data")
+    command = commands.add_parser("join")
     command.add_argument("file", nargs="?", metavar="FILE.toml", help="everything below, as a file")
     for flag, (metavar, purpose) in FLAGS.items():
         command.add_argument(f"--{flag}", metavar=metavar, help=purpose)

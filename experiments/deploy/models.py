@@ -25,7 +25,7 @@ Batches = Iterable[NDArray[Any]]
 
 def add_model_parser(commands: Any) -> None:
     """Add `model list|export|evaluate|predict` to the command line."""
-    command = commands.add_parser("model", help="a participant's models: list, export, use")
+    command = commands.add_parser("model")
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     for name, act, words, about in (
         ("list", list_models, (), "every federation's models, and what they reached"),

@@ -21,7 +21,7 @@ STEADY_S = 10.0
 
 def add_serve_parser(commands: Any) -> None:
     """Add `serve` to the command line."""
-    command = commands.add_parser("serve", help="host the ServerApp of a SuperLink's runs")
+    command = commands.add_parser("serve")
     command.add_argument("--superlink", required=True, metavar="HOST:PORT", help="its address")
     command.add_argument("--certificate", metavar="CA.crt", help="the federation's CA certificate")
     command.add_argument("--secret", metavar="FILE", help="the SuperLink's superexec.secret")

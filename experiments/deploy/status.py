@@ -39,7 +39,7 @@ PAGE = """<!doctype html>
 
 def add_status_parser(commands: Any) -> None:
     """Add `status` to the command line."""
-    command = commands.add_parser("status", help="of a participant, or of a run's participants")
+    command = commands.add_parser("status")
     command.add_argument(
         "folder", type=Path, metavar="STATE|RUN", help="a participant's folder, or a run's"
     )

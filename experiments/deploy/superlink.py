@@ -17,7 +17,7 @@ LONGEST = 2000
 def add_superlink_parser(commands: Any) -> None:
     """Add `superlink` to the command line; its words are those of `flower-superlink`."""
     command = commands.add_parser(
-        "superlink", help="run a SuperLink (words as of flower-superlink)", add_help=False,
+        "superlink", add_help=False,
         prefix_chars="\0",
     )  # fmt: skip
     command.add_argument("words", nargs="*")

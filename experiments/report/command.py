@@ -17,9 +17,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 MAPS = 6
 
 
-def add_study_parsers(commands: Any) -> None:
-    """Add `compare`, `report` and `sweep` to the command line."""
-    command = commands.add_parser("compare", help="runs side by side: a table and a picture")
+def add_compare_parser(commands: Any) -> None:
+    """Add `compare` to the command line."""
+    command = commands.add_parser("compare")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, names, or sweeps")
     command.add_argument("--output", metavar="FILE.png", help="the picture; default compare.png")
     command.add_argument(
@@ -27,13 +27,21 @@ def add_study_parsers(commands: Any) -> None:
         help="traffic in the picture: what clients send, or both directions (default)",
     )  # fmt: skip
     command.set_defaults(command=compare)
-    command = commands.add_parser("report", help="one HTML page and a table about many runs")
+
+
+def add_report_parser(commands: Any) -> None:
+    """Add `report` to the command line."""
+    command = commands.add_parser("report")
     command.add_argument("folder", metavar="DIR", help="the folder that holds the runs")
     command.add_argument(
         "--maps", type=int, default=MAPS, metavar="N", help=f"maps of embeddings, default {MAPS}"
     )
     command.set_defaults(command=report)
-    command = commands.add_parser("sweep", help="run a grid of settings and seeds; resumable")
+
+
+def add_sweep_parser(commands: Any) -> None:
+    """Add `sweep` to the command line."""
+    command = commands.add_parser("sweep")
     command.add_argument("file", metavar="STUDY|FILE.toml", help="see `mh-pfedhn list`")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at the same time")
     command.add_argument("--background", action="store_true", help="detach, and write a log")

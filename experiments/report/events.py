@@ -27,7 +27,7 @@ GROUPS = {
 
 def add_tensorboard_parser(commands: Any) -> None:
     """Add `tensorboard` to the command line."""
-    command = commands.add_parser("tensorboard", help="write runs as TensorBoard event files")
+    command = commands.add_parser("tensorboard")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their names")
     command.add_argument(
         "--logdir", default=FOLDER, metavar="DIR", help=f"where they go, default ./{FOLDER}"

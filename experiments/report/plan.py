@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common.config import RunConfig
 from common.config.section import Scalar, kebab
 from common.errors import ConfigError, unknown_name
-from experiments.report.runs import output_root
+from common.files import output_root
 from experiments.report.settings import digest, essential, value_text
 from experiments.run.presets import (
     CONFIGS,

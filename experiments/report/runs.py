@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,12 +15,10 @@ from typing import Any, Self
 import psutil
 
 from common.errors import ConfigError, RunError, unknown_name
-from common.files import read_json, read_rows, replace_file
+from common.files import output_root, read_json, read_rows, replace_file
 from common.messages import Gain
 from experiments.run.engines.processes import is_alive
-from server_app.output.run_folder import DEFAULT_ROOT
 
-ROOT_VARIABLE = "MH_PFEDHN_RUNS"
 RUN_FILES = ("summary.json", "metrics.jsonl")
 NOTE = "cell.json"
 """What a sweep notes about a run of its own: variant, grid values, command, process."""
@@ -165,11 +162,6 @@ def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
             if path.is_dir() and not path.name.startswith("."):
                 yield from run_folders(path, depth - 1)
-
-
-def output_root() -> Path:
-    """Return the folder that holds run folders: $MH_PFEDHN_RUNS, or one below the user's home."""
-    return Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().absolute()
 
 
 def new_folder(name: str) -> Path:

@@ -9,11 +9,13 @@ import shlex
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import RunConfig, TrainingSection
-from experiments.report.runs import Run
 from experiments.run.presets import Preset, preset_names
+
+if TYPE_CHECKING:
+    from experiments.report.runs import Run
 
 INCIDENTAL = frozenset({
     "cache-dir", "checkpoint-every", "client-keys", "client-threads", "data-dir",

@@ -26,9 +26,10 @@ from common.errors import RunError
 from common.files import read_json, replace_file
 from experiments.console import say
 from experiments.report.cells import CONSOLE, make_ready, reason_of, state_of, tidy, write_note
+from experiments.report.listing import table_of
 from experiments.report.plan import Cell, Plan
 from experiments.report.runs import Run, process_mark, process_of
-from experiments.report.terminal import percent, table_of
+from experiments.report.terminal import percent
 from experiments.run.engines.processes import Process, is_alive, start
 from experiments.run.interrupts import terminate_as_interrupt
 from experiments.run.launch import error_lines

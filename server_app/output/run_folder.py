@@ -25,12 +25,11 @@ from filelock import FileLock, Timeout
 from common import messages
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
-from common.files import replace_file
+from common.files import DEFAULT_ROOT, replace_file
 from common.log import logger
 from common.messages import ALONE, MOST_TESTED, Evaluation, Gain
 
 LOCK = ".lock"
-DEFAULT_ROOT = Path("~/mh-pfedhn-runs")
 
 
 def run_folder_path(config: RunConfig) -> Path:
