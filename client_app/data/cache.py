@@ -34,7 +34,7 @@ from common.files import PRIVATE, private_folder, replace_file, sync
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 CACHE_VARIABLE = "MH_PFEDHN_CACHE"
 LOCK_TIMEOUT_S = 3600.0
 MOST_SIZES = 3
