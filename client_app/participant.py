@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
-from client_app.data.source import CLASSES, NUMBERS
+from client_app.data.source import CLASSES
 from client_app.models.building import AUTO, ModelKind, fitting
 from client_app.models.instances import FlatModel, cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
@@ -131,11 +131,6 @@ class Participant:
         """Raise ModelError or ConfigError where private training is asked and cannot be."""
         if self.privacy:
             self.privacy.require_fit(module)
-            if self.data.target == NUMBERS:
-                raise DataError(
-                    "dp-noise cannot protect numbers to predict: they are trained on in units of "
-                    "their mean and spread, which all examples have made. Set dp-noise = 0."
-                )
 
     @property
     def tells_counts(self) -> bool:

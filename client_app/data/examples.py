@@ -261,7 +261,9 @@ def _load(
             f"{dataset.images.dtype} {dataset.images.shape}. Set augmentation = 'none'."
         )
 
-    label_mean, label_std = scale_of(torch.from_numpy(labels[train]))
+    label_mean, label_std = scale_of(
+        torch.from_numpy(labels[train]), is_private=section.dp_noise > 0
+    )
 
     def targets(positions: Indices) -> Tensor:
         found = torch.from_numpy(labels[positions])

@@ -77,12 +77,18 @@ def _expected(labels: NDArray[Any], count: int) -> str:
     )
 
 
-def scale_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+def scale_of(labels: Tensor, *, is_private: bool) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (C,) of numbers (N, C); nothing (0,) of other labels.
 
-    The deviation of what does not vary is 1.
+    The deviation of what does not vary is 1. Raises DataError where training is private: one
+    example would change the labels of all.
     """
     if not labels.is_floating_point():
         return torch.empty(0), torch.empty(0)
+    if is_private:
+        raise DataError(
+            "dp-noise cannot protect numbers to predict: they are trained on in units of their "
+            "mean and spread, which all examples have made. Set dp-noise = 0."
+        )
     std = labels.double().std(0, correction=0)
     return labels.double().mean(0).float(), torch.where(std > 0, std, 1.0).float()

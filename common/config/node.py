@@ -157,7 +157,8 @@ class NodeConfig(OwnRecipe):
                     f"named itself is run: set {mine} there if you trust it."
                 )
         for name, most in MOST_ASKED.items():
-            if own[name] is None and float(asked.get(name, 0)) > most:
+            value = asked.get(name, 0)
+            if own[name] is None and (isinstance(value, str) or value > most):
                 raise ConfigError(
                     f"client {self.client_id}: the server's run config asks for {name} = "
                     f"{asked[name]}; beyond {most} this participant's own file has to set {name}."

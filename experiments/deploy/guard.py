@@ -25,7 +25,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from common.errors import WireError
 from common.log import logger
 from common.messages import LARGEST_REPLY, MOST_SECONDS
-from experiments.deploy.pieces import Kept, correct, is_whole, require_true
+from experiments.deploy.pieces import Kept, correct, flat, is_whole, prove
 
 MOST_PIECES = 160
 """Of one reply: each has up to 5 MB."""
@@ -58,6 +58,7 @@ class Guard:
         self._announced: Counter[str] = Counter()
         self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._bytes: Counter[int] = Counter()
+        self._announcing = threading.Lock()  # between what is known of pieces, and what is noted
 
     def install(self) -> None:
         """Put this in the place of the handlers."""
@@ -80,7 +81,10 @@ class Guard:
                 # before it is there: the server may take it at once
                 self._kept.note_reply(metadata.reply_to_message_id, metadata.message_id)
             try:
-                response = self._push_messages(request=request, state=state)
+                with self._announcing:
+                    believed = flat(state.object_store, request.message_object_trees[0])
+                    request.message_object_trees[0].CopyFrom(believed)
+                    response = self._push_messages(request=request, state=state)
             finally:
                 if is_new and metadata.message_id not in state.object_store:  # it was not taken
                     self._kept.forget_reply(metadata.reply_to_message_id, metadata.message_id)
@@ -125,8 +129,9 @@ class Guard:
             self._bytes[node] += len(request.object_content)
             if self._bytes[node] > LARGEST_REPLY:
                 raise WireError(f"node {node}: its reply has more than {LARGEST_REPLY:,} bytes.")
-            require_true(state.object_store, request.object_id, request.object_content)
-        return self._push_object(request=request, state=state)
+            with self._announcing:
+                prove(state.object_store, request.object_id, request.object_content)
+                return self._push_object(request=request, state=state)
 
     def confirm(self, request: Any, state: Any, store: Any) -> Any:
         """Let a message go when all of it is here; before that nobody can have received it."""
@@ -139,11 +144,13 @@ class Guard:
 
     def send(self, request: Any, state: Any, task: Any) -> Any:
         """Take the server's messages, whatever a node has said of their pieces before."""
-        for message, tree in zip(request.messages_list, request.message_object_trees, strict=True):
-            correct(state.object_store, tree)
-            metadata = message.metadata
-            self._kept.note_sent(metadata.message_id, metadata.created_at + metadata.ttl)
-        return self._send(request, state, task)
+        with self._announcing:
+            for tree in request.message_object_trees:
+                correct(state.object_store, tree)
+            for message in request.messages_list:
+                metadata = message.metadata
+                self._kept.note_sent(metadata.message_id, metadata.created_at + metadata.ttl)
+            return self._send(request, state, task)
 
     def collect(self, request: Any, state: Any, task: Any) -> Any:
         """Give the server what has come; what is answered, or was never, leaves no pieces."""

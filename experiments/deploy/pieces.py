@@ -1,7 +1,7 @@
 """The pieces that messages are made of, at a SuperLink: right, and kept no longer than needed.
 
 Flower takes a node's word for what a piece is made of: who says so first, of a piece that others
-will have as well (a vector that everybody gets), spoils it for all of them. It also keeps the
+will have as well (a vector that everybody gets), would spoil it for all of them. It also keeps the
 pieces of messages that were never confirmed, and of replies that came too late, until the run ends.
 """
 
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_children_ids_from_object_content,
+    get_object_id,
     iterate_object_tree,
 )
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import insert, select, update
+from sqlalchemy.orm import Session
 
 from common.errors import WireError
 
@@ -24,48 +27,60 @@ GRACE_S = 600.0
 
 
 def correct(store: SqlObjectStore, tree: Any) -> None:
-    """Let a message of the server's decide what its pieces are made of, where nobody has proved it.
+    """Let a message of the server's say what its pieces are made of, before they are there.
 
-    A piece that is not there yet is made of what this tree says. One that is there has been held
-    against its own content (`require_true`).
+    Of one that is there its own content has said it (`prove`).
     """
-    unlinked = set()
     with store._mutation_session() as session:
         for node in iterate_object_tree(tree):  # children first
             there = session.scalar(_facts(StoredObject.is_available, node.object_id))
-            if there:
-                continue
             if there is None:
                 session.execute(insert(StoredObject).values(_empty(node.object_id)))
-            wanted = {child.object_id for child in node.children}
-            found = set(session.scalars(_children(node.object_id)))
-            changes = dict.fromkeys(found - wanted, -1) | dict.fromkeys(wanted - found, 1)
-            for child, change in changes.items():
-                link = {"parent_id": node.object_id, "child_id": child}
-                if change > 0:
-                    session.execute(insert(ObjectChild).values(link))
-                else:
-                    unlinked.add(child)
-                    session.execute(delete(ObjectChild).filter_by(**link))
-                session.execute(
-                    update(StoredObject)
-                    .where(StoredObject.object_id == child, StoredObject.ref_count + change >= 0)
-                    .values(ref_count=StoredObject.ref_count + change)
-                )
-    for child in unlinked:  # nobody's now, unless somebody else has it
-        store.delete(child)
+            if not there:
+                _link(session, node.object_id, {child.object_id for child in node.children})
 
 
-def require_true(store: SqlObjectStore, piece: str, content: bytes) -> None:
-    """Raise WireError unless a piece is made of what was said of it when it was announced."""
-    with store.session() as session:
-        said = set(session.scalars(_children(piece)))
+def flat(store: SqlObjectStore, tree: Any) -> Any:
+    """Return the tree of a node's reply in which nothing is believed of its pieces.
+
+    All of them hang on the message itself; what one is made of is what is known already, or nothing
+    until its content says it (`prove`). Else who announces first a piece that others will have
+    (zeros in a row) could have theirs refused.
+    """
+    pieces = dict.fromkeys(node.object_id for node in iterate_object_tree(tree))
+    del pieces[tree.object_id]
+    known = [
+        store.get_object_tree(name) if name in store else ObjectTree(object_id=name)
+        for name in pieces
+    ]
+    return ObjectTree(object_id=tree.object_id, children=known)
+
+
+def prove(store: SqlObjectStore, piece: str, content: bytes) -> None:
+    """Note what a piece is made of, by its content; raise WireError where that is not announced."""
     try:
         names = set(get_object_children_ids_from_object_content(content))
     except Exception as error:  # a node made it up: whatever it makes Flower raise
         raise WireError(f"a piece cannot be read: {type(error).__name__}.") from error
-    if names != said:
-        raise WireError("a piece is made of others than were announced.")
+    if get_object_id(content) != piece:
+        raise WireError("a piece is another than its name says.")
+    with store._mutation_session() as session:
+        if session.scalar(_facts(StoredObject.is_available, piece)):
+            return
+        if any(session.scalar(_facts(StoredObject.object_id, name)) is None for name in names):
+            raise WireError("a piece is made of others than were announced.")
+        _link(session, piece, names)
+
+
+def _link(session: Session, piece: str, names: set[str]) -> None:
+    """Note that a piece is made of others, of which it may be known already."""
+    for name in names - set(session.scalars(_children(piece))):
+        session.execute(insert(ObjectChild).values(parent_id=piece, child_id=name))
+        session.execute(
+            update(StoredObject)
+            .where(StoredObject.object_id == name)
+            .values(ref_count=StoredObject.ref_count + 1)
+        )
 
 
 def is_whole(store: SqlObjectStore, message_id: str) -> bool:

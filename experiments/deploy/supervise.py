@@ -181,7 +181,9 @@ class Supervisor:
 
 def rotating_log(path: Path) -> logging.Handler:
     """Open a log of at most two files of `MAX_LOG_BYTES`: the one of now, and the one before."""
-    return RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1, encoding="utf-8")
+    handler = RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1, encoding="utf-8")
+    path.chmod(PRIVATE)
+    return handler
 
 
 def _shown(line: str) -> str:

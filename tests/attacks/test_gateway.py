@@ -111,6 +111,15 @@ def test_nobody_says_where_it_comes_from(place: tuple[Deployment, int, Behind]) 
     assert b"FORGED" not in behind.received
 
 
+def test_its_log_has_nothing_that_a_terminal_obeys(place: tuple[Deployment, int, Behind]) -> None:
+    deployment, _, _ = place
+    escapes = "Referer: \x1b]0;OWNED\x07\x1b[2J\x9b31m\r\nUser-Agent: \x1b[1;1H\r\n"
+    for request in ("GET /v1/fleet/get-run?\x9b31m", "POST /v1/fleet/get-run", "POST /nothing"):
+        say(place, f"{request} HTTP/1.1\r\n{HEAD}{escapes}Content-Length: 99999\r\n\r\n")
+    log = (deployment.folder / "nginx.log").read_bytes()
+    assert not re.search(rb"[\x00-\x09\x0b-\x1f\x80-\x9f]|OWNED", log)
+
+
 ESCAPED = "%20HTTP/1.1%0d%0aHost:x%0d%0a%0d%0aPOST%20/v1/control/list-runs"
 PATHS = [
     *CLOSED,

@@ -31,6 +31,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from experiments.deploy.guard import (
     MOST_ANNOUNCED,
 )
+from experiments.deploy.pieces import is_whole
 from tests.support.link import Link, guarded_link
 
 
@@ -180,17 +181,32 @@ def test_a_reply_is_taken_and_its_message_deleted_together(
     assert [message.HasField("error") for message in found] == [False]
 
 
-def test_what_the_server_unlinks_is_gone(link: Link) -> None:
-    """False pieces of a piece that is coming belong to nobody then."""
+def test_what_a_node_says_of_a_piece_is_not_believed(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its false pieces go with its reply; who has the same piece is not refused for them."""
     evil, good = link.nodes
     array, content = vector()
-    link.send(evil)
+    asked = link.send(evil)
     junk = chunks(3)
     false = ObjectTree(object_id=array.object_id, children=trees(junk))
-    session = link.reply(evil, link.fetch(evil), [false], ttl=3000.0).session_id
+    message = link.fetch(evil)
+    session = link.reply(evil, message, [false], ttl=3000.0).session_id
     for name, piece in junk.items():
         assert link.push(evil, session, name, piece)
-    link.send(good, content)
+    link.send(good)
+    pieces = get_all_nested_objects(array)
+    tree = get_object_tree(array)
+    session = link.reply(good, link.fetch(good), [tree], ttl=3000.0).session_id
+    for name, piece in reversed(pieces.items()):
+        assert link.push(good, session, name, piece.deflate())
+    assert is_whole(link.state.object_store, array.object_id)
+    sent = link.send(good, content)
+    assert is_whole(link.state.object_store, sent)
+    assert all(name in link.state.object_store for name in junk)
+    monkeypatch.setattr("common.inflation.PATIENCE_S", -1.0)  # the reply itself never comes
+    (refused,) = link.pull(asked)
+    assert refused.has_error()
     assert not any(name in link.state.object_store for name in junk)
 
 

@@ -28,6 +28,11 @@ def test_a_class_has_a_short_name(name: str) -> None:
         ask({"class-names": f"a,{name}"}, OWN)
 
 
+def test_a_size_that_is_no_number_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="image-size"):
+        declared((("image-size", "x:y"),), (*OWN.items(),))
+
+
 @pytest.mark.parametrize("key", ["models", "dataset", "global-model"])
 def test_code_is_what_the_participant_names(key: str) -> None:
     own = {"models": "model"}.get(key, key)

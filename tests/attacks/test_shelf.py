@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from client_app.data.examples import load_client_data
+from client_app.data.own import FolderSource
 from client_app.models.registry import build_model
 from client_app.personal import PersonalModel
 from client_app.privacy import MOST_ROWS, Privacy, spent_from
@@ -21,7 +22,7 @@ from client_app.shelf import BEST, LAST, MODELS, MOST_FEDERATIONS, Shelf
 from client_app.store import FolderState
 from common.accounting import Spent, epsilon
 from common.config import ClientSection
-from common.errors import WireError
+from common.errors import DataError, WireError
 from common.messages import Evaluation
 from common.records import Content, Received, encode
 from experiments.__main__ import main
@@ -165,6 +166,15 @@ def test_nor_does_the_order_of_its_class_names(tmp_path: Path) -> None:
         wanted = held_back("a,b,c", most)
         assert len(wanted) == round((most or 60) * 0.25)
         assert held_back("c,a,b", most) == held_back("z,b,y,a,c", most) == wanted
+
+
+def test_nor_do_names_of_classes_that_are_those_of_its_parts(tmp_path: Path) -> None:
+    for part, names in (("train", "abc"), ("test", "ab")):
+        for name in names:
+            grey(tmp_path / part / name / "1.png", 5)
+    assert FolderSource(tmp_path).read(8).about["class_names"] == ["a", "b", "c"]
+    with pytest.raises(DataError, match="a, b, c is no class of this federation"):
+        FolderSource(tmp_path, ("train", "test")).read(8)
 
 
 def test_a_crash_between_two_versions_loses_none(

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from client_app.data.examples import ClientData, load_client_data
 from common.config import ClientSection
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from tests.cases.test_pictures import grey
 from tests.cases.test_tensors import cancer
 
@@ -147,5 +147,5 @@ def test_pictures_in_folders_of_parts(tmp_path: Path) -> None:
 
 
 def test_pictures_are_augmented_and_tensors_are_not(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"augmentation = 'flip' is for pictures, and .*float32"):
+    with pytest.raises(DataError, match=r"augmentation = 'flip' is for pictures, and .*float32"):
         load(tmp_path, cancer, augmentation="flip")

@@ -13,6 +13,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
+from client_app.data.examples import load_client_data
 from client_app.data.labels import read_labels
 from client_app.data.losses import own_loss
 from client_app.data.several import packed, take_apart
@@ -20,7 +21,7 @@ from client_app.personal import read_predictor
 from client_app.predictor import choose_weight, mixture
 from client_app.shelf import LAST, Shelf
 from client_app.training.loop import distilled, loss_of, num_correct
-from common.config import RunConfig
+from common.config import ClientSection, RunConfig
 from common.errors import ConfigError, DataError, RunError
 from experiments.__main__ import main
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
@@ -206,9 +207,23 @@ def test_the_check_says_what_the_labels_are(kind: str, words: str, tmp_path: Pat
 
 
 def test_private_training_refuses_numbers(tmp_path: Path) -> None:
-    config = federation(tmp_path, "numbers", method="mh-pfedhn", dp_noise=1.0)
-    with pytest.raises(RunError, match="cannot protect numbers"):
-        run_tiny(config)
+    """Also to train without having registered: one example would change the labels of all."""
+    own = trusting(tmp_path, f"{HERE}:mlp") | {"dataset": f"{HERE}:diabetes", "partition": "none"}
+    own |= {"dp-noise": 3.0, "global-model": "auto"}
+    node = {"client-id": "a", "state-dir": str(tmp_path / "s"), **own}
+    with pytest.raises(RunError, match=r"cannot protect numbers|DataError on the participant's"):
+        run_tiny(federation(tmp_path, "numbers", method="mh-pfedhn"), node_configs=[node])
+    section = ClientSection.checked(
+        {
+            "dataset": f"{HERE}:diabetes",
+            "dp-noise": 1.0,
+            "partition": "none",
+            "cache-dir": str(tmp_path),
+        },
+        "x",
+    )
+    with pytest.raises(DataError, match="cannot protect numbers"):
+        load_client_data(section, partition_id=0, seed=0, device=torch.device("cpu"))
 
 
 # --- losses of one's own --------------------------------------------------------------------------
