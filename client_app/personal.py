@@ -41,6 +41,7 @@ from common.messages import Evaluation
 TEST_ROWS = "test_rows"
 INPUT = "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)"
 SCALED = "values scaled so that intensity[0] becomes 0 and intensity[1] 255, in whole numbers"
+OTHER_WITH_WEIGHTS = "something that is neither parameter nor buffer"
 PREDICTIONS = {
     "classes": "weight * softmax(own) + (1 - weight) * softmax(common)",
     "labels": "weight * sigmoid(own) + (1 - weight) * sigmoid(common)",
@@ -170,6 +171,7 @@ class PersonalModel:
             "logits = model(images)",
         }
 
+    @torch.no_grad()
     def require_same_count(self, program: nn.Module) -> None:
         """Raise RuntimeError unless a program gets right what the model did, of the test examples.
 
@@ -184,7 +186,7 @@ class PersonalModel:
         if abs(correct - wanted) > max(1, tested // 100):
             raise RuntimeError(
                 f"the exported program gets {correct:g} of {tested} test examples right, the model "
-                f"{wanted:g}: it has something that is neither parameter nor buffer"
+                f"{wanted:g}: it has {OTHER_WITH_WEIGHTS}"
             )
 
     def _on_cpu(self) -> tuple[nn.Module, Tensor]:

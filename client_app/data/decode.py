@@ -75,6 +75,12 @@ def picture_kind(data: bytes) -> tuple[int, bool]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             mode = picture.mode.split(";")[0]
+            pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            if pages > 1:
+                raise DataError(
+                    f"a TIFF has {pages} pages, of which one would be read. Write a "
+                    "picture a page, or return volumes from a function, float32 (N, 1, D, H, W)."
+                )
             return 1 if mode in GREY_MODES else 3, mode in DEEP_MODES
     except _BAD_PICTURE:
         return 1, False

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections import Counter
-from collections.abc import Mapping
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,30 +18,13 @@ from numpy.typing import NDArray
 from client_app.data.catalogue import OWN
 from client_app.data.decode import resize_array
 from client_app.data.labels import read_labels
+from client_app.data.returned import table_of
 from client_app.data.several import packed
-from client_app.data.source import PARTS, Division, Examples, file_identity
+from client_app.data.source import Examples, file_identity
 from client_app.plugins import load_callable
 from common.errors import DataError, listing
 
-FORMS = (
-    "(inputs, labels); or a torch Dataset of such pairs; or a dict of train, test and perhaps "
-    "validation with one of these each; or a dict of inputs, labels and groups or times"
-)
-ALSO = {"groups", "times", "target"}
-"""What may stand beside inputs and labels."""
 MOST_CHANNELS = 4
-
-
-class Table(NamedTuple):
-    """What a function returned: inputs (N, ...) or several by name, labels, how they are divided.
-
-    `target` is what it says that labels are; "": as their type says.
-    """
-
-    inputs: Any
-    labels: Any
-    division: Division
-    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +63,13 @@ class FunctionSource:
             self.spec, key="dataset", error=DataError, example="my_data:load_scans"
         )
         try:
-            table = _table(function())
+            table = table_of(function())
         except DataError as cause:
             raise DataError(f"dataset {self.spec!r}: {cause}") from cause
         except Exception as cause:  # a participant's code may raise anything; name whose it was
             raise DataError(
-                f"dataset {self.spec!r} must return {FORMS}, when called without arguments; it "
-                f"raised {type(cause).__name__}: {cause}"
+                f"dataset {self.spec!r}, called without arguments, raised "
+                f"{type(cause).__name__}: {cause} (line {line_of(cause)})"
             ) from cause
         try:
             inputs, parts = packed(table.inputs)
@@ -136,64 +118,14 @@ class FunctionSource:
         return len(names) or count
 
 
-def _table(found: Any) -> Table:
-    """Bring what a function returned into one form; raise DataError where it is none of `FORMS`."""
-    if not isinstance(found, Mapping):
-        return Table(*_pair(found), Division())
-    keys = set(found)
-    if {"train", "test"} <= keys <= set(PARTS):
-        pairs = {name: _pair(found[name]) for name in PARTS if name in found}
-        parts = [np.full(len(y), PARTS.index(name), np.int8) for name, (_, y) in pairs.items()]
-        return Table(
-            _joined([x for x, _ in pairs.values()]),
-            np.concatenate([y for _, y in pairs.values()]),
-            Division(parts=np.concatenate(parts)),
-        )
-    if {"inputs", "labels"} <= keys <= {"inputs", "labels", *ALSO}:
-        inputs, labels = _pair((found["inputs"], found["labels"]))
-        division = Division.of(groups=found.get("groups"), times=found.get("times"))
-        return Table(inputs, labels, division, str(found.get("target", "")))
-    raise DataError(f"it returned a dict of {listing(sorted(map(str, keys)), 8)}; expected {FORMS}")
-
-
-def _pair(found: Any) -> tuple[Any, Any]:
-    """Return inputs and labels of a pair, or of a torch Dataset, example by example."""
-    if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
-        if not isinstance(found, (tuple, list)):
-            found = tuple(zip(*(found[index] for index in range(len(found))), strict=True))
-        if len(found) == 2:
-            inputs, labels = found
-            return _stacked(inputs), np.asarray(labels)
-    raise DataError(f"it returned a {type(found).__name__}; expected {FORMS}")
-
-
-def _stacked(inputs: Any) -> Any:
-    """Return inputs as one array, or as a dict of arrays where an example has several."""
-    if isinstance(inputs, Mapping):
-        return {str(name): _stacked(values) for name, values in inputs.items()}
-    if not hasattr(inputs, "dtype") and len(inputs) and isinstance(inputs[0], Mapping):
-        return {str(name): _stacked([one[name] for one in inputs]) for name in inputs[0]}
-    _require_one_shape(inputs)
-    return np.asarray(inputs)
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Put the inputs of several parts one after the other."""
-    if not isinstance(parts[0], dict):
-        return np.concatenate(parts)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _require_one_shape(inputs: Any) -> None:
-    """Raise DataError where a list of examples has several shapes, which numpy cannot stack."""
-    if hasattr(inputs, "dtype") and inputs.dtype != object:
-        return
-    shapes = Counter(np.asarray(one).shape for one in inputs)
-    if len(shapes) > 1:
-        raise DataError(
-            f"inputs have {len(shapes)} sizes, {listing(map(str, shapes), 5)}. Resize pictures to "
-            "one (PIL's Image.resize), or pad them; pad series and texts to one length"
-        )
+def line_of(cause: Exception) -> str:
+    """Return file and line of the last of a participant's own lines that an error passed."""
+    here = Path(__file__).parents[2]
+    frames = [
+        f for f in traceback.extract_tb(cause.__traceback__) if "site-packages" not in f.filename
+    ]
+    own = [frame for frame in frames if here not in Path(frame.filename).parents] or frames
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
 
 
 def _as_they_are(inputs: NDArray[Any]) -> NDArray[Any]:
@@ -202,8 +134,21 @@ def _as_they_are(inputs: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(inputs, np.int64 if whole else np.float32)
 
 
+def _first_text(inputs: NDArray[Any]) -> str:
+    for column, values in enumerate(inputs.reshape(len(inputs), -1).T):
+        for value in values:
+            if isinstance(value, str):
+                return f"{value[:40]!r} in column {column}"
+    return "no text, but objects: astype says which"
+
+
 def _wrong_inputs(inputs: NDArray[Any]) -> str:
     dtype, shape = inputs.dtype, inputs.shape
+    if dtype.kind in "OUS" and inputs.ndim > 1:
+        return (
+            f"inputs are {dtype} {shape}, with {_first_text(inputs)}. Encode words as numbers "
+            "(pandas.get_dummies), then: inputs.astype('float32')"
+        )
     if dtype.kind not in "uifb" or inputs.ndim < 2:
         return (
             f"inputs are {dtype} {shape}; expected pictures, uint8 (N, H, W) or (N, H, W, "
@@ -217,12 +162,22 @@ def _wrong_inputs(inputs: NDArray[Any]) -> str:
                 f"pictures must be uint8 (N, H, W) or (N, H, W, channels), got {shape}; a table "
                 "is float32 (N, columns): inputs.astype('float32')"
             )
-        if inputs.ndim == 4 and shape[1] in (1, 3) and shape[3] > MOST_CHANNELS:
+        if (
+            inputs.ndim == 4
+            and shape[3] > MOST_CHANNELS
+            and (shape[1] < shape[3] or shape[2] == shape[3])
+        ):
             return (
                 f"images {shape} look like (N, channels, H, W); channels come last: "
-                "np.moveaxis(images, 1, -1)"
+                "np.moveaxis(images, 1, -1). Volumes, and pictures of more channels, are floats: "
+                "(inputs / 255).astype('float32'), as (N, channels, ...)"
             )
         return ""
+    if dtype.kind in "iu" and (inputs.ndim > 2 or int(inputs.min()) < 0):
+        return (
+            f"inputs are {dtype} {shape}: whole numbers are token ids, (N, T) from 0. Pictures are "
+            "uint8, or floats with channels first: inputs[:, None].astype('float32')"
+        )
     if inputs.ndim == 4 and shape[3] <= MOST_CHANNELS < shape[1]:
         return (
             f"inputs {dtype} {shape} look like pictures (N, H, W, channels). Return them as uint8, "

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client_app.data.source import CLASSES, LABELS, NUMBERS, TARGETS
-from common.errors import DataError, unknown_name
+from common.errors import DataError, listing, unknown_name
 
 MOST_KINDS = 20
 """Of whole numbers among float labels, that might be classes: then it has to be said."""
@@ -24,6 +24,12 @@ def read_labels(labels: Any, count: int, target: str = "") -> NDArray[Any]:
     none of these, or where it cannot be told which.
     """
     found = np.asarray(labels)
+    if found.dtype.kind in "OUS" and found.shape == (count,):
+        names = np.unique(found.astype(str))
+        raise DataError(
+            f"labels are texts, {listing(names, 6)}. Number them: np.unique(labels, "
+            "return_inverse=True)[1], and set class-names to their names, in order"
+        )
     if target and target not in TARGETS:
         raise DataError(unknown_name("target", target, TARGETS).removesuffix("."))
     if len(found) != count or found.ndim not in (1, 2) or found.dtype.kind not in "buif":
@@ -39,13 +45,17 @@ def read_labels(labels: Any, count: int, target: str = "") -> NDArray[Any]:
     if target == NUMBERS:
         return table.astype(np.float32)
     if not np.isin(table, (0, 1)).all():
-        raise DataError(f"several labels are 0 or 1 each (N, C); got {found.dtype} {found.shape}")
+        odd = table[~np.isin(table, (0, 1))][0]
+        raise DataError(
+            f"several labels are 0 or 1 each (N, C); got {found.dtype} {found.shape} with {odd:g}. "
+            "One class an example: labels.ravel(). Unsure ones: decide, or leave them out"
+        )
     return table.astype(bool)
 
 
 def _told(labels: NDArray[Any]) -> str:
     """Say what labels are, by their type and shape; raise DataError where that is not clear."""
-    if labels.dtype.kind == "f":
+    if labels.dtype.kind == "f" and labels.ndim == 1:
         kinds = np.unique(labels)
         if len(kinds) <= MOST_KINDS and (kinds == np.round(kinds)).all():
             raise DataError(
@@ -55,15 +65,20 @@ def _told(labels: NDArray[Any]) -> str:
         return NUMBERS
     if labels.ndim == 1:
         return CLASSES
-    if labels.dtype.kind != "b" and (labels.sum(1) == 1).all():
+    if labels.shape[1] > 1 and (labels.sum(1) == 1).all() and np.isin(labels, (0, 1)).all():
         raise DataError(
             f"labels {labels.dtype} {labels.shape} have a single 1 in every row. Are they a class "
-            f"each? labels.argmax(1). Are they several labels? labels.astype(bool)"
+            f"each? labels.argmax(1). Are they several labels? {SAY.replace('numbers', 'labels')}"
         )
-    return LABELS
+    return NUMBERS if labels.dtype.kind == "f" else LABELS
 
 
 def _classes(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
+    if labels.ndim == 1 and labels.min(initial=0) < 0:
+        raise DataError(
+            f"a label is {labels.min():g}; classes count from 0: np.unique(labels, "
+            "return_inverse=True)[1]"
+        )
     whole = labels.dtype.kind in "bui" or (labels == np.round(labels)).all()
     if labels.shape != (count,) or not whole or labels.min(initial=0) < 0:
         raise DataError(_expected(labels, count))

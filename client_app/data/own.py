@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ PICTURE_SUFFIXES = {
 }  # fmt: skip
 NOT_MINE = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db"}
 """What systems and appliances put beside one's files; and all that begins with a dot."""
+BROKEN = "links that lead nowhere"
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
@@ -67,7 +69,8 @@ class FolderSource:
         classes, left_out = self.pictures(), self._left_out()
         pairs = [(path, n) for n, members in enumerate(classes.values()) for path in members]
         # by path, whatever the order of class-names: a server must not say who is held back
-        paths, labels = zip(*sorted(pairs), strict=True)
+        pairs.sort(key=lambda pair: unicodedata.normalize("NFC", str(pair[0])))
+        paths, labels = zip(*pairs, strict=True)
         kinds = [picture_kind(_bytes(path)) for path in paths]
         channels, intensity = max(count for count, _ in kinds), _intensity(paths, kinds)
         about: dict[str, Any] = {"class_names": list(classes), "left_out": left_out}
@@ -102,7 +105,7 @@ class FolderSource:
         """Count the files below class folders that are no pictures, by their ending."""
         folders = itertools.chain.from_iterable(self._folders().values())
         files = (path for folder in folders for path in _files(folder))
-        others = (path.suffix.lower() for path in files)
+        others = (path.suffix.lower() if path.exists() else BROKEN for path in files)
         return dict(Counter(s or "without" for s in others if s not in PICTURE_SUFFIXES))
 
     def _roots(self) -> list[Path]:
@@ -113,10 +116,17 @@ class FolderSource:
                 "has one folder of pictures for each class."
             )
         found = _subfolders(self.root)
-        parts = {SPLITS.get(path.name.lower(), "") for path in found}
-        if {"train", "test"} <= parts <= set(PARTS):  # whatever classes a server has names for
-            return found
-        return [self.root]
+        parts = {path: SPLITS.get(path.name.lower(), "") for path in found}
+        if "train" not in parts.values():
+            return [self.root]
+        if {"train", "test"} <= {*parts.values()} <= set(PARTS):
+            return found  # whatever classes a server has names for
+        here = listing(path.name for path in found)
+        raise DataError(
+            f"data-dir {self.root} has {here}: with train there must be test (held back, never "
+            "trained on) and perhaps val, and nothing else. Rename what is held back to test, move "
+            "the rest elsewhere; a class with such a name, too."
+        )
 
     def _folders(self) -> dict[str, list[Path]]:
         """Return the folders of each class, in order; raise DataError where two have one name."""
@@ -197,9 +207,12 @@ def _is_mine(name: str) -> bool:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder that are the participant's own, at every depth."""
-    for path in folder.rglob("*"):
-        if all(map(_is_mine, path.relative_to(folder).parts)) and path.is_file():
-            yield path
+    seen = set[Path]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        folders[:] = [name for name in folders if _is_mine(name) and real not in seen]
+        yield from (Path(place) / name for name in names if _is_mine(name) and real not in seen)
+        seen.add(real)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -209,7 +222,9 @@ def _subfolders(folder: Path) -> list[Path]:
 def pictures_below(*folders: Path) -> list[Path]:
     """Return the pictures in folders, at every depth, in order of their names."""
     files = itertools.chain.from_iterable(map(_files, folders))
-    return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(
+        path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+    )
 
 
 def _bytes(path: Path) -> bytes:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from common.errors import DataError
 
 PARTS = ("train", "validation", "test")
 """What a source's own division may name, by number."""
@@ -38,6 +41,8 @@ class Division:
             groups = np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
         if times is not None:
             times = np.asarray(times)
+            if times.dtype.kind in "OU":
+                times = np.array([_second(time) for time in times.tolist()])
             times = times.astype("datetime64[ns]") if times.dtype.kind == "M" else times
             times = times.astype(np.float64)
         return cls(groups=groups, times=times)
@@ -59,6 +64,17 @@ class Division:
             if name != "parts" and len(np.unique(values)) < 2:
                 return f"{name} are all the same: nothing can be held back"
         return ""
+
+
+def _second(time: Any) -> float:
+    """Return the second of a datetime, of pandas too, or of an ISO text."""
+    try:
+        when = datetime.fromisoformat(time) if isinstance(time, str) else time
+        return float(when.timestamp())
+    except (AttributeError, ValueError) as error:
+        raise DataError(
+            f"times have {time!r:.60}; expected numbers, datetimes, or texts as 2024-01-31"
+        ) from error
 
 
 @dataclass(frozen=True)

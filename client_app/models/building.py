@@ -178,8 +178,17 @@ def _freeze_unused(module: nn.Module, inputs: Tensor) -> None:
     except Exception:  # whatever a participant's model raises, it will again
         return
     finally:
+        now = dict(module.named_buffers())
+        grown = [
+            name for name, b in now.items() if getattr(buffers.get(name), "shape", 0) != b.shape
+        ]
+        if grown:
+            raise ModelError(
+                f"{type(module).__name__} makes or resizes the buffer {grown[0]} in forward. "
+                "Register it in __init__ with its final size; others would build it without."
+            )
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
+            for name, buffer in now.items():
                 buffer.copy_(buffers[name])
     unused = [name for name, g in zip(parameters, found, strict=True) if g is None]
     for name in unused:

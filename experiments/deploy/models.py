@@ -85,10 +85,16 @@ def export(args: argparse.Namespace) -> int:
     module, about = read_predictor(found.folder)
     shutil.copytree(found.folder, out)
     make_whole(out)
-    program = out / f"{PERSONAL_MODEL}.pt2"
-    if not program.exists():
-        save_program((module, _blank(about)), program, lambda _: None)
-    say(make_console(), f"round {found.server_round} of federation {found.federation} is in {out}")
+    program, without = out / f"{PERSONAL_MODEL}.pt2", str(about.get("program_error", ""))
+    if not program.exists() and not without:
+        try:
+            save_program((module, _blank(about)), program, lambda _: None)
+        except Exception as error:  # torch.export raises whatever it meets in a user's model
+            without = f"{type(error).__name__}: {error}"
+    console = make_console()
+    say(console, f"round {found.server_round} of federation {found.federation} is in {out}")
+    if without:
+        say(console, f"weights only, without the program {program.name}: {without}"[:1000])
     return 0
 
 

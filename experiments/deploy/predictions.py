@@ -162,7 +162,7 @@ def chosen(args: argparse.Namespace) -> Version:
 
 def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return a model that maps examples to what `_predictions` reads, and its description."""
-    from client_app.personal import read_predictor
+    from client_app.personal import OTHER_WITH_WEIGHTS, read_predictor
     from client_app.shelf import DESCRIPTION
 
     found = chosen(args)
@@ -173,6 +173,8 @@ def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     about = json.loads((found.folder / DESCRIPTION).read_text())
     sys.path += [folder for folder in about.get("code", ()) if folder not in sys.path]
     module, described = read_predictor(found.folder)
+    if OTHER_WITH_WEIGHTS in str(about.get("program_error", "")):
+        say(make_console(), f"note: it is not what was trained: {about['program_error']}"[:1000])
     return module, {"target": "classes", **described}
 
 
@@ -242,7 +244,7 @@ def _read(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in wanted}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read: {error}. This model takes a file that numpy.savez has "
             f"written, with {listing(wanted)}."

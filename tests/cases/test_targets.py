@@ -1,6 +1,7 @@
 """What participants predict beside a class: several labels, numbers, and from several inputs."""
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,13 +304,15 @@ def test_labels_are_told_by_type_and_shape() -> None:
         (np.eye(3, dtype=int), "", "Are they a class each"),
         ([0.5, np.nan, 1.0], "", "no finite number"),
         ([[2, 0], [1, 1], [0, 0]], "labels", "0 or 1 each"),
-        (["a", "b", "c"], "", "must be integers from 0"),
+        (["a", "b", "c"], "", "labels are texts, a, b, c. Number them"),
+        (np.eye(3, dtype=bool), "", "Are they a class each"),
+        ([-1, 0, 1], "", "a label is -1"),
         ([0, 1], "", "must be integers from 0"),
         ([0, 1, 2], "regression", "target"),
     ],
 )
 def test_labels_that_might_be_either_are_asked_for(labels: Any, target: str, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=re.escape(words)):
         read_labels(labels, 3, target)
 
 
