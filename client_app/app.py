@@ -45,7 +45,7 @@ def reply(message: Message, context: Context) -> Message:
         if not context.node_config.get("client-id"):
             raise
         logger.exception("%s failed", message.metadata.message_type)
-        raise outgoing_error(error, context.node_config) from None
+        raise outgoing_error(error, context.node_config, context.run_config) from None
 
 
 def _content(message: Message, context: Context) -> RecordDict:

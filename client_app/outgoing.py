@@ -20,17 +20,30 @@ TELLING = re.compile(r"[/\\:.\s]")
 _PATH = re.compile(r"(?<![\w:/.<>])(?:~?/|[A-Za-z]:\\)[^\s'\":;,()]+|<path>[/\\][^\s'\":;,()]*")
 
 
-def outgoing_error(error: Exception, node_config: Mapping[str, Any]) -> MHpFedHNError:
+def outgoing_error(
+    error: Exception, node_config: Mapping[str, Any], run_config: Mapping[str, Any]
+) -> MHpFedHNError:
     """Return the error that leaves a participant: no paths, no layer names, no traceback.
 
     The whole error belongs in the participant's own log.
     """
     if isinstance(error, SPOKEN):
-        return type(error)(without_paths(str(error), node_config))
+        return type(error)(without_paths(without_asked(str(error), run_config), node_config))
     kind = type(error).__name__
     return MHpFedHNError(
         f"{kind} on the participant's side. Its own log says why; ask whoever runs it."
     )
+
+
+def without_asked(text: str, run_config: Mapping[str, Any]) -> str:
+    """Replace what a server's run config says, where it might name something of the participant's.
+
+    What is replaced in it afterwards would tell the server that it has guessed a path here.
+    """
+    texts = {str(v): f"<the run's {key}>" for key, v in run_config.items()}
+    for value in sorted(filter(TELLING.search, texts), key=len, reverse=True):
+        text = text.replace(value, texts[value]).replace(repr(value)[1:-1], texts[value])
+    return text
 
 
 def without_paths(text: str, node_config: Mapping[str, Any]) -> str:

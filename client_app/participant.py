@@ -32,7 +32,7 @@ from common.methods import METHODS, method_class
 from common.records import Content, Received, encode
 
 REFUSAL, MOST_WORDS = "refusal.json", 1000
-MOST_VERSIONS = 20
+MOST_VERSIONS = 19
 """Of what a deployed participant keeps, whatever `checkpoint-every` its server has."""
 
 

@@ -34,6 +34,7 @@ DIVIDED = frozenset(
     }
 )
 """And how a data set is divided, to one whose own file says which part of it is its own."""
+MOST_NAMES = 1000
 MOST_ASKED = {"image-size": 256}
 """Beyond these a participant's own file has to name the value."""
 CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
@@ -156,6 +157,11 @@ class NodeConfig(OwnRecipe):
                     f"and this participant's own file does not. Only code that a participant has "
                     f"named itself is run: set {mine} there if you trust it."
                 )
+        if self.class_names is None and str(asked.get("class-names", "")).count(",") >= MOST_NAMES:
+            raise ConfigError(
+                f"client {self.client_id}: the server's run config names more than {MOST_NAMES} "
+                "classes; beyond that this participant's own file has to set class-names."
+            )
         for name, most in MOST_ASKED.items():
             value = asked.get(name, 0)
             if own[name] is None and (isinstance(value, str) or value > most):

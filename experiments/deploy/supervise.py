@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
@@ -181,9 +182,16 @@ class Supervisor:
 
 def rotating_log(path: Path) -> logging.Handler:
     """Open a log of at most two files of `MAX_LOG_BYTES`: the one of now, and the one before."""
-    handler = RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1, encoding="utf-8")
-    path.chmod(PRIVATE)
-    return handler
+    return ClosedLog(path, maxBytes=MAX_LOG_BYTES, backupCount=1, encoding="utf-8")
+
+
+class ClosedLog(RotatingFileHandler):
+    """A log that only its owner reads, also after it has begun anew."""
+
+    def _open(self) -> TextIOWrapper:
+        found = super()._open()
+        Path(self.baseFilename).chmod(PRIVATE)
+        return found
 
 
 def _shown(line: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message, RecordDict
 
+from client_app.outgoing import outgoing_error
 from client_app.participant import MOST_VERSIONS, Participant
 from common.config import RunConfig
 from common.config.node import ASKED, DIVIDED
@@ -19,6 +20,28 @@ OWN = {"client-id": "a"}
 
 def ask(run: Mapping[str, int | float | str], node: Mapping[str, str | int | float]) -> Declared:
     return declared(tuple(RunConfig.parse(run).flat().items()), tuple(node.items()))
+
+
+def test_an_error_confirms_no_guess_of_a_path() -> None:
+    """Neither of the participant's folder, of which a part would be replaced, nor of its home."""
+    node = {**OWN, "data-dir": "/srv/oncology/data", "model": "clinic:net"}
+    guesses = f"q/srv/oncology/data q/srv/oncology/mri qclinic:net q{Path.home()} q/home/bob"
+    asked = {"optimizer": guesses}
+    told = []
+    try:
+        declared((*asked.items(),), (*OWN.items(),))
+    except ConfigError as error:
+        told.append(str(outgoing_error(error, node, asked)))
+    (text,) = told
+    assert "optimizer" in text
+    assert "<the run's optimizer>" in text
+    assert "data-dir" not in text
+    assert "home" not in text
+
+
+def test_a_server_names_a_thousand_classes_at_most() -> None:
+    with pytest.raises(ConfigError, match="more than 1000 classes"):
+        ask({"class-names": ",".join(map(str, range(1001)))}, OWN)
 
 
 @pytest.mark.parametrize("name", ["b" * 101, "b\x1b[2J"])
