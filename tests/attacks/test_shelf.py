@@ -265,6 +265,7 @@ def test_logs_of_a_participant_do_not_grow_without_end(tmp_path: Path) -> None:
         for _ in range(3 * MAX_LOG_BYTES // 100_000):
             log.handle(logging.makeLogRecord({"msg": "x" * 99_999}))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2.1 * MAX_LOG_BYTES
+    assert [path.stat().st_mode & 0o077 for path in tmp_path.iterdir()] == [0, 0]
 
 
 def test_a_server_cannot_speak_as_flowers_exit() -> None:
