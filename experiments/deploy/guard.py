@@ -25,7 +25,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from common.errors import WireError
 from common.log import logger
 from common.messages import LARGEST_REPLY, MOST_SECONDS
-from experiments.deploy.pieces import Kept, correct, flat, is_whole, prove
+from experiments.deploy.pieces import Kept, correct, flat, is_whole, unlink
 
 MOST_PIECES = 160
 """Of one reply: each has up to 5 MB."""
@@ -72,7 +72,8 @@ class Guard:
         """Take one reply at a time from a node."""
         node = request.node.node_id
         with refusing():
-            self._require_own(request, require_reply(request), state)
+            pieces = require_reply(request)
+            self._require_own(request, pieces, state)
         metadata = request.messages_list[0].metadata
         with self._alone(node):
             with refusing():
@@ -82,6 +83,9 @@ class Guard:
                 self._kept.note_reply(metadata.reply_to_message_id, metadata.message_id)
             try:
                 with self._announcing:
+                    for piece in {piece.object_id for piece in pieces} - {metadata.message_id}:
+                        if self._kept.is_reply(piece):
+                            unlink(state.object_store, piece)
                     believed = flat(state.object_store, request.message_object_trees[0])
                     request.message_object_trees[0].CopyFrom(believed)
                     response = self._push_messages(request=request, state=state)
@@ -103,7 +107,10 @@ class Guard:
             piece.object_id in self._kept for piece in pieces_of(request.message_object_trees[0])
         ):
             raise WireError("a reply is no message of the server's.")
-        reply_to = request.messages_list[0].metadata.reply_to_message_id
+        metadata = request.messages_list[0].metadata
+        if state.get_valid_message_ins(metadata.message_id) is not None:  # also of before a restart
+            raise WireError("a reply is no message of the server's.")
+        reply_to = metadata.reply_to_message_id
         if reply_to not in self._kept and state.get_valid_message_ins(reply_to) is None:
             raise WireError("there is no such message to reply to.")
 
@@ -113,8 +120,6 @@ class Guard:
         Each is written down, piece by piece, while all others wait for the database. Who did not
         hear the answer may announce its reply again. Raises WireError at one too many.
         """
-        if reply_to not in self._kept:
-            return True
         self._announced[reply_to] += 1
         if self._announced[reply_to] > MOST_ANNOUNCED:
             raise WireError("this reply has been announced before; push its pieces.")
@@ -129,9 +134,7 @@ class Guard:
             self._bytes[node] += len(request.object_content)
             if self._bytes[node] > LARGEST_REPLY:
                 raise WireError(f"node {node}: its reply has more than {LARGEST_REPLY:,} bytes.")
-            with self._announcing:
-                prove(state.object_store, request.object_id, request.object_content)
-                return self._push_object(request=request, state=state)
+        return self._push_object(request=request, state=state)
 
     def confirm(self, request: Any, state: Any, store: Any) -> Any:
         """Let a message go when all of it is here; before that nobody can have received it."""

