@@ -57,9 +57,11 @@ def fitting(shape: tuple[int, ...], *, is_pictures: bool, is_floats: bool) -> st
 
     >>> fitting((30,), is_pictures=False, is_floats=True)
     'perceptron'
+    >>> fitting((3, 64, 64), is_pictures=True, is_floats=True)
+    'resnet10'
     """
     if is_pictures:
-        return "cnn"
+        return "cnn" if shape[1:] == (32, 32) else "resnet10"  # which takes any size
     if not is_floats:
         return "tokens"
     return "perceptron" if len(shape) == 1 else f"conv{min(len(shape) - 1, 3)}d"
