@@ -42,8 +42,8 @@ class DistillSection(Section):
     global_model: str = key(
         "auto",
         "architecture of w_g, of the common models, and of a baseline's second model; auto: cnn "
-        "for pictures of 32x32, resnet10 for others, perceptron for tables, conv1d, conv2d, conv3d for series and volumes, "
-        "tokens for texts",
+        "for pictures of 32x32, resnet10 for others, perceptron for tables, conv1d, conv2d, conv3d "
+        "for series and volumes, tokens for texts",
         where="MH-pFedHNGD, MH-pFedHN-PG, FML, FedKD, local-ensemble",
     )
     gd_mode: Literal["separate", "fused"] = key(
