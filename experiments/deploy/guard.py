@@ -103,9 +103,7 @@ class Guard:
         To announce one anew ends the session in which the server pushes it, and others with it. And
         where it answers nothing: Flower would note a session for it before it refuses it.
         """
-        if any(
-            piece.object_id in self._kept for piece in pieces_of(request.message_object_trees[0])
-        ):
+        if any(piece.object_id in self._kept for piece in pieces):
             raise WireError("a reply is no message of the server's.")
         metadata = request.messages_list[0].metadata
         if state.get_valid_message_ins(metadata.message_id) is not None:  # also of before a restart

@@ -1,8 +1,6 @@
 """What a node says of the pieces that it hands in: nobody has to believe it."""
 
 import secrets
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from flwr.proto.message_pb2 import ObjectTree
@@ -16,13 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 
 from experiments.deploy.pieces import is_whole
 from tests.attacks.test_pieces import chunks, trees, vector
-from tests.support.link import Link, guarded_link
-
-
-@pytest.fixture
-def link(tmp_path: Path) -> Iterator[Link]:
-    with guarded_link(tmp_path) as opened:
-        yield opened
+from tests.support.link import Link
 
 
 def test_nor_by_who_calls_it_its_reply(link: Link) -> None:

@@ -3,8 +3,7 @@
 import contextlib
 import secrets
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from experiments.deploy.guard import (
     MOST_ANNOUNCED,
 )
-from tests.support.link import Link, guarded_link
-
-
-@pytest.fixture
-def link(tmp_path: Path) -> Iterator[Link]:
-    with guarded_link(tmp_path) as opened:
-        yield opened
+from tests.support.link import Link
 
 
 def chunks(count: int, size: int = 1000) -> dict[str, bytes]:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import resnet50, vit_b_16
 
 from server_app.output.checkpoint import load_checkpoint
+from tests.cases.test_recipe import LoRA
 from tests.support.tiny import run_tiny, tiny_config, trusting
 
 HERE = __name__
@@ -32,20 +33,6 @@ def trained_head(*, in_channels: int, num_classes: int) -> nn.Module:
     return model
 
 
-class LoRA(nn.Module):
-    """A frozen layer and a product of two thin matrices beside it (arXiv 2106.09685)."""
-
-    def __init__(self, layer: nn.Linear, rank: int = 4) -> None:
-        super().__init__()
-        self.layer = layer
-        self.down = nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + self.up(self.down(x))
-
-
 def adapted_transformer(*, in_channels: int, num_classes: int) -> nn.Module:
     """A ViT-B from a file, frozen, with adapters beside its hidden layers, and a head."""
     model = vit_b_16()
@@ -53,7 +40,7 @@ def adapted_transformer(*, in_channels: int, num_classes: int) -> nn.Module:
     model.requires_grad_(False)
     for block in model.encoder.layers:
         block.dropout.p = 0.0
-        block.mlp[0], block.mlp[3] = LoRA(block.mlp[0]), LoRA(block.mlp[3])
+        block.mlp[0], block.mlp[3] = LoRA(block.mlp[0], 4), LoRA(block.mlp[3], 4)
     model.heads = nn.Linear(768, num_classes)
     return model
 
