@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
@@ -34,6 +36,17 @@ def on_a_line(record: logging.LogRecord) -> bool:
     return True
 
 
+def beside_database(words: Sequence[str]) -> Path | None:
+    """Return the folder of the database of `flower-superlink`, None where it is in none.
+
+    There is room for replies on their way; where temporary files are may be memory.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--database", type=Path, default=Path())
+    folder: Path = parser.parse_known_args(words)[0].database.parent
+    return folder.resolve() if folder.is_dir() else None
+
+
 def run_superlink(args: argparse.Namespace) -> int:
     """Run `flower-superlink` with these words; returns when it ends."""
     from flwr.supercore import sql_mixin
@@ -49,7 +62,7 @@ def run_superlink(args: argparse.Namespace) -> int:
     # one waits for another's turn at the database, and does not fail
     waiting = (*vars(sql_mixin)["SQLITE_PRAGMAS"], ("busy_timeout", "30000"))
     vars(sql_mixin)["SQLITE_PRAGMAS"] = waiting
-    Guard(fleet_handlers, runtime_handlers).install()
+    Guard(fleet_handlers, runtime_handlers, beside_database(args.words)).install()
     for name in ("flwr", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).addFilter(on_a_line)
     sys.argv = ["flower-superlink", *args.words]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import ArrayRecord
 from flwr.common.constant import SUPERLINK_NODE_ID, TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
@@ -19,12 +18,8 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from common.errors import WireError
-from experiments.deploy.guard import (
-    DEEPEST,
-    MOST_PIECES,
-    empty_records,
-    require_reply,
-)
+from experiments.deploy.guard import require_reply
+from experiments.deploy.inbox import DEEPEST, MOST_PIECES, claimed_parts
 from tests.support.deployment import Deployment
 
 ME = 77
@@ -67,39 +62,30 @@ def test_nothing_else_passes(how: str) -> None:
         require_reply(handed_in(**BAD[how]))
 
 
-def test_one_message_of_so_many_pieces() -> None:
+def test_one_message_at_a_time() -> None:
     twice = handed_in()
     twice.messages_list.append(twice.messages_list[0])
-    many = handed_in()
-    for number in range(MOST_PIECES):
-        many.message_object_trees[0].children.add(object_id=f"{number:064x}")
     odd = handed_in()
     odd.clientapp_runtime_list.append(math.nan)
-    for request in (twice, many, odd, PushMessagesRequest(node=Node(node_id=ME))):
+    for request in (twice, odd, PushMessagesRequest(node=Node(node_id=ME))):
         with pytest.raises(WireError):
             require_reply(request)
 
 
-def test_an_empty_record_has_no_pieces() -> None:
-    """It is in everybody's messages: registered with pieces, it would spoil all of them."""
-    request = handed_in()
-    poisoned = request.message_object_trees[0].children.add(object_id=ArrayRecord().object_id)
-    require_reply(request)
-    poisoned.children.add(object_id="d" * 64)
-    assert ArrayRecord().object_id in empty_records()
-    with pytest.raises(WireError, match="an empty record has no pieces"):
-        require_reply(request)
-
-
-def test_pieces_lie_no_deeper_than_a_reply_has() -> None:
-    request = handed_in()
-    piece = request.message_object_trees[0]
+def test_a_reply_has_so_many_pieces_and_they_lie_so_deep() -> None:
+    many, deep = ObjectTree(object_id="a" * 64), ObjectTree(object_id="a" * 64)
+    for number in range(MOST_PIECES - 1):
+        many.children.add(object_id=f"{number:064x}")
+    piece = deep
     for depth in range(DEEPEST - 1):
         piece = piece.children.add(object_id=f"{depth:064x}")
-    require_reply(request)
+    assert len(claimed_parts(many)) == MOST_PIECES
+    assert len(claimed_parts(deep)) == DEEPEST
+    many.children.add(object_id="d" * 64)
     piece.children.add(object_id="e" * 64)
-    with pytest.raises(WireError, match="8 deep"):
-        require_reply(request)
+    for tree in (many, deep):
+        with pytest.raises(WireError, match="160 pieces, 8 deep"):
+            claimed_parts(tree)
 
 
 class RawNode:

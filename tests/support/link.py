@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.common.serde import message_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
@@ -100,8 +100,8 @@ class Link:
 
     # --- the server ------------------------------------------------------------------------------
 
-    def send(self, node: int, content: RecordDict | None = None) -> str:
-        """Send a message of the server's with all its pieces; return its id."""
+    def send(self, node: int, content: RecordDict | None = None, *, whole: bool = True) -> str:
+        """Send a message of the server's with all its pieces, or without; return its id."""
         content = content or RecordDict()
         content["config"] = ConfigRecord({"nonce": secrets.token_hex(8)})
         message = FlowerMessage(content, node, "train.personal", ttl=3600.0, group_id="1")
@@ -113,7 +113,7 @@ class Link:
             message_object_trees=[get_object_tree(message)],
         )
         response = runtime.push_messages(request, self.state, self.task)
-        for name, piece in get_all_nested_objects(message).items():
+        for name, piece in get_all_nested_objects(message).items() if whole else ():
             pushed = PushObjectRequest(
                 node=SERVER, run_id=self.run, object_id=name, object_content=piece.deflate(),
                 session_id=response.session_id,
@@ -155,6 +155,30 @@ class Link:
             node=Node(node_id=node), messages_list=[handed], message_object_trees=[tree]
         )
         return fleet.push_messages(request, self.state)
+
+    def answer(self, message: Any, content: RecordDict | None = None) -> FlowerMessage:
+        """Return an honest reply to a message."""
+        answer = FlowerMessage(content or RecordDict(), reply_to=message_from_proto(message))
+        answer.metadata.__dict__["_message_id"] = answer.object_id
+        return answer
+
+    def announce(self, node: int, answer: FlowerMessage) -> Any:
+        """Hand in a reply, without its pieces; return the response."""
+        proto = message_to_proto(answer)
+        proto.ClearField("content")
+        proto.content.SetInParent()
+        request = PushMessagesRequest(
+            node=Node(node_id=node),
+            messages_list=[proto],
+            message_object_trees=[get_object_tree(answer)],
+        )
+        return fleet.push_messages(request, self.state)
+
+    def hand_in(self, node: int, answer: FlowerMessage) -> None:
+        """Hand in a reply with all its pieces."""
+        response, parts = self.announce(node, answer), get_all_nested_objects(answer)
+        for name in response.objects_to_push:
+            assert self.push(node, response.session_id, name, parts[name].deflate())
 
     def push(self, node: int, session: str, name: str, content: bytes) -> bool:
         """Push a piece; return whether it was stored."""
