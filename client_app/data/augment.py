@@ -5,10 +5,17 @@ Shapes: N examples, B batch, C channels, H = W image size.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
+
+from client_app.models.building import drawing_from
+from client_app.plugins import load_callable
+from common.errors import ConfigError, ModelError
+
+OwnAugmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""(examples (B, ...), a generator) -> the same examples, changed."""
 
 CROP_FRACTION = 8
 """A crop moves a picture by at most its size divided by this: 4 of 32 pixels."""
@@ -43,3 +50,30 @@ def moved(images: Tensor, moves: Tensor) -> Tensor:
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     picked = images.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None]]
     return picked.mul_(inside[..., None]).permute(0, 3, 1, 2)
+
+
+def own_augmentation(name: str) -> OwnAugmentation | None:
+    """Return the function that `augmentation` names, None where it names none.
+
+    It gets a batch as it is stored, pictures uint8 (B, C, H, W), and may draw from torch, numpy and
+    random: they are seeded from the generator. Raises ConfigError where it cannot be imported.
+    """
+    if ":" not in name:
+        return None
+    found = load_callable(name, key="augmentation", error=ConfigError, example="my_site:turned")
+
+    def changed(examples: Tensor, generator: torch.Generator) -> Tensor:
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        with drawing_from(int(seed)):
+            made = found(examples)
+        if not isinstance(made, Tensor) or (made.shape, made.dtype) != (
+            examples.shape, examples.dtype,
+        ):  # fmt: skip
+            came = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made)
+            raise ModelError(
+                f"augmentation = {name!r} must return as many examples of the same shape and "
+                f"type, {examples.dtype} {tuple(examples.shape)}; got {came}."
+            )
+        return made
+
+    return changed

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client_app.data.augment import draw_moves, moved
+from client_app.data.augment import OwnAugmentation, draw_moves, moved, own_augmentation
 from client_app.data.cache import DecodedDataset, open_dataset
 from client_app.data.labels import scale_of
 from client_app.data.losses import OwnLoss, own_loss
@@ -44,8 +44,8 @@ class ClientData:
     numbers are minus `label_mean`, divided by `label_std` (C,), of the train part, which
     of other labels are empty. `num_classes` counts a model's outputs. `augmentation`
     names how train examples are changed, `test_rows` (N,) int64 which examples of the source are
-    tested on. `about` as `data.source.Examples` has it; `loss` is
-    descended in place of that of the labels' kind.
+    tested on. `about` as `data.source.Examples` has it; `loss` is descended in place of that of
+    the labels' kind, `augment` changes a batch of train examples as a participant's code says.
     """
 
     train_images: Tensor
@@ -64,6 +64,7 @@ class ClientData:
     label_mean: Tensor = field(default_factory=lambda: torch.empty(0))
     label_std: Tensor = field(default_factory=lambda: torch.empty(0))
     loss: OwnLoss | None = None
+    augment: OwnAugmentation | None = None
 
     @property
     def target(self) -> str:
@@ -139,6 +140,8 @@ class ClientData:
             images = self.train_images[rows]
             if self.augmentation:
                 images = moved(images, torch.stack(moves))
+            elif self.augment:
+                images = self.augment(images, generator)
             yield self.normalise(images), self.train_labels[rows]
 
     def draw_epoch(self, generator: torch.Generator) -> Tensor:
@@ -285,6 +288,7 @@ def _load(
         about=dataset.about,
         label_mean=label_mean,
         label_std=label_std,
+        augment=own_augmentation(section.augmentation),
     )
     loss = own_loss(section.loss, data.train_labels, data.target, data.num_classes)
     return replace(data, loss=loss)

@@ -172,4 +172,7 @@ def _examples(data: ClientData, rows: Tensor, rng: np.random.Generator) -> tuple
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         moves = draw_moves(data.augmentation, len(rows), images.shape[-1], generator)
         images = moved(images, moves.to(images.device))
+    elif data.augment:  # one by one: no example decides how another is changed
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        images = torch.cat([data.augment(image[None], generator) for image in images] or [images])
     return data.normalise(images), data.train_labels[rows]

@@ -16,12 +16,14 @@ PRIVATE_METHODS = "MH-pFedHN, Local"
 
 
 def named_augmentations(text: str) -> tuple[str, ...]:
-    """Return the names of a comma list, () for "none"; raise ValueError at an unknown one.
+    """Return the names of a comma list, () for "none" and for a function of one's own.
+
+    Raises ValueError at an unknown one.
 
     >>> named_augmentations("flip, crop")
     ('flip', 'crop')
     """
-    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    names = () if text == "none" or ":" in text else tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in AUGMENTATIONS:
             known = unknown_name("augmentation", name, AUGMENTATIONS).removesuffix(".")
@@ -127,7 +129,9 @@ class ClientSection(Section):
         32, "pictures of another size are scaled", unit="pixels a side", ge=8, le=2048
     )
     augmentation: Augmentation = key(
-        "none", "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8)"
+        "none",
+        "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8); or "
+        '"module:function" of one\'s own, for a batch of any examples',
     )
     dp_noise: Noise = key(
         0.0,

@@ -37,7 +37,10 @@ DIVIDED = frozenset(
 MOST_NAMES = 1000
 MOST_ASKED = {"image-size": 256}
 """Beyond these a participant's own file has to name the value."""
-CODE = {"models": "model", "dataset": "dataset", "global-model": "global-model"}
+CODE = {
+    "models": "model", "dataset": "dataset", "global-model": "global-model",
+    "augmentation": "augmentation",
+}  # fmt: skip
 """Keys of a run config that may name code, and those of the node config that win."""
 AS_RUN = "wins over the run config's"
 

@@ -56,7 +56,7 @@ def test_a_size_that_is_no_number_is_refused_by_name() -> None:
         declared((("image-size", "x:y"),), (*OWN.items(),))
 
 
-@pytest.mark.parametrize("key", ["models", "dataset", "global-model"])
+@pytest.mark.parametrize("key", ["models", "dataset", "global-model", "augmentation"])
 def test_code_is_what_the_participant_names(key: str) -> None:
     own = {"models": "model"}.get(key, key)
     with pytest.raises(

@@ -1,7 +1,9 @@
 """Training pictures changed at random: which, how far, and that everything else stays."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from client_app.data.augment import draw_moves, moved
 from client_app.data.examples import ClientData
 from common.config import ClientSection, NodeConfig, RunConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from tests.unit.client_app.pictures import client_data, load
 
 
@@ -97,3 +99,72 @@ def test_an_unknown_name_is_refused(text: str) -> None:
         RunConfig.parse({"augmentation": text})
     with pytest.raises(ConfigError, match=f"node config: augmentation.*{known}"):
         NodeConfig.parse({"client-id": "a", "augmentation": text})
+
+
+OWN = """
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+turn = v2.Compose([v2.RandomRotation(30), v2.RandomHorizontalFlip()])
+
+
+def turned(pictures):
+    return turn(pictures) if np.random.random() < 2 else pictures
+
+
+def as_floats(pictures):
+    return pictures.float()
+
+
+def noisy(rows):
+    return rows + torch.randn_like(rows)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_turns.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_function_of_ones_own_changes_what_is_trained_on() -> None:
+    """Other pictures in every epoch, the same from the same seed; whatever else draws meanwhile."""
+    run = ClientSection(dataset="digits", num_partitions=5)
+    node = NodeConfig.parse({"client-id": "a", "augmentation": "own_turns:turned"})
+    plain, data = load(run), load(node.client_section(run))
+    torch.manual_seed(5)
+    first, state = epoch(data), torch.get_rng_state()
+    torch.manual_seed(6)
+    np.random.seed(6)
+    again, other = epoch(data), epoch(data, seed=1)
+    assert all(torch.equal(x, y) for a, b in zip(first, again, strict=True) for x, y in zip(a, b))  # noqa: B905
+    assert not torch.equal(first[0][0], other[0][0])
+    assert not torch.equal(first[0][0], epoch(plain)[0][0])
+    assert torch.equal(first[0][1], epoch(plain)[0][1]), "labels stay with their pictures"
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state()), "nobody else's draws are touched"
+
+
+@pytest.mark.usefixtures("own")
+def test_a_function_gives_back_what_it_got() -> None:
+    section = ClientSection(dataset="digits", num_partitions=5, augmentation="own_turns:as_floats")
+    with pytest.raises(
+        ModelError, match=r"same shape and type, torch.uint8 \(16, 1, 32, 32\); got"
+    ):
+        epoch(load(section))
+    with pytest.raises(ConfigError, match="augmentation = 'own_turns:missing'"):
+        load(section.model_copy(update={"augmentation": "own_turns:missing"}))
+
+
+@pytest.mark.usefixtures("own")
+def test_tables_have_a_function_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = "import numpy as np\n\ndef rows():\n    x = np.arange(120, dtype=np.float32)\n"
+    rows += "    return x.reshape(40, 3), np.arange(40) % 2\n"
+    (tmp_path / "own_rows.py").write_text(rows)
+    section = ClientSection(dataset="own_rows:rows", partition="none", num_partitions=1,
+                            augmentation="own_turns:noisy")  # fmt: skip
+    examples, _ = epoch(load(section))[0]
+    assert examples.dtype == torch.float32
+    assert (examples != examples.round()).any()
