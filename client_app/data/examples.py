@@ -21,6 +21,7 @@ from torch import Tensor
 
 from client_app.data.augment import OwnAugmentation, draw_moves, moved, own_augmentation
 from client_app.data.cache import DecodedDataset, open_dataset
+from client_app.data.colours import with_channels
 from client_app.data.labels import scale_of
 from client_app.data.losses import OwnLoss, own_loss
 from client_app.data.partitions import WHOLE, client_indices
@@ -223,13 +224,14 @@ def open_examples(section: ClientSection, *, anew: bool = False) -> DecodedDatas
     if anew:
         LOADED.clear()
     names = named_classes(section.class_names)
-    return open_dataset(
+    found = open_dataset(
         select_source(section.dataset, section.data_dir, names),
         name=section.dataset,
         image_size=section.image_size,
         cache_dir=section.cache_dir,
         anew=anew,
     )
+    return with_channels(found, section.channels)
 
 
 def _load(

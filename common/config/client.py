@@ -128,6 +128,9 @@ class ClientSection(Section):
     image_size: int = key(
         32, "pictures of another size are scaled", unit="pixels a side", ge=8, le=2048
     )
+    channels: Literal[0, 1, 3] = key(
+        0, "to which all pictures are brought: 1 grey, 3 RGB; 0: as they are"
+    )
     augmentation: Augmentation = key(
         "none",
         "of training pictures: flip (half of them, sideways), crop (moved by up to 1/8); or "

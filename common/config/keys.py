@@ -89,6 +89,6 @@ def toml_value(value: Scalar | None) -> str:
 def _kind(facts: Mapping[str, Any]) -> str:
     facts = next((f for f in facts.get("anyOf", ()) if f.get("type") != "null"), facts)
     if "enum" in facts:
-        return " | ".join(facts["enum"])
+        return " | ".join(map(str, facts["enum"]))
     bounds = " and ".join(f"{sign} {facts[b]:g}" for b, sign in BOUNDS.items() if b in facts)
     return f"{facts['type']} {bounds}".strip()

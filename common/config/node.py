@@ -20,7 +20,7 @@ ASKED = frozenset(
         *("momentum", "weight-decay", "label-smoothing", "client-clip-norm", "training-precision"),
         *("models", "dataset", "global-model", "distill-alpha", "distill-temperature"),
         *("fedprox-mu", "prototype-weight", "pfedhn-batches"),
-        *("image-size", "augmentation", "measure-alone", "class-names"),
+        *("image-size", "channels", "augmentation", "measure-alone", "class-names"),
         *("dp-noise", "wire-precision", "uplink-top-k"),
     }
 )
@@ -99,6 +99,7 @@ class NodeConfig(OwnRecipe):
     class_names: ClassNames | None = key(None, AS_RUN)
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
+    channels: Literal[0, 1, 3] | None = key(None, AS_RUN)
     augmentation: Augmentation | None = key(None, AS_RUN)
     loss: str | None = key(None, AS_RUN)
     dp_noise: Noise | None = key(

@@ -45,7 +45,7 @@ class Contract(Section):
     input: str = key(
         PICTURES, '"pictures", or type and shape of one example: "float32 30", "int64 40"'
     )
-    channels: int = key(0, "of pictures: 1 grey, 3 RGB; 0: any", ge=0)
+    channels: Literal[1, 3] = key(3, "to which all pictures are brought: 1 grey, 3 RGB")
     image_size: int = key(32, "to which pictures are scaled", unit="pixels a side", ge=8, le=2048)
     global_model: str = key("auto", "the common model: a built-in one, or auto: by the input")
     least_examples: int = key(2, "to train on, at each site", ge=2)
@@ -76,7 +76,12 @@ class Contract(Section):
     def run_config(self) -> dict[str, Any]:
         """Return the keys that every run of this federation has."""
         names = {"class-names": self.class_names} if self.class_names else {}
-        return {**names, "global-model": self.global_model, "image-size": self.image_size}
+        pictures = {"image-size": self.image_size, "channels": self.channels}
+        return {
+            **names,
+            "global-model": self.global_model,
+            **(pictures if self.input == PICTURES else {}),
+        }
 
     def node_config(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Return a participant's keys with those of the contract; its own caps win.
@@ -98,10 +103,7 @@ class Contract(Section):
         faults = []
         if self.input.partition(" ")[0] != kind:
             faults.append(f"{self.input} are agreed on, here {kind}")
-        elif data.is_pictures:
-            if self.channels not in (0, data.in_channels):
-                faults.append(f"{self.channels} channel(s) are agreed on, here {data.in_channels}")
-        elif self.shape != data.input_shape:
+        elif not data.is_pictures and self.shape != data.input_shape:
             faults.append(f"examples of shape {self.shape} are agreed on, here {data.input_shape}")
         if self.target != data.target:
             faults.append(f"{self.target} are to be predicted, here {data.target}")

@@ -225,6 +225,7 @@ def _pictures(about: dict[str, Any], paths: Sequence[Path]) -> Batches:
 
 def _inputs(path: Path, about: dict[str, Any]) -> NDArray[Any]:
     """Read inputs (N, ...) of a file that numpy.savez has written; several have their names."""
+    from client_app.data.colours import recoloured
     from client_app.data.decode import resize_array
     from client_app.data.several import packed
 
@@ -233,7 +234,8 @@ def _inputs(path: Path, about: dict[str, Any]) -> NDArray[Any]:
     inputs, found = packed(arrays if parts else arrays["inputs"])
     if _is_pictures(about) and inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
         pixels = inputs.reshape(*inputs.shape[:3], -1)
-        inputs = np.stack([resize_array(one, image_size=about["image_size"]) for one in pixels])
+        sized = [resize_array(one, image_size=about["image_size"]) for one in pixels]
+        inputs = recoloured(np.stack(sized), about["in_channels"]) if sized else inputs
     if found != parts or inputs.shape[1:] != shape or not len(inputs):
         wanted = parts or {"inputs": [*shape]}
         raise DataError(f"{path} must be (N, ...) of {wanted}; it has {_shapes(arrays)}.")

@@ -29,6 +29,12 @@ def patterns() -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.uint8), labels.astype(np.int64)
 
 
+def coloured_patterns() -> tuple[np.ndarray, np.ndarray]:
+    """The same in three channels."""
+    images, labels = patterns()
+    return np.stack([images, images // 2, images // 3], -1), labels
+
+
 class Small(nn.Module):
     """Pool to 4x4, one hidden layer: 17 h + h + 4 h + 4 parameters."""
 

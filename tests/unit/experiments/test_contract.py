@@ -78,7 +78,6 @@ def test_what_the_participant_says_itself_wins_where_it_may(bundle: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "dataset", "words"),
     [
-        ({"channels": "3"}, f"{tiny.HERE}:patterns", "3 channel(s) are agreed on, here 1"),
         ({"least-examples": "999"}, f"{tiny.HERE}:patterns", "999 to train on are agreed on"),
         ({"input": '"float32 30"'}, f"{tiny.HERE}:patterns", "float32 30 are agreed on, here pict"),
         ({}, f"{test_tensors.__name__}:cancer", "pictures are agreed on, here float32"),
@@ -93,6 +92,17 @@ def test_data_that_do_not_meet_it_are_refused(
     good, text = checked(joined(bundle, dataset=dataset, model="perceptron"))
     assert not good
     assert words in text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_brought_to_what_is_agreed(bundle: Path, channels: int) -> None:
+    """Grey pictures and coloured ones take part in one federation."""
+    change(bundle / "federation.toml", **{"channels": str(channels), "image-size": "32"})
+    for dataset in ("patterns", "coloured_patterns"):
+        found = joined(bundle, dataset=f"{tiny.HERE}:{dataset}", model="cnn")
+        good, text = checked(found)
+        assert good, text
+        assert f"each {channels}x32x32" in text
 
 
 def test_tables_meet_a_contract_of_tables(bundle: Path) -> None:
