@@ -132,10 +132,12 @@ class Admission:
             client = self._registry.admit(node_id, registration, server_round, key=key)
             if client is not None:
                 self._add_client(client)
-        self._tell_refused([node_id for node_id, _ in said], server_round)
+        silent = self._tell_refused([node_id for node_id, _ in said], server_round)
+        for node_id in silent if enough else ():  # when it comes again, it is not waited for
+            self._ask_from[node_id] = server_round + self._pause(node_id)
 
-    def _tell_refused(self, nodes: Iterable[int], server_round: int) -> None:
-        """Tell those of these nodes that are not admitted why; what they say to it does not count.
+    def _tell_refused(self, nodes: Iterable[int], server_round: int) -> list[int]:
+        """Tell those of these nodes that are not admitted why; return those that take no notice.
 
         Waiting is of no use to them, but where somebody else has to leave first.
         """
@@ -151,8 +153,8 @@ class Admission:
             for node, refusal in pairs
             if refusal is not None
         )
-        for _ in self._transport.exchange(notices):
-            pass
+        heard = self._transport.exchange(notices)
+        return [a.pending.node_id for a in heard if a.failure.startswith(NO_ANSWER)]
 
     def _keys(self) -> dict[int, NodeKey | None]:
         """Return who is online, with the key that each node proved to hold."""

@@ -19,14 +19,17 @@ from typing import Any
 
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2 import PushMessagesResponse, Reconnect
-from flwr.proto.message_pb2 import PushObjectResponse
+from flwr.proto.message_pb2 import PullObjectResponse, PushObjectResponse
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.utils import int64_to_uint64
+from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import WireError
 from common.log import logger
 from common.messages import MOST_SECONDS
 from experiments.deploy.inbox import Inbox, Incoming
-from experiments.deploy.pieces import Kept, is_whole
+from experiments.deploy.pieces import Kept, is_given, is_whole
 
 _ID = re.compile("[0-9a-f]{64}")
 
@@ -34,25 +37,44 @@ _ID = re.compile("[0-9a-f]{64}")
 class Guard:
     """Stands before Flower's handlers.
 
-    Of the fleet API, where a reply waits in an inbox until it is whole and true, and of the
-    server's own, where it lets the pieces of messages go. The inbox keeps large replies in `folder`
-    (None: where temporary files are).
+    Of the fleet API, where a node gets its own messages alone and a reply waits in an inbox until
+    it is whole and true, and of the server's own, where it lets the pieces of messages go. The
+    inbox keeps large replies in `folder` (None: where temporary files are).
     """
 
     def __init__(self, handlers: Any, runtime: Any, folder: Path | None = None) -> None:
         self._handlers, self._runtime = handlers, runtime
         self._push_messages = handlers.push_messages
+        self._pull_messages, self._pull_object = handlers.pull_messages, handlers.pull_object
         self._confirm = handlers.confirm_message_received
         self._send, self._collect = runtime.push_messages, runtime.pull_messages
         self._kept, self._inbox = Kept(), Inbox(folder)
+        self._given: dict[int, set[str]] = {}  # the pieces of each node's newest message
 
     def install(self) -> None:
         """Put this in the place of the handlers."""
+        self._handlers.pull_messages = self.pull_messages
+        self._handlers.pull_object = self.pull_object
         self._handlers.push_messages = self.push_messages
         self._handlers.push_object = self.push_object
         self._handlers.confirm_message_received = self.confirm
         self._runtime.push_messages = self.send
         self._runtime.pull_messages = self.collect
+
+    def pull_messages(self, request: Any, state: Any, store: Any) -> Any:
+        """Give a node its message, and note which pieces are in it."""
+        response = self._pull_messages(request=request, state=state, store=store)
+        if trees := response.message_object_trees:
+            names = {piece.object_id for tree in trees for piece in iterate_object_tree(tree)}
+            self._given[request.node.node_id] = names
+        return response
+
+    def pull_object(self, request: Any, state: Any) -> Any:
+        """Give a node the pieces of its own messages: who guesses others' would learn of them."""
+        node, name = request.node.node_id, request.object_id
+        if name in self._given.get(node, ()) or is_given(state, node, name):
+            return self._pull_object(request=request, state=state)
+        return PullObjectResponse(object_found=False, object_available=False)
 
     def push_messages(self, request: Any, state: Any) -> Any:
         """Let a node announce its reply, and say which pieces it is to push."""
@@ -97,7 +119,7 @@ class Guard:
                 with reply.lock:
                     reply.take(request.object_id, request.object_content)
                     self._hand_over_if_whole(reply, state)
-            except WireError as error:
+            except (WireError, OSError) as error:  # the second: there is no room for it
                 self._give_up(state, node, reply_to)
                 raise WireError(f"node {node}: {error}") from error
         return PushObjectResponse(stored=True)
@@ -109,15 +131,13 @@ class Guard:
         self._kept.note_reply(reply.reply_to, reply.message_id)  # the server may take it at once
         try:
             with state.session():
-                response = self._push_messages(request=reply.request, state=state)
-                run_id = reply.request.messages_list[0].metadata.run_id
-                for name in response.objects_to_push:
-                    state.store_object(run_id, response.session_id, name, reply.content(name))
-        finally:
-            if not (taken := reply.message_id in state.object_store):
-                self._kept.forget_reply(reply.reply_to, reply.message_id)
-        if not taken:  # for the time it claims, or another one was before it
-            raise WireError("the reply was not taken.")
+                store_whole(reply, self._push_messages(request=reply.request, state=state), state)
+        except (FlowerError, SQLAlchemyError, WireError):  # of the run, the database, the reply
+            self._kept.forget_reply(reply.reply_to, reply.message_id)
+            raise
+        except Exception as error:  # whatever a node's claims make Flower raise
+            self._kept.forget_reply(reply.reply_to, reply.message_id)
+            raise WireError(f"it is no reply: {type(error).__name__}: {error}") from error
         reply.is_done = True
         self._inbox.drop(reply.node, reply.reply_to)
 
@@ -167,11 +187,19 @@ def is_asked(state: Any, message_id: str, node: int) -> bool:
     return message is not None and int64_to_uint64(message["dst_node_id"]) == node
 
 
+def store_whole(reply: Incoming, response: Any, state: Any) -> None:
+    """Store the pieces of a reply that Flower wants; raise WireError where it took no reply."""
+    run_id = reply.request.messages_list[0].metadata.run_id
+    for name in response.objects_to_push:
+        if not state.store_object(run_id, response.session_id, name, reply.content(name)):
+            raise WireError("a piece was not taken.")
+    if reply.message_id not in state.object_store:  # for the time it claims, or one was before it
+        raise WireError("the reply was not taken.")
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """Turn a WireError into what the node is told."""
-    from flwr.supercore.error import ApiErrorCode, FlowerError
-
     try:
         yield
     except WireError as error:

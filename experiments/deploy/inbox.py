@@ -19,6 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_head_values_from_object_content,
     get_object_id,
 )
+from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 
 from common.errors import WireError
 from common.messages import LARGEST_REPLY
@@ -77,6 +78,7 @@ class Incoming:
         if get_object_id(content) != name:
             raise WireError("a piece is named by the hash of its content.")
         try:
+            validate_object_content(content)  # else the store would not take it
             kind, parts, _ = get_object_head_values_from_object_content(content)
         except Exception as error:  # whatever a node's bytes make Flower raise
             raise WireError(f"a piece cannot be read: {type(error).__name__}.") from error

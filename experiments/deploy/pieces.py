@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from flwr.supercore.state.schema.linkstate_models import MessageIns
 from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
+from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select
 
 GRACE_S = 600.0
@@ -28,6 +30,21 @@ def is_whole(store: SqlObjectStore, message_id: str) -> bool:
             seen |= new
             waiting.extend(new)
     return True
+
+
+def is_given(state: Any, node: int, piece: str) -> bool:
+    """Whether a piece is in a message of the server's to this node; others may have it too."""
+    found = select(MessageIns.message_id).where(
+        MessageIns.dst_node_id == uint64_to_int64(node), MessageIns.delivered_at != ""
+    )
+    with state.session() as session:
+        waiting = list(session.scalars(found))
+        seen = {*waiting}
+        while waiting and piece not in seen:
+            new = set(session.scalars(_children(waiting.pop()))) - seen
+            seen |= new
+            waiting.extend(new)
+    return piece in seen
 
 
 def _children(piece: str) -> Any:

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord
@@ -133,7 +134,8 @@ def test_pieces_that_name_each_other_are_counted_as_often_as_they_are_named(link
 
 def test_bytes_that_are_no_piece(link: Link) -> None:
     evil = link.nodes[0]
-    for content in (b"", b"\x00", b"Array", b"Array \xff x\x00", secrets.token_bytes(100)):
+    unknown, wrong = made_up("Nonsense", [])[1], made_up("Array", [])[1] + b"more"
+    for content in (b"", b"\x00", b"Array", b"Array \xff x\x00", b"no" * 50, unknown, wrong):
         asked, name = link.send(evil), get_object_id(content)
         link.reply(evil, link.fetch(evil), trees([name]))
         require_refused(link, evil, asked, {name: content})
@@ -141,4 +143,17 @@ def test_bytes_that_are_no_piece(link: Link) -> None:
     link.reply(evil, link.fetch(evil), trees([name]))
     said = require_refused(link, evil, asked, {name: next(iter(chunks(1).values()))})
     assert "named by the hash of its content" in said
+    require_served(link, link.nodes)
+
+
+@pytest.mark.parametrize(
+    "claims", [{"message_type": ""}, {"message_type": "evil. x"}, {"run_id": 5}, {"ttl": 1e9}]
+)
+def test_claims_that_flower_stumbles_over(link: Link, claims: dict[str, Any]) -> None:
+    """The whole reply is refused, and the server does not wait for another."""
+    evil = link.nodes[0]
+    asked = link.send(evil)
+    name, content = made_up("Message", [])
+    link.reply(evil, link.fetch(evil), [], root=name, **claims)
+    require_refused(link, evil, asked, {name: content})
     require_served(link, link.nodes)

@@ -16,6 +16,7 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
+from sqlalchemy.exc import OperationalError
 
 from experiments.deploy.pieces import is_whole
 from tests.support.link import Link, guarded_link
@@ -106,13 +107,13 @@ def test_a_node_that_did_not_hear_the_answer_goes_on(
     assert list(link.announce(node, answer).objects_to_push) == others
 
     def store_object(*_: object) -> None:
-        raise RuntimeError("database is locked")
+        raise OperationalError("UPDATE", None, Exception("database is locked"))
 
     with monkeypatch.context() as busy:
         busy.setattr(link.state, "store_object", store_object)
         for name in others[:-1]:
             link.push(node, sent, name, parts[name])
-        with pytest.raises(RuntimeError, match="locked"):
+        with pytest.raises(OperationalError, match="locked"):
             link.push(node, sent, others[-1], parts[others[-1]])
         assert link.pull(sent) == []
     assert not link.announce(node, answer).objects_to_push
@@ -144,6 +145,49 @@ def test_a_piece_is_pushed_for_ones_own_reply(link: Link) -> None:
             link.push(evil, stolen, names[0], parts[names[0]].deflate())
     for name in names:
         assert link.push(good, sent, name, parts[name].deflate())
+    (reply,) = link.pull(sent)
+    assert not reply.has_error()
+
+
+def test_a_node_gets_the_pieces_of_its_own_messages(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who guesses a piece of another's reply (counts of classes) is not told that it is there."""
+    evil, good = link.nodes
+    link.send(evil, vector(2)[1])
+    sent = link.send(good, vector()[1])
+    message = link.fetch(good)
+    names = list(get_all_nested_objects(vector()[0]))
+    assert all(link.get(good, name) for name in names)
+    link.fetch(evil)
+    assert [link.get(evil, name) for name in names] == [None] * len(names)
+    guard = fleet_handlers.push_object.__self__
+    monkeypatch.setattr(guard, "_given", {})  # after a restart
+    assert all(link.get(good, name) for name in (*names, sent))
+    assert [link.get(evil, name) for name in names] == [None] * len(names)
+    answer = link.answer(message, vector(3)[1])
+    link.hand_in(good, answer)
+    assert not any(link.get(evil, name) for name in get_all_nested_objects(answer))
+    (reply,) = link.pull(sent)
+    assert not reply.has_error()
+
+
+def test_a_disk_that_is_full_ends_one_reply(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = link.nodes[0]
+    sent = link.send(node)
+    answer = link.answer(link.fetch(node), vector()[1])
+
+    def write(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("experiments.deploy.inbox.SpooledTemporaryFile.write", write)
+        with pytest.raises(FlowerError, match="No space left"):
+            link.hand_in(node, answer)
+    (reply,) = link.pull(sent)
+    assert reply.has_error()
+    sent = link.send(node)
+    link.hand_in(node, link.answer(link.fetch(node), vector()[1]))
     (reply,) = link.pull(sent)
     assert not reply.has_error()
 

@@ -73,7 +73,9 @@ def require_whole(link: Link, sender: Transport, nodes: list[int]) -> None:
 
 def fetched(node: int, link: Link) -> list[Any]:
     request = PullMessagesRequest(node=Node(node_id=node))
-    return list(fleet.pull_messages(request, link.state, link.state.object_store).messages_list)
+    store = link.state.object_store
+    found = fleet.pull_messages(request=request, state=link.state, store=store)
+    return list(found.messages_list)
 
 
 @pytest.mark.parametrize("as_piece", [False, True])

@@ -20,6 +20,7 @@ from flwr.proto.message_pb2 import (
     Message,
     Metadata,
     ObjectTree,
+    PullObjectRequest,
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
@@ -38,7 +39,16 @@ from experiments.deploy.guard import Guard
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
 GUARDED = (
-    (fleet, ("push_messages", "push_object", "confirm_message_received")),
+    (
+        fleet,
+        (
+            "pull_messages",
+            "pull_object",
+            "push_messages",
+            "push_object",
+            "confirm_message_received",
+        ),
+    ),
     (runtime, ("push_messages", "pull_messages")),
 )
 
@@ -134,7 +144,9 @@ class Link:
     def fetch(self, node: int) -> Any:
         """Return the message that a node gets, None where there is none."""
         request = PullMessagesRequest(node=Node(node_id=node))
-        found = fleet.pull_messages(request, self.state, self.state.object_store).messages_list
+        found = fleet.pull_messages(
+            request=request, state=self.state, store=self.state.object_store
+        ).messages_list
         return found[0] if found else None
 
     def reply(
@@ -187,6 +199,12 @@ class Link:
             session_id=session,
         )  # fmt: skip
         return bool(fleet.push_object(request, self.state).stored)
+
+    def get(self, node: int, name: str) -> bytes | None:
+        """Fetch a piece; None where there is none for this node."""
+        request = PullObjectRequest(node=Node(node_id=node), run_id=self.run, object_id=name)
+        found = fleet.pull_object(request=request, state=self.state)
+        return bytes(found.object_content) if found.object_found else None
 
     def confirm(self, node: int, message_id: str) -> None:
         """Confirm that a message has been received."""
