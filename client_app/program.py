@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.errors import ConfigError
 from common.files import PRIVATE, replace_file
 
 EXPORTING = threading.Lock()
@@ -69,3 +70,31 @@ def save_program(
         raise RuntimeError("the exported program gives other logits than the model")
     require(again)
     replace_file(path, packed.getvalue(), mode=PRIVATE)
+
+
+def save_onnx(program: tuple[nn.Module, Tensor], path: Path) -> None:
+    """Export a module to ONNX, for any batch size, if it gives the same outputs there.
+
+    Raises ConfigError where the extra `onnx` is not installed, RuntimeError where outputs differ,
+    and whatever torch's exporter does with an operation that ONNX does not have.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise ConfigError(f"ONNX needs `pip install 'mh-pfedhn[onnx]'` ({error}).") from error
+    module, example = program
+    dynamic = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own
+        made = torch.onnx.export(
+            module, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False
+        )
+    assert made is not None  # with dynamo
+    packed = made.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(packed)
+    many = torch.cat([example, example, example])
+    (found,) = session.run(None, {session.get_inputs()[0].name: many.numpy()})
+    if not torch.allclose(torch.from_numpy(found), module(many), rtol=1e-3, atol=1e-4):
+        raise RuntimeError("the ONNX program gives other outputs than the model")
+    replace_file(path, packed, mode=PRIVATE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from rich.table import Table
 
-from common.errors import DataError, listing
+from common.errors import DataError, MHpFedHNError, ModelError, listing
 from experiments.console import make_console, say
 from experiments.deploy.predictions import chosen, evaluate, predict
 
@@ -38,6 +38,8 @@ def add_model_parser(commands: Any) -> None:
         for word in words:
             kind = "data" if word == "DATA" else "out"
             action.add_argument(kind, type=Path, metavar=word)
+        if name == "export":
+            action.add_argument("--onnx", action="store_true", help="its program as ONNX too")
         if name == "list":
             action.add_argument("--json", action="store_true", help="for programs")
         else:
@@ -76,23 +78,33 @@ def export(args: argparse.Namespace) -> int:
     """Copy a model's files, and add its program where it has none yet."""
     from client_app.frozen import make_whole
     from client_app.personal import read_predictor
-    from client_app.program import save_program
+    from client_app.program import save_onnx, save_program
     from client_app.store import PERSONAL_MODEL
 
     found, out = chosen(args), args.out
     if out.exists():
         raise DataError(f"{out} is there already. Name a folder that is not.")
     module, about = read_predictor(found.folder)
+    blank = _blank(about)
     shutil.copytree(found.folder, out)
     make_whole(out)
     program, without = out / f"{PERSONAL_MODEL}.pt2", str(about.get("program_error", ""))
     if not program.exists() and not without:
         try:
-            save_program((module, _blank(about)), program, lambda _: None)
+            save_program((module, blank), program, lambda _: None)
         except Exception as error:  # torch.export raises whatever it meets in a user's model
             without = f"{type(error).__name__}: {error}"
     console = make_console()
     say(console, f"round {found.server_round} of federation {found.federation} is in {out}")
+    if args.onnx:
+        try:
+            save_onnx((module, blank), program.with_suffix(".onnx"))
+        except MHpFedHNError:
+            raise
+        except Exception as error:  # as above
+            raise ModelError(
+                f"this model has no ONNX form: {type(error).__name__}: {error}"[:1000]
+            ) from error
     if without:
         say(console, f"weights only, without the program {program.name}: {without}"[:1000])
     return 0

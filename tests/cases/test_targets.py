@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -169,13 +170,19 @@ def test_the_model_that_is_kept_predicts_in_the_units_of_the_labels(
     assert main(["model", "evaluate", str(state), str(held), "--last"]) == 0
     out = tmp_path / "out.csv"
     assert main(["model", "predict", str(state), str(held), str(out), "--last"]) == 0
-    assert main(["model", "export", str(state), str(exported), "--last"]) == 0
+    assert main(["model", "export", str(state), str(exported), "--last", "--onnx"]) == 0
     shown = capsys.readouterr().out
     row = torch.from_numpy(packed(inputs)[0].astype(np.float32))
     with torch.no_grad():
         said = module(row)
     program = torch.export.load(exported / "personal_model.pt2").module()
     torch.testing.assert_close(program(row), said, rtol=1e-4, atol=1e-4)
+    onnx = onnxruntime.InferenceSession(exported / "personal_model.onnx")
+    (found,) = onnx.run(None, {onnx.get_inputs()[0].name: row.numpy()})
+    both = torch.from_numpy(found), said
+    if kind == "labels":  # the odds of what is certain are as good as infinite
+        both = both[0].sigmoid(), said.sigmoid()
+    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
     lines = list(csv.reader(out.read_text().splitlines()))
     assert len(lines) == 1 + len(labels)
     if kind == "numbers":

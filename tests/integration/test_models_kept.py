@@ -225,7 +225,9 @@ def test_pictures_are_classified_into_a_table(site: Path, capsys: Capture, tmp_p
 
 def test_one_is_exported_with_its_program(site: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
-    assert main(["model", "export", str(site / "state" / "a"), str(out), "--last"]) == 0
+    words = [str(site / "state" / "a"), str(out), "--last", "--onnx"]
+    assert main(["model", "export", *words]) == 0
+    assert (out / "personal_model.onnx").stat().st_mode & 0o777 == 0o600
     model = torch.export.load(out / "personal_model.pt2").module()
     about = json.loads((out / "personal_model.json").read_text())
     shape = (3, about["in_channels"], about["image_size"], about["image_size"])
