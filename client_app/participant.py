@@ -202,6 +202,7 @@ class Participant:
             "round": header.server_round,
             "validation_accuracy": validation,
             "num_validation": len(data.validation_labels),
+            "run_ended": program,
         }
         model = self._personal(module, found, facts)
         try:

@@ -127,7 +127,14 @@ class Shelf:
         return read_rows(self.state / MODELS / federation / HISTORY, skips_damaged=True)
 
     def _note(self, path: Path, about: dict[str, Any], server_round: int) -> None:
-        wanted = ("validation_accuracy", "test_accuracy", "num_test", "gain", "epsilon")
+        wanted = (
+            "validation_accuracy",
+            "test_accuracy",
+            "num_test",
+            "gain",
+            "epsilon",
+            "run_ended",
+        )
         row = {"round": server_round, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         row |= {k: v for k, v in about.items() if k in wanted or k.startswith("accuracy_")}
         if path.exists() and path.stat().st_size > MOST_HISTORY:

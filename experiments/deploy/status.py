@@ -102,6 +102,7 @@ def status_of(state: Path) -> dict[str, Any]:
         "joined": is_held(state / LOCK),
         "trouble": read_json(state / TROUBLE),
         "federation": known[-1] if known else None,
+        "run_ended": bool(rows and rows[-1].get("run_ended")),
         "rounds": rows,
         "seconds_since": _age(rows[-1]["time"]) if rows else None,
     }
@@ -117,11 +118,14 @@ def drawn(status: dict[str, Any]) -> RenderableType:
         return Group(head, Text("no model has come yet: there is one after the first round"))
     head.append(f"  federation {status['federation']}, ")
     head.append(f"newest model {status['seconds_since']:.0f} s ago")
+    if status["run_ended"]:
+        head.append("  the run has ended", "bold")
     names = [k for k in rows[-1] if k.startswith("accuracy_")]
     table = Table(
         "round", "validation", "test", *(n.removeprefix("accuracy_") for n in names), "gain"
     )
-    for row in rows[-SHOWN:]:
+    newest = {row["round"]: row for row in rows}  # a model is tested before a round, and after
+    for row in list(newest.values())[-SHOWN:]:
         keys = ["validation_accuracy", "test_accuracy", *names]
         cells = ["" if row.get(k) is None else f"{row[k]:.3f}" for k in keys]
         gain = f"{100 * row['gain']:+.1f}" if "gain" in row else ""

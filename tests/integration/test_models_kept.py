@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,8 @@ def test_the_status_says_what_joining_is_worth(site: Path, capsys: Capture) -> N
     assert main(["status", str(state), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["round"] for row in found["rounds"]] == [1, 2, 3, 3, 3]  # tested, then at the end
+    assert [bool(row["run_ended"]) for row in found["rounds"]] == [False] * 4 + [True]
+    assert found["run_ended"] is True
     assert found["joined"] is False
     assert found["seconds_since"] >= 0
     assert found["rounds"][-1].keys() >= {"test_accuracy", "accuracy_alone", "gain", "time"}
@@ -199,6 +202,9 @@ def test_the_status_says_what_joining_is_worth(site: Path, capsys: Capture) -> N
     text = capsys.readouterr().out
     assert "a  joined  federation " in text
     assert "joining is worth" in text
+    assert "the run has ended" in text
+    rounds = re.findall(r"│ (\d) +│", text)
+    assert rounds == ["1", "2", "3"]
     assert main(["status", str(site / "nobody")]) == 2
     (site / "state" / "new").mkdir()
     (site / "state" / "new" / "join.lock").touch()
