@@ -142,9 +142,12 @@ class Guard:
         self._inbox.drop(reply.node, reply.reply_to)
 
     def _give_up(self, state: Any, node: int, reply_to: str) -> None:
-        """Let the server know that a node's reply will not come: it waits for it no longer."""
+        """Let the server know that a node's reply will not come: it waits for it no longer.
+
+        A message that the server still pushes is not deleted under its hands.
+        """
         self._inbox.drop(node, reply_to)
-        if is_asked(state, reply_to, node):
+        if is_asked(state, reply_to, node) and is_whole(state.object_store, reply_to):
             state.delete_messages(message_ins_ids={reply_to})
             self._kept.close(state.object_store, reply_to)
 
@@ -192,7 +195,7 @@ def store_whole(reply: Incoming, response: Any, state: Any) -> None:
     run_id = reply.request.messages_list[0].metadata.run_id
     for name in response.objects_to_push:
         if not state.store_object(run_id, response.session_id, name, reply.content(name)):
-            raise WireError("a piece was not taken.")
+            raise SQLAlchemyError("a piece was not stored")  # it is tried again
     if reply.message_id not in state.object_store:  # for the time it claims, or one was before it
         raise WireError("the reply was not taken.")
 
