@@ -22,6 +22,7 @@ from client_app.personal import PersonalModel, accuracy_of
 from client_app.privacy import Privacy, note_clear
 from client_app.shelf import Shelf
 from client_app.store import ClientState, FolderState, open_state, personal_folder
+from client_app.training.early import train_to_best
 from client_app.training.loop import Loss, Trained, rate_of_round, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, DataError, WireError
@@ -157,7 +158,8 @@ class Participant:
         """
         if privacy := self.privacy:
             return privacy.train(model, self.data, section, loss, leaves=leaves)
-        return train(model, self.data, section, generator=generator, loss=loss, clip=clip)
+        fit = train_to_best if section.local_patience else train
+        return fit(model, self.data, section, generator=generator, loss=loss, clip=clip)
 
     def note_release(self) -> None:
         """Write down, where there is a folder to do it in, that something leaves without noise."""

@@ -1,4 +1,4 @@
-"""What a participant descends in place of the loss of its labels' kind."""
+"""What a participant descends in place of its labels' loss, and how well numbers are met."""
 
 from __future__ import annotations
 
@@ -48,3 +48,15 @@ def _of_each(name: str, losses: object, outputs: Tensor) -> Tensor:
             f"got {came}. Leave out the mean, or use reduction='none'."
         )
     return losses
+
+
+def explained(outputs: Tensor, wanted: Tensor) -> float:
+    """Return the coefficient of determination R^2, the mean over numbers (B, C), at most 1.
+
+    Of a number that does not vary it is 1 where all are met, else 0.
+    """
+    outputs, wanted = outputs.double(), wanted.double()
+    errors_C = (outputs - wanted).square().sum(0)  # noqa: N806
+    spread_C = (wanted - wanted.mean(0)).square().sum(0)  # noqa: N806
+    met = (errors_C == 0).double()
+    return float(torch.where(spread_C > 0, 1 - errors_C / spread_C, met).mean())

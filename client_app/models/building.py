@@ -26,8 +26,8 @@ from common.log import logger
 
 AUTO = "auto"
 """As a global-model: what `fitting` says."""
-_building = threading.Lock()
-"""Building a model draws from torch's one generator of the process: one thread at a time."""
+DRAWING = threading.RLock()
+"""Held while torch's one generator of the process draws: one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def draw_theta(kind: ModelKind, seed: int) -> Tensor:
 
 def built(kind: ModelKind, seed: int) -> nn.Module:
     """Build a model on the CPU with what it draws from a seed; freeze what gets no gradient."""
-    with _building, drawing_from(seed):
+    with drawing_from(seed):
         sizes = {"in_channels": kind.in_channels, "num_classes": kind.num_classes}
         module = build_for(kind.name, dict(kind.inputs), **sizes)
         if kind.generate:
@@ -129,8 +129,8 @@ def build_for(name: str, inputs: Parts, *, in_channels: int, num_classes: int) -
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """Let torch (on the CPU), numpy and random draw from a seed; their states are put back."""
-    states = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    with DRAWING, torch.random.fork_rng(devices=[]):
+        states = np.random.get_state(), random.getstate()
         torch.default_generator.manual_seed(seed)  # the CPU's alone: models are built there
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -139,6 +139,27 @@ def drawing_from(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(states[0])
             random.setstate(states[1])
+
+
+@contextmanager
+def watching_draws(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Warn where what is done with a model draws from torch's global generator.
+
+    F.dropout and stochastic depth do that inside `forward`, where no generator can be handed in.
+    """
+    before = _global_state(device)
+    yield
+    if not torch.equal(before, _global_state(device)):
+        logger.warning(
+            "%s draws from torch's global generator while it trains (F.dropout, stochastic depth, "
+            "torch.rand in forward): two runs may differ. nn.Dropout is seeded.",
+            type(model).__name__,
+        )
+
+
+def _global_state(device: torch.device) -> Tensor:
+    with DRAWING:  # else it may be another's, who puts it back
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _keep_at_home(module: nn.Module, kind: ModelKind) -> None:

@@ -38,7 +38,7 @@ class FlatModel:
     def __init__(self, module: nn.Module) -> None:
         if not trainable(module):
             raise ModelError(f"{type(module).__name__} has no trainable parameters to generate.")
-        self.module = module
+        self.module, self.has_trained = module, False
         self.theta = nn.Parameter(flatten(module))
         self.theta.grad = torch.zeros_like(self.theta)
         self._named = trainable(module)
@@ -256,7 +256,7 @@ def seed_dropout(model: nn.Module, generator: torch.Generator) -> None:
     """Make every nn.Dropout, 1d, 2d and 3d of the model draw from `generator`, in place.
 
     The generator must live on the model's device. A second call hands over to another generator.
-    Random calls inside a user's own `forward` (F.dropout) cannot be seen from here. Raises
+    Random calls inside a user's own `forward` cannot be seen from here (`watching_draws`). Raises
     ModelError for another kind of dropout, whose draws could not be repeated.
     """
     for path, parent in list(model.named_modules()):

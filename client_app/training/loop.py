@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Literal, Protocol
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.examples import ClientData
-from client_app.data.losses import OwnLoss
+from client_app.data.losses import OwnLoss, explained
+from client_app.models.building import watching_draws
 from client_app.models.instances import FlatModel
 from client_app.training.allocator import warn_of_slow_bfloat16
 from client_app.training.optim import AdamW
@@ -211,20 +213,21 @@ def train(
     started = time.monotonic()
     optimizer = make_optimizer(model.theta, section)
     model.module.train()
-    total = torch.zeros((), device=model.theta.device)
-    seen = 0
-    for _ in range(section.local_epochs):
-        for images, labels in data.batches(section.batch_size, generator):
-            with mixed_precision(section, images.device):
-                logits = logits_of(model.module, images, data.num_classes).float()
-                value = label_loss(logits, labels, section, data.loss)
-                value = loss(images, logits, labels, value) if loss else value
-            model.backward(value)
-            if clip:
-                nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
-            optimizer.step(model.gradient)
-            total += value.detach() * len(labels)
-            seen += len(labels)
+    total, seen = torch.zeros((), device=model.theta.device), 0
+    with nullcontext() if model.has_trained else watching_draws(model.module, total.device):
+        for _ in range(section.local_epochs):
+            for images, labels in data.batches(section.batch_size, generator):
+                with mixed_precision(section, images.device):
+                    logits = logits_of(model.module, images, data.num_classes).float()
+                    value = label_loss(logits, labels, section, data.loss)
+                    value = loss(images, logits, labels, value) if loss else value
+                model.backward(value)
+                if clip:
+                    nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
+                optimizer.step(model.gradient)
+                total += value.detach() * len(labels)
+                seen += len(labels)
+    model.has_trained = True
     model.require_views()
     return Trained(data.num_train, float(total) / seen, time.monotonic() - started)
 
@@ -269,18 +272,6 @@ def num_correct(logits: Tensor, labels: Tensor) -> float:
     if labels.is_floating_point():
         return len(labels) * max(0.0, explained(logits, labels))
     return float(((logits > 0) == labels).double().mean(1).sum())
-
-
-def explained(outputs: Tensor, wanted: Tensor) -> float:
-    """Return the coefficient of determination R^2, the mean over numbers (B, C), at most 1.
-
-    Of a number that does not vary it is 1 where all are met, else 0.
-    """
-    outputs, wanted = outputs.double(), wanted.double()
-    errors_C = (outputs - wanted).square().sum(0)  # noqa: N806
-    spread_C = (wanted - wanted.mean(0)).square().sum(0)  # noqa: N806
-    met = (errors_C == 0).double()
-    return float(torch.where(spread_C > 0, 1 - errors_C / spread_C, met).mean())
 
 
 def logits_of(module: nn.Module, images: Tensor, num_classes: int) -> Tensor:

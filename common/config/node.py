@@ -18,6 +18,7 @@ ASKED = frozenset(
         *("method", "rounds", "seed", "checkpoint-every", "server-rule", "head-sharing", "gd-mode"),
         *("local-epochs", "batch-size", "optimizer", "learning-rate", "learning-rate-final"),
         *("momentum", "weight-decay", "label-smoothing", "client-clip-norm", "training-precision"),
+        "local-patience",
         *("models", "dataset", "global-model", "distill-alpha", "distill-temperature"),
         *("fedprox-mu", "prototype-weight", "pfedhn-batches"),
         *("image-size", "channels", "augmentation", "measure-alone", "class-names"),

@@ -139,9 +139,9 @@ def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar]
     """Parse the items of a run config and a node config, once in a process; raise ConfigError."""
     own = NodeConfig.parse(dict(node))
     config = RunConfig.parse(own.admitted(dict(run)))
-    own.training(config.training)
+    training = own.training(config.training)
     section = own.client_section(config.client)
-    _require_private(config.run.method, section.dp_noise, "node config")
+    _require_private(config.run.method, training, section.dp_noise, "node config")
     return Declared(config, own, section, own.identity)
 
 
@@ -164,13 +164,19 @@ def _check_together(config: RunConfig) -> None:
             f"run config: absent-clients = {config.client.absent_clients} of "
             f"{config.client.num_partitions} clients leaves nobody. Make it smaller."
         )
-    _require_private(config.run.method, config.client.dp_noise, "run config")
+    _require_private(config.run.method, config.training, config.client.dp_noise, "run config")
     _check_patience(config)
     _check_rates(config)
     _check_user_privacy(config)
 
 
-def _require_private(method: str, noise: float, where: str) -> None:
+def _require_private(method: str, training: TrainingSection, noise: float, where: str) -> None:
+    if noise and training.local_patience:
+        raise ConfigError(
+            f"{where}: local-patience = {training.local_patience} with dp-noise = {noise:g}: the "
+            "validation examples would choose what is sent, and no noise covers that. Set "
+            "local-patience = 0."
+        )
     if noise and method not in PRIVATE_METHODS:
         raise ConfigError(
             f"{where}: dp-noise = {noise:g}, but {method} sends more than what private training "

@@ -19,6 +19,13 @@ class TrainingSection(Section):
     learning_rate_final: float = key(
         1.0, "fraction of it that the last round has, along a cosine; 1: constant", gt=0, le=1
     )
+    local_patience: int = key(
+        0,
+        "a round's training ends after so many epochs without a lower loss on the validation "
+        "examples, with the weights of the best epoch; 0: after all local-epochs",
+        where="all methods but FML, FedKD and pFedHN",
+        ge=0,
+    )
     momentum: float = key(
         0.9, "starts afresh every round; 0: none", where='optimizer "sgd"', ge=0, lt=1
     )

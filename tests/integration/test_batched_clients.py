@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from client_app.methods import mhpfedhn
@@ -138,3 +139,28 @@ def test_a_model_of_its_own_kind_is_trained_with_the_common_ones(
     )
     run(config, 6)
     assert sizes == [6, 5, 1] * 2
+
+
+def dimmed(batch: Tensor) -> Tensor:
+    """Make pictures darker, each as much as chance has it."""
+    return (batch * torch.rand(len(batch), 1, 1, 1)).to(batch.dtype)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"augmentation": f"{__name__}:dimmed"},
+        {"local_patience": 1, "local_epochs": 3, "learning_rate": 0.3, "validation_fraction": 0.2},
+    ],
+)
+def test_what_cannot_be_batched_is_trained_one_by_one(
+    tmp_path: Path, recipe: dict[str, object], sizes: list[int]
+) -> None:
+    settings = {"models": f"{HERE}:small", "max_in_flight": 0, "buffer_size": 0}
+    plain = run(tiny_config(tmp_path / "p", **settings), 0)
+    alone = run(tiny_config(tmp_path / "a", **settings, **recipe), 0)
+    batched = run(tiny_config(tmp_path / "b", **settings, **recipe), 6)
+    assert sizes == []
+    losses = [[row["train_loss"] for row in found] for found in (plain, alone, batched)]
+    assert losses[1] == losses[2]
+    assert losses[0] != losses[1]

@@ -80,7 +80,8 @@ class _Ready:
 
     def fits(self) -> bool:
         """Whether all that it trains and learns from can be batched."""
-        if self.method.data.loss or self.method.data.augment:
+        data, training = self.method.data, self.method.training(self.task)
+        if data.loss or data.augment or training.local_patience:
             return False
         needed = self.roles if self.teacher is None else [*self.roles, GLOBAL]
         modules = (instance_of(self.method.kind_of(role)).model.module for role in needed)
