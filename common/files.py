@@ -114,3 +114,9 @@ def state_folder(state_dir: str, client_id: str) -> Path:
 def output_root() -> Path:
     """Return the folder that holds run folders: $MH_PFEDHN_RUNS, or one below the user's home."""
     return Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().absolute()
+
+
+def natural_key(client_id: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts client 10 after client 9."""
+    parts = re.split(r"(\d+)", client_id)
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p]

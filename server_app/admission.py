@@ -5,17 +5,19 @@ It happens at the top of every round, so clients join, leave and return at any t
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from common.config import RunConfig
 from common.errors import RunError, listing
-from common.files import printable
+from common.files import natural_key, printable
 from common.log import logger
 from common.messages import FINAL, REASON, REFUSED, REGISTER, Recipient, Registration
 from common.records import Content
-from server_app.clients import Client, NodeKey, Refusal, Registry, fingerprint, natural_key
+from server_app.clients import Client, NodeKey, Refusal, Registry
 from server_app.transport import NO_ANSWER, Arrival, Outgoing, Transport
 
 REGISTRATION_S, LATE_REGISTRATION_S = 300.0, 60.0
@@ -57,6 +59,7 @@ class Admission:
         self._ask_from: dict[int, int] = {}  # rounds, of nodes that took their time
         self._said: dict[int, Registration] = {}  # by node, before anybody is admitted
         self._settled = False
+        self._last_reply: dict[str, int] = {}
 
     def refresh(self, server_round: int) -> list[Client]:
         """Register nodes that are new or back; wait until `min-clients` are present.
@@ -80,6 +83,23 @@ class Admission:
                 logger.info("Waiting for %d clients; %d are here", wanted, here)
             said = True
             clock.sleep(0.5)
+
+    def attendance(self, server_round: int, replied: Collection[str]) -> dict[str, Any]:
+        """Return who is there, the round of everybody's last reply, and whom it refuses and why."""
+        registry = self._registry
+        self._last_reply |= dict.fromkeys(replied, server_round)
+        return {
+            "round": server_round,
+            "participants": [
+                {
+                    "client_id": client_id,
+                    "online": registry.is_here(client),
+                    "last_reply": self._last_reply.get(client_id),
+                }
+                for client_id, client in registry.clients().items()
+            ],
+            "refused": registry.refusals(),
+        }
 
     def _settle(self, seconds: float) -> None:
         """Wait at the start until no node has come for `seconds`: simulated ones trickle in."""
@@ -128,9 +148,11 @@ class Admission:
             return
         said, self._said = majority_first(self._said), {}
         for node_id, registration in said:
+            before = self._registry.clients().get(registration.client_id)
             key = keys[node_id]
             client = self._registry.admit(node_id, registration, server_round, key=key)
             if client is not None:
+                _log_change(before, client)
                 self._add_client(client)
         silent = self._tell_refused([node_id for node_id, _ in said], server_round)
         for node_id in silent if enough else ():  # when it comes again, it is not waited for
@@ -231,3 +253,19 @@ def majority_first(said: Mapping[int, Registration]) -> list[tuple[int, Registra
     sizes = {n: (r.num_global_parameters, r.num_classes, r.feature_dim) for n, r in said.items()}
     votes = Counter(sizes.values())
     return sorted(said.items(), key=lambda item: (-votes[sizes[item[0]]], sizes[item[0]], item[0]))
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return a short name of a public key: SHA-256, in hex, of which 16 bytes are shown."""
+    return "SHA256:" + hashlib.sha256(public_key).hexdigest()[:32] if public_key else ""
+
+
+def _log_change(before: Client | None, now: Client) -> None:
+    name, size = now.client_id, f"{now.num_parameters:,}"
+    if before is None:
+        logger.info("Client %s joined (%s parameters)", name, size)
+    elif before.num_parameters != now.num_parameters:
+        text = "Client %s changed from %s to %s parameters: it starts with a new embedding"
+        logger.warning(text, name, f"{before.num_parameters:,}", size)
+    elif before.node_id != now.node_id:
+        logger.info("Client %s is back, on node %s", name, now.node_id)

@@ -6,14 +6,14 @@ the key that first used it, across restarts of the node and of the server.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from common.errors import RegistrationError
+from common.files import natural_key
 from common.log import logger
 from common.messages import Registration
 
@@ -51,8 +51,10 @@ class Client(Registration):
         return mine == theirs
 
 
-Rule = Callable[[Registration, Collection[Client]], None]
-"""Raises RegistrationError when a registration, beside everyone else's, does not fit the method."""
+Rule = Callable[[Registration, Client | None], None]
+"""Raises RegistrationError when a registration does not fit the method, beside another client's.
+
+What all have to agree on, all who were admitted do: one other stands for everybody."""
 
 
 @dataclass(frozen=True)
@@ -77,63 +79,57 @@ class Refusal:
     until_s: float = math.inf
 
 
-def fingerprint(public_key: bytes) -> str:
-    """Return a short name of a public key: SHA-256, in hex, of which 16 bytes are shown."""
-    return "SHA256:" + hashlib.sha256(public_key).hexdigest()[:32] if public_key else ""
-
-
-def natural_key(client_id: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts client 10 after client 9."""
-    parts = re.split(r"(\d+)", client_id)
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p]
-
-
 class Registry:
     """Maps client_id to node_id and back; refuses what would break identity.
 
     `max_parameters` caps K_i, before any head is built; `rule` is what the method demands besides.
+    What a round costs here depends on who comes and goes, not on how many are known.
+
+    Attributes
+    ----------
+    asked : the last round in which a client was asked to train, by client_id; none: never.
     """
 
     def __init__(self, max_parameters: int, rule: Rule) -> None:
         self._max_parameters, self._rule = max_parameters, rule
         self._clients: dict[str, Client] = {}
+        self._of_node: dict[int, str] = {}
+        self._of_key: dict[str, str] = {}
         self._known_nodes: set[int] = set()
+        self._here: list[Client] | None = None  # until somebody comes or goes
+        self._round = 0
+        self.asked: dict[str, int] = {}
         self._refused: dict[int, Refusal] = {}
         self._online: set[int] = set()
         self._asked_again: dict[str, int] = {}
-        self._last_reply: dict[str, int] = {}
 
     def present(self, server_round: int) -> list[Client]:
         """Return the clients that are online now, in natural order of client_id."""
-        for client_id, client in self._clients.items():
-            if client.node_id in self._known_nodes:
-                self._clients[client_id] = replace(client, last_seen_round=server_round)
-        here = [c for c in self._clients.values() if c.node_id in self._known_nodes]
-        return sorted(here, key=lambda c: natural_key(c.client_id))
+        self._round = server_round
+        if self._here is None:
+            names = sorted((self._of_node[node] for node in self._known_nodes), key=natural_key)
+            self._here = [self._clients[name] for name in names]
+        return list(self._here)
+
+    def _gone(self, nodes: AbstractSet[int]) -> None:
+        """Note the clients of known nodes that have gone, or have to say anew who they are."""
+        for node_id in nodes & self._known_nodes:
+            client_id = self._of_node[node_id]
+            seen = replace(self._clients[client_id], last_seen_round=self._round)
+            self._clients[client_id], self._here = seen, None
+            self._known_nodes.discard(node_id)
 
     def client(self, client_id: str) -> Client:
         """Return a client that has registered before."""
         return self._clients[client_id]
 
+    def is_here(self, client: Client) -> bool:
+        """Whether a client is online and has said who it is."""
+        return client.node_id in self._known_nodes
+
     def clients(self) -> Mapping[str, Client]:
         """Return everyone who ever registered."""
         return self._clients
-
-    def attendance(self, server_round: int, replied: Collection[str]) -> dict[str, Any]:
-        """Return who is there, the round of everybody's last reply, and whom it refuses and why."""
-        self._last_reply |= dict.fromkeys(replied, server_round)
-        return {
-            "round": server_round,
-            "participants": [
-                {
-                    "client_id": client_id,
-                    "online": client.node_id in self._known_nodes,
-                    "last_reply": self._last_reply.get(client_id),
-                }
-                for client_id, client in self._clients.items()
-            ],
-            "refused": self.refusals(),
-        }
 
     def ask_again(self, client_ids: Iterable[str], server_round: int) -> None:
         """Have clients register anew at the next refresh: their replies do not fit.
@@ -143,16 +139,25 @@ class Registry:
         for client_id in self._clients.keys() & set(client_ids):
             if server_round >= self._asked_again.get(client_id, NEVER) + CHANGE_ROUNDS:
                 self._asked_again[client_id] = server_round
-                self._known_nodes.discard(self._clients[client_id].node_id)
+                self._gone({self._clients[client_id].node_id})
 
     def export(self) -> list[dict[str, Any]]:
         """Return everyone who ever registered, as JSON-able facts for a checkpoint."""
-        return [asdict(client) for client in self._clients.values()]
+        return [
+            asdict(client)
+            | {"asked_round": self.asked.get(client_id, 0)}
+            | ({"last_seen_round": self._round} if client.node_id in self._known_nodes else {})
+            for client_id, client in self._clients.items()
+        ]
 
     def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
         """Load exported clients; each is present again once its node has registered."""
-        clients = (replace(Client(**row), node_id=NOWHERE) for row in saved)
-        self._clients = {client.client_id: client for client in clients}
+        for row in saved:
+            known = {"asked_round": 0, **row, "node_id": NOWHERE}
+            client_id, self.asked[client_id] = row["client_id"], known.pop("asked_round")
+            self._clients[client_id] = client = Client(**known)
+            if client.key:
+                self._of_key[client.key] = client_id
 
     def unknown_nodes(self, online: Iterable[int], server_round: int, now: float) -> set[int]:
         """Note who is online in a round, at a clock's second; return who has to say who it is."""
@@ -165,7 +170,7 @@ class Registry:
             and server_round < refusal.until_round
             and now < refusal.until_s
         }
-        self._known_nodes &= before & self._online
+        self._gone(self._known_nodes - (before & self._online))
         return self._online - self._known_nodes - self._refused.keys()
 
     def refuse(self, node_id: int, refusal: Refusal) -> None:
@@ -221,13 +226,22 @@ class Registry:
             key=key.fingerprint if key is not None and bound else "",
             changed_round=server_round if changed else getattr(before, "changed_round", NEVER),
         )
-        _log_change(before, client)
-        for other in self._clients.values():  # a node speaks for one client
-            if other.node_id == node_id:
-                self._clients[other.client_id] = replace(other, node_id=NOWHERE)
-        self._clients[client_id] = client
-        self._known_nodes.add(node_id)
+        self._take_place(client, before)
         return client
+
+    def _take_place(self, client: Client, before: Client | None) -> None:
+        """Enter a client in the place of what it was; its node speaks for nobody else."""
+        client_id, node_id = client.client_id, client.node_id
+        if (other := self._of_node.get(node_id, client_id)) != client_id:
+            self._clients[other] = replace(self._clients[other], node_id=NOWHERE)
+        if before is not None:
+            self._of_node.pop(before.node_id, None)
+            self._of_key.pop(before.key, None)
+        self._clients[client_id], self._of_node[node_id] = client, client_id
+        if client.key:
+            self._of_key[client.key] = client_id
+        self._known_nodes.add(node_id)
+        self._here = None
 
     def _check(
         self, node_id: int, registration: Registration, key: NodeKey | None, holder: int | None
@@ -246,7 +260,8 @@ class Registry:
                 "accepted. Use a smaller model, or raise max-parameters on the server (heads take "
                 "129 floats for each parameter)."
             )
-        self._rule(registration, [c for c in self._clients.values() if c.client_id != client_id])
+        others = (c for name, c in self._clients.items() if name != client_id)
+        self._rule(registration, next(others, None))
         if key is not None:
             self._check_key(who, client_id, key.fingerprint)
         if holder is not None:
@@ -257,13 +272,14 @@ class Registry:
 
     def _check_name(self, node_id: int, client_id: str, server_round: int) -> None:
         """Refuse a node that spoke for somebody else a moment ago, unless that one is known."""
-        same = [c for c in self._clients.values() if c.node_id == node_id]
-        for other in same if client_id not in self._clients else ():
-            if server_round < other.last_seen_round + CHANGE_ROUNDS:
-                raise RegistrationError(
-                    f"node {node_id} comes as client {client_id}; in round {other.last_seen_round} "
-                    f"it was client {other.client_id}. A participant keeps its client-id."
-                )
+        if node_id not in self._of_node or client_id in self._clients:
+            return
+        other = self._clients[self._of_node[node_id]]
+        if server_round < other.last_seen_round + CHANGE_ROUNDS:
+            raise RegistrationError(
+                f"node {node_id} comes as client {client_id}; in round {other.last_seen_round} "
+                f"it was client {other.client_id}. A participant keeps its client-id."
+            )
 
     def _check_key(self, who: str, client_id: str, presented: str) -> None:
         current = self._clients.get(client_id)
@@ -273,21 +289,9 @@ class Registry:
                 f"the key that first used it, {current.key}. An impostor, or a participant with a "
                 'new key: then resume once with client-keys = "ignore", to bind all anew later.'
             )
-        owners = [c.client_id for c in self._clients.values() if c.key and c.key == presented]
-        other = next((owner for owner in owners if owner != client_id), None)
-        if other is not None:
+        other = self._of_key.get(presented, client_id)
+        if other != client_id:
             raise RegistrationError(
                 f"{who} presents key {presented}, which belongs to client {other}. One key is one "
                 "participant: keep the client-id, or register a key of its own."
             )
-
-
-def _log_change(before: Client | None, now: Client) -> None:
-    name, size = now.client_id, f"{now.num_parameters:,}"
-    if before is None:
-        logger.info("Client %s joined (%s parameters)", name, size)
-    elif before.num_parameters != now.num_parameters:
-        text = "Client %s changed from %s to %s parameters: it starts with a new embedding"
-        logger.warning(text, name, f"{before.num_parameters:,}", size)
-    elif before.node_id != now.node_id:
-        logger.info("Client %s is back, on node %s", name, now.node_id)

@@ -8,28 +8,57 @@ server step that used it. `buffer_size` (M) accepted updates make one server ste
 - (N, N) is fully parallel: one step a round;
 - (N, m) is buffered asynchronous: a step for every m arrivals; the round still ends with its last.
 
-A round is one pass over the participants. Who holds up others is passed over, that is, gives up its
-slot, when it was asked `round-deadline-s` ago, or when `close-fraction` of the slots have answered:
-then a step is taken with what is there, and the next are asked. A round closes when nobody is left
-to ask or to wait for, and the minimum fraction has answered; with everybody in flight that is its
-deadline. What arrives after that is late, and used in a later round. A reply is used while its
-staleness (server steps since its message was made) is at most `max-staleness`; in its own round the
-F / M steps that the schedule itself makes meanwhile are always allowed.
+A round is one pass over the participants, or over those drawn for it (`sample`). Who holds up
+others is passed over, that is, gives up its slot, when it was asked `round-deadline-s` ago, or when
+`close-fraction` of the slots have answered: then a step is taken with what is there, and the next
+are asked. A round closes when nobody is left to ask or to wait for, and the minimum fraction has
+answered; with everybody in flight that is its deadline. What arrives after that is late, and used
+in a later round. A reply is used while its staleness (server steps since its message was made) is
+at most `max-staleness`; in its own round the F / M steps that the schedule itself makes meanwhile
+are always allowed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+
 from common.config import ScheduleSection
 from common.log import logger
+from common.messages import MOST_WEIGHT, bounded_counts
+from server_app.clients import Client
 from server_app.transport import Arrival, Outgoing, Transport
 
 U = TypeVar("U")
 """What a good reply brings."""
+
+
+def sample(
+    present: Sequence[Client],
+    section: ScheduleSection,
+    asked: Mapping[str, int],
+    rng: np.random.Generator,
+) -> list[Client]:
+    """Draw who trains in a round, `clients-per-round` of those present, in the order of training.
+
+    By `client-sampling`: "uniform", without replacement; "examples", by exponential clocks whose
+    rates are the numbers of examples, none above three medians; "round-robin", those who were asked
+    longest ago (`asked`: the last round of each, by client_id).
+    """
+    order = rng.permutation(len(present))
+    wanted = section.clients_per_round or len(present)
+    count = math.ceil(wanted * len(present)) if wanted < 1 else min(int(wanted), len(present))
+    if count < len(present) and section.client_sampling == "examples":
+        rates = bounded_counts([present[i].num_examples for i in order], MOST_WEIGHT)
+        order = order[np.argsort(rng.exponential(size=len(order)) / rates)]
+    elif count < len(present) and section.client_sampling == "round-robin":
+        last = [asked.get(present[i].client_id, 0) for i in order]
+        order = order[np.argsort(last, kind="stable")]
+    return [present[i] for i in order[:count]]
 
 
 class RoundActions(Protocol[U]):

@@ -24,7 +24,7 @@ from server_app.aggregation.base import StepDiagnostics, mean_diagnostics
 from server_app.clients import Client, Registry
 from server_app.methods.base import Method, Upload
 from server_app.output.run_folder import RunFolder, summarise
-from server_app.scheduler import RoundOutcome, Schedule
+from server_app.scheduler import RoundOutcome, Schedule, sample
 from server_app.transport import Arrival, Outgoing, Transport
 
 T = TypeVar("T")
@@ -191,16 +191,15 @@ class Rounds:
     def run_round(self, server_round: int) -> dict[str, float]:
         """Run one round; return its row of metrics.jsonl."""
         started, transport, run = time.monotonic(), self._transport, self._config.run
-        down, up = transport.bytes_down, transport.bytes_up
-        clients = self._gather(server_round)
-        present = self._method.learners(clients)
+        schedule, down, up = self._config.schedule, transport.bytes_down, transport.bytes_up
+        clients, asked = self._gather(server_round), self._registry.asked
         # the published algorithm trains clients in random order
         rng = numpy_generator(run.seed, "client-order", server_round=server_round)
-        learners = [present[i] for i in rng.permutation(len(present))]
+        learners = sample(self._method.learners(clients), schedule, asked, rng)
+        asked |= dict.fromkeys((client.client_id for client in learners), server_round)
         training = TrainingRound(server_round, learners, self._method, transport, self._registry)
         training.open()
-        queue = [(client.client_id, client.node_id) for client in learners]
-        last = server_round == run.rounds
+        queue, last = [(c.client_id, c.node_id) for c in learners], server_round == run.rounds
         outcome = self._schedule.run_round(server_round, queue, training, last=last)
         training.seconds_server -= time.monotonic()
         global_row = self._method.close_round()
@@ -208,9 +207,10 @@ class Rounds:
         evaluations = training.evaluations
         if last or (run.evaluation == "separate" and server_round % run.evaluate_every == 0):
             read = partial(Evaluation.read_if_told, others=self._method.others)
-            evaluations = self._ask(clients, server_round, messages.EVALUATE, read)
+            tested = learners if schedule.clients_per_round and not last else clients
+            evaluations = self._ask(tested, server_round, messages.EVALUATE, read)
         self._folder.note_clients(self._client_rows(evaluations))
-        self._folder.note_attendance(self._registry.attendance(server_round, training.trained))
+        self._folder.note_attendance(self._admission.attendance(server_round, training.trained))
         self._registry.ask_again(transport.misfits, server_round)  # perhaps their model changed
         transport.misfits.clear()
         seconds = time.monotonic() - started

@@ -55,6 +55,14 @@ class ScheduleSection(Section):
     max_in_flight: int = key(
         0, "clients that train at the same time; 0: all; 1, with buffer-size 1: as published", ge=0
     )
+    clients_per_round: float = key(
+        0.0, "of those present so many train in a round: a number, below 1 a fraction; 0: all", ge=0
+    )
+    client_sampling: Literal["uniform", "examples", "round-robin"] = key(
+        "uniform",
+        'who: "uniform", "examples" (the more the likelier), "round-robin" (who waited longest)',
+        where="clients-per-round",
+    )
     buffer_size: int = key(
         0, "updates of one server step; 0: as many as are in flight, which is also the most", ge=0
     )

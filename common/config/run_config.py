@@ -197,6 +197,11 @@ def _check_user_privacy(config: RunConfig) -> None:
 
 def _check_patience(config: RunConfig) -> None:
     s = config.schedule
+    if s.clients_per_round > 1 and s.clients_per_round % 1:
+        raise ConfigError(
+            f"run config: clients-per-round = {s.clients_per_round:g} is neither a number of "
+            "clients nor a fraction of them. Give a whole number, or one below 1."
+        )
     if s.close_fraction < s.min_fraction:
         raise ConfigError(
             f"run config: close-fraction = {s.close_fraction:g} ends a round before min-fraction = "

@@ -6,7 +6,7 @@ docs/baselines.md says how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -138,8 +138,8 @@ class Method(Generic[T]):
             logger.info("%s is synchronous: max-in-flight and buffer-size become 0 (all)", name)
         return config.with_overrides(SYNCHRONOUS)
 
-    def admit(self, registration: Registration, known: Collection[Client]) -> None:
-        """Check a registration by itself and against everybody else's.
+    def admit(self, registration: Registration, other: Client | None) -> None:
+        """Check a registration by itself and against another client's, if there is one.
 
         Raises RegistrationError where it lacks something, declares absurd sizes, or cannot take
         part with the others.
@@ -166,7 +166,7 @@ class Method(Generic[T]):
                 )
         for shared in (name for name in SHARED_SIZES if name in needs):
             mine = getattr(registration, shared)
-            agreed = next((getattr(client, shared) for client in known), mine)
+            agreed = getattr(other, shared) if other else mine
             if shared == "num_global_parameters":
                 agreed = self.config.hypernet.global_parameters or agreed
             if mine != agreed:

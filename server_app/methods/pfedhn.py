@@ -53,17 +53,16 @@ class PFedHN(Method[Float32]):
             )
         return super().adapted(config)
 
-    def admit(self, registration: Registration, known: Collection[Client]) -> None:
+    def admit(self, registration: Registration, other: Client | None) -> None:
         """Refuse a client whose architecture is not everybody else's."""
-        super().admit(registration, known)
+        super().admit(registration, other)
         mine = (registration.group, registration.num_parameters)
-        for other in known:
-            if (other.group, other.num_parameters) != mine:
-                raise RegistrationError(
-                    f"{ONE}; client {registration.client_id} has another "
-                    f"({registration.num_parameters:,} parameters) than client {other.client_id} "
-                    f"({other.num_parameters:,}). Use method = 'mh-pfedhn' for several."
-                )
+        if other and (other.group, other.num_parameters) != mine:
+            raise RegistrationError(
+                f"{ONE}; client {registration.client_id} has another "
+                f"({registration.num_parameters:,} parameters) than client {other.client_id} "
+                f"({other.num_parameters:,}). Use method = 'mh-pfedhn' for several."
+            )
 
     def open_round(self, server_round: int, clients: Sequence[Client], exchange: Exchange) -> None:
         """Build the hypernetwork for the clients of the first round; embed those who are new."""

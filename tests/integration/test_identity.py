@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from common.config import RunConfig
 from common.errors import RunError
 from experiments.run.engines.inprocess import simulated_nodes
-from server_app.clients import fingerprint
+from server_app.admission import fingerprint
 from tests.integration.conftest import Lines
 from tests.support.attendance import attended_by
 from tests.support.outputs import checkpoints, rows

@@ -237,7 +237,7 @@ def test_pfedhn_says_what_to_use_for_several_architectures() -> None:
         adapted("pfedhn", models="cnn,mlp")
     server: PFedHN = make("pfedhn")
     with pytest.raises(RegistrationError, match=r"client z has another \(7 parameters\) than .* a"):
-        server.admit(Registration("z", 7, 10, group="aa"), [client("a")])
+        server.admit(Registration("z", 7, 10, group="aa"), client("a"))
 
 
 # --- what holds for all --------------------------------------------------------------------------
@@ -310,9 +310,9 @@ def test_registration_must_bring_what_the_method_needs(
 ) -> None:
     facts = {"num_global_parameters": 5, "group": "aa", "num_classes": 4, "feature_dim": 3}
     good = Registration("a", 6, 10, **{k: facts[k] for k in METHODS[method].needs})
-    make(method).admit(good, [])
+    make(method).admit(good, None)
     with pytest.raises(RegistrationError) as caught:
-        make(method).admit(replace(good, **change), [])
+        make(method).admit(replace(good, **change), None)
     assert message in str(caught.value)
 
 
@@ -321,11 +321,11 @@ def test_clients_must_agree_on_what_they_share() -> None:
     with pytest.raises(
         RegistrationError, match="client z has feature_dim = 8; the federation's is 3"
     ):
-        make("fedproto").admit(other, [client("a")])
+        make("fedproto").admit(other, client("a"))
     tagged = Registration("z", 6, 10, group="aa")
-    make("fedavg").admit(tagged, [client("a")])  # shares no features
+    make("fedavg").admit(tagged, client("a"))  # shares no features
     with pytest.raises(RegistrationError, match="declares num_classes, for which fedavg has no"):
-        make("fedavg").admit(replace(tagged, num_classes=10**9), [])
+        make("fedavg").admit(replace(tagged, num_classes=10**9), None)
 
 
 def test_synchronous_baselines_fold_everybody_at_once_whatever_the_preset_says() -> None:
