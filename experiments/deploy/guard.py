@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,25 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import WireError
 from common.log import logger
-from common.messages import MOST_SECONDS
+from common.messages import MOST_SECONDS, most_bytes_of
 from experiments.deploy.inbox import Inbox, Incoming
-from experiments.deploy.pieces import Kept, is_given, is_whole
+from experiments.deploy.pieces import Kept, is_answered, is_given, is_whole
 
 _ID = re.compile("[0-9a-f]{64}")
+MOST_WAITING = 8
+"""Replies whose turn it is to be stored next: each holds a thread that others need."""
+MOST_FAILURES = 3
+"""Times that the database may refuse a reply."""
+LONG_S = 0.5
+"""A reply that takes longer to store has kept others from the database."""
+
+
+class BusyError(Exception):
+    """What is asked has to be asked again: HTTP 503, after which Flower does so."""
+
+
+class NotStoredError(BusyError):
+    """The database did not take something."""
 
 
 class Guard:
@@ -49,6 +64,7 @@ class Guard:
         self._confirm = handlers.confirm_message_received
         self._send, self._collect = runtime.push_messages, runtime.pull_messages
         self._kept, self._inbox = Kept(), Inbox(folder)
+        self._storing, self._waiting = threading.Lock(), threading.Semaphore(MOST_WAITING)
         self._given: dict[int, set[str]] = {}  # the pieces of each node's newest message
 
     def install(self) -> None:
@@ -80,74 +96,116 @@ class Guard:
         """Let a node announce its reply, and say which pieces it is to push."""
         with refusing():
             require_reply(request)
-            self._require_asked(request, state)
-            reply, displaced = self._inbox.announce(request)
-        if displaced:
-            self._give_up(state, displaced.node, displaced.reply_to)
-        with reply.lock:
-            missing = reply.missing()
-            self._hand_over_if_whole(reply, state)  # where that failed before
+            metadata = request.messages_list[0].metadata
+            most = self._require_asked(metadata, request.node.node_id, state)
+            wanted: list[str] = []
+            if not is_answered(state, metadata.reply_to_message_id):  # else: it did not hear of it
+                reply, displaced = self._inbox.announce(request, most)
+                if displaced:
+                    self._give_up(state, displaced)
+                wanted = self._advance(reply, state)
         return PushMessagesResponse(
             reconnect=Reconnect(reconnect=5),
-            results={reply.message_id: 0},
-            objects_to_push=missing,
-            session_id=reply.reply_to,
+            results={metadata.message_id: 0},
+            objects_to_push=wanted,
+            session_id=metadata.reply_to_message_id,
         )
 
-    def _require_asked(self, request: Any, state: Any) -> None:
-        """Raise WireError where a reply is a message of the server's, or answers none to its node.
+    def _require_asked(self, metadata: Any, node: int, state: Any) -> int:
+        """Return how many bytes of arrays a reply may bring.
 
-        To announce one anew would end the session in which the server pushes it, and others.
+        Raises WireError where it is a message of the server's, or answers none to its node. To
+        announce one anew would end the session in which the server pushes it, and others.
         """
-        metadata = request.messages_list[0].metadata
         known = metadata.message_id in self._kept
         if known or state.get_valid_message_ins(metadata.message_id) is not None:
             raise WireError("a reply is no message of the server's.")
-        if not is_asked(state, metadata.reply_to_message_id, request.node.node_id):
+        if (asked := message_to(state, metadata.reply_to_message_id, node)) is None:
             raise WireError("there is no such message to reply to.")
+        return most_bytes_of(str(asked["group_id"]))
 
     def push_object(self, request: Any, state: Any) -> Any:
         """Take a piece of a node's reply; the last one hands all of it over."""
         node, reply_to = request.node.node_id, request.session_id
         with refusing():
             reply = self._inbox.find(node, reply_to)
-            if reply is None and self._kept.is_answered(reply_to):  # the node did not hear of it
-                return PushObjectResponse(stored=True)
-            try:
-                if reply is None:  # of before a restart, or of another node
-                    raise WireError("a piece is pushed after its own reply was announced.")
-                with reply.lock:
-                    reply.take(request.object_id, request.object_content)
-                    self._hand_over_if_whole(reply, state)
-            except (WireError, OSError) as error:  # the second: there is no room for it
-                self._give_up(state, node, reply_to)
-                raise WireError(f"node {node}: {error}") from error
+            if reply is not None:
+                self._advance(reply, state, request)
+            elif message_to(state, reply_to, node) is None or not is_answered(state, reply_to):
+                self._not_coming(state, node, reply_to)  # announced before a restart, or never
+                raise WireError(f"node {node}: a piece is pushed after its reply was announced.")
         return PushObjectResponse(stored=True)
 
-    def _hand_over_if_whole(self, reply: Incoming, state: Any) -> None:
-        """Store a reply with all its pieces, or nothing of it; once."""
-        if reply.is_done or reply.missing():
-            return
+    def _advance(self, reply: Incoming, state: Any, piece: Any = None) -> list[str]:
+        """Take a piece, if one came, and hand a whole reply over; return what is missing yet.
+
+        A reply that is none is given up, and one that the database has refused too often.
+        """
+        try:
+            with reply.lock:
+                if piece is not None:
+                    reply.take(piece.object_id, piece.object_content)
+                if not (wanted := reply.missing()) and not reply.is_done:
+                    self._hand_over(reply, state)
+                return wanted
+        except (SQLAlchemyError, BusyError):
+            if reply.failures >= MOST_FAILURES:
+                self._give_up(state, reply)
+            raise
+        except (WireError, OSError) as error:  # the second: there is no room for it
+            self._give_up(state, reply)
+            raise WireError(f"node {reply.node}: {error}") from error
+
+    def _hand_over(self, reply: Incoming, state: Any) -> None:
+        """Store a whole reply with all its pieces, or nothing of it; once."""
         self._kept.note_reply(reply.reply_to, reply.message_id)  # the server may take it at once
         try:
-            with state.session():
+            with self._turn(), state.session():
                 store_whole(reply, self._push_messages(request=reply.request, state=state), state)
-        except (FlowerError, SQLAlchemyError, WireError):  # of the run, the database, the reply
+        except Exception as error:
             self._kept.forget_reply(reply.reply_to, reply.message_id)
-            raise
-        except Exception as error:  # whatever a node's claims make Flower raise
-            self._kept.forget_reply(reply.reply_to, reply.message_id)
+            if isinstance(error, SQLAlchemyError | NotStoredError):
+                reply.failures += 1
+            if isinstance(error, FlowerError | SQLAlchemyError | WireError | BusyError):
+                raise  # of the run, the database, the reply
+            # whatever a node's claims make Flower raise
             raise WireError(f"it is no reply: {type(error).__name__}: {error}") from error
         reply.is_done = True
-        self._inbox.drop(reply.node, reply.reply_to)
+        self._inbox.drop(reply)
 
-    def _give_up(self, state: Any, node: int, reply_to: str) -> None:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for one's turn to store a reply; raise BusyError where many wait.
+
+        One after the other, with a pause after one that took its time: whoever waits for the
+        database meanwhile gets it.
+        """
+        if not self._waiting.acquire(blocking=False):
+            raise BusyError("many replies are waiting to be stored.")
+        try:
+            with self._storing:
+                started = time.monotonic()
+                yield
+                if time.monotonic() - started > LONG_S:
+                    time.sleep(LONG_S)
+        finally:
+            self._waiting.release()
+
+    def _give_up(self, state: Any, reply: Incoming, *, idle: bool = False) -> None:
+        """Forget a reply that will not come, and tell the server; an idle one, if it still is."""
+        with reply.lock:
+            if reply.is_done or (idle and not reply.is_idle):
+                return
+            self._inbox.drop(reply)
+            self._not_coming(state, reply.node, reply.reply_to)
+
+    def _not_coming(self, state: Any, node: int, reply_to: str) -> None:
         """Let the server know that a node's reply will not come: it waits for it no longer.
 
         A message that the server still pushes is not deleted under its hands.
         """
-        self._inbox.drop(node, reply_to)
-        if is_asked(state, reply_to, node) and is_whole(state.object_store, reply_to):
+        asked = message_to(state, reply_to, node) is not None
+        if asked and not is_answered(state, reply_to) and is_whole(state.object_store, reply_to):
             state.delete_messages(message_ins_ids={reply_to})
             self._kept.close(state.object_store, reply_to)
 
@@ -169,7 +227,7 @@ class Guard:
     def collect(self, request: Any, state: Any, task: Any) -> Any:
         """Give the server what has come; what is answered, or was never, leaves no pieces."""
         for reply in self._inbox.idle():
-            self._give_up(state, reply.node, reply.reply_to)
+            self._give_up(state, reply, idle=True)
         with state.session():  # what is taken and not deleted would be lost
             response = self._collect(request, state, task)
         try:
@@ -184,18 +242,19 @@ class Guard:
         return response
 
 
-def is_asked(state: Any, message_id: str, node: int) -> bool:
-    """Whether a message of the server's to this node is waiting for its reply."""
+def message_to(state: Any, message_id: str, node: int) -> Any:
+    """Return a message of the server's that this node may answer, None where there is none."""
     message = state.get_valid_message_ins(message_id)
-    return message is not None and int64_to_uint64(message["dst_node_id"]) == node
+    mine = message is not None and int64_to_uint64(message["dst_node_id"]) == node
+    return message if mine else None
 
 
 def store_whole(reply: Incoming, response: Any, state: Any) -> None:
     """Store the pieces of a reply that Flower wants; raise WireError where it took no reply."""
     run_id = reply.request.messages_list[0].metadata.run_id
-    for name in response.objects_to_push:
+    for name in dict.fromkeys(response.objects_to_push):  # one in two places is named twice
         if not state.store_object(run_id, response.session_id, name, reply.content(name)):
-            raise SQLAlchemyError("a piece was not stored")  # it is tried again
+            raise NotStoredError("a piece was not stored.")  # Flower says no more of any error
     if reply.message_id not in state.object_store:  # for the time it claims, or one was before it
         raise WireError("the reply was not taken.")
 

@@ -22,7 +22,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 
 from common.errors import WireError
-from common.messages import LARGEST_REPLY
 
 MOST_PIECES = 160
 """Of one reply: each has up to 5 MB."""
@@ -30,6 +29,8 @@ DEEPEST = 8
 """Levels of the pieces of a reply: message, records, record, array, chunks."""
 IDLE_S = 120.0
 """After the last piece that came: nobody waits for the next."""
+ROOM = 2**20
+"""Bytes that a reply may have beside its arrays."""
 IN_MEMORY = 2**20
 """Bytes of a reply that are kept in memory; more of it is kept in a file without a name."""
 
@@ -38,16 +39,17 @@ class Incoming:
     """A reply that a node has announced, and what came of it.
 
     Raises WireError where its tree is none: too large, too deep, or of a piece that is said to be
-    made of different things in two places.
+    made of different things in two places. `most_bytes` of arrays are enough for it.
     """
 
-    def __init__(self, request: Any, folder: Path | None) -> None:
+    def __init__(self, request: Any, folder: Path | None, most_bytes: int) -> None:
         self.request, metadata = request, request.messages_list[0].metadata
         self.node, self.reply_to = request.node.node_id, metadata.reply_to_message_id
         self.message_id = metadata.message_id
         self.lock = threading.Lock()
         self.touched = time.monotonic()
-        self.is_done = False
+        self.is_done, self.failures = False, 0
+        self._most = most_bytes + ROOM
         self._parts = claimed_parts(request.message_object_trees[0])
         self._places: dict[str, tuple[int, int]] = {}
         self._size = 0
@@ -65,8 +67,8 @@ class Incoming:
             raise WireError("this piece was not announced.")
         if name in self._places:
             return
-        if self._size + len(content) > LARGEST_REPLY:
-            raise WireError(f"its reply has more than {LARGEST_REPLY:,} bytes.")
+        if self._size + len(content) > self._most:
+            raise WireError(f"its reply has more than {self._most:,} bytes, which are enough.")
         self._require_true(name, content)
         self._file.seek(self._size)
         self._file.write(content)
@@ -87,6 +89,11 @@ class Incoming:
         if (kind == Message.__name__) != (name == self.message_id):
             raise WireError("a reply is a message, and no piece of it is one.")
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of it has come for `IDLE_S`."""
+        return self.touched < time.monotonic() - IDLE_S
+
     def content(self, name: str) -> bytes:
         """Return a piece that came."""
         start, length = self._places[name]
@@ -102,12 +109,12 @@ class Inbox:
         self._open: dict[int, Incoming] = {}
         self._lock = threading.Lock()
 
-    def announce(self, request: Any) -> tuple[Incoming, Incoming | None]:
+    def announce(self, request: Any, most_bytes: int) -> tuple[Incoming, Incoming | None]:
         """Return the reply that is announced, and one to another message that it displaces.
 
         What is announced again, by a node that did not hear the answer, goes on.
         """
-        new = Incoming(request, self._folder)
+        new = Incoming(request, self._folder, most_bytes)
         with self._lock:
             old = self._open.get(new.node)
             if old and (old.reply_to, old.message_id) == (new.reply_to, new.message_id):
@@ -120,16 +127,15 @@ class Inbox:
         found = self._open.get(node)
         return found if found and found.reply_to == reply_to else None
 
-    def drop(self, node: int, reply_to: str) -> None:
+    def drop(self, reply: Incoming) -> None:
         """Forget a reply with all that came of it."""
         with self._lock:
-            if self.find(node, reply_to):
-                del self._open[node]
+            if self._open.get(reply.node) is reply:
+                del self._open[reply.node]
 
     def idle(self) -> list[Incoming]:
         """Return the replies of which nothing has come for `IDLE_S`."""
-        before = time.monotonic() - IDLE_S
-        return [one for one in list(self._open.values()) if one.touched < before]
+        return [one for one in list(self._open.values()) if one.is_idle]
 
 
 def claimed_parts(tree: Any) -> dict[str, set[str]]:

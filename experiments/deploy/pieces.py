@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
-from flwr.supercore.state.schema.linkstate_models import MessageIns
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select
@@ -45,6 +45,13 @@ def is_given(state: Any, node: int, piece: str) -> bool:
             seen |= new
             waiting.extend(new)
     return piece in seen
+
+
+def is_answered(state: Any, message_id: str) -> bool:
+    """Whether a reply to a message is in the database: all of it, for it is stored at once."""
+    found = select(MessageRes.message_id).where(MessageRes.reply_to_message_id == message_id)
+    with state.session() as session:
+        return session.scalar(found) is not None
 
 
 def _children(piece: str) -> Any:

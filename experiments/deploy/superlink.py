@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from base64 import b64decode
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
 from common.files import printable
 
-LONGEST = 2000
-"""Of a line of the log."""
+LONGEST = 400
+"""Of a line of the log, and of each part of it."""
+PRAGMAS = (("busy_timeout", "30000"), ("journal_size_limit", str(2**26)))
+"""Of SQLite: one waits for another's turn and does not fail; what was large does not stay so."""
+WITH_BODY = ("/v1/fleet/push-object", "/v1/fleet/push-messages")
 
 
 def add_superlink_parser(commands: Any) -> None:
@@ -36,6 +41,51 @@ def on_a_line(record: logging.LogRecord) -> bool:
     return True
 
 
+async def at_the_door(request: Any, call_next: Any, *, translated: Any) -> Any:
+    """Ask who it is before a large body is read; say 503 where the database is busy.
+
+    Flower reads bodies first, and says 500 there, after which its callers give up.
+    """
+    from sqlalchemy.exc import OperationalError, TimeoutError
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+
+    from experiments.deploy.guard import BusyError
+
+    async def inside(request: Any) -> Any:
+        try:
+            if request.url.path in WITH_BODY:
+                await run_in_threadpool(require_known, request)
+            return await call_next(request)
+        except (OperationalError, TimeoutError, BusyError) as error:
+            raise HTTPException(503, "busy: try again") from error
+
+    return await translated(request, inside)
+
+
+def require_known(request: Any) -> None:
+    """Raise HTTPException where a request is not signed with the key of a known node.
+
+    Flower holds time and node against it once the body is there.
+    """
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+    from flwr.superlink.dependencies.linkstate import get_linkstate
+    from starlette.exceptions import HTTPException
+
+    try:
+        headers = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+        key, signature = (b64decode(request.headers[name], validate=True) for name in headers)
+        signed = request.headers[TIMESTAMP_HEADER].encode("ascii")
+        known = get_linkstate(request).get_node_id_by_public_key(key) is not None
+        if known and verify_signature(bytes_to_public_key(key), signed, signature):
+            return
+    except (KeyError, ValueError, TypeError):
+        pass
+    raise HTTPException(401, "Invalid SuperNode authentication")
+
+
 def beside_database(words: Sequence[str]) -> Path | None:
     """Return the folder of the database of `flower-superlink`, None where it is in none.
 
@@ -50,6 +100,7 @@ def beside_database(words: Sequence[str]) -> Path | None:
 def run_superlink(args: argparse.Namespace) -> int:
     """Run `flower-superlink` with these words; returns when it ends."""
     from flwr.supercore import sql_mixin
+    from flwr.superlink import main
     from flwr.superlink.cli import flower_superlink
     from flwr.superlink.servicer.fleet import fleet_handlers
     from flwr.superlink.servicer.runtime import runtime_handlers
@@ -59,9 +110,9 @@ def run_superlink(args: argparse.Namespace) -> int:
         raise ConfigError("superlink: give --database FILE; messages are kept, and checked, there.")
     from experiments.deploy.guard import Guard
 
-    # one waits for another's turn at the database, and does not fail
-    waiting = (*vars(sql_mixin)["SQLITE_PRAGMAS"], ("busy_timeout", "30000"))
-    vars(sql_mixin)["SQLITE_PRAGMAS"] = waiting
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (*vars(sql_mixin)["SQLITE_PRAGMAS"], *PRAGMAS)
+    translated = vars(main)["http_error_translator"]
+    vars(main)["http_error_translator"] = partial(at_the_door, translated=translated)
     Guard(fleet_handlers, runtime_handlers, beside_database(args.words)).install()
     for name in ("flwr", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).addFilter(on_a_line)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.error import FlowerError
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
-from sqlalchemy.exc import SQLAlchemyError
 
+from experiments.deploy.guard import MOST_FAILURES, BusyError, NotStoredError
 from experiments.deploy.pieces import is_whole
 from tests.support.link import Link, guarded_link
 
@@ -110,8 +116,9 @@ def test_a_node_that_did_not_hear_the_answer_goes_on(
         busy.setattr(link.state, "store_object", lambda *_: False)  # as Flower's, of any error
         for name in others[:-1]:
             link.push(node, sent, name, parts[name])
-        with pytest.raises(SQLAlchemyError, match="a piece was not stored"):
-            link.push(node, sent, others[-1], parts[others[-1]])
+        for _ in range(MOST_FAILURES - 1):
+            with pytest.raises(NotStoredError, match="a piece was not stored"):
+                link.push(node, sent, others[-1], parts[others[-1]])
         assert link.pull(sent) == []
     assert not link.announce(node, answer).objects_to_push
     (reply,) = link.pull(sent)
@@ -119,16 +126,114 @@ def test_a_node_that_did_not_hear_the_answer_goes_on(
 
 
 def test_a_node_stores_no_more_than_a_reply(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.deploy.inbox.LARGEST_REPLY", 5000)
+    """What its message allows, and what a reply has beside its arrays."""
+    monkeypatch.setattr("experiments.deploy.inbox.ROOM", 1000)
     evil = link.nodes[0]
-    sent = link.send(evil)
-    answer = link.answer(link.fetch(evil), RecordDict({"arrays": ArrayRecord({
-        str(seed): vector(seed)[0] for seed in range(5)})}))  # fmt: skip
-    with pytest.raises(FlowerError, match="more than 5,000 bytes"):
-        link.hand_in(evil, answer)
+    for most, fits in ((12_000, True), (4000, False)):
+        sent = link.send(evil, most_bytes=most)
+        answer = link.answer(link.fetch(evil), RecordDict({"arrays": ArrayRecord({
+            str(seed): vector(seed)[0] for seed in range(5)})}))  # fmt: skip
+        if fits:
+            link.hand_in(evil, answer)
+        else:
+            with pytest.raises(FlowerError, match="more than 5,000 bytes"):
+                link.hand_in(evil, answer)
+        (reply,) = link.pull(sent)
+        assert reply.has_error() is not fits, "the server waits no longer"
+        assert link.num_pieces() == 0
+
+
+def all_named(tree: ObjectTree) -> list[ObjectTree]:
+    return [tree, *(piece for child in tree.children for piece in all_named(child))]
+
+
+def test_a_piece_in_two_places_is_stored_once(link: Link) -> None:
+    """The reply is whole with it; nobody keeps the database with writing it again and again."""
+    node = link.nodes[0]
+    sent = link.send(node, most_bytes=2**25)
+    # cut into pieces of 5 MB, the second of which they share; the first says how long they are
+    lengths = {"1": 2_700_000, "2": 2_700_001}
+    made = {name: Array(np.zeros(length, np.float32)) for name, length in lengths.items()}
+    content = RecordDict({"arrays": ArrayRecord(made)})
+    answer = link.answer(link.fetch(node), content)
+    wanted = link.announce(node, answer).objects_to_push
+    children = [piece.object_id for piece in all_named(get_object_tree(answer))]
+    assert len(wanted) == len(set(children)) == len(children) - 1
+    link.hand_in(node, answer)
+    (reply,) = link.pull(sent)
+    assert not reply.has_error()
+    assert reply.content["arrays"]["2"].numpy().shape == (2_700_001,)
+    assert link.num_pieces() == 0
+
+
+def test_what_the_database_never_takes_is_given_up(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = link.nodes[0]
+    sent = link.send(node)
+    answer = link.answer(link.fetch(node), vector()[1])
+    monkeypatch.setattr(link.state, "store_object", lambda *_: False)
+    with pytest.raises(NotStoredError):
+        link.hand_in(node, answer)
+    for _ in range(MOST_FAILURES - 1):
+        with pytest.raises(NotStoredError):
+            link.announce(node, answer)
+    with pytest.raises(FlowerError, match="no such message"):
+        link.announce(node, answer)
     (reply,) = link.pull(sent)
     assert reply.has_error(), "the server waits no longer"
+
+
+def test_only_some_wait_for_their_turn(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds a thread of the SuperLink; more are told to come again, and lose nothing."""
+    monkeypatch.setattr(link.guard, "_waiting", Semaphore(0))
+    node = link.nodes[0]
+    sent = link.send(node)
+    answer = link.answer(link.fetch(node), vector()[1])
+    for _ in range(2 * MOST_FAILURES):
+        with pytest.raises(BusyError, match="many replies"):
+            link.hand_in(node, answer)
+    monkeypatch.undo()
+    assert not link.announce(node, answer).objects_to_push
+    (reply,) = link.pull(sent)
+    assert not reply.has_error()
+
+
+def test_a_reply_outlives_a_restart(link: Link) -> None:
+    """What was taken is not given up because the node repeats itself."""
+    node = link.nodes[0]
+    sent = link.send(node)
+    answer = link.answer(link.fetch(node), vector()[1])
+    parts = {name: one.deflate() for name, one in get_all_nested_objects(answer).items()}
+    *_, last = link.announce(node, answer).objects_to_push
+    link.hand_in(node, answer)
+    link.restart()
+    assert link.push(node, sent, last, parts[last])
+    assert not link.announce(node, answer).objects_to_push
+    (reply,) = link.pull(sent)
+    assert not reply.has_error()
     assert link.num_pieces() == 0
+
+
+def test_a_piece_that_comes_just_now_counts(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look for idle replies and the end of one, its last piece may come."""
+    node = link.nodes[0]
+    sent = link.send(node)
+    answer = link.answer(link.fetch(node), vector()[1])
+    link.announce(node, answer)
+    idle = link.guard._inbox.idle
+
+    def meanwhile() -> Any:
+        monkeypatch.undo()
+        monkeypatch.setattr("experiments.deploy.inbox.IDLE_S", -1.0)
+        found = idle()
+        assert found
+        link.hand_in(node, answer)
+        return found
+
+    monkeypatch.setattr(link.guard._inbox, "idle", meanwhile)
+    (reply,) = link.pull(sent)
+    assert not reply.has_error()
 
 
 def test_a_piece_is_pushed_for_ones_own_reply(link: Link) -> None:
@@ -138,7 +243,7 @@ def test_a_piece_is_pushed_for_ones_own_reply(link: Link) -> None:
     parts = get_all_nested_objects(answer)
     names = link.announce(good, answer).objects_to_push
     for stolen in ("", sent, "f" * 64):
-        with pytest.raises(FlowerError, match="after its own reply was announced"):
+        with pytest.raises(FlowerError, match="after its reply was announced"):
             link.push(evil, stolen, names[0], parts[names[0]].deflate())
     for name in names:
         assert link.push(good, sent, name, parts[name].deflate())

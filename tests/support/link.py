@@ -35,6 +35,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers as fleet
 from flwr.superlink.servicer.runtime import runtime_handlers as runtime
 
 from common.inflation import Replies
+from common.messages import LARGEST_REPLY, group_of
 from experiments.deploy.guard import Guard
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
@@ -52,16 +53,18 @@ GUARDED = (
     (runtime, ("push_messages", "pull_messages")),
 )
 
+HANDLERS = {(module, name): getattr(module, name) for module, names in GUARDED for name in names}
+"""Flower's own."""
+
 
 @contextmanager
 def guarded_link(folder: Path, nodes: int = 2) -> Iterator[Link]:
     """Open a link whose handlers are guarded until the context is left."""
-    kept = [(module, name, getattr(module, name)) for module, names in GUARDED for name in names]
     identity = dict(vars(task_identity.TaskIdentity))
     try:
         yield Link(folder, nodes)
     finally:
-        for module, name, handler in kept:
+        for (module, name), handler in HANDLERS.items():
             setattr(module, name, handler)
         for name in ("_run_id", "_node_id", "_task_id"):
             setattr(task_identity.TaskIdentity, name, identity[name])
@@ -74,7 +77,7 @@ class Link:
         self.folder, self.store = folder, ObjectStoreFactory(str(folder / "state.db"))
         factory = LinkStateFactory(str(folder / "state.db"), NoOpFederationManager(), self.store)
         self.state: Any = factory.state()
-        Guard(fleet, runtime).install()
+        self.restart()
         self.nodes = []
         for number in range(nodes):
             node = self.state.create_node(
@@ -110,11 +113,27 @@ class Link:
 
     # --- the server ------------------------------------------------------------------------------
 
-    def send(self, node: int, content: RecordDict | None = None, *, whole: bool = True) -> str:
+    def restart(self) -> None:
+        """Start another SuperLink with the same database: its guard knows nothing."""
+        for (module, name), handler in HANDLERS.items():
+            setattr(module, name, handler)
+        self.guard = Guard(fleet, runtime)
+        self.guard.install()
+
+    def send(
+        self,
+        node: int,
+        content: RecordDict | None = None,
+        *,
+        whole: bool = True,
+        most_bytes: int = LARGEST_REPLY,
+    ) -> str:
         """Send a message of the server's with all its pieces, or without; return its id."""
         content = content or RecordDict()
         content["config"] = ConfigRecord({"nonce": secrets.token_hex(8)})
-        message = FlowerMessage(content, node, "train.personal", ttl=3600.0, group_id="1")
+        message = FlowerMessage(
+            content, node, "train.personal", ttl=3600.0, group_id=group_of(1, most_bytes)
+        )
         facts = {"_run_id": self.run, "_src_node_id": SUPERLINK_NODE_ID}
         message.metadata.__dict__.update(facts)
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -129,7 +148,7 @@ class Link:
                 session_id=response.session_id,
             )  # fmt: skip
             runtime.push_object(pushed, self.state, self.task)
-        self.waiting[response.message_ids[0]] = 2**20
+        self.waiting[response.message_ids[0]] = 2**25
         return str(response.message_ids[0])
 
     def pull(self, *message_ids: str) -> list[Any]:
