@@ -20,6 +20,8 @@ from common.files import PRIVATE, replace_file
 EXPORTING = threading.Lock()
 """torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
 
+_OF_SOURCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
 
 class Classifier(nn.Module):
     """A model with its normalisation: uint8 pictures (B, C, H, W) in, logits (B, classes) out.
@@ -61,6 +63,7 @@ def save_program(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
         exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
+    _without_source(exported.graph_module)
     exported.example_inputs = None  # torch would store it pickled; nobody needs it
     packed = io.BytesIO()
     torch.export.save(exported, packed)
@@ -70,6 +73,14 @@ def save_program(
         raise RuntimeError("the exported program gives other logits than the model")
     require(again)
     replace_file(path, packed.getvalue(), mode=PRIVATE)
+
+
+def _without_source(module: torch.fx.GraphModule) -> None:
+    """Take out of a program what torch notes of its source: lines, paths, names of modules."""
+    parts = (part for part in module.modules() if isinstance(part, torch.fx.GraphModule))
+    for node in (node for part in parts for node in part.graph.nodes):
+        for told in _OF_SOURCE:
+            node.meta.pop(told, None)
 
 
 def save_onnx(program: tuple[nn.Module, Tensor], path: Path) -> None:
@@ -91,7 +102,10 @@ def save_onnx(program: tuple[nn.Module, Tensor], path: Path) -> None:
             module, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False
         )
     assert made is not None  # with dynamo
-    packed = made.model_proto.SerializeToString()
+    proto = made.model_proto
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.functions):
+        del part.metadata_props[:]  # lines of the model's source, and where it lies
+    packed = proto.SerializeToString()
     session = onnxruntime.InferenceSession(packed)
     many = torch.cat([example, example, example])
     (found,) = session.run(None, {session.get_inputs()[0].name: many.numpy()})

@@ -102,12 +102,17 @@ COMMANDS = {
 """What each is for, and who adds its words: imported when it is used, for that takes seconds."""
 
 
+OWN_CODE = ("run", "sweep", "attack", "liars", "bench")
+"""Where a config may name a "module:factory" of the user's: it lives where they work. Elsewhere a
+file that lies in some folder by chance, or by somebody's wish, is not imported."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 only when everything was done."""
     words = sys.argv[1:] if argv is None else argv
     args = parser(next((word for word in words if word in COMMANDS), "")).parse_args(words)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a user's own "module:factory" lives where they work
+    if words[:1] and words[0] in OWN_CODE and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         code: int = args.command(args)
     except MHpFedHNError as error:

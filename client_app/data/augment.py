@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client_app.models.building import drawing_from
 from client_app.plugins import load_callable
-from common.errors import ConfigError, ModelError
+from common.errors import ModelError
 
 OwnAugmentation = Callable[[Tensor, torch.Generator], Tensor]
 """(examples (B, ...), a generator) -> the same examples, changed."""
@@ -56,11 +56,11 @@ def own_augmentation(name: str) -> OwnAugmentation | None:
     """Return the function that `augmentation` names, None where it names none.
 
     It gets a batch as it is stored, pictures uint8 (B, C, H, W), and may draw from torch, numpy and
-    random: they are seeded from the generator. Raises ConfigError where it cannot be imported.
+    random: they are seeded from the generator. Raises ModelError where it cannot be imported.
     """
     if ":" not in name:
         return None
-    found = load_callable(name, key="augmentation", error=ConfigError, example="my_site:turned")
+    found = load_callable(name, key="augmentation", error=ModelError, example="my_site:turned")
 
     def changed(examples: Tensor, generator: torch.Generator) -> Tensor:
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)

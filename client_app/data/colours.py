@@ -18,6 +18,7 @@ from common.errors import DataError
 
 GREY, COLOURED = 1, 3
 LUMA = (0.299, 0.587, 0.114)
+_ROWS = 256
 
 Pixels = NDArray[np.uint8]
 
@@ -34,9 +35,11 @@ def recoloured(pictures: Pixels, channels: int) -> Pixels:
         )
     if has == GREY:
         return np.repeat(pictures, COLOURED, axis=1)
+    found = np.empty((len(pictures), GREY, *pictures.shape[2:]), np.uint8)
     weights = np.array(LUMA, np.float32)
-    grey = np.einsum("nchw,c->nhw", pictures.astype(np.float32), weights)
-    found: Pixels = np.rint(grey).astype(np.uint8)[:, None]
+    for start in range(0, len(pictures), _ROWS):  # floats of all of them would fill the memory
+        some = pictures[start : start + _ROWS].astype(np.float32)
+        found[start : start + _ROWS, 0] = np.rint(np.einsum("nchw,c->nhw", some, weights))
     return found
 
 

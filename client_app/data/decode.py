@@ -24,7 +24,13 @@ DEEP_MODES = {"I", "F"}
 """More than 8 bits: 16-bit integers, 32-bit integers, floats."""
 _CHUNK = 512
 _ORIENTATION = 0x0112  # EXIF tag
-_BAD_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_BAD_PICTURE = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError),
+    *(OverflowError, ZeroDivisionError, RecursionError, Image.DecompressionBombError),
+)
+"""What PIL's parsers raise."""
+MOST_PIXELS = 50_000_000
+"""Of a picture: a few hundred kilobytes may claim more than fits in memory."""
 
 Pixels = NDArray[np.uint8]
 
@@ -42,7 +48,7 @@ def decode_picture(
     DataError, with `name`, where the bytes are not a whole picture in one of `FORMATS`.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with _opened(data) as opened:
             turned = opened.getexif().get(_ORIENTATION, 1) != 1
             picture = ImageOps.exif_transpose(opened) if turned else opened
             picture = _eight_bit(_on_white(picture), intensity)
@@ -53,6 +59,16 @@ def decode_picture(
             "Remove the file or replace it."
         ) from error
     return resize_array(np.atleast_3d(np.asarray(picture, np.uint8)), image_size=image_size)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Read a picture's header; raise ValueError where it has more than `MOST_PIXELS`."""
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = picture.size
+    if width * height > MOST_PIXELS:
+        picture.close()
+        raise ValueError(f"{width} x {height} pixels; at most {MOST_PIXELS:,} are read")
+    return picture
 
 
 def resize_array(pixels_hwc: Pixels, *, image_size: int) -> Pixels:
@@ -73,7 +89,7 @@ def picture_kind(data: bytes) -> tuple[int, bool]:
     From its header alone. One that cannot be opened counts as plain grey: decoding will report it.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with _opened(data) as picture:
             mode = picture.mode.split(";")[0]
             pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
             if pages > 1:
@@ -92,8 +108,8 @@ def picture_range(data: bytes, name: str) -> Intensity:
     Raises DataError, with `name`, where it cannot be read, or a value is no number.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            values = np.asarray(picture, dtype=np.float64)
+        with _opened(data) as picture:
+            values = np.asarray(picture, dtype=np.float32)
     except _BAD_PICTURE as error:
         raise DataError(f"{name} is not a picture that can be read ({error}).") from error
     if not np.isfinite(values).all():
@@ -131,5 +147,5 @@ def _eight_bit(picture: Image.Image, intensity: Intensity | None) -> Image.Image
     if picture.mode.split(";")[0] not in DEEP_MODES:
         return picture
     low, high = intensity or (0.0, 65535.0)
-    values = (np.asarray(picture, dtype=np.float64) - low) / (high - low)
+    values = (np.asarray(picture, dtype=np.float32) - low) / (high - low)
     return Image.fromarray(np.rint(values.clip(0, 1) * 255).astype(np.uint8))

@@ -18,12 +18,12 @@ OwnLoss = Callable[[Tensor, Tensor], Tensor]
 def own_loss(name: str, train_labels: Tensor, target: str, num_classes: int) -> OwnLoss | None:
     """Return the loss that `loss` names, None for "": that of the labels' kind.
 
-    Raises ConfigError where it is not for such labels, or cannot be imported.
+    Raises ConfigError where it is not for such labels, ModelError where it cannot be imported.
     """
     if not name:
         return None
     if ":" in name:
-        found = load_callable(name, key="loss", error=ConfigError, example="my_site:focal")
+        found = load_callable(name, key="loss", error=ModelError, example="my_site:focal")
         return lambda outputs, labels: _of_each(name, found(outputs, labels), outputs)
     kinds = {"balanced": CLASSES, "absolute": NUMBERS}
     if name not in kinds:

@@ -24,10 +24,11 @@ class PFedHN(FedAvg):
     def fit(self, task: Received, instance: Instance) -> Trained:
         """Train `pfedhn-batches` batches; 0 means the epochs of every other method.
 
-        Raises ConfigError where they are more passes than the participant's cap.
+        A participant's own `local-epochs` win. Raises ConfigError where they are more passes than
+        its cap.
         """
         batches, section = self.settings.pfedhn_batches, self.training(task)
-        if not batches:
+        if not batches or "local-epochs" in self.participant.node.recipe:
             return self.train(task, instance)
         passes = math.ceil(batches * section.batch_size / self.data.num_train)
         self.participant.node.require_modest({"local-epochs": passes})

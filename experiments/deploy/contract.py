@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
+from common.config import NodeConfig
 from common.config.client import ClassNames
 from common.config.keys import describe, toml_value
+from common.config.node import MOST_ASKED
 from common.config.section import Section, key
 from common.errors import ConfigError, DataError, listing
 from common.files import printable, replace_file
@@ -96,6 +98,21 @@ class Contract(Section):
                 )
         caps = {"max-local-epochs": self.max_local_epochs, "max-batch-size": self.max_batch_size}
         return {**caps, **self.run_config(), **own}
+
+    def lifted(self, node: Mapping[str, Any]) -> str:
+        """Say where it lets a run ask for more than a participant's file would, "" nowhere."""
+        fields = NodeConfig.model_fields
+        agreed = {
+            "max-local-epochs": (self.max_local_epochs, fields["max_local_epochs"].default),
+            "max-batch-size": (self.max_batch_size, fields["max_batch_size"].default),
+            "image-size": (self.image_size, MOST_ASKED["image-size"]),
+        }
+        above = [
+            f"{name} = {most:,}"
+            for name, (most, usual) in agreed.items()
+            if most > usual and node.get(name) == most
+        ]
+        return f"- it lets a run ask for more than usual: {listing(above)}" if above else ""
 
     def require_met(self, data: ClientData) -> str:
         """Say how a participant's data meet the contract; raise DataError where they do not."""

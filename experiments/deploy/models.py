@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from common.errors import DataError, MHpFedHNError, ModelError, listing
+from common.files import PRIVATE, read_json, replace_file
 from experiments.console import make_console, say
-from experiments.deploy.predictions import chosen, evaluate, predict
+from experiments.deploy.predictions import admit_code, chosen, evaluate, predict
 
 if TYPE_CHECKING:
     from client_app.shelf import Version
@@ -40,6 +41,10 @@ def add_model_parser(commands: Any) -> None:
             action.add_argument(kind, type=Path, metavar=word)
         if name == "export":
             action.add_argument("--onnx", action="store_true", help="its program as ONNX too")
+        if name != "list":
+            action.add_argument(
+                "--code", type=Path, metavar="FOLDER", help="with your module, if it is your model"
+            )
         if name == "list":
             action.add_argument("--json", action="store_true", help="for programs")
         else:
@@ -84,10 +89,14 @@ def export(args: argparse.Namespace) -> int:
     found, out = chosen(args), args.out
     if out.exists():
         raise DataError(f"{out} is there already. Name a folder that is not.")
+    admit_code(found.about, args.code)
     module, about = read_predictor(found.folder)
     blank = _blank(about)
-    shutil.copytree(found.folder, out)
+    shutil.copytree(found.folder, out, ignore=_links)
     make_whole(out)
+    description = out / f"{PERSONAL_MODEL}.json"
+    whole = {k: x for k, x in read_json(description).items() if k != "code"}
+    replace_file(description, json.dumps(whole, indent=2), mode=PRIVATE)
     program, without = out / f"{PERSONAL_MODEL}.pt2", str(about.get("program_error", ""))
     if not program.exists() and not without:
         try:
@@ -108,6 +117,11 @@ def export(args: argparse.Namespace) -> int:
     if without:
         say(console, f"weights only, without the program {program.name}: {without}"[:1000])
     return 0
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """Return what is not copied: a link may lead to anything."""
+    return [name for name in names if (Path(folder) / name).is_symlink()]
 
 
 def _row(version: Version, *, is_last: bool, is_best: bool) -> dict[str, Any]:

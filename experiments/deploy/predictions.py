@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -171,11 +172,29 @@ def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         words = f"federation {better.federation} has a better one, of round {better.server_round}"
         say(make_console(), f"note: {words}: --federation {better.federation}")
     about = json.loads((found.folder / DESCRIPTION).read_text())
-    sys.path += [folder for folder in about.get("code", ()) if folder not in sys.path]
+    admit_code(about, args.code)
     module, described = read_predictor(found.folder)
     if OTHER_WITH_WEIGHTS in str(about.get("program_error", "")):
         say(make_console(), f"note: it is not what was trained: {about['program_error']}"[:1000])
     return module, {"target": "classes", **described}
+
+
+def admit_code(about: dict[str, Any], code: Path | None) -> None:
+    """Let a model's own code be imported from a folder that was named, or from what is installed.
+
+    A description may come from anybody: it names code and does not get to have it run. Raises
+    DataError where the code is neither.
+    """
+    if code is not None:
+        sys.path.append(str(code.resolve()))
+    for name in (about["model"], about.get("common_model") or ""):
+        module, own, _ = name.partition(":")
+        if own and importlib.util.find_spec(module.partition(".")[0]) is None:
+            where = listing(about.get("code", ["the participant's folder"]))
+            raise DataError(
+                f"this model is built by code of its participant's, {name}, which was in {where}. "
+                "It is run where you name its folder: --code FOLDER."
+            )
 
 
 def _better(state: Path, found: Version) -> Version | None:
@@ -244,9 +263,9 @@ def _inputs(path: Path, about: dict[str, Any]) -> NDArray[Any]:
 
 def _read(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in wanted}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a file that is none makes numpy and zipfile raise
         raise DataError(
             f"{path} cannot be read: {error}. This model takes a file that numpy.savez has "
             f"written, with {listing(wanted)}."

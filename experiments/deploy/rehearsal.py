@@ -112,7 +112,8 @@ def _labels_of(data: ClientData) -> tuple[str, list[str]]:
 def check_contract(trial: Trial) -> Finding:
     """Hold the data against what the federation's participants agree on."""
     contract: Contract = _needed(trial.settings.contract, "contract")
-    return Finding(contract.require_met(_needed(trial.data, "data")))
+    met = contract.require_met(_needed(trial.data, "data"))
+    return Finding(met, contract.lifted(trial.settings.node))
 
 
 def check_model(trial: Trial) -> Finding:

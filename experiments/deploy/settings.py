@@ -24,6 +24,7 @@ PATH_KEYS = (
     *("certificate", "key", "trusted-entities", "bundle"),
 )
 OWN_KEYS = ("bundle", "server", "certificate", "key", "insecure", "trusted-entities", "port")
+MAY_NAME_CODE = ("model", "dataset", "global-model", "augmentation", "loss")
 REQUIRED = {"client-id": "hospital-a", "server": "fl.example.org:8000"}
 FLAGS = {
     "client-id": ("NAME", "your stable name in the federation"),
@@ -130,7 +131,7 @@ class JoinSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment; own code is found beside the settings."""
-        names = [str(self.node.get(key, "")) for key in ("model", "dataset", "global-model")]
+        names = [str(self.node.get(key, "")) for key in MAY_NAME_CODE]
         env = flower_environment(os.environ, home=self.folder / "flwr")
         return env | own_modules(names, self.base) | {MARK: self.mark}
 

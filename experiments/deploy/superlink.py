@@ -46,9 +46,9 @@ async def at_the_door(request: Any, call_next: Any, *, translated: Any) -> Any:
 
     Flower reads bodies first, and says 500 there, after which its callers give up.
     """
+    from fastapi import HTTPException
     from sqlalchemy.exc import OperationalError, TimeoutError
     from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
 
     from experiments.deploy.guard import BusyError
 
@@ -68,11 +68,11 @@ def require_known(request: Any) -> None:
 
     Flower holds time and node against it once the body is there.
     """
+    from fastapi import HTTPException
     from flwr.common.constant import TIMESTAMP_HEADER
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
     from flwr.superlink.dependencies.linkstate import get_linkstate
-    from starlette.exceptions import HTTPException
 
     try:
         headers = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)

@@ -1,0 +1,187 @@
+"""What somebody hands over, or lies where a command is typed: read, never run, and bounded."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from client_app.data.augment import own_augmentation
+from client_app.data.colours import LUMA, recoloured
+from client_app.data.decode import decode_picture, picture_range
+from client_app.data.losses import own_loss
+from client_app.outgoing import outgoing_error
+from client_app.personal import PersonalModel
+from client_app.shelf import DESCRIPTION, Shelf
+from common.errors import DataError, MHpFedHNError
+from common.messages import Evaluation
+from experiments.__main__ import main
+from experiments.deploy.contract import Contract
+from experiments.deploy.settings import JoinSettings
+from tests.cases.test_pictures import grey
+from tests.unit.client_app.pictures import client_data
+
+SOURCE = """
+from pathlib import Path
+from torch import nn
+(Path(__file__).parent / "ran").touch()
+
+def net(*, in_channels, num_classes):
+    # our unpublished trick
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 32 * 32, num_classes))
+"""
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def path_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def handed_over(folder: Path, module: str) -> tuple[Path, Path]:
+    """Return a participant's folder whose model names code, and the folder of that code."""
+    code, state, data = folder / "code", folder / "state", client_data(num_train=12)
+    code.mkdir()
+    (code / f"{module}.py").write_text(SOURCE)
+    found = Evaluation(num_test=4, num_correct=2, test_loss=1.0, seconds=0.0)
+    facts = {"round": 1, "validation_accuracy": 0.5, "num_validation": 30}
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    kept = PersonalModel("mlp", net, data, found, "", facts)
+    Shelf(state).keep(kept, "a1", 1, program=False)
+    for path in state.rglob(DESCRIPTION):
+        about = json.loads(path.read_text())
+        about |= {"model": f"{module}:net", "code": [str(code)]}
+        path.write_text(json.dumps(about))
+    grey(folder / "pictures" / "a" / "1.png", 5)
+    return state, code
+
+
+@pytest.mark.parametrize("action", ["predict", "evaluate", "export"])
+def test_a_models_code_is_run_where_its_folder_is_named(
+    tmp_path: Path, action: str, capsys: Capture
+) -> None:
+    state, code = handed_over(tmp_path, f"handed_{action}")
+    words = {
+        "predict": [str(tmp_path / "pictures"), str(tmp_path / "out.csv")],
+        "evaluate": [str(tmp_path / "labelled.npz")],
+        "export": [str(tmp_path / "out")],
+    }[action]
+    pixels = np.zeros((10, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "labelled.npz", inputs=pixels, labels=np.arange(10))
+    assert main(["model", action, str(state), *words]) == 2
+    assert "--code FOLDER" in capsys.readouterr().err
+    assert not (code / "ran").exists()
+    assert main(["model", action, str(state), *words, "--code", str(code)]) == 0
+    assert (code / "ran").exists()
+
+
+def test_an_exported_model_tells_nothing_of_its_source(tmp_path: Path) -> None:
+    state, code = handed_over(tmp_path, "handed_source")
+    out = tmp_path / "out"
+    (next(state.rglob(DESCRIPTION)).parent / "link").symlink_to("/etc/hostname")
+    words = [str(state), str(out), "--onnx", "--code", str(code)]
+    assert main(["model", "export", *words]) == 0
+    found = b"".join(path.read_bytes() for path in out.iterdir() if path.suffix != ".json")
+    for told in (b"unpublished", b"handed_source", b"program.py", str(tmp_path).encode()):
+        assert told not in found, told
+    assert str(tmp_path) not in (out / DESCRIPTION).read_text()
+    assert not (out / "link").exists()
+    assert torch.export.load(out / "personal_model.pt2")
+
+
+def test_a_folder_is_not_searched_for_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture folder may hold a file of the name of one that some library looks for."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["model", "list", "nowhere"], ["status", "nowhere"], ["keys"]):
+        main(words)
+        assert str(tmp_path) not in sys.path
+    assert main(["run", "nothing-there"]) == 2
+    assert str(tmp_path) in sys.path
+
+
+@pytest.mark.parametrize("key", ["augmentation", "loss"])
+def test_own_code_of_any_kind_is_found_by_the_supernode(tmp_path: Path, key: str) -> None:
+    values = {"client-id": "a", "server": "x:1", "insecure": True, key: "my_lab:made",
+              "state-dir": str(tmp_path)}  # fmt: skip
+    settings = JoinSettings.parse(values, tmp_path)
+    assert str(tmp_path) in settings.environment()["PYTHONPATH"]
+
+
+def test_a_server_is_not_told_what_own_code_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_lab.py").write_text("raise ImportError('licence of patients SN-4711')")
+    for make in (
+        lambda: own_augmentation("broken_lab:turned"),
+        lambda: own_augmentation("my_private_toolkit:turned"),
+        lambda: own_loss("broken_lab:focal", torch.zeros(3).long(), "classes", 2),
+    ):
+        with pytest.raises(MHpFedHNError) as raised:
+            make()
+        told = str(outgoing_error(raised.value, {"client-id": "a"}, {}))
+        assert not any(word in told for word in ("SN-4711", "lab", "toolkit", str(tmp_path)))
+
+
+@pytest.mark.parametrize(("mode", "name"), [("1", "big.png"), ("I;16", "deep.png")])
+def test_a_picture_has_so_many_pixels(mode: str, name: str) -> None:
+    packed = io.BytesIO()
+    Image.new(mode, (8000, 7000)).save(packed, "PNG")
+    assert len(packed.getvalue()) < 500_000
+    with pytest.raises(DataError, match=f"{name} .*8000 x 7000 pixels; at most 50,000,000"):
+        decode_picture(packed.getvalue(), channels=1, image_size=32, name=name)
+    with pytest.raises(DataError, match="8000 x 7000"):
+        picture_range(packed.getvalue(), name)
+
+
+def test_many_pictures_become_grey_a_part_at_a_time() -> None:
+    pictures = np.random.default_rng(1).integers(0, 256, (600, 3, 4, 4), dtype=np.uint8)
+    wanted = np.rint((pictures * np.array(LUMA, np.float32)[:, None, None]).sum(1))
+    assert np.abs(recoloured(pictures, 1)[:, 0] - wanted).max() <= 1
+    assert recoloured(pictures[:0], 1).shape == (0, 1, 4, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04nothing", b"\x93NUMPY\x01\x00\xff\xff"])
+def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes, capsys: Capture) -> None:
+    shelf, data = Shelf(tmp_path / "state"), client_data(num_train=12)
+    found = Evaluation(num_test=4, num_correct=2, test_loss=1.0, seconds=0.0)
+    facts: dict[str, Any] = {"validation_accuracy": 0.5, "num_validation": 30}
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    shelf.keep(PersonalModel("mlp", net, data, found, "", facts), "a1", 1, program=False)
+    for path in (tmp_path / "state").rglob(DESCRIPTION):  # what builds it is not asked for here
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps({**about, "model": f"{__name__}:flat"}))
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(content)
+    words = [str(tmp_path / "state"), str(bad), str(tmp_path / "out.csv")]
+    assert main(["model", "predict", *words]) == 2
+    assert "bad.npz cannot be read" in "".join(capsys.readouterr().err.splitlines())
+
+
+def flat(*, in_channels: int, num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 32 * 32, num_classes))
+
+
+def test_a_contract_that_lifts_caps_is_told() -> None:
+    contract = Contract.checked({"max-local-epochs": 10**9, "image-size": 2048}, "contract")
+    own = contract.node_config({"client-id": "a"})
+    said = contract.lifted(own)
+    assert "max-local-epochs = 1,000,000,000" in said
+    assert "image-size = 2,048" in said
+    assert "max-batch-size" not in said
+    assert contract.lifted({**own, "max-local-epochs": 5}).count("max-") == 0
+    assert Contract().lifted(Contract().node_config({})) == ""
+
+
+def test_brackets_without_end_are_no_toml(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "site.toml").write_text("x = " + "[" * 100_000)
+    assert main(["join", str(tmp_path / "site.toml")]) == 2
+    assert "is not a TOML file" in "".join(capsys.readouterr().err.splitlines())
