@@ -176,6 +176,14 @@ class _Maker:
         self._keep(self._folder / "server" / "supernodes" / f"{site}.pub", PUBLIC, lambda: line)
 
 
+def self_signed(host: str) -> tuple[bytes, bytes, bytes]:
+    """Return a CA certificate, the certificate that it signs for a host, and its key, as PEM."""
+    ca_key, key = _new_key(), _new_key()
+    authority = _certificate("MH-pFedHN", ca_key)
+    issuer = x509.load_pem_x509_certificate(authority).subject
+    return authority, _certificate("MH-pFedHN", key, [host], (issuer, ca_key)), _pem(key)
+
+
 def _certificate(
     name: str,
     key: ec.EllipticCurvePrivateKey,

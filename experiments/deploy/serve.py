@@ -13,7 +13,8 @@ import time
 from types import FrameType
 from typing import Any
 
-from experiments.run.engines.processes import find_program, program_path
+from experiments.deploy.supernode import PYTHON
+from experiments.run.engines.processes import program_path
 
 STEADY_S = 10.0
 """Who ends sooner could never work: a wrong address, a wrong secret."""
@@ -59,7 +60,7 @@ def _started(args: argparse.Namespace) -> subprocess.Popen[bytes]:
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    command = [find_program("flower-superexec"), "--runtime-api-address", args.superlink]
+    command = [*PYTHON, "experiments.deploy.executor", "--runtime-api-address", args.superlink]
     command += ["--parent-pid", str(os.getpid())]  # it ends with us even when we are killed
     command += ["--insecure"] if args.insecure else []
     command += ["--root-certificates", args.certificate] if args.certificate else []

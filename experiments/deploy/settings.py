@@ -14,9 +14,10 @@ from common.config import NodeConfig, RunConfig
 from common.config.keys import to_toml
 from common.errors import ConfigError, unknown_name
 from common.files import PRIVATE, replace_file, state_folder
+from experiments.deploy import supernode
 from experiments.deploy.contract import Contract, join_defaults
 from experiments.run.engines.home import flower_environment, own_modules
-from experiments.run.engines.processes import MARK, find_program
+from experiments.run.engines.processes import MARK
 from experiments.run.presets import read_toml
 
 PATH_KEYS = (
@@ -115,19 +116,18 @@ class JoinSettings:
         return state_folder(str(self.node["state-dir"]), self.client_id)
 
     def command(self, port: int) -> list[str]:
-        """Return the SuperNode's command line; its own API stays on loopback."""
+        """Return the SuperNode's command line; its own API stays on loopback, and its own."""
         settings = self.folder / "node-config.toml"
         replace_file(settings, to_toml(self.node), mode=PRIVATE)
-        command = [find_program("flower-supernode"), "--superlink", self.server]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", str(settings)]
-        command += ["--insecure"] if self.insecure else []
+        words = ["--superlink", self.server, "--node-config", str(settings)]
+        words += ["--insecure"] if self.insecure else []
         for flag, path in (
             ("--root-certificates", self.certificate),
             ("--auth-supernode-private-key", self.key),
             ("--trusted-entities", self.trusted_entities),
         ):
-            command += [flag, str(path)] if path is not None else []
-        return command
+            words += [flag, str(path)] if path is not None else []
+        return supernode.command(self.folder / "api", port, words)
 
     def environment(self) -> dict[str, str]:
         """Return the SuperNode's environment; own code is found beside the settings."""

@@ -55,7 +55,7 @@ def test_kill_9_of_join_ends_its_supernode(tmp_path: Path) -> None:
 
         def serves() -> bool:
             lines = [" ".join(found.cmdline()) for found in started_under(owner)]
-            return any("flower-supernode" in line for line in lines) and len(lines) > 3
+            return any("deploy.supernode" in line for line in lines) and len(lines) > 3
 
         wait_until(serves, 90, "the SuperNode and its SuperExec run")
         kill_and_look(process, owner)

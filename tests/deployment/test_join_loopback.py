@@ -61,7 +61,7 @@ def joined(deployment: Deployment, site: str) -> Iterator[subprocess.Popen[bytes
 
 def supernode_of(process: subprocess.Popen[bytes]) -> psutil.Process:
     children = psutil.Process(process.pid).children()
-    return next(p for p in children if "flower-supernode" in " ".join(p.cmdline()))
+    return next(p for p in children if "deploy.supernode" in " ".join(p.cmdline()))
 
 
 def joined_config(folder: Path) -> RunConfig:
