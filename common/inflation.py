@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -37,6 +38,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 
 from common.errors import WireError
+from common.messages import LARGEST_REPLY
 
 GRID = "flwr.superlink.grid.http_grid"
 PATIENCE_S = 120.0
@@ -236,3 +238,16 @@ def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
             raise WireError(
                 f"put together it has more than the {most_bytes:,} bytes that a reply may have."
             )
+
+
+_UP_TO = re.compile(r"up to (\d{1,12}) bytes\Z", re.ASCII)
+
+
+def most_bytes_of(group_id: str) -> int:
+    """Return how many bytes of arrays the reply to a message of a `Pending.group_id` may bring.
+
+    >>> most_bytes_of("3, reply up to 2000 bytes"), most_bytes_of("another's") == LARGEST_REPLY
+    (2000, True)
+    """
+    found = _UP_TO.search(group_id)
+    return min(int(found[1]), LARGEST_REPLY) if found else LARGEST_REPLY

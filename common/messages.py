@@ -68,21 +68,6 @@ def micro_accuracy(counts: Sequence[tuple[int, float]]) -> float:
     return sum(right) / sum(weights)
 
 
-def group_of(server_round: int, most_bytes: int) -> str:
-    """Return a message's group-id: its round, and how many bytes of arrays its reply may bring."""
-    return f"{server_round}/{most_bytes}"
-
-
-def most_bytes_of(group_id: str) -> int:
-    """Return how many bytes of arrays the reply to a message of this group-id may bring.
-
-    >>> most_bytes_of(group_of(3, 2000)), most_bytes_of("another program's") == LARGEST_REPLY
-    (2000, True)
-    """
-    number = group_id.rpartition("/")[2]
-    return min(int(number), LARGEST_REPLY) if number.isdecimal() else LARGEST_REPLY
-
-
 class Recipient(NamedTuple):
     """Who a message goes to, and how many bytes of arrays the reply may bring."""
 
@@ -108,6 +93,11 @@ class Pending:
     sent_at: float = 0.0
     patience_s: float = math.inf
     most_bytes: int = SMALLEST_REPLY
+
+    @property
+    def group_id(self) -> str:
+        """What its message says of itself on the way (`inflation.most_bytes_of` reads it)."""
+        return f"{self.header.server_round}, reply up to {self.most_bytes} bytes"
 
     @property
     def source(self) -> str:

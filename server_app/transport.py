@@ -27,7 +27,7 @@ from common.errors import MHpFedHNError
 from common.files import printable
 from common.inflation import again, is_lost
 from common.log import logger
-from common.messages import Pending, Recipient, group_of
+from common.messages import Pending, Recipient
 from common.records import Content, Header, Received, encode, payload_bytes
 
 T = TypeVar("T")
@@ -187,7 +187,7 @@ class Transport:
             pending.node_id,
             pending.message_type,
             ttl=self._patience_s(pending),
-            group_id=group_of(pending.header.server_round, pending.most_bytes),
+            group_id=pending.group_id,
         )
 
     def poll(self) -> list[Arrival]:

@@ -7,25 +7,22 @@ answer in the task's place.
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 
 def start_task(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a task's process as subprocess.Popen, its token on standard input."""
+    """Start a task's process as subprocess.Popen; its token is in a file without a name."""
     words = list(command)
     at = words.index("--token")
-    token = words[at + 1]
-    words[at : at + 2] = ["--token-stdin"]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, **options)
-    assert process.stdin is not None
-    try:
-        process.stdin.write(f"{token}\n".encode())
-        process.stdin.close()
-    except BrokenPipeError:  # it has ended already; its own output says why
-        pass
-    return process
+    with tempfile.TemporaryFile() as file:
+        file.write(words[at + 1].encode())
+        file.flush()
+        file.seek(0)
+        words[at : at + 2] = ["--token-file", f"/dev/fd/{file.fileno()}"]
+        return subprocess.Popen(words, pass_fds=(file.fileno(),), **options)
 
 
 def main() -> None:

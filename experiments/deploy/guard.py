@@ -27,8 +27,9 @@ from flwr.supercore.utils import int64_to_uint64
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import WireError
+from common.inflation import most_bytes_of
 from common.log import logger
-from common.messages import MOST_SECONDS, most_bytes_of
+from common.messages import MOST_SECONDS
 from experiments.deploy.inbox import Inbox, Incoming
 from experiments.deploy.pieces import Kept, is_answered, is_given, is_whole
 

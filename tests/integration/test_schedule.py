@@ -35,7 +35,7 @@ class Watched(InProcessGrid):
         for message in (m for m in messages if m.metadata.message_type == TRAIN):
             node = message.metadata.dst_node_id
             assert node not in self._training(), "two messages in flight to one node"
-            self.latest = max(self.latest, int(message.metadata.group_id.partition("/")[0]))
+            self.latest = max(self.latest, int(message.metadata.group_id.partition(",")[0]))
             self.order.append(node - SLOW)
         accepted = list(super().push_messages(messages))
         self.most = max(self.most, len(self._training()))
@@ -52,7 +52,7 @@ class Watched(InProcessGrid):
         if message_id not in self._queue:
             return False
         data = self._queue[message_id].metadata
-        first = data.message_type == TRAIN and data.group_id.startswith("1/")
+        first = data.message_type == TRAIN and data.group_id.startswith("1,")
         return self.holds and self.latest < 2 and first and data.dst_node_id == SLOW
 
 

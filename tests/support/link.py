@@ -35,7 +35,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers as fleet
 from flwr.superlink.servicer.runtime import runtime_handlers as runtime
 
 from common.inflation import Replies
-from common.messages import LARGEST_REPLY, group_of
+from common.messages import LARGEST_REPLY
 from experiments.deploy.guard import Guard
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
@@ -132,7 +132,11 @@ class Link:
         content = content or RecordDict()
         content["config"] = ConfigRecord({"nonce": secrets.token_hex(8)})
         message = FlowerMessage(
-            content, node, "train.personal", ttl=3600.0, group_id=group_of(1, most_bytes)
+            content,
+            node,
+            "train.personal",
+            ttl=3600.0,
+            group_id=f"1, reply up to {most_bytes} bytes",
         )
         facts = {"_run_id": self.run, "_src_node_id": SUPERLINK_NODE_ID}
         message.metadata.__dict__.update(facts)
