@@ -46,6 +46,14 @@ COMMANDS = {
         "run a grid of settings and seeds; resumable",
         "experiments.report.command:add_sweep_parser",
     ),
+    "export-partitions": (
+        "a run's partitions, for PFLlib and HtFLlib",
+        "experiments.report.exchange:add_export_parser",
+    ),
+    "import-results": (
+        "results of these, for compare and report",
+        "experiments.report.exchange:add_import_parser",
+    ),
     "tensorboard": (
         "write runs as TensorBoard event files",
         "experiments.report.events:add_tensorboard_parser",

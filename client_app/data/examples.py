@@ -254,6 +254,7 @@ def _load(
         )
     except DataError as error:
         raise DataError(f"{section.dataset}, client {partition_id}: {error}") from error
+    test = validation if section.tested_on == "validation" else test
 
     def images(positions: Indices) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(dataset.images[rows[positions]]))

@@ -120,6 +120,10 @@ class ClientSection(Section):
         "some; empty: as its folders are named, or as its labels count",
         where='dataset "folder" or "module:function"',
     )
+    tested_on: Literal["test", "validation"] = key(
+        "test",
+        'whose accuracy is told; "validation": to choose settings by, test examples stay unseen',
+    )
     measure_alone: bool = key(
         True,
         "train the model also alone, by the same recipe and never touched by the federation: what "

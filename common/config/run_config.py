@@ -154,6 +154,11 @@ def _check_together(config: RunConfig) -> None:
             "Set uplink-top-k = 1."
         )
     config.client.require_test_part("run config")
+    if config.client.tested_on == "validation" and not config.client.validation_fraction:
+        raise ConfigError(
+            "run config: tested-on = 'validation' with validation-fraction = 0: there are no such "
+            "examples. Set validation-fraction = 0.1, say."
+        )
     if config.has_personal_common and not config.client.validation_fraction:
         raise ConfigError(
             "run config: mh-pfedhn-pg weighs the own and the common model on validation examples; "

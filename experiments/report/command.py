@@ -100,11 +100,15 @@ def sweep(args: argparse.Namespace) -> int:
     console = make_console(wide=True)
     common: dict[str, Scalar] = dict(parse_assignment(text) for text in args.set)
     common |= {"data-dir": args.data_dir} if args.data_dir else {}
-    plan = Plan.load(args.file, resolve_paths(common, base=Path.cwd()), args.output_dir)
+    wanted = (args.file, resolve_paths(common, base=Path.cwd()), args.output_dir)
+    plan = Plan.load(*wanted)
     if args.status:
         return runner.show_status(plan, console)
     if not args.background:
-        return runner.Sweep(plan, console, jobs=max(1, args.jobs)).run()
+        code = runner.Sweep(plan, console, jobs=max(1, args.jobs)).run()
+        if code or not plan.is_trial:
+            return code
+        return runner.Sweep(Plan.load(*wanted), console, jobs=max(1, args.jobs)).run()
     again = [args.file]
     again += ["--data-dir", args.data_dir] if args.data_dir else []
     again += ["--output-dir", args.output_dir] if args.output_dir else []
@@ -112,7 +116,8 @@ def sweep(args: argparse.Namespace) -> int:
     pid, log = runner.detach(plan, [*again, "--jobs", str(args.jobs)])
     say(
         console,
-        f"{len(plan.cells)} cells run in the background as process {pid}\n"
+        f"{len(plan.cells)} {'trials, and then cells,' if plan.is_trial else 'cells'} run in the "
+        f"background as process {pid}\n"
         f"log     {log}\n"
         f"status  mh-pfedhn sweep {shlex.join(again)} --status\n"
         f"stop    kill {pid}    (the same command goes on where it was)",

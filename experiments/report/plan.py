@@ -11,6 +11,9 @@
     [variants.later]                 # goes on from another variant's run with the same seed
     after = "local"                  # wants checkpoints = "keep"
 
+    [tune]                           # the grid holds candidates, of which each variant keeps one:
+    seed = 11                        # by validation accuracy with this seed (`report.tuning`)
+
 A later table wins: preset, fixed, variant, grid, what the command line says, seed.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +33,7 @@ from common.config.section import Scalar, kebab
 from common.errors import ConfigError, unknown_name
 from common.files import output_root
 from experiments.report.settings import digest, essential, value_text
+from experiments.report.tuning import are_done, best_settings
 from experiments.run.presets import (
     CONFIGS,
     EngineSection,
@@ -47,7 +51,7 @@ RESERVED = {
 }
 Settings = dict[str, Scalar]
 Grid = dict[str, Annotated[list[Scalar], Field(min_length=1)]]
-STUDIES = CONFIGS / "studies"
+STUDIES, TRIALS = CONFIGS / "studies", "-trials"
 LONGEST_NAME = 90
 
 
@@ -66,6 +70,14 @@ class Variant(BaseModel):
         return self.model_extra or {}
 
 
+class Tune(BaseModel):
+    """How each variant's grid values are chosen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+
+
 class SweepFile(BaseModel):
     """What a sweep file may say."""
 
@@ -79,6 +91,28 @@ class SweepFile(BaseModel):
     fixed: Settings = {}
     grid: Grid = {}
     variants: dict[str, Variant] = {}
+    tune: Tune | None = None
+
+    def trials(self) -> SweepFile:
+        """Return the sweep that tries all candidates, where a variant has several."""
+        assert self.tune
+        several = {
+            name: variant
+            for name, variant in (self.variants or {"": Variant()}).items()
+            if any(len(values) > 1 for values in (self.grid | variant.grid).values())
+        }
+        return self.model_copy(update={"variants": several, "seeds": [self.tune.seed]})
+
+    def chosen(self, trials: Sequence[Cell]) -> SweepFile:
+        """Return the sweep in which each variant has the settings that its best trial had."""
+        settled = {}
+        for name, variant in (self.variants or {"": Variant()}).items():
+            tried = any(cell.variant == name for cell in trials)
+            only = {key: values[0] for key, values in (self.grid | variant.grid).items()}
+            best = best_settings(trials, name) if tried else only
+            rest = variant.model_dump(exclude={"grid"})
+            settled[name] = Variant.model_validate(rest | best)
+        return self.model_copy(update={"grid": {}, "variants": settled})
 
     @classmethod
     def load(cls, path: Path) -> SweepFile:
@@ -147,6 +181,7 @@ class Plan:
     description: str
     keep_checkpoints: bool
     cells: tuple[Cell, ...]
+    is_trial: bool = False
 
     @classmethod
     def load(
@@ -156,7 +191,8 @@ class Plan:
 
         Takes a study of the project or a path that ends in .toml. `common` and `output_dir` win
         over the file's settings and place. Raises ConfigError on an unknown key, a value out of
-        range, or the same run twice.
+        range, or the same run twice. Where settings are to be chosen, and not all trials have
+        completed, the plan is that of the trials.
         """
         path = find_toml("study", str(name_or_file), STUDIES)
         try:
@@ -165,7 +201,14 @@ class Plan:
             if output_dir or not content.output_dir:
                 folder = Path(output_dir or output_root() / path.stem).expanduser()
             folder = folder.resolve()
-            cells = tuple(_cells(content, path, folder, common or {}))
+            common, is_trial, apart = common or {}, False, folder.with_name(folder.name + TRIALS)
+            if content.tune:
+                tested = {**common, "tested-on": "validation"}
+                cells = tuple(_cells(content.trials(), path, apart, tested))
+                is_trial = not are_done(cells)
+            if not is_trial:
+                content = content.chosen(cells) if content.tune else content
+                cells = tuple(_cells(content, path, folder, common))
             seen: dict[str, str] = {}
             for cell in cells:
                 other = seen.setdefault(cell.name.rpartition("_")[2], cell.name)
@@ -173,7 +216,9 @@ class Plan:
                     raise ConfigError(f"{other} and {cell.name} are the same run. Remove one.")
         except ConfigError as error:
             raise ConfigError(f"{path.name}: {error}") from error
-        return cls(path, folder, content.description, content.checkpoints == "keep", cells)
+        keep = content.checkpoints == "keep"
+        place = apart if is_trial else folder
+        return cls(path, place, content.description, keep, cells, is_trial)
 
 
 def _cells(content: SweepFile, path: Path, folder: Path, common: Settings) -> Iterator[Cell]:

@@ -27,7 +27,7 @@ INCIDENTAL = frozenset({
 DATA_KEYS = (
     "dataset", "data-dir", "partition", "num-partitions", "classes-per-client", "dirichlet-alpha",
     "min-client-examples", "max-client-examples", "partition-options", "test-fraction",
-    "validation-fraction", "image-size",
+    "validation-fraction", "image-size", "tested-on",
 )  # fmt: skip
 """Keys that, with the seed, decide which examples a client has."""
 

@@ -16,6 +16,7 @@ from server_app.output.run_folder import RunFolder
 from tests.support.tiny import HERE, MIXED, NUM_CLASSES, run_tiny
 
 CLIENTS = 4
+EVIDENCE = "evidence-digits-one"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,10 @@ def test_preset(name: str, tmp_path: Path) -> None:
 def test_study(name: str, tmp_path: Path) -> None:
     assert Plan.load(name).description
     places: dict[Path, Path] = {}
-    for number, cell in enumerate(ends(name)):
+    cells = list(ends(name))
+    if name.startswith("evidence-") and name != EVIDENCE:
+        cells = cells[:2]  # they have the same variants
+    for number, cell in enumerate(cells):
         places[cell.folder] = tmp_path / str(number)
         more: dict[str, object] = {}
         if cell.after:
