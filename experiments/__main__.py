@@ -161,15 +161,15 @@ def run(args: argparse.Namespace) -> int:
 def list_presets(args: argparse.Namespace) -> int:
     """List the presets, and the studies."""
     from experiments.report.listing import preset_table, study_table
-    from experiments.report.plan import STUDIES, Plan
+    from experiments.report.sweep_file import STUDIES, SweepFile
     from experiments.run.presets import Preset, preset_names
 
     presets = [Preset.load(name) for name in preset_names()]
-    studies = [Plan.load(name) for name in preset_names(STUDIES)]
+    studies = {n: SweepFile.load(STUDIES / f"{n}.toml") for n in preset_names(STUDIES)}
     if args.json:
         told = {
             "presets": {preset.name: preset.description for preset in presets},
-            "studies": {study.file.stem: study.description for study in studies},
+            "studies": {name: study.description for name, study in studies.items()},
         }
         print(json.dumps(told, indent=2))
         return 0

@@ -80,11 +80,11 @@ def test_files_that_are_named_exist(path: Path) -> None:
 def test_commands_presets_and_keys_exist(path: Path) -> None:
     text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
     commands = subcommands()
-    for command in re.findall(r"mh-pfedhn ([a-z]+)\b", text):
+    for command in re.findall(r"mh-pfedhn ([a-z][a-z-]*)\b", text):
         assert command in commands, f"{path.name}: mh-pfedhn {command}"
     for name in re.findall(r"mh-pfedhn run ([\w-]+)(?!\S*\.toml)", text):
         assert name.isupper() or name in preset_names(), f"{path.name}: preset {name}"
-    for name in re.findall(r"mh-pfedhn sweep (study-[\w-]+)", text):
+    for name in re.findall(r"mh-pfedhn sweep ((?:study|evidence)-[\w-]+)", text):
         assert name in STUDIES, f"{path.name}: {name}"
     for module in re.findall(r"python -m ((?:experiments|common)[\w.]*)", text):
         file = ROOT / module.replace(".", "/")

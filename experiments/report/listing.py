@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from experiments.report.plan import Plan
+from experiments.report.sweep_file import SweepFile
 from experiments.run.presets import Preset
 
 
@@ -20,11 +20,11 @@ def preset_table(presets: Sequence[Preset]) -> Table:
     return table
 
 
-def study_table(plans: Sequence[Plan]) -> Table:
+def study_table(studies: Mapping[str, SweepFile]) -> Table:
     """List studies: name, number of runs and what they show; `mh-pfedhn sweep NAME` runs them."""
     table = table_of("study", "runs", "what it shows", numbers=(1,))
-    for plan in plans:
-        table.add_row(f"[bold]{plan.file.stem}[/]", str(len(plan.cells)), plan.description)
+    for name, study in studies.items():
+        table.add_row(f"[bold]{name}[/]", str(study.num_runs), study.description)
     return table
 
 

@@ -1,45 +1,23 @@
-"""From a sweep file to its cells: every combination of variant, grid values and seed is one run.
-
-    preset = "quickstart"            # what all cells start from; a name or a file beside this one
-    seeds = [1, 2, 3]
-    [fixed]                          # settings of all cells, as behind `mh-pfedhn run --set`
-    rounds = 10
-    [grid]                           # lists: every combination
-    distill-alpha = [0.02, 0.2]
-    [variants.local]                 # a method with settings, a preset or a grid of its own
-    method = "local"
-    [variants.later]                 # goes on from another variant's run with the same seed
-    after = "local"                  # wants checkpoints = "keep"
-
-    [tune]                           # the grid holds candidates, of which each variant keeps one:
-    seed = 11                        # by validation accuracy with this seed (`report.tuning`)
-
-A later table wins: preset, fixed, variant, grid, what the command line says, seed.
-"""
+"""From a sweep file to its cells: each combination of variant, grid values and seed is a run."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.config import RunConfig
-from common.config.section import Scalar, kebab
 from common.errors import ConfigError, unknown_name
 from common.files import output_root
 from experiments.report.settings import digest, essential, value_text
-from experiments.report.tuning import are_done, best_settings
+from experiments.report.sweep_file import STUDIES, TRIALS, Settings, SweepFile, Variant
+from experiments.report.tuning import are_done, reached
 from experiments.run.presets import (
-    CONFIGS,
     EngineSection,
     Preset,
     find_toml,
-    read_toml,
     resolve_paths,
 )
 
@@ -49,88 +27,7 @@ RESERVED = {
     "resume-from": "a cell that was cut off is resumed by the sweep itself",
     "num-partitions": "set num-clients instead",
 }
-Settings = dict[str, Scalar]
-Grid = dict[str, Annotated[list[Scalar], Field(min_length=1)]]
-STUDIES, TRIALS = CONFIGS / "studies", "-trials"
 LONGEST_NAME = 90
-
-
-class Variant(BaseModel):
-    """A method with settings, a preset and a grid of its own; other keys are settings."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    preset: str = ""
-    after: str = ""
-    grid: Grid = {}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the variant itself."""
-        return self.model_extra or {}
-
-
-class Tune(BaseModel):
-    """How each variant's grid values are chosen."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int
-
-
-class SweepFile(BaseModel):
-    """What a sweep file may say."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=kebab)
-
-    description: str = ""
-    preset: str
-    seeds: list[int] = Field([42], min_length=1)
-    output_dir: str = ""
-    checkpoints: Literal["embeddings", "keep"] = "embeddings"
-    fixed: Settings = {}
-    grid: Grid = {}
-    variants: dict[str, Variant] = {}
-    tune: Tune | None = None
-
-    def trials(self) -> SweepFile:
-        """Return the sweep that tries all candidates, where a variant has several."""
-        assert self.tune
-        several = {
-            name: variant
-            for name, variant in (self.variants or {"": Variant()}).items()
-            if any(len(values) > 1 for values in (self.grid | variant.grid).values())
-        }
-        return self.model_copy(update={"variants": several, "seeds": [self.tune.seed]})
-
-    def chosen(self, trials: Sequence[Cell]) -> SweepFile:
-        """Return the sweep in which each variant has the settings that its best trial had."""
-        settled = {}
-        for name, variant in (self.variants or {"": Variant()}).items():
-            tried = any(cell.variant == name for cell in trials)
-            only = {key: values[0] for key, values in (self.grid | variant.grid).items()}
-            best = best_settings(trials, name) if tried else only
-            rest = variant.model_dump(exclude={"grid"})
-            settled[name] = Variant.model_validate(rest | best)
-        return self.model_copy(update={"grid": {}, "variants": settled})
-
-    @classmethod
-    def load(cls, path: Path) -> SweepFile:
-        """Read a file; raise ConfigError that says what a sweep file has."""
-        tables = read_toml(path)
-        known = {kebab(name) for name in cls.model_fields}
-        for key in tables.keys() - known:
-            raise ConfigError(unknown_name("key", key, known))
-        try:
-            return cls.model_validate(tables)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-            raise ConfigError(
-                f"{where}: {first['msg']} (got {first['input']!r}). A sweep file has preset = "
-                '"NAME", seeds = [1, 2], [fixed], [grid] with a list for each key, and '
-                "[variants.NAME], each with settings and, where wanted, [variants.NAME.grid]."
-            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +102,9 @@ class Plan:
             if content.tune:
                 tested = {**common, "tested-on": "validation"}
                 cells = tuple(_cells(content.trials(), path, apart, tested))
-                is_trial = not are_done(cells)
+                is_trial = not are_done(cell.folder for cell in cells)
             if not is_trial:
-                content = content.chosen(cells) if content.tune else content
+                content = content.settled(_best(cells)) if content.tune else content
                 cells = tuple(_cells(content, path, folder, common))
             seen: dict[str, str] = {}
             for cell in cells:
@@ -219,6 +116,16 @@ class Plan:
         keep = content.checkpoints == "keep"
         place = apart if is_trial else folder
         return cls(path, place, content.description, keep, cells, is_trial)
+
+
+def _best(trials: Iterable[Cell]) -> dict[str, Settings]:
+    """Return the grid values of each variant's best trial; of equal ones the first."""
+    best: dict[str, Cell] = {}
+    for cell in trials:
+        other = best.setdefault(cell.variant, cell)
+        if reached(cell.folder) > reached(other.folder):
+            best[cell.variant] = cell
+    return {variant: cell.grid for variant, cell in best.items()}
 
 
 def _cells(content: SweepFile, path: Path, folder: Path, common: Settings) -> Iterator[Cell]:

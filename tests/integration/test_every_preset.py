@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from common.config import RunConfig
-from experiments.report.plan import STUDIES, Cell, Plan
+from experiments.report.plan import Cell, Plan
+from experiments.report.sweep_file import STUDIES
 from experiments.run.presets import Preset, preset_names
 from server_app.output.run_folder import RunFolder
 from tests.support.tiny import HERE, MIXED, NUM_CLASSES, run_tiny

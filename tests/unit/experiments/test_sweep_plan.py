@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from experiments.report.plan import STUDIES, Cell, Plan
+from experiments.report.plan import Cell, Plan
+from experiments.report.sweep_file import STUDIES
 from experiments.run.presets import Preset, preset_names
 
 GRID = """
@@ -183,6 +184,6 @@ def test_studies_are_found_by_name() -> None:
     for name in preset_names(STUDIES):
         plan = Plan.load(name)
         assert 20 < len(plan.description) < 110
-        assert plan.folder.name == name
+        assert plan.folder.name == name + "-trials" * plan.is_trial
     with pytest.raises(ConfigError, match=r"unknown study 'study-a'\. Did you mean 'study-"):
         Plan.load("study-a")
