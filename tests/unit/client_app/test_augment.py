@@ -154,7 +154,7 @@ def test_a_function_gives_back_what_it_got() -> None:
         ModelError, match=r"same shape and type, torch.uint8 \(16, 1, 32, 32\); got"
     ):
         epoch(load(section))
-    with pytest.raises(ConfigError, match="augmentation = 'own_turns:missing'"):
+    with pytest.raises(ModelError, match="augmentation = 'own_turns:missing'"):
         load(section.model_copy(update={"augmentation": "own_turns:missing"}))
 
 
