@@ -22,6 +22,10 @@ COMMANDS = {
         "run a preset or an experiment file",
         "experiments.__main__:add_run_parser",
     ),
+    "new": (
+        "a folder to start from: a model, data, a simulation",
+        "experiments.examples.new:add_new_parser",
+    ),
     "list": (
         "list presets and studies",
         "experiments.__main__:add_list_parser",
