@@ -9,7 +9,7 @@ from typing import Any
 from common.errors import ConfigError
 
 USUAL = ("server", "client", "batched", "wire", "round", "runtime", "memory", "growth")
-PARTS = (*USUAL, "worker", "straggler")
+PARTS = (*USUAL, "worker", "straggler", "registered")
 
 
 def add_bench_parser(commands: Any) -> None:

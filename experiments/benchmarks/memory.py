@@ -9,15 +9,16 @@ others use too. Every run has a process of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from experiments.benchmarks.measuring import Row, in_own_process, peak_bytes
-from experiments.benchmarks.rounds import STEADY, Workload, by_round, inprocess
+from experiments.benchmarks.rounds import HERE, STEADY, Workload, by_round, inprocess
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 
 LIMIT_BYTES = 4_000_000_000
@@ -45,18 +46,34 @@ def growth_part(work: Workload, *, rounds: int, clients: Sequence[int]) -> Row:
     return {"rows": found}
 
 
-def _grow(work: Workload, rounds: int, num_clients: int) -> Row:
-    row = in_own_process(growth, replace(work, num_clients=num_clients), rounds)
+def registered_part(work: Workload, *, registered: Sequence[int], training: int) -> Row:
+    """Run light idle clients, `training` a round, drawn from more and more that are registered."""
+    settings = {
+        "models": f"{HERE}:light_model",
+        "dataset": f"{HERE}:handful_pictures",
+        "partition": "none",
+        "clients_per_round": training,
+        "clip_to_median": 0.0,
+    }
+    rows = {f"{n} registered": _grow(work, 6, n, settings) for n in registered}
+    return {"limit_bytes": LIMIT_BYTES, "rows": rows}
+
+
+def _grow(
+    work: Workload, rounds: int, num_clients: int, settings: Mapping[str, Any] | None = None
+) -> Row:
+    row = in_own_process(growth, replace(work, num_clients=num_clients), rounds, settings or {})
     return {"num_clients": num_clients, "num_rounds": rounds} | row
 
 
-def growth(work: Workload, rounds: int) -> Row:
+def growth(work: Workload, rounds: int, settings: Mapping[str, Any]) -> Row:
     """Run here; return resident bytes after each round, and the CPU seconds of each."""
 
     def probe() -> tuple[int, float]:
         return psutil.Process().memory_info().rss, time.process_time()
 
-    config = work.idle(f"{work.num_clients}-{rounds}", rounds=rounds, checkpoint_every=rounds)
+    name = f"{work.num_clients}-{rounds}"
+    config = work.idle(name, **{"rounds": rounds, "checkpoint_every": rounds, **settings})
     with by_round(Path(config.run.output_dir), probe, every_s=0.005) as found:
         run_inprocess(config, simulated_nodes(work.num_clients))
     resident = [bytes_ for bytes_, _ in found[1:]]

@@ -78,7 +78,7 @@ class Workload:
         """Return the config of clients that do nothing but exchange vectors."""
         dataset = f"{HERE}:{'handful' if self.quick else 'few'}_pictures"
         idle = {"models": f"{HERE}:idle_model", "dataset": dataset, "partition": "iid"}
-        return self.config(name, **idle, data_dir="", batch_size=1024, **settings)
+        return self.config(name, **{**idle, "data_dir": "", "batch_size": 1024, **settings})
 
 
 def round_part(work: Workload) -> Row:

@@ -16,7 +16,7 @@ from common.files import replace_file
 from experiments.bench import PARTS
 from experiments.benchmarks.client import batched_part, client_part, wire_part
 from experiments.benchmarks.measuring import Machine, Row, attempt, inspect_machine, quiet
-from experiments.benchmarks.memory import growth_part, memory_part
+from experiments.benchmarks.memory import growth_part, memory_part, registered_part
 from experiments.benchmarks.rounds import Workload, overhead, round_part, runtime_part
 from experiments.benchmarks.server import server_part
 from experiments.benchmarks.straggler import straggler_part
@@ -78,6 +78,9 @@ def _measures(work: Workload, machine: Machine, repeats: int) -> dict[str, Calla
         "runtime": lambda: runtime_part(work),
         "memory": lambda: memory_part(many),
         "growth": lambda: growth_part(work, rounds=rounds, clients=counts),
+        "registered": lambda: registered_part(
+            work, registered=(3,) if quick else (100, 1000, 10_000), training=2 if quick else 100
+        ),
         "worker": lambda: worker_part(work.folder, repeats=turns),
         "straggler": lambda: straggler_part(work, rounds=8, usual_s=usual_s),
     }

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 NUM_CLASSES = 100
-IDLE_PARAMETERS = 239_856
-"""Trainable scalars of the idle model: those of the CNN on CIFAR-100."""
+IDLE_PARAMETERS, LIGHT_PARAMETERS = 239_856, 20_000
+"""Trainable scalars of the idle models: those of the CNN on CIFAR-100, and few."""
 
 
 def pictures() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -39,12 +39,12 @@ def _draw(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 class Idle(nn.Module):
-    """A CNN's number of parameters, almost no arithmetic: one row of the vector is a bias."""
+    """So many parameters, almost no arithmetic: one row of the vector is a bias."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, num_parameters: int = IDLE_PARAMETERS) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.weight = nn.Parameter(torch.zeros(IDLE_PARAMETERS))
+        self.weight = nn.Parameter(torch.zeros(num_parameters))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, ...) to logits (B, C) that do not depend on them."""
@@ -52,5 +52,10 @@ class Idle(nn.Module):
 
 
 def idle_model(**sizes: Any) -> nn.Module:
-    """Build the idle model (keywords in_channels, num_classes)."""
+    """Build the idle model (keywords in_channels, num_classes), as large as the CNN."""
     return Idle(int(sizes["num_classes"]))
+
+
+def light_model(**sizes: Any) -> nn.Module:
+    """Build an idle model of 20,000 parameters."""
+    return Idle(int(sizes["num_classes"]), LIGHT_PARAMETERS)

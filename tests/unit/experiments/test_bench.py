@@ -29,7 +29,7 @@ def bench(*arguments: str) -> int:
 def test_quick_bench_writes_the_promised_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = "server,client,batched,wire,round,runtime,memory"
+    parts = "server,client,batched,wire,round,runtime,memory,registered"
     arguments = ["--quick", "--repeats", "1", "--parts", parts, "--output-dir", str(tmp_path)]
     assert bench(*arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -48,6 +48,7 @@ def test_quick_bench_writes_the_promised_keys(
     assert sizes["bfloat16"] < 0.55 * sizes["float32"]
     assert found["memory"]["num_accepted"] == 4
     assert 1e8 < found["memory"]["peak_bytes"] < found["memory"]["limit_bytes"] == 4e9
+    assert found["registered"]["rows"]["3 registered"]["typical_seconds"] > 0
     printed = capsys.readouterr().out
     assert found["machine"]["cpu"] in printed
     assert "GFLOP/s" in printed
