@@ -199,7 +199,7 @@ class LoadedClients:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._clients: OrderedDict[Hashable, ClientData] = OrderedDict()
-        self.clear = self._clients.clear
+        self._num_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, load: Callable[[], ClientData]) -> ClientData:
@@ -207,13 +207,16 @@ class LoadedClients:
         with self._lock:
             if key not in self._clients:
                 self._clients[key] = load()
+                self._num_bytes += self._clients[key].num_bytes
             self._clients.move_to_end(key)
-            while len(self._clients) > 1 and self._num_bytes() > self._max_bytes:
-                self._clients.popitem(last=False)
+            while len(self._clients) > 1 and self._num_bytes > self._max_bytes:
+                self._num_bytes -= self._clients.popitem(last=False)[1].num_bytes
             return self._clients[key]
 
-    def _num_bytes(self) -> int:
-        return sum(data.num_bytes for data in self._clients.values())
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._clients.clear()
+        self._num_bytes = 0
 
 
 LOADED = LoadedClients(max_bytes=512 << 20)
