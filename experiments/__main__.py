@@ -94,6 +94,10 @@ COMMANDS = {
         "take a participant out of a stopped run",
         "experiments.deploy.forget:add_forget_parser",
     ),
+    "rename": (
+        "give a participant of a stopped run another name",
+        "experiments.deploy.rename:add_rename_parser",
+    ),
     "attack": (
         "what a run gives away: five attacks",
         "experiments.attacks.command:add_attack_parser",

@@ -62,7 +62,7 @@ def forget(run: Run, client_id: str) -> None:
     """
     from server_app.output.checkpoint import save_checkpoint
 
-    with _checkpoint(run, client_id) as (place, checkpoint):
+    with held_checkpoint(run, client_id) as (place, checkpoint):
         meta = checkpoint.meta
         config = RunConfig.parse(run.config)
         kind = method_class(config.run.method, "server_app")
@@ -91,7 +91,7 @@ def forget_key(run: Run, client_id: str) -> None:
     """
     from server_app.output.checkpoint import save_checkpoint
 
-    with _checkpoint(run, client_id) as (place, checkpoint):
+    with held_checkpoint(run, client_id) as (place, checkpoint):
         meta = checkpoint.meta
         registry = [
             {**row, "key": ""} if row["client_id"] == client_id else row for row in meta["registry"]
@@ -101,7 +101,7 @@ def forget_key(run: Run, client_id: str) -> None:
 
 
 @contextmanager
-def _checkpoint(run: Run, client_id: str) -> Iterator[tuple[Path, Checkpoint]]:
+def held_checkpoint(run: Run, client_id: str) -> Iterator[tuple[Path, Checkpoint]]:
     """Hold a run's folder and open its newest checkpoint, which has to know the participant."""
     from server_app.app import CHECKPOINTS
     from server_app.output.checkpoint import load_checkpoint
