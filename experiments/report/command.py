@@ -26,6 +26,11 @@ def add_compare_parser(commands: Any) -> None:
         "--bytes", choices=("up", "both"), default="both",
         help="traffic in the picture: what clients send, or both directions (default)",
     )  # fmt: skip
+    command.add_argument(
+        "--against", metavar="NAME", default="",
+        help="a method or variant of the table: what each participant gains over it",
+    )  # fmt: skip
+    command.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     command.set_defaults(command=compare)
 
 
@@ -54,14 +59,19 @@ def add_sweep_parser(commands: Any) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """Print the comparison of some runs, and draw their accuracy."""
+    from experiments.report.against import columns_against
     from experiments.report.figures import draw_comparison
     from experiments.report.groups import load_study
     from experiments.report.lines import TRAFFIC
-    from experiments.report.tables import rich_table
+    from experiments.report.tables import markdown, rich_table
 
     console = make_console(wide=True)
     study = load_study(args.runs)
-    console.print(rich_table(study))
+    more = columns_against(study, args.against) if args.against else []
+    if args.markdown:
+        print(markdown(study, source=shlex.join(["mh-pfedhn", "compare", *args.runs]), more=more))
+        return 0
+    console.print(rich_table(study, more))
     console.print(
         "[dim]last round unless said otherwise; per cent; mean ± standard error over seeds; "
         "completed runs only[/]"

@@ -131,9 +131,9 @@ def number(stat: Stat | None, *, digits: int) -> str:
     return text if exact else f"{text} ± {stat.error:,.{digits}f}"
 
 
-def rich_table(study: Study) -> Table:
-    """Return the comparison for the terminal."""
-    shown = columns(study)
+def rich_table(study: Study, more: Sequence[Column] = ()) -> Table:
+    """Return the comparison for the terminal, with `more` columns behind those of all tables."""
+    shown = [*columns(study), *more]
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(shown[0].header, overflow="fold")
     for column in shown[1:]:
@@ -148,9 +148,9 @@ def rich_table(study: Study) -> Table:
     return table
 
 
-def markdown(study: Study, *, source: str) -> str:
+def markdown(study: Study, *, source: str, more: Sequence[Column] = ()) -> str:
     """Return the comparison as Markdown: the table, what the columns mean, what is left out."""
-    shown = columns(study)
+    shown = [*columns(study), *more]
     rows = [[*(column.cell(group) for column in shown), status(group)] for group in study.groups]
     header = [*(column.header for column in shown), "status"]
     rule = ["---", *["---:"] * (len(shown) - 1), "---"]
