@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PACKAGES = ("server_app", "client_app", "common", "experiments", "tests")
 TREE = (*PACKAGES, "docs", "docker", ".ci")
-STUDIES = {path.stem for path in CONFIGS.rglob("study-*.toml")}
+STUDIES = {path.stem for path in (CONFIGS / "studies").glob("*.toml")}
 LINE = 110
 HISTORY = re.compile(
     r"\basked (was|were)\b|\(asked|\bissues? #?\d|\bsessions?\b|\bfor now\b|used to be", re.I
