@@ -33,6 +33,8 @@ from common.messages import MOST_WEIGHT, bounded_counts
 from server_app.clients import Client
 from server_app.transport import Arrival, Outgoing, Transport
 
+MOST_SHORT_ROUNDS = 9
+"""In a row, of the few that `clients-per-round` draws, below `min-fraction`: chance, or a liar."""
 U = TypeVar("U")
 """What a good reply brings."""
 
@@ -158,7 +160,8 @@ class Schedule:
             return True  # those in the queue are not free, and nothing will free them
         accepted = len(state.outcome.accepted) / state.num_participants
         done = accepted + len(state.outcome.failed) / state.num_participants
-        if ready or accepted < self._section.min_fraction:
+        least = 0.0 if self._section.clients_per_round else self._section.min_fraction
+        if ready or accepted < least:
             return False
         if state.enough < 1 and done >= state.enough:
             return True

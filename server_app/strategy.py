@@ -24,7 +24,7 @@ from server_app.aggregation.base import StepDiagnostics, mean_diagnostics
 from server_app.clients import Client, Registry
 from server_app.methods.base import Method, Upload
 from server_app.output.run_folder import RunFolder, summarise
-from server_app.scheduler import RoundOutcome, Schedule, sample
+from server_app.scheduler import MOST_SHORT_ROUNDS, RoundOutcome, Schedule, sample
 from server_app.transport import Arrival, Outgoing, Transport
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ class Rounds:
     ) -> None:
         self._config, self._method = method.config, method
         self._transport, self._registry = transport, registry
-        self._folder, self._save = folder, save
+        self._folder, self._save, self._short_rounds = folder, save, 0
         self._admission = Admission(self._config, transport, registry, method.add_client)
         self._schedule = Schedule(self._config.schedule, transport)
 
@@ -177,10 +177,7 @@ class Rounds:
         self._finish(run.rounds)
 
     def _gather(self, server_round: int) -> list[Client]:
-        """Return who is present; where they are too few, what was learned is saved first.
-
-        A checkpoint holds whole rounds alone: nothing is saved from here to the end of the round.
-        """
+        """Return who is present; where they are too few, what was learned is saved first."""
         try:
             return self._admission.refresh(server_round)
         except Exception:
@@ -258,8 +255,9 @@ class Rounds:
 
     def _require_enough(self, row: Mapping[str, float], server_round: int) -> None:
         asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]
-        fraction = self._config.schedule.min_fraction
-        if row["num_accepted"] < fraction * asked:
+        fraction, few = (s := self._config.schedule).min_fraction, s.clients_per_round
+        self._short_rounds = self._short_rounds + 1 if row["num_accepted"] < fraction * asked else 0
+        if self._short_rounds > (MOST_SHORT_ROUNDS * bool(few)) and not self._method.start_over():
             self._save()
             raise RunError(
                 f"round {server_round}: {int(row['num_accepted'])} of {int(asked)} clients sent a "

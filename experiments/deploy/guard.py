@@ -186,9 +186,11 @@ class Guard:
         try:
             with self._storing:
                 started = time.monotonic()
-                yield
-                if time.monotonic() - started > LONG_S:
-                    time.sleep(LONG_S)
+                try:
+                    yield
+                finally:
+                    if time.monotonic() - started > LONG_S:
+                        time.sleep(LONG_S)
         finally:
             self._waiting.release()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from base64 import b64decode
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def run_superlink(args: argparse.Namespace) -> int:
         raise ConfigError("superlink: give --database FILE; messages are kept, and checked, there.")
     from experiments.deploy.guard import Guard
 
+    os.umask(0o077)  # what participants send lies in the database
     vars(sql_mixin)["SQLITE_PRAGMAS"] = (*vars(sql_mixin)["SQLITE_PRAGMAS"], *PRAGMAS)
     translated = vars(main)["http_error_translator"]
     vars(main)["http_error_translator"] = partial(at_the_door, translated=translated)

@@ -9,9 +9,12 @@ that knows its secret, which is started beside it.
 from __future__ import annotations
 
 import os
+import resource
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from common.files import PRIVATE, closed_folder, replace_file
 from experiments.deploy.certificates import self_signed
 
 HOST = "127.0.0.1"
+MOST_FILES = 65_536
 PYTHON = (sys.executable, "-P", "-m")
 """Without what lies in the folder that it is started in."""
 
@@ -37,14 +41,29 @@ def main() -> None:
 
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     address = f"{words[1]}:{words[3]}"
+    _more_connections()
     flags = _api_secrets(folder)
     executor = [*PYTHON, "experiments.deploy.executor", "--runtime-api-address", address]
     executor += ["--root-certificates", flags["--ssl-ca-certfile"]]
     executor += ["--superexec-auth-secret-file", flags["--superexec-auth-secret-file"]]
-    subprocess.Popen([*executor, "--parent-pid", str(os.getpid())])
+    process = subprocess.Popen([*executor, "--parent-pid", str(os.getpid())])
+    threading.Thread(target=_end_with, args=(process,), daemon=True).start()
     own = [word for pair in flags.items() for word in pair]
     sys.argv = ["flower-supernode", *words, "--isolation", "process", *own]
     flower_supernode()
+
+
+def _end_with(executor: subprocess.Popen[bytes]) -> None:
+    """End this SuperNode when its SuperExec ends: `join` starts both again."""
+    executor.wait()
+    print("the SuperExec has ended, and so does the SuperNode", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _more_connections() -> None:
+    """Let this process hold as many connections as it may: others of the machine can open some."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MOST_FILES), hard))
 
 
 def _api_secrets(folder: Path) -> dict[str, str]:

@@ -115,6 +115,18 @@ class KernelRule(Rule):
                     embedding += network.groups[part.key].sketch(change, len(embedding))
         return Moved()
 
+    @torch.no_grad()
+    def start_anew(self, key: str) -> None:
+        """See `Rule.start_anew`."""
+        if key in self.frozen_groups:
+            return
+        network = self.hypernet
+        network.groups[key].base.zero_()
+        for client_id in network.members(key):
+            network.personal[client_id].zero_()
+            network.embeddings[client_id].zero_()
+        self._memory.pop(key, None)
+
     def free_unused(self) -> None:
         """See `Rule.free_unused`."""
         super().free_unused()

@@ -23,8 +23,12 @@ GPU_FACTOR = 64  # a GPU wants few launches more than a small footprint
 HUGE_BYTES = 4 * 2**20  # blocks from here on are put on huge pages
 ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would fall into the same cache sets
 LEAST = 3
-"""Clients whose norms are known of a head group, below which nothing is clipped: of two that differ
-nobody can say which is usual."""
+"""Clients whose norms have to be known of a head group: of two that differ nobody can say which is
+usual."""
+EARLY = "early"
+"""Among the exported norms, those of groups with fewer clients; no group has this key."""
+ABSURD = 10.0
+"""Times the median that a norm was, of when nobody could know: the group starts anew."""
 
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
@@ -104,17 +108,31 @@ class NormClip:
 
     A delta may have `factor` times (0: any) the median of the newest norms of the clients of its
     head group, those of this step included: large models have large deltas. While fewer than half
-    of them lie, the median is between two honest norms, in the first round as in any.
+    of them lie, the median is between two honest norms. Where a group has three clients or more and
+    fewer norms are known, two count as far as the smaller of them, and a single one not at all.
+    With one or two clients nothing is clipped, and `absurd` says later whether it should have been.
+
+    Attributes
+    ----------
+    absurd : groups whose first two clients sent what turned out to be far too long, until cleared.
     """
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
         self._norms: dict[str, dict[str, float]] = {}
+        self._early: dict[str, float] = {}
+        self.absurd: set[str] = set()
 
-    def clip_all(self, updates: Sequence[Update], group_of: Callable[[str], str]) -> list[Update]:
+    def clip_all(
+        self,
+        updates: Sequence[Update],
+        group_of: Callable[[str], str],
+        size_of: Callable[[str], int] = lambda _: LEAST,
+    ) -> list[Update]:
         """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
 
-        They come back sorted by client, and do not depend on the order in which replies arrived.
+        `size_of` says how many clients a group has. The updates come back sorted by client, and do
+        not depend on the order in which replies arrived.
         """
         if not self._factor:
             return list(updates)
@@ -124,9 +142,27 @@ class NormClip:
         for key, positions in members_by_group((u.client_id for u in ordered), group_of).items():
             known = self._norms.setdefault(key, {})
             known.update((ordered[i].client_id, norms[i]) for i in positions)
-            bound = self._factor * median(known.values()) if len(known) >= LEAST else math.inf
+            bound = self._bound(key, max(norms[i] for i in positions), size_of(key))
             clipped |= {i: _scaled(ordered[i], norms[i], bound) for i in positions}
         return [*clipped.values()]
+
+    def _bound(self, key: str, longest: float, size: int) -> float:
+        """Return how long a group's deltas may be; note what nobody could judge."""
+        known = self._norms[key].values()
+        if len(known) >= LEAST:
+            usual = median(known)
+            if 2 * len(known) >= size and self._early.pop(key, 0.0) > ABSURD * usual:
+                self.absurd.add(key)
+            return self._factor * usual
+        if size < LEAST:
+            self._early[key] = max(self._early.get(key, 0.0), longest)
+            return math.inf
+        return self._factor * min(known) if len(known) > 1 else 0.0
+
+    def doubt(self) -> None:
+        """Take for absurd what nobody has been able to judge yet."""
+        self.absurd |= self._early.keys()
+        self._early.clear()
 
     def forget(self, client_id: str) -> None:
         """Forget what a client's norms were."""
@@ -136,11 +172,13 @@ class NormClip:
 
     def export(self) -> dict[str, dict[str, float]]:
         """Return the remembered norms for a checkpoint."""
-        return {group: dict(norms) for group, norms in self._norms.items()}
+        early = {EARLY: dict(self._early)} if self._early else {}
+        return {group: dict(norms) for group, norms in self._norms.items()} | early
 
     def restore(self, saved: Mapping[str, Mapping[str, float]]) -> None:
         """Load exported norms."""
-        self._norms = {group: dict(norms) for group, norms in saved.items()}
+        self._norms = {group: dict(norms) for group, norms in saved.items() if group != EARLY}
+        self._early = dict(saved.get(EARLY, {}))
 
 
 def _scaled(update: Update, norm: float, bound: float) -> Update:

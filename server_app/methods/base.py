@@ -107,6 +107,10 @@ class Method(Generic[T]):
 
     # --- what is saved ---------------------------------------------------------------------------
 
+    def start_over(self) -> bool:
+        """Forget what was learned before anybody could judge it; return whether there was such."""
+        return False
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what was learned: tensors, and JSON-able facts."""
         return {}, {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.compression import Float32
 from common.config import RunConfig
-from common.errors import ConfigError, RunError
+from common.errors import RunError
 from common.log import logger
 from common.messages import (
     DELTA,
@@ -31,11 +31,14 @@ from common.messages import (
     bounded_counts,
 )
 from common.records import Content, Received, require_norm
-from server_app.aggregation import make_network, make_rule
+from server_app.aggregation import make_network, make_rule, server_device
 from server_app.aggregation.base import StepDiagnostics, global_diagnostics
 from server_app.clients import GLOBAL_ID, Client
 from server_app.hypernet.groups import NormClip, Update, group_order
 from server_app.methods.base import Exchange, Method, Upload
+
+SHARED = f"0-{GLOBAL_ID}"
+"""As whose the norms of w_g's deltas are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class MHpFedHN(Method[Deltas]):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        device = _server_device(config.run.server_device)
+        device = server_device(config.run.server_device)
         rule, seed = config.update.server_rule, config.run.seed
         self.hypernet = make_network(rule, config.hypernet, seed=seed, device=device)
         self.rule = make_rule(self.hypernet, config.update, total_rounds=config.run.rounds)
@@ -164,8 +167,24 @@ class MHpFedHN(Method[Deltas]):
                 found = Upload(upload.client, upload.num_examples, shared, upload.staleness)
                 self._global_uploads[upload.client.client_id] = found
         updates = [update for upload in uploads for update in self.updates(upload)]
-        usual = self.clip.clip_all(updates, self.hypernet.group_key)
+        group_of, members = self.hypernet.group_key, self.hypernet.members
+        usual = self.clip.clip_all(updates, group_of, lambda key: len(members(key)))
+        self._start_anew()
         return self.rule.step(usual, progress=progress)
+
+    def start_over(self) -> bool:
+        """See `Method.start_over`."""
+        self.clip.doubt()
+        return self._start_anew()
+
+    def _start_anew(self) -> bool:
+        """Forget what groups have learned from deltas that turned out absurd."""
+        found = sorted(self.clip.absurd)
+        for key in found:
+            logger.warning("Head group %s starts anew: its first deltas were absurdly long", key)
+            self.rule.start_anew(self.hypernet.group_key(GLOBAL_ID) if key == SHARED else key)
+        self.clip.absurd.clear()
+        return bool(found)
 
     def updates(self, upload: Upload[Deltas]) -> list[Update]:
         """Return what the rule's step gets from one upload."""
@@ -188,7 +207,9 @@ class MHpFedHN(Method[Deltas]):
             Update(upload.client.client_id, torch.from_numpy(upload.content), weight)
             for upload, weight in zip(uploads, weights, strict=True)
         ]
-        usual = self.clip.clip_all(updates, lambda _: f"0-{GLOBAL_ID}")
+        clients = len(self.hypernet.clients()) - 1  # without v_g
+        usual = self.clip.clip_all(updates, lambda _: SHARED, lambda _: clients)
+        self._start_anew()
         self._global_step = self.rule.step_global(GLOBAL_ID, usual, progress=progress)
         self.num_steps += 1
 
@@ -272,16 +293,3 @@ class MHpFedHNPG(MHpFedHN):
         assert upload.content.shared is not None  # `read` made it
         name, delta = common_id(upload.client.client_id), torch.from_numpy(upload.content.shared)
         return [*super().updates(upload), Update(name, delta, staleness=upload.staleness)]
-
-
-def _server_device(wish: str) -> torch.device:
-    if wish == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wish.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"server-device = {wish!r}, but torch sees no GPU here: use auto or cpu.")
-    try:
-        return torch.device(wish)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"server-device = {wish!r} is no torch device: auto, cpu, cuda."
-        ) from error

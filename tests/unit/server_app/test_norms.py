@@ -23,6 +23,10 @@ def one_group(client_id: str) -> str:
     return "7-g"
 
 
+def two(group: str) -> int:
+    return 2
+
+
 def norms(updates: list[Update]) -> list[float]:
     return [float(torch.linalg.vector_norm(u.delta)) for u in updates]
 
@@ -30,7 +34,8 @@ def norms(updates: list[Update]) -> list[float]:
 def test_off_and_before_enough_norms_are_known() -> None:
     large = [update("a", 1), update("b", 1e6)]
     for factor in (0, 2):
-        assert norms(NormClip(factor).clip_all(large, one_group)) == pytest.approx([1, 1e6])
+        found = NormClip(factor).clip_all(large, one_group, two)
+        assert norms(found) == pytest.approx([1, 1e6])
 
 
 def test_on_by_default_from_the_first_step_on() -> None:
@@ -54,7 +59,8 @@ def test_scales_down_to_the_multiple_of_the_median_and_keeps_the_direction() -> 
 def test_groups_do_not_mix_and_outliers_do_not_drag_the_median() -> None:
     clip = NormClip(2)
     clip.clip_all([update(str(i), 1.0) for i in range(LEAST)], one_group)
-    assert norms(clip.clip_all([update("a", 100.0)], lambda _: "1-g")) == pytest.approx([100.0])
+    alone = clip.clip_all([update("a", 100.0)], lambda _: "1-g", lambda _: 1)
+    assert norms(alone) == pytest.approx([100.0])
     honest = [update(str(i), 1.0) for i in range(3)]
     for _ in range(50):
         *_, found = norms(clip.clip_all([*honest, update("liar", 1e8)], one_group))
@@ -64,9 +70,9 @@ def test_groups_do_not_mix_and_outliers_do_not_drag_the_median() -> None:
 def test_two_clients_are_left_alone_and_one_that_replies_often_counts_once() -> None:
     clip = NormClip(2)
     for _ in range(20):
-        assert norms(clip.clip_all([update("a", 1), update("b", 50)], one_group)) == [1, 50]
+        assert norms(clip.clip_all([update("a", 1), update("b", 50)], one_group, two)) == [1, 50]
     for _ in range(20):
-        clip.clip_all([update("b", 50)], one_group)
+        clip.clip_all([update("b", 50)], one_group, two)
     assert norms(clip.clip_all([update("c", 1), update("b", 50)], one_group)) == [2, 1]
 
 
@@ -122,3 +128,28 @@ def test_a_step_lets_a_large_client_be_among_small_ones() -> None:
         assert norm_after(honest) == pytest.approx(math.sqrt(8 + 300), rel=1e-5)
     for name, three_medians in {"small 0": 3.0, "large 0": 30.0}.items():
         assert norm_after({name: 1e3}) == pytest.approx(three_medians, rel=1e-5)
+
+
+def test_where_others_are_expected_the_first_are_not_believed() -> None:
+    clip = NormClip(2)
+    assert norms(clip.clip_all([update("liar", 1e4)], one_group)) == [0.0]
+    assert norms(clip.clip_all([update("a", 1.0)], one_group)) == [1.0]
+    assert norms(clip.clip_all([update("liar", 1e4)], one_group)) == [2.0]
+    assert norms(clip.clip_all([update("b", 1.0), update("liar", 1e4)], one_group)) == [1.0, 2.0]
+    assert not clip.absurd
+
+
+def test_what_turns_out_absurd_is_told_once() -> None:
+    clip, again = NormClip(2), NormClip(2)
+    assert norms(clip.clip_all([update("liar", 1e4)], one_group, lambda _: 1)) == [1e4]
+    again.restore(json.loads(json.dumps(clip.export())))
+    for one in (clip, again):
+        one.clip_all([update(name, 1.0) for name in "abc"], one_group)
+        assert one.absurd == {"7-g"}
+        one.absurd.clear()
+        one.clip_all([update("liar", 1e4)], one_group)
+        assert not one.absurd
+    usual = NormClip(2)
+    usual.clip_all([update("a", 5.0)], one_group, lambda _: 1)
+    usual.clip_all([update(name, 1.0) for name in "bcd"], one_group)
+    assert not usual.absurd, "a model that moves more at first is no liar"
