@@ -15,7 +15,7 @@ from tests.support.deployment import wait_until
 from tests.support.machines import PATIENCE_S, Operator, Site, minutes, stopping
 from tests.support.sites import coloured, digits, write_folders, write_pretrained, write_table
 
-ROUNDS = 8
+ROUNDS = 12
 
 
 def take_part(operator: Operator, sites: list[Site]) -> None:
@@ -49,7 +49,7 @@ def take_part(operator: Operator, sites: list[Site]) -> None:
 def accuracy_of(site: Site, data: Path) -> float:
     """Return what `model evaluate` says of examples that nobody has seen."""
     with minutes(f"{site.name}: model evaluate"):
-        said = site.run(f"mh-pfedhn model evaluate state/{site.name} {data}")
+        said = site.run(f"mh-pfedhn model evaluate state/{site.name} {data} --code .")
     found = re.search(r"accuracy\D+([0-9.]+)", said)
     assert found, said
     return float(found[1])
