@@ -13,7 +13,10 @@ class DatasetSpec:
     labels 0 to num_classes - 1; `mean` and `std` normalise each channel, in units of full intensity
     (0 to 1); `classes_per_client` and `dirichlet_alpha` are what the published partitions take.
     `idx_prefix` starts the names of its IDX files (the format of MNIST), which the hub has instead
-    of parquet where `idx_on_hub`; `transposed` pictures have rows and columns swapped.
+    of parquet where `idx_on_hub`; `transposed` pictures have rows and columns swapped. Parquet has
+    labels in `label_column`, if it is named, and in `group_column` who or where an example is of:
+    partition "natural-id" gives each client one of these. `splits` are read; where those on the hub
+    are by group, all of them.
     """
 
     hub_id: str
@@ -25,6 +28,9 @@ class DatasetSpec:
     idx_prefix: str = ""
     idx_on_hub: bool = False
     transposed: bool = False
+    label_column: str = ""
+    group_column: str = ""
+    splits: tuple[str, ...] = ("train",)
 
 
 CATALOGUE: dict[str, DatasetSpec] = {
@@ -44,6 +50,19 @@ CATALOGUE: dict[str, DatasetSpec] = {
         "Royc30ne/emnist-byclass", 62, (0.5,), (0.5,), 6,
         idx_prefix="emnist-byclass-train", idx_on_hub=True, transposed=True,
     ),
+    # LEAF's FEMNIST (arXiv 1812.01097): 814,277 of these characters with their 3,597 writers
+    "femnist": DatasetSpec(
+        "flwrlabs/femnist", 62, (0.5,), (0.5,), 6,
+        label_column="character", group_column="writer_id",
+    ),
+    # WILDS (arXiv 2012.07421): tumour or not, 96x96, five hospitals; what a camera trap saw, of 323
+    "camelyon17": DatasetSpec(
+        "wltjr1007/Camelyon17-WILDS", 2, (0.5,) * 3, (0.5,) * 3, 1,
+        group_column="center", splits=("train", "validation", "test"),
+    ),
+    "iwildcam": DatasetSpec("", 182, (0.5,) * 3, (0.5,) * 3, 10),
+    # six activities of 30 people, 561 columns (UCI, "Human Activity Recognition Using Smartphones")
+    "har": DatasetSpec("", 6, (), (), 2),
     # constants of the train split at 28x28; the paper does not use this data set
     "fashion-mnist": DatasetSpec(
         "zalando-datasets/fashion_mnist", 10, (0.2860,), (0.3530,), dirichlet_alpha=0.1,

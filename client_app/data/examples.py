@@ -24,9 +24,9 @@ from client_app.data.cache import DecodedDataset, open_dataset
 from client_app.data.colours import with_channels
 from client_app.data.labels import scale_of
 from client_app.data.losses import OwnLoss, own_loss
-from client_app.data.partitions import WHOLE, client_indices
+from client_app.data.partitions import WHOLE, client_indices, keeps_groups
 from client_app.data.select import select_source
-from client_app.data.source import CLASSES, LABELS, NUMBERS, Division
+from client_app.data.source import CLASSES, LABELS, NUMBERS
 from client_app.data.splits import Indices, numbered_anew, split_three_ways, strata
 from common.config import ClientSection, named_augmentations, named_classes
 from common.errors import DataError
@@ -250,7 +250,7 @@ def _load(
     try:
         train, validation, test = split_three_ways(
             numbered_anew(strata(labels)),
-            Division(**{name: x[rows] for name, x in dataset.division.arrays().items()}),
+            dataset.division.at(rows, keep_groups=keeps_groups(section)),
             test_fraction=section.test_fraction,
             validation_fraction=section.validation_fraction,
             rng=rng,

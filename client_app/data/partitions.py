@@ -23,6 +23,7 @@ from client_app.data.splits import (
     Indices,
     numbered_anew,
     split_dirichlet,
+    split_natural,
     split_pathological,
     strata,
     thin_out,
@@ -39,6 +40,7 @@ MOST_PARTITIONS = 32
 """Of one data set that are kept: each run's seed may draw another."""
 WHOLE = "none"
 PUBLISHED = ("pathological", "dirichlet")
+NATURAL = "natural-id"
 LIBRARY = {
     "iid": "IidPartitioner",
     "linear": "LinearPartitioner",
@@ -47,12 +49,11 @@ LIBRARY = {
     "size": "SizePartitioner",
     "shard": "ShardPartitioner",
     "inner-dirichlet": "InnerDirichletPartitioner",
-    "natural-id": "NaturalIdPartitioner",
     "library-dirichlet": "DirichletPartitioner",
     "library-pathological": "PathologicalPartitioner",
 }
 """Our names for the partitioners of flwr-datasets; importing that library costs seconds."""
-PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, *LIBRARY)
+PARTITION_NAMES: tuple[str, ...] = (WHOLE, *PUBLISHED, NATURAL, *LIBRARY)
 
 
 def client_indices(
@@ -102,15 +103,37 @@ def _share(
         with entry_lock(dataset.folder):
             share = _read_share(path, partition_id)
             if share is None:
-                if dataset.labels.ndim > 1 and section.partition in PUBLISHED:
-                    raise DataError(
-                        f"partition = {section.partition!r} divides by class, and the labels of "
-                        f"{section.dataset} are no classes. Set partition = 'iid'."
-                    )
-                parts = _draw(strata(dataset.labels), settings, count, seed)
+                parts = _draw(_divided_by(dataset, section), settings, count, seed)
                 _write_parts(path, parts)
                 share = parts[partition_id]
     return share
+
+
+def keeps_groups(section: ClientSection) -> bool:
+    """Whether a client's groups are trained on or tested on as wholes.
+
+    Not where a client is one group, nor where a published data set is divided otherwise: it is
+    compared with results on random test examples.
+    """
+    return section.partition != NATURAL and section.dataset not in CATALOGUE
+
+
+def _divided_by(dataset: DecodedDataset, section: ClientSection) -> Indices:
+    """Return what a partition is drawn by (M,): classes, or the groups that the data name."""
+    if section.partition == NATURAL:
+        if dataset.division.groups is None:
+            raise DataError(
+                f"partition = {NATURAL!r} gives each client one group, and {section.dataset} names "
+                "none. Data sets with groups: femnist, camelyon17, iwildcam, har; a function of "
+                "your own returns a dict of inputs, labels and groups."
+            )
+        return dataset.division.groups
+    if dataset.labels.ndim > 1 and section.partition in PUBLISHED:
+        raise DataError(
+            f"partition = {section.partition!r} divides by class, and the labels of "
+            f"{section.dataset} are no classes. Set partition = 'iid'."
+        )
+    return strata(dataset.labels)
 
 
 def _settings(section: ClientSection) -> dict[str, Any]:
@@ -126,6 +149,8 @@ def _settings(section: ClientSection) -> dict[str, Any]:
             f"partition {name!r} takes no partition-options, got {options}. Its settings are "
             "classes-per-client, dirichlet-alpha and min-client-examples."
         )
+    if name == NATURAL:
+        return {"partition": name}
     if name == "pathological":
         count = section.classes_per_client or spec.classes_per_client
         return {"partition": name, "classes_per_client": count}
@@ -148,7 +173,7 @@ def _options(section: ClientSection) -> dict[str, Any]:
 
 
 def _draw(labels: Indices, settings: dict[str, Any], num_clients: int, seed: int) -> list[Indices]:
-    """Draw the rows of every client; each has two or more."""
+    """Draw the rows of every client; each has two or more. Labels: as `_divided_by`."""
     name, given = settings["partition"], {k: v for k, v in settings.items() if k != "partition"}
     if 2 * num_clients > len(labels):
         raise DataError(
@@ -158,6 +183,8 @@ def _draw(labels: Indices, settings: dict[str, Any], num_clients: int, seed: int
     rng = numpy_generator(seed, "partition")
     if name == "pathological":
         parts = split_pathological(labels, num_clients=num_clients, rng=rng, **given)
+    elif name == NATURAL:
+        parts = split_natural(labels, num_clients=num_clients, rng=rng, **given)
     elif name == "dirichlet":
         parts = split_dirichlet(labels, num_clients=num_clients, rng=rng, **given)
     else:

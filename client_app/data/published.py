@@ -1,14 +1,15 @@
 """The published data sets: embedded, from the Hugging Face hub, or from a local folder.
 
 Formats: parquet as the hub has it (a column of {"bytes", "path"} structs and a column of integer
-labels), and IDX, the format of MNIST. Only the official train split is read (method.md).
+labels), and IDX, the format of MNIST. Only the official train split is read (method.md), but where
+splits are by hospital.
 """
 
 from __future__ import annotations
 
 import gzip
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from client_app.data.catalogue import CATALOGUE, DatasetSpec
 from client_app.data.decode import decode_picture, resize_array
-from client_app.data.source import Examples, ReadExample, Source, file_identity
+from client_app.data.source import Division, Examples, ReadExample, Source, file_identity
 from common.errors import DataError, listing
 
 IMAGE_COLUMNS = ("img", "image")
@@ -29,16 +30,17 @@ def find_local_files(dataset: str, data_dir: str) -> Source:
     """Find the train split under data-dir.
 
     Looked at, in this order: the folders data-dir/<dataset>, data-dir/<name on the hub> and
-    data-dir itself; in each, train*.parquet, then the same one folder deeper (data-dir itself:
-    only in `data`), then IDX files. Raises DataError where nothing, or not every shard, is there.
+    data-dir itself; in each, train*.parquet (and the other splits of a data set that is read
+    whole), then the same one folder deeper (data-dir itself: only in `data`), then IDX files.
+    Raises DataError where nothing, or not every shard, is there.
     """
     root = Path(data_dir).expanduser().resolve()
     spec = CATALOGUE[dataset]
     for folder in (root / dataset, root / spec.hub_id.rpartition("/")[2], root):
-        deeper = "data/train*.parquet" if folder == root else "*/train*.parquet"
-        for pattern in ("train*.parquet", deeper):
-            if files := sorted(folder.glob(pattern)):
-                return ParquetSource(dataset, tuple(_whole(files)))
+        for below in ("", "data/" if folder == root else "*/"):
+            splits = [sorted(folder.glob(f"{below}{split}*.parquet")) for split in spec.splits]
+            if splits[0]:
+                return ParquetSource(dataset, tuple(f for files in splits for f in _whole(files)))
         if pair := _idx_pair(folder, spec.idx_prefix):
             return IdxSource(dataset, *pair)
     raise DataError(
@@ -62,7 +64,7 @@ class DigitsSource:
 
         pixels, labels = load_digits(return_X_y=True)
         levels = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-        return _examples(
+        return examples_of(
             labels,
             len(levels),
             lambda index: resize_array(levels[index], image_size=image_size),
@@ -90,7 +92,7 @@ class ParquetSource:
         where = str(self.files[0])
         try:
             names = pq.read_schema(self.files[0]).names
-            columns = [_column(names, IMAGE_COLUMNS, where), _column(names, LABEL_COLUMNS, where)]
+            columns = _columns(names, CATALOGUE[self.dataset], where)
             table = pa.concat_tables(pq.read_table(path, columns=columns) for path in self.files)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"cannot read {listing(self.files)}: {error}") from error
@@ -116,7 +118,7 @@ class HubSource:
         try:
             if spec.idx_on_hub:
                 return self._download_idx(spec).read(image_size)
-            table = _download_table(spec.hub_id)
+            table = _download_table(spec)
         except (OSError, ValueError) as error:  # ConnectionError and "not found" are OSErrors
             raise DataError(
                 f"cannot download {self.dataset} ({spec.hub_id}) from the Hugging Face hub: "
@@ -152,7 +154,7 @@ class IdxSource:
         spec = CATALOGUE[self.dataset]
         pixels, labels = read_idx(self.images, 3), read_idx(self.labels, 1)
         upright = pixels.transpose(0, 2, 1) if spec.transposed else pixels
-        return _examples(
+        return examples_of(
             labels,
             len(pixels),
             lambda index: resize_array(upright[index][..., None], image_size=image_size),
@@ -177,20 +179,21 @@ def read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
-def _download_table(hub_id: str) -> Any:
+def _download_table(spec: DatasetSpec) -> Any:
     from datasets import Image, load_dataset
 
-    rows = load_dataset(hub_id, split="train")
-    image = _column(rows.column_names, IMAGE_COLUMNS, hub_id)
-    return rows.cast_column(image, Image(decode=False)).with_format("arrow")[:]
+    rows = load_dataset(spec.hub_id, split="+".join(spec.splits))
+    columns = _columns(rows.column_names, spec, spec.hub_id)
+    rows = rows.select_columns(columns).cast_column(columns[0], Image(decode=False))
+    return rows.with_format("arrow")[:]
 
 
 def _table_examples(table: Any, spec: DatasetSpec, *, where: str, image_size: int) -> Examples:
-    name = _column(table.column_names, IMAGE_COLUMNS, where)
+    name, label, *group = _columns(table.column_names, spec, where)
     data = _encoded(table[name].combine_chunks(), f"{where}: {name}")
     if data.null_count:
         raise DataError(f"{where}: {data.null_count} pictures have no bytes. Download it again.")
-    labels = table[_column(table.column_names, LABEL_COLUMNS, where)].to_numpy()
+    division = Division.of(groups=table[group[0]].to_numpy() if group else None)
 
     def read_example(index: int) -> NDArray[np.uint8]:
         pixels = decode_picture(
@@ -201,7 +204,9 @@ def _table_examples(table: Any, spec: DatasetSpec, *, where: str, image_size: in
         )
         return pixels.transpose(0, 2, 1) if spec.transposed else pixels
 
-    return _examples(labels, len(data), read_example, spec, where=where)
+    labels = table[label].to_numpy()
+    found = examples_of(labels, len(data), read_example, spec, where=where)
+    return replace(found, division=division)
 
 
 def _encoded(column: Any, where: str) -> Any:
@@ -219,7 +224,7 @@ def _encoded(column: Any, where: str) -> Any:
     return column
 
 
-def _examples(
+def examples_of(
     labels: NDArray[Any], count: int, read_example: ReadExample, spec: DatasetSpec, *, where: str
 ) -> Examples:
     """Check the labels of `count` pictures against what is known of the data set."""
@@ -232,6 +237,13 @@ def _examples(
             f"pictures, got {len(labels)} labels, {span}. Is it another data set?"
         )
     return Examples(labels.astype(np.int64), spec.num_classes, spec.mean, spec.std, read_example)
+
+
+def _columns(names: list[str], spec: DatasetSpec, where: str) -> list[str]:
+    """Return the columns of pictures, labels and, where the data set has them, groups."""
+    labels = (spec.label_column,) if spec.label_column else LABEL_COLUMNS
+    wanted = [IMAGE_COLUMNS, labels, *([(spec.group_column,)] if spec.group_column else [])]
+    return [_column(names, candidates, where) for candidates in wanted]
 
 
 def _column(names: list[str], candidates: tuple[str, ...], where: str) -> str:

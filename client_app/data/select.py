@@ -6,6 +6,7 @@ from pathlib import Path
 
 from client_app.data.catalogue import CATALOGUE, DATASET_NAMES
 from client_app.data.function import FunctionSource
+from client_app.data.natural import NATURAL_SOURCES
 from client_app.data.own import FolderSource
 from client_app.data.published import DigitsSource, HubSource, find_local_files
 from client_app.data.source import Source
@@ -25,4 +26,11 @@ def select_source(dataset: str, data_dir: str, class_names: tuple[str, ...] = ()
     if dataset not in CATALOGUE:
         known = unknown_name("dataset", dataset, DATASET_NAMES)
         raise ConfigError(f"{known} Or 'module:function' for your own.")
+    if dataset in NATURAL_SOURCES:
+        if not data_dir:
+            raise ConfigError(
+                f"dataset = {dataset!r} is not on the hub: it needs data-dir, the folder of the "
+                f"unpacked archive, which holds {NATURAL_SOURCES[dataset].holds}."
+            )
+        return NATURAL_SOURCES[dataset](Path(data_dir).expanduser().resolve())
     return find_local_files(dataset, data_dir) if data_dir else HubSource(dataset)

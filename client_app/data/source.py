@@ -47,6 +47,11 @@ class Division:
             times = times.astype(np.float64)
         return cls(groups=groups, times=times)
 
+    def at(self, rows: NDArray[np.int64], *, keep_groups: bool) -> Division:
+        """Return that of some examples (M,); whether groups are kept together there, or mixed."""
+        found = {name: values[rows] for name, values in self.arrays().items()}
+        return Division(**{k: v for k, v in found.items() if keep_groups or k != "groups"})
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what there is, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}

@@ -96,6 +96,26 @@ def split_dirichlet(
     )
 
 
+def split_natural(groups: Indices, *, num_clients: int, rng: np.random.Generator) -> list[Indices]:
+    """Give each client all examples of one group: a writer, a hospital, a camera.
+
+    Of more groups (M,) than clients, `rng` draws which; groups of one example are left out. Returns
+    one disjoint index array (M_i,) for each client, in the order of their groups. Raises DataError
+    where there are fewer groups than clients.
+    """
+    names, firsts, counts = np.unique(np.sort(groups), return_index=True, return_counts=True)
+    large = np.flatnonzero(counts > 1)
+    if len(large) < num_clients:
+        raise DataError(
+            f"natural-id gives each client one group of two examples or more, and the data has "
+            f"{len(large)} of them (of {len(names)}) for {num_clients} clients. Use at most "
+            f"{len(large)} clients (num-partitions)."
+        )
+    order = np.argsort(groups, kind="stable")
+    chosen = np.sort(rng.permutation(large)[:num_clients])
+    return [order[firsts[group] : firsts[group] + counts[group]] for group in chosen]
+
+
 def thin_out(labels: Indices, *, most: int, rng: np.random.Generator) -> Indices:
     """Draw `most` of M > `most` examples whose classes are in proportion as nearly as possible.
 
@@ -193,6 +213,11 @@ def _along(
 
     The first group is trained on and the last one tests, however large they are.
     """
+    if len(order) < 2:
+        raise DataError(
+            "all its examples are of one group or time, so nothing can be held back to test on. "
+            "Use fewer clients, or give each several groups."
+        )
     place = {key: number for number, key in enumerate(order.tolist())}
     places = np.array([place[key] for key in keys.tolist()])
     before = np.searchsorted(np.sort(places), places) / len(keys)  # the share in earlier groups

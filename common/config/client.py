@@ -80,15 +80,17 @@ class ClientSection(Section):
     )
     dataset: str = key(
         "digits",
-        "digits, cifar10, cifar100, tiny-imagenet, emnist, fashion-mnist, folder, or "
-        '"module:function"',
+        "digits, cifar10, cifar100, tiny-imagenet, emnist, fashion-mnist, femnist, camelyon17, "
+        'iwildcam, har, folder, or "module:function"',
     )
     data_dir: str = key(
         "", "local parquet files (hub format) or picture folder; empty: from the hub"
     )
     cache_dir: str = key("", "decoded data; empty: ~/.cache/mh-pfedhn")
     partition: str = key(
-        "pathological", "pathological, dirichlet, none, or a flwr-datasets partitioner"
+        "pathological",
+        "pathological, dirichlet, natural-id (a writer, hospital, person each), none, or a "
+        "flwr-datasets partitioner",
     )
     num_partitions: int = key(10, "where the node config has none", ge=1)
     absent_clients: int = key(

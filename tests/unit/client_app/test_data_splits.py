@@ -131,7 +131,6 @@ LIBRARY_CASES: dict[str, tuple[int, dict[str, object]]] = {
     "size": (3, {"partition_sizes": [100, 200, 300]}),
     "shard": (10, {"num_shards_per_partition": 2}),
     "inner-dirichlet": (2, {"partition_sizes": [400, 400], "alpha": 1.0}),
-    "natural-id": (10, {}),
     "library-dirichlet": (5, {"alpha": 1.0}),
     "library-pathological": (10, {"num_classes_per_partition": 3}),
 }
@@ -157,7 +156,7 @@ def test_library_partitions_by_name(name: str) -> None:
     [
         ("iid", {"alpha": 1}, ConfigError, "partition 'iid'.*unexpected keyword argument 'alpha'"),
         ("library-dirichlet", {}, ConfigError, "missing a required argument: 'alpha'. Options: al"),
-        ("natural-id", {}, DataError, "makes 10 clients, num-partitions is 3"),
+        ("iid", {"num_partitions": 4}, DataError, "makes 4 clients, num-partitions is 3"),
         ("size", {"partition_sizes": [900, 900, 1]}, DataError, "cannot divide 1000 examples"),
     ],
 )
