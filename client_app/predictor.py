@@ -145,5 +145,5 @@ def judge_both(said: Iterable[Logits], data: ClientData, started: float) -> Eval
         name: num_correct(logits.test, data.test_labels)
         for name, logits in (("own", own), ("common", common))
     }
-    mixed = mixture(own.test, common.test, weight, data.target)
-    return replace(judged(mixed, data, started), others=correct)
+    mixed = Logits(*(mixture(o, c, weight, data.target) for o, c in zip(own, common, strict=True)))
+    return replace(judged(*mixed, data, started), others=correct)

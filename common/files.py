@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ def read_rows(path: Path, *, skips_damaged: bool = False) -> list[dict[str, Any]
             if not skips_damaged:
                 raise
     return rows
+
+
+def best_round(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the row of metrics.jsonl that is best on validation examples; None without any."""
+    validated = [row for row in rows if "accuracy_validation" in row]
+    return max(validated, key=lambda row: row["accuracy_validation"], default=None)
 
 
 def sync(path: Path) -> None:

@@ -164,7 +164,8 @@ class Evaluation:
     Of several labels an example, a correct one is a share of an example; of numbers R^2 says which
     share of all is correct, 0 at least. `num_correct` over `num_test` is called accuracy.
     `others` are the counts of correct examples of further predictors that a method reports beside
-    its own, by name (FedProto: its head), and of the model trained alone where it is measured.
+    its own, by name (FedProto: its head), and of the model trained alone where it is measured;
+    rounds are chosen by the counts of validation examples, which may be none.
     """
 
     num_test: int
@@ -172,6 +173,8 @@ class Evaluation:
     test_loss: float
     seconds: float = 0.0
     others: Mapping[str, float] = field(default_factory=dict)
+    num_validation: int = 0
+    num_validated: float = 0
 
     def settings(self) -> dict[str, Scalar]:
         """Return the keys that stand for it."""
@@ -180,6 +183,8 @@ class Evaluation:
             "num-correct": self.num_correct,
             "test-loss": self.test_loss,
             "seconds-evaluation": self.seconds,
+            "num-validation": self.num_validation,
+            "num-validated": self.num_validated,
             **{f"num-correct-{name}": count for name, count in self.others.items()},
         }
 
@@ -211,12 +216,15 @@ class Evaluation:
         num_test = reply.count("num-test", least=1, most=MOST_EXAMPLES)
         if reply.has_setting(f"num-correct-{ALONE}"):
             others = (*others, ALONE)
+        validation = reply.count("num-validation", most=MOST_EXAMPLES)
         return cls(
             num_test=num_test,
             num_correct=reply.share("num-correct", of=num_test),
             test_loss=reply.number("test-loss", most=MOST_LOSS),
             seconds=reply.number("seconds-evaluation", most=MOST_SECONDS),
             others={name: reply.share(f"num-correct-{name}", of=num_test) for name in others},
+            num_validation=validation,
+            num_validated=reply.share("num-validated", of=validation),
         )
 
 
@@ -224,8 +232,7 @@ class Evaluation:
 class Gain:
     """What joining is worth: accuracy with the federation minus that of the same model alone.
 
-    Of the participants that measured both; `micro` is over all their test examples alike, a
-    fraction.
+    Of participants that measured both; `micro` is over all their test examples alike, a fraction.
     """
 
     micro: float

@@ -25,7 +25,7 @@ from common.compression import MODEL_ENTRIES, Float32, Precision, Raw, pack, unp
 from common.config.section import Scalar, Section
 from common.errors import WireError, listing, unknown_name
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 CONFIG, ARRAYS = "config", "arrays"
 COUNTS = "counts"

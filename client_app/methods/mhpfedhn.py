@@ -176,7 +176,7 @@ class MHpFedHN(Method):
 
     def judge(self, seen: Mapping[Role, Logits], started: float) -> Evaluation:
         """Test what the client predicts with, by what its models say; begun at `started`."""
-        return judged(seen[PERSONAL].test, self.data, started)
+        return judged(*seen[PERSONAL], self.data, started)
 
     def member_alone(self, task: Received) -> Member:
         """Hand over what a batched call needs to test or train the model trained alone."""

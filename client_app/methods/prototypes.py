@@ -8,6 +8,7 @@ Shapes: B batch, C classes, D feature.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from common.records import COUNTS, Arrays, Received
 
 DISTILL_WEIGHT = 1.0
 """FD: of the divergence from the classes' mean logits."""
+
+Known = tuple[Tensor, Tensor]
+"""Prototypes (C, D), and which classes have one (C,)."""
 
 
 class FedProto(Method):
@@ -47,13 +51,29 @@ class FedProto(Method):
 
         Before there are prototypes the head alone predicts.
         """
-        started = time.monotonic()
-        known, device = self._prototypes(task, instance), self.participant.device
+        started, size = time.monotonic(), TEST_BATCH.get(self.participant.device.type, 256)
+        data, known = self.data, self._prototypes(task, instance)
+        nearest, by_head, loss = self._said(data.test_batches(size), known, instance)
+        return Evaluation(
+            num_test=data.num_test,
+            num_correct=nearest,
+            test_loss=loss / data.num_test,
+            seconds=time.monotonic() - started,
+            others={"head": by_head},
+            num_validation=len(data.validation_labels),
+            num_validated=self._said(data.validation_batches(size), known, instance)[0],
+        )
+
+    def _said(
+        self, batches: Iterable[tuple[Tensor, Tensor]], known: Known | None, instance: Instance
+    ) -> tuple[int, int, float]:
+        """Count what the nearest prototype and the head get right; sum up the head's loss."""
+        device = self.participant.device
         instance.model.module.eval()
         nearest = by_head = torch.zeros((), dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         with tapped(self.head(instance)) as tap:
-            for images, labels in self.data.test_batches(TEST_BATCH.get(device.type, 256)):
+            for images, labels in batches:
                 logits = logits_of(instance.model.module, images, self.data.num_classes)
                 chosen = logits.argmax(dim=1)
                 by_head = by_head + (chosen == labels).sum()
@@ -61,16 +81,9 @@ class FedProto(Method):
                     chosen = nearest_class(tap.features, *known)
                 nearest = nearest + (chosen == labels).sum()
                 loss += functional.cross_entropy(logits, labels, reduction="sum").double()
-        num_test = self.data.num_test
-        return Evaluation(
-            num_test=num_test,
-            num_correct=int(nearest),
-            test_loss=float(loss) / num_test,
-            seconds=time.monotonic() - started,
-            others={"head": int(by_head)},
-        )
+        return int(nearest), int(by_head), float(loss)
 
-    def _prototypes(self, task: Received, instance: Instance) -> tuple[Tensor, Tensor] | None:
+    def _prototypes(self, task: Received, instance: Instance) -> Known | None:
         """Return the received prototypes (C, D) and which classes have one (C,), or None."""
         if COUNTS not in task:
             return None

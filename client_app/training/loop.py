@@ -244,18 +244,21 @@ def logits_over(model: FlatModel, data: ClientData, *, validation: bool = False)
 
 
 def evaluate(model: FlatModel, data: ClientData) -> Evaluation:
-    """Count correct test examples of the model as it is, in evaluation mode."""
+    """Count correct test and validation examples of the model as it is, in evaluation mode."""
     started = time.monotonic()
-    return judged(logits_over(model, data), data, started)
+    logits, validation = (logits_over(model, data, validation=part) for part in (False, True))
+    return judged(logits, validation, data, started)
 
 
-def judged(logits: Tensor, data: ClientData, started: float) -> Evaluation:
-    """Count correct test examples by their logits (B, C); `started` is when that was begun."""
+def judged(logits: Tensor, validation: Tensor, data: ClientData, started: float) -> Evaluation:
+    """Count correct test and validation examples by their logits (B, C); begun at `started`."""
     return Evaluation(
         num_test=data.num_test,
         num_correct=num_correct(logits, data.test_labels),
         test_loss=float(loss_of(logits.double(), data.test_labels)),
         seconds=time.monotonic() - started,
+        num_validation=len(data.validation_labels),
+        num_validated=num_correct(validation, data.validation_labels),
     )
 
 

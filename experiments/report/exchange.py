@@ -103,7 +103,6 @@ def import_results(args: argparse.Namespace) -> int:
         summary = {
             "status": "completed",
             "method": args.method,
-            "best": max(rows, key=lambda row: row["accuracy_micro"]),
             "last": rows[-1],
             "rounds": rows[-1]["round"],
         }

@@ -123,7 +123,7 @@ class Run:
         return _number((self.summary.get("last") or {}).get(key))
 
     def best(self, key: str) -> float | None:
-        """Return a value of the round with the best micro accuracy."""
+        """Return a value of the round that is best on validation; None without validation."""
         return _number((self.summary.get("best") or {}).get(key))
 
     def total(self, key: str) -> float:

@@ -17,7 +17,7 @@ from experiments.report.settings import complete_settings
 Cell = Callable[[Group], str]
 NONE = "-"
 OTHER_PREFIX = "accuracy_"
-NAMED = ("micro", "macro", "std", "worst10", "own", "common", "alone")
+NAMED = ("micro", "macro", "std", "worst10", "own", "common", "alone", "validation")
 """What of `accuracy_...` has a column of its own."""
 ERRORS = "Mean ± standard error over seeds; only completed runs, one for each seed."
 
@@ -83,9 +83,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("std", "last round: standard deviation over clients, points", _share("accuracy_std")),
     Column("worst 10 %", "last round: mean of the worst tenth of the clients, %",
            _share("accuracy_worst10")),
-    Column("best", "micro accuracy of the best round, chosen on the test examples: optimistic, %",
-           lambda group: percent(group.stat(lambda run: run.best("accuracy_micro")))),
-    Column("best at", "the round of it", _span(lambda run: run.best("round"))),
+    Column("chosen", "micro accuracy of the round that is best on validation examples, %",
+           lambda group: percent(group.stat(lambda run: run.best("accuracy_micro"))), always=False),
+    Column("round", "the round of it", _span(lambda run: run.best("round")), always=False),
     Column("rounds", "rounds of the run", _span(lambda run: run.rounds_done)),
     Column("MB up", "all clients to the server, whole run", _total("bytes_up", size=1e6, digits=1)),
     Column("MB down", "server to all clients, whole run", _total("bytes_down", size=1e6, digits=1)),

@@ -25,9 +25,11 @@ def run_table(run: Run) -> Table:
     """Sum a run up: what ran, how well, what it cost."""
     summary, last, best = run.summary, run.summary.get("last") or {}, run.summary.get("best")
     micro = macro = "-"
+    if last:
+        micro = f"[bold]{percent(last['accuracy_micro'])}[/] last"
     if last and best:
-        micro = f"[bold]{percent(last['accuracy_micro'])}[/] last, "
-        micro += f"{percent(best['accuracy_micro'])} best (round {int(best['round'])})"
+        micro += f", {percent(best['accuracy_micro'])} in round {int(best['round'])}, "
+        micro += "the best on validation"
     if "accuracy_macro" in last:
         macro = f"{percent(last['accuracy_macro'])}, standard deviation over clients "
         macro += percent(last.get("accuracy_std"))

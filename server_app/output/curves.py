@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from common.errors import RunError
-from common.files import read_rows
+from common.files import best_round, read_rows
 from common.messages import ALONE
 from server_app.output.figures import (
     BLUE,
@@ -166,11 +166,11 @@ def _outcome(rows: Sequence[Row]) -> str:
     rounds, values = column(rows, "accuracy_micro")
     if not values:
         return f"{len(rows)} rounds, no evaluation yet"
-    best = max(range(len(values)), key=values.__getitem__)
-    return (
-        f"micro accuracy {100 * values[-1]:.1f} % after round {rounds[-1]}, "
-        f"best {100 * values[best]:.1f} % in round {rounds[best]}"
-    )
+    found = f"micro accuracy {100 * values[-1]:.1f} % after round {rounds[-1]}"
+    if best := best_round(rows):
+        found += f", {100 * best['accuracy_micro']:.1f} % in round {int(best['round'])}"
+        found += ", the best on validation"
+    return found
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[Row], reference: Reference | None) -> None:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from common import messages
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
-from common.files import DEFAULT_ROOT, replace_file
+from common.files import DEFAULT_ROOT, best_round, replace_file
 from common.log import logger
 from common.messages import ALONE, MOST_TESTED, Evaluation, Gain
 
@@ -147,7 +147,7 @@ class RunFolder:
         lost = int(row["num_failed"] + row["num_unanswered"])
         return (
             f"round {server_round:>{len(str(rounds))}}/{rounds}  {found}  "
-            f"up {_mb(row['bytes_up'])} down {_mb(row['bytes_down'])}  "
+            f"up {row['bytes_up'] / 1e6:.1f} MB down {row['bytes_down'] / 1e6:.1f} MB  "
             f"{row['seconds_round']:.1f} s (server {row['seconds_server']:.1f} s)  "
             f"left {_clock(left)}" + (f"  lost {lost} clients" if lost else "")
         )
@@ -229,7 +229,7 @@ class RunFolder:
                 "max_in_flight": config.schedule.max_in_flight,
                 "buffer_size": config.schedule.buffer_size,
             },
-            "best": max(scored, key=lambda row: row["accuracy_micro"]) if scored else None,
+            "best": best_round(self._rows),
             "last": scored[-1] if scored else None,
             "gain": gain.micro if gain else None,
             "num_gaining": gain.num_gaining if gain else 0,
@@ -250,10 +250,6 @@ class RunFolder:
         return names if len(names) == len(sizes) else [f"{size} parameters" for size in sizes]
 
 
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"
-
-
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -267,8 +263,9 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     are more than ten times the median; accuracy_macro: mean over clients; accuracy_std: population
     standard deviation over clients; accuracy_worst10: mean of the worst tenth of clients (at least
     one); test_loss: mean over examples, in nats; accuracy_x: micro accuracy of a further predictor
-    x; share_gaining: the fraction of clients whose accuracy is higher than that of their model
-    trained alone, of those who measured it.
+    x; accuracy_validation: that of the validation examples of clients that have some, by which a
+    round is chosen; share_gaining: the fraction of clients whose accuracy is higher than that of
+    their model trained alone, of those who measured it.
     """
     if not evaluations:
         return {}
@@ -288,8 +285,9 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
 
 
 def _others(rows: Sequence[Evaluation]) -> dict[str, float]:
-    """Summarise the further predictors, each over the clients that report it."""
-    found: dict[str, float] = {}
+    """Summarise validation and the further predictors, each over the clients that report it."""
+    validated = [(row.num_validation, row.num_validated) for row in rows if row.num_validation]
+    found = {"accuracy_validation": messages.micro_accuracy(validated)} if validated else {}
     for name in dict.fromkeys(name for row in rows for name in row.others):
         having = [row for row in rows if name in row.others]
         counts = [(row.num_test, row.others[name]) for row in having]

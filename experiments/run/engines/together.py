@@ -180,12 +180,12 @@ class _Cohort:
         first, predictors = self._first, self._first.method.predicts_with
         if self._role not in (*predictors, APART):
             return
-        weighs = len(predictors) > 1 and self._role is not APART
+        validates = self._role is not APART and (first.tests or len(predictors) > 1)
         said = (
             cohort_logits(self._module, self._members, validation=part)
             if wanted
             else [torch.empty(0)] * len(self._clients)
-            for part, wanted in ((False, first.tests), (True, weighs))
+            for part, wanted in ((False, first.tests), (True, validates))
         )
         for ready, *logits in zip(self._clients, *said, strict=True):
             ready.seen[self._role] = Logits(*logits)
