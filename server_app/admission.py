@@ -37,7 +37,7 @@ SETTLE_S = 2.0
 """A run starts when no node has come for so long."""
 
 LONGEST_RETRY_ROUNDS = 16
-"""A node that does not say who it is gets asked again after 1, 2, 4, ... rounds, at most these."""
+"""Who does not answer is asked again after 1, 2, 4, ... rounds, at most these."""
 
 
 class Admission:
@@ -57,6 +57,7 @@ class Admission:
         self._registry, self._add_client = registry, add_client
         self._silences: Counter[int] = Counter()
         self._ask_from: dict[int, int] = {}  # rounds, of nodes that took their time
+        self._rests_until: dict[str, int] = {}  # rounds, of clients that everybody waited for
         self._said: dict[int, Registration] = {}  # by node, before anybody is admitted
         self._settled = False
         self._last_reply: dict[str, int] = {}
@@ -67,6 +68,7 @@ class Admission:
         Raises RunError where too few came in time, and names why others could not join.
         """
         section, clock = self._config.schedule, self._transport.clock
+        self._let_rest(server_round)
         if not self._settled:
             self._settle(min(SETTLE_S, section.wait_for_clients_s))
         deadline, said = clock.monotonic() + section.wait_for_clients_s, False
@@ -75,7 +77,10 @@ class Admission:
             self._register(server_round, least=0 if late else section.min_clients)
             present = self._registry.present(server_round)
             if len(present) >= section.min_clients:
-                return present
+                awake = [
+                    c for c in present if self._rests_until.get(c.client_id, 0) <= server_round
+                ]
+                return awake if len(awake) >= section.min_clients else present
             if late:
                 raise RunError(self._too_few(present, server_round))
             if not said:
@@ -83,6 +88,18 @@ class Admission:
                 logger.info("Waiting for %d clients; %d are here", wanted, here)
             said = True
             clock.sleep(0.5)
+
+    def _let_rest(self, server_round: int) -> None:
+        """Leave alone for a while who did not answer at all, where there are enough others."""
+        known = self._registry.clients()
+        for client_id in sorted(self._transport.silent & known.keys(), key=natural_key):
+            until = server_round + self._pause(known[client_id].node_id)
+            self._rests_until[client_id] = until
+            text = (
+                "Client %s did not answer: it trains again from round %d on, if others are enough"
+            )
+            logger.warning(text, client_id, until)
+        self._transport.silent.clear()
 
     def attendance(self, server_round: int, replied: Collection[str]) -> dict[str, Any]:
         """Return who is there, the round of everybody's last reply, and whom it refuses and why."""

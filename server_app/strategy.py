@@ -232,7 +232,7 @@ class Rounds:
     ) -> dict[str, T]:
         """Send all who are free the newest weights; return what good ones tell, by client."""
         transport, busy = self._transport, self._transport.busy_nodes()
-        free = [client for client in clients if client.node_id not in busy]
+        free = [c for c in clients if c.node_id not in busy and c.client_id not in transport.silent]
         contents = self._method.contents(free, training=False)
         patience = self._config.schedule.round_deadline_s or math.inf
         make = partial(

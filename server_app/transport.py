@@ -73,6 +73,7 @@ class Transport:
     rejected : number of rejected or failed replies by client_id, over the whole run.
     recent : the last ten reasons.
     misfits : clients whose content did not fit what they registered, until somebody clears it.
+    silent : those that did not answer within `timeout_s`, likewise.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Transport:
         self.bytes_down = self.bytes_up = 0
         self.rejected: Counter[str] = Counter()
         self.recent: deque[str] = deque(maxlen=10)
-        self.misfits: set[str] = set()
+        self.misfits, self.silent = set[str](), set[str]()
         self._method, self._precision, self._timeout_s = method, precision, timeout_s
         self._window = WINDOW_PER_WORKER * int(getattr(grid, "workers", 0)) or math.inf
         self._unsent: deque[Iterator[Outgoing]] = deque()
@@ -123,9 +124,9 @@ class Transport:
         """Make a message that is sent now, with a nonce of its own."""
         nonce = secrets.token_hex(8)
         header = Header(self.federation_id, self._method, server_round, nonce, self._precision)
-        now = self.clock.monotonic()
-        (client_id, node_id, most), mine = recipient, (version, now, patience_s)
-        pending = Pending(client_id, node_id, message_type, header, *mine, most)
+        (client_id, node_id, most), now = recipient, self.clock.monotonic()
+        mine = version, now, patience_s, most
+        pending = Pending(client_id, node_id, message_type, header, *mine)
         return Outgoing(pending, encode(header, content))
 
     def send(self, messages: Iterable[Outgoing]) -> None:
@@ -259,10 +260,10 @@ class Transport:
         return [Arrival(pending, None, f"error {reply.error.code}: {reason}")]
 
     def _expired(self) -> Iterator[Arrival]:
-        now = self.clock.monotonic()
         for message_id, pending in list(self._in_flight.items()):
             patience = self._patience_s(pending)
-            if now - pending.sent_at > patience:
+            if self.clock.monotonic() - pending.sent_at > patience:
+                self.silent |= {pending.client_id} if patience == self._timeout_s else set()
                 del self._in_flight[message_id]
                 yield Arrival(pending, None, f"{NO_ANSWER} within {patience:g} s")
 
@@ -293,7 +294,7 @@ class Transport:
 
     def _reject(self, pending: Pending, reason: str) -> None:
         self.rejected[pending.client_id] += 1
-        text = printable(f"{pending.source}: {reason}")
-        text = text if len(text) <= 1000 else f"{text[:300]} ... {text[-700:]}"  # who, and why
+        if len(text := printable(f"{pending.source}: {reason}")) > 1000:
+            text = f"{text[:300]} ... {text[-700:]}"  # who, and why
         self.recent.append(text)
         logger.warning("Rejected: %s", text)

@@ -29,6 +29,8 @@ EARLY = "early"
 """Among the exported norms, those of groups with fewer clients; no group has this key."""
 ABSURD = 10.0
 """Times the median that a norm was, of when nobody could know: the group starts anew."""
+VAST = 1.0
+"""Root mean square of a delta above which it is larger than the weights of a model."""
 
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
@@ -115,12 +117,16 @@ class NormClip:
     Attributes
     ----------
     absurd : groups whose first two clients sent what turned out to be far too long, until cleared.
+
+    Deltas become shorter in the course of a run: what nobody could judge is held against the norms
+    of the steps that follow at once, and otherwise against the size of weights.
     """
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
         self._norms: dict[str, dict[str, float]] = {}
-        self._early: dict[str, float] = {}
+        self._early: dict[str, list[float]] = {}
+        self._vast: set[str] = set()
         self.absurd: set[str] = set()
 
     def clip_all(
@@ -142,27 +148,39 @@ class NormClip:
         for key, positions in members_by_group((u.client_id for u in ordered), group_of).items():
             known = self._norms.setdefault(key, {})
             known.update((ordered[i].client_id, norms[i]) for i in positions)
-            bound = self._bound(key, max(norms[i] for i in positions), size_of(key))
+            size = size_of(key)
+            if len(known) < LEAST and size < LEAST:
+                self._note([(norms[i], len(ordered[i].delta)) for i in positions], key)
+            bound = self._bound(key, size)
             clipped |= {i: _scaled(ordered[i], norms[i], bound) for i in positions}
         return [*clipped.values()]
 
-    def _bound(self, key: str, longest: float, size: int) -> float:
-        """Return how long a group's deltas may be; note what nobody could judge."""
+    def _note(self, sent: Iterable[tuple[float, int]], key: str) -> None:
+        """Remember the newest norms that nobody can judge yet; entries are counted with each."""
+        sent = list(sent)
+        self._early[key] = [*self._early.get(key, []), *(norm for norm, _ in sent)][-LEAST:]
+        if any(norm > VAST * math.sqrt(entries) for norm, entries in sent):
+            self._vast.add(key)
+
+    def _bound(self, key: str, size: int) -> float:
+        """Return how long a group's deltas may be; find out whether its first ones were absurd."""
         known = self._norms[key].values()
         if len(known) >= LEAST:
             usual = median(known)
-            if 2 * len(known) >= size and self._early.pop(key, 0.0) > ABSURD * usual:
-                self.absurd.add(key)
+            if 2 * len(known) >= size:
+                self._vast.discard(key)
+                if max(self._early.pop(key, [0.0])) > ABSURD * usual:
+                    self.absurd.add(key)
             return self._factor * usual
         if size < LEAST:
-            self._early[key] = max(self._early.get(key, 0.0), longest)
             return math.inf
         return self._factor * min(known) if len(known) > 1 else 0.0
 
     def doubt(self) -> None:
-        """Take for absurd what nobody has been able to judge yet."""
-        self.absurd |= self._early.keys()
-        self._early.clear()
+        """Take for absurd what nobody has judged yet, and is larger than weights of a model are."""
+        self.absurd |= self._vast
+        self._early = {key: norms for key, norms in self._early.items() if key not in self._vast}
+        self._vast.clear()
 
     def forget(self, client_id: str) -> None:
         """Forget what a client's norms were."""
@@ -172,13 +190,13 @@ class NormClip:
 
     def export(self) -> dict[str, dict[str, float]]:
         """Return the remembered norms for a checkpoint."""
-        early = {EARLY: dict(self._early)} if self._early else {}
+        early = {EARLY: {k: max(norms) for k, norms in self._early.items()}} if self._early else {}
         return {group: dict(norms) for group, norms in self._norms.items()} | early
 
     def restore(self, saved: Mapping[str, Mapping[str, float]]) -> None:
         """Load exported norms."""
         self._norms = {group: dict(norms) for group, norms in saved.items() if group != EARLY}
-        self._early = dict(saved.get(EARLY, {}))
+        self._early = {group: [norm] for group, norm in saved.get(EARLY, {}).items()}
 
 
 def _scaled(update: Update, norm: float, bound: float) -> Update:

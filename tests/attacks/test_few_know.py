@@ -1,14 +1,17 @@
 """A liar where few are there to judge it: first of all, or drawn alone."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Error, Message
+from flwr.app import Array, Error, Message
 
 from common.config import RunConfig
 from common.errors import RunError
+from common.messages import REGISTER
+from common.records import ARRAYS
 from experiments.attacks.liars import Federation
 from experiments.run.engines.inprocess import InProcessGrid, run_inprocess, simulated_nodes
 from tests.support.outputs import rows
@@ -84,6 +87,73 @@ def test_one_that_is_drawn_alone_ends_no_run(tmp_path: Path) -> None:
                          client_sampling="round-robin", max_in_flight=0, buffer_size=0)  # fmt: skip
     run_inprocess(config, simulated_nodes(6), workers=1, grid_type=Refusing)
     assert sorted(row["num_accepted"] for row in rows(config)) == [0, 0, *[1] * 10]
+
+
+class LateAndWrong(InProcessGrid):
+    """A grid whose last of three nodes comes in round 13, and sends zeros or a delta."""
+
+    lies, now = True, 0
+
+    def get_node_ids(self) -> list[int]:
+        nodes = sorted(super().get_node_ids())
+        return nodes if self.now >= 12 else nodes[:-1]
+
+    def _deliver(self, message: Message) -> Message:
+        reply = super()._deliver(message)
+        self.now = int(message.content.config_records["config"]["server-round"])
+        last = message.metadata.dst_node_id == max(super().get_node_ids())
+        if self.lies and last and message.metadata.message_type == "train.personal":
+            arrays = reply.content.array_records[ARRAYS]
+            for name, values in list(arrays.items()):
+                arrays[name] = Array(0 * values.numpy())
+        return reply
+
+
+@pytest.mark.parametrize("lies", [True, False])
+def test_a_third_that_comes_late_wipes_nothing_out(tmp_path: Path, lies: bool) -> None:
+    """What two have learned stays: their deltas have become fifty times shorter since the start."""
+    config = tiny_config(
+        tmp_path, models=f"{HERE}:small", server_rule="kernel", clip_to_median=1.5,
+        num_partitions=3, rounds=14, max_in_flight=0, buffer_size=0, learning_rate=0.05,
+        learning_rate_final=0.02, lr_decay_from=0.0,
+    )  # fmt: skip
+    grid = type("G", (LateAndWrong,), {"lies": lies})
+    run_inprocess(config, simulated_nodes(3), workers=1, grid_type=grid)
+    found = rows(config)
+    assert [row["num_accepted"] for row in found] == [2] * 12 + [3] * 2
+    assert found[12]["accuracy_micro"] > 0.95 * found[11]["accuracy_micro"] > 0.85
+
+
+def test_who_makes_rounds_fall_short_wipes_nothing_out(tmp_path: Path) -> None:
+    """Three participants of three sizes, and nobody sent anything absurd: the run ends."""
+    config = tiny_config(tmp_path, server_rule="kernel", clip_to_median=1.5, num_partitions=5,
+                         rounds=3, min_fraction=0.9, max_in_flight=0, buffer_size=0)  # fmt: skip
+    with pytest.raises(RunError, match="round 1: 4 of 5 clients"):
+        run_inprocess(config, simulated_nodes(5), workers=1, grid_type=Refusing)
+
+
+class Silent(InProcessGrid):
+    """A grid on which one participant takes its messages and never answers."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        pushed = []
+        for message in messages:
+            taken = list(super().push_messages([message]))
+            if message.metadata.dst_node_id == 3 and message.metadata.message_type != REGISTER:
+                self._queue.pop(taken[0])
+            pushed += taken
+        return pushed
+
+
+def test_who_never_answers_is_waited_for_less_and_less(tmp_path: Path) -> None:
+    """Rounds 1, 3, 6, 11, ... instead of all of them; twice each before, for the test too."""
+    config = tiny_config(tmp_path, models=f"{HERE}:small", rounds=7, message_timeout_s=5.0,
+                         max_in_flight=0, buffer_size=0)  # fmt: skip
+    run_inprocess(config, simulated_nodes(6), workers=1, grid_type=Silent)
+    found = rows(config, timed=True)
+    assert [row["num_failed"] for row in found] == [1, 0, 1, 0, 0, 1, 0]
+    assert [row["seconds_round"] > 4.5 for row in found] == [bool(r["num_failed"]) for r in found]
+    assert max(row["seconds_round"] for row in found) < 9.5
 
 
 def test_rounds_without_anybody_end_it_in_the_end(tmp_path: Path) -> None:
