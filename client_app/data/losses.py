@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +15,24 @@ from common.errors import ConfigError, ModelError, unknown_name
 
 OwnLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (B, C), labels (B,) or (B, C)) -> the loss of each example (B,)."""
+BALANCED, ABSOLUTE = "balanced", "absolute"
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The cross-entropy of each example in nats, times the weight of its class.
+
+    `weights` (C,) float32 are one participant's; (G, C) those of G participants, whose examples,
+    equally many each, come one participant after the other.
+    """
+
+    weights: Tensor
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each example (B,) of outputs (B, C) and labels (B,)."""
+        rows = self.weights.view(-1, outputs.shape[1])
+        weights = rows.gather(1, labels.view(len(rows), -1)).flatten()
+        return weights * torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
 
 
 def own_loss(name: str, train_labels: Tensor, target: str, num_classes: int) -> OwnLoss | None:
@@ -25,18 +45,59 @@ def own_loss(name: str, train_labels: Tensor, target: str, num_classes: int) -> 
     if ":" in name:
         found = load_callable(name, key="loss", error=ModelError, example="my_site:focal")
         return lambda outputs, labels: _of_each(name, found(outputs, labels), outputs)
-    kinds = {"balanced": CLASSES, "absolute": NUMBERS}
-    if name not in kinds:
-        raise ConfigError(unknown_name("loss", name, kinds) + " Or 'module:function' of your own.")
-    if kinds[name] != target:
-        raise ConfigError(f"loss = {name!r} is for {kinds[name]}; here are {target}.")
-    if name == "absolute":
+    given, kinds = _weights_in(name), {BALANCED: CLASSES, ABSOLUTE: NUMBERS}
+    if not given and name not in kinds:
+        raise ConfigError(
+            f"{unknown_name('loss', name, kinds)} Or 'module:function' of your own, or a weight "
+            "for each class: '1, 5'."
+        )
+    kind = CLASSES if given else kinds[name]
+    if kind != target:
+        raise ConfigError(f"loss = {name!r} is for {kind}; here are {target}.")
+    if name == ABSOLUTE:
         return lambda outputs, labels: (outputs - labels).abs().mean(1)
-    counts = train_labels.bincount(minlength=num_classes)
-    weights = len(train_labels) / (counts.clamp_min(1) * (counts > 0).sum())
-    return lambda outputs, labels: (
-        weights[labels] * torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
-    )
+    counts = train_labels.bincount(minlength=num_classes).double()
+    if not given:
+        return _weighted(name, 1 / counts.clamp_min(1), counts)
+    if len(given) != num_classes:
+        raise ConfigError(
+            f"loss = {name!r} has {len(given)} weights, and there are {num_classes} classes. Give "
+            "one for each, in the order of class-names, or of your folders' names."
+        )
+    return _weighted(name, counts.new_tensor(given), counts)
+
+
+def _weights_in(text: str) -> list[float]:
+    """Return the weights of a comma list, none of a word; raise ConfigError at a bad one."""
+    parts, found = [part.strip() for part in text.split(",")], list[float]()
+    for part in parts:
+        try:
+            found.append(float(part))
+        except ValueError:
+            if len(parts) == 1:
+                return []
+            found.append(math.nan)
+        if not 0 <= found[-1] < math.inf:
+            raise ConfigError(
+                f"loss = {text!r}: {part!r} is no weight of a class; expected numbers from 0 on, "
+                "one for each class, separated by commas: '1, 5, 2.5'."
+            )
+    return found
+
+
+def _weighted(name: str, weights: Tensor, counts: Tensor) -> Weighted:
+    """Scale weights of classes (C,) so that those of the train examples are 1 on average.
+
+    The learning rate then means what it does without weights.
+    """
+    weights = weights / weights.max().clamp_min(torch.finfo(weights.dtype).tiny)
+    total = (weights * counts).sum()
+    if not total:
+        raise ConfigError(
+            f"loss = {name!r}: every class of which there are examples to train on weighs 0, and "
+            "nothing would be learned. Give at least one of them a weight."
+        )
+    return Weighted((weights * (counts.sum() / total)).float())
 
 
 def _of_each(name: str, losses: object, outputs: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client_app.data.augment import moved
 from client_app.data.examples import ClientData
+from client_app.data.losses import Weighted
 from client_app.models.building import trainable
 from client_app.models.instances import MaskFeed, draw_mask, feeding
 from client_app.training.loop import Trained, label_loss, make_optimizer, mixed_precision
@@ -83,7 +84,8 @@ def train_cohort(
 ) -> list[Outcome]:
     """Train every member as `loop.train` would, all of them at once; returns in their order.
 
-    The members' `data` must be on one device and be normalised alike; the parameters and buffers of
+    The members' `data` must be on one device and be normalised alike, and either all weigh their
+    classes (`losses.Weighted`) or none has a loss of its own; the parameters and buffers of
     `module` are not used. Raises ModelError where it has layers of the participant's own.
     """
     if not can_train_together(module):
@@ -160,6 +162,8 @@ class _Cohort:
         self._used = [member.data.num_used(section.batch_size) for member in members]
         self._augments = any(member.data.augmentation for member in members)
         self._loss = torch.zeros(len(members), device=self._theta.device)
+        own = [m.data.loss.weights for m in members if isinstance(m.data.loss, Weighted)]
+        self._weights = torch.stack(own) if own else None  # (G, C)
         self._wanted = self._wanted_masks()
 
     @torch.no_grad()
@@ -244,13 +248,7 @@ class _Cohort:
         self._loss[group] += loss.detach() * count
         self._descend(group, gradient)
 
-    def _losses(
-        self,
-        theta: Tensor,
-        group: slice,
-        batch: Tensor,
-        masks: list[Tensor],
-    ) -> Tensor:
+    def _losses(self, theta: Tensor, group: slice, batch: Tensor, masks: list[Tensor]) -> Tensor:
         """Return the loss of every example (G, B)."""
         rows_GB, moves = batch[0], batch[1:]  # noqa: N806
         pictures = self._images[rows_GB.flatten()]
@@ -270,7 +268,8 @@ class _Cohort:
         stacked_images = images.view(*rows_GB.shape, *images.shape[1:])
         with mixed_precision(self._section, images.device):
             out = vmap(logits)(cut(theta, self._module), buffers, masks, stacked_images).float()
-            losses = label_loss(out.flatten(0, 1), labels, self._section, reduction="none")
+            own = None if self._weights is None else Weighted(self._weights[group])
+            losses = label_loss(out.flatten(0, 1), labels, self._section, own, reduction="none")
             losses = losses.view(rows_GB.shape)
             if self._teachers is not None:
                 losses = self._teachers.of(group).losses(stacked_images, out, labels, losses)

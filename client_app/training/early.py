@@ -27,6 +27,8 @@ def train_to_best(
 ) -> Trained:
     """Train in place as `loop.train`, to the epoch with the lowest loss on validation examples.
 
+    Labels are not smoothed there; a loss of the participant's own counts.
+
     Raises ConfigError where there are none.
     """
     examples = _UntilEnough(data, model, section.local_patience)
@@ -87,7 +89,8 @@ class _UntilEnough:
 
     def _judge(self) -> None:
         logits = logits_over(self._model, self._data, validation=True)
-        found = float(loss_of(logits.double(), self._data.validation_labels))
+        own, labels = self._data.loss, self._data.validation_labels
+        found = float(own(logits, labels).mean() if own else loss_of(logits.double(), labels))
         if self._best is None or found < self._lowest:
             self._lowest, self._waited = found, 0
             buffers = {n: b.clone() for n, b in self._model.module.named_buffers()}

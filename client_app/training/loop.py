@@ -82,9 +82,10 @@ def label_loss(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Return `loss_of` with labels smoothed by `label-smoothing`, or the mean of one's own."""
+    """Return `loss_of` with labels smoothed by `label-smoothing`, or one's own, as it is."""
     if own:
-        return own(logits, labels).mean()
+        losses = own(logits, labels)
+        return losses.mean() if reduction == "mean" else losses
     return loss_of(logits, labels, smoothing=section.label_smoothing, reduction=reduction)
 
 

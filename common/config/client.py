@@ -157,7 +157,8 @@ class ClientSection(Section):
     loss: str = key(
         "",
         "that is descended: empty: of the labels' kind; balanced (of classes, all weigh alike), "
-        'absolute (of numbers), or "module:function": (outputs, labels) -> loss of each example',
+        'a weight for each class, as "1, 5", absolute (of numbers), or "module:function": '
+        "(outputs, labels) -> loss of each example",
     )
     device: str = key("auto", "auto, cpu, cuda:0")
     client_threads: int = key(1, "torch CPU threads of one client; 0: torch's own choice", ge=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.config import ClientSection, NodeConfig, RunConfig
-from common.errors import ModelError, RunError
+from common.errors import ModelError, RunError, listing
 from experiments.deploy.settings import JoinSettings
 
 if TYPE_CHECKING:
@@ -179,11 +179,22 @@ def check_training(trial: Trial) -> Finding:
         started = time.monotonic()
         step.summed(*batches[0])
         seconds = time.monotonic() - started
-    epoch = seconds * len(batches)
+    epoch = f"an epoch of {len(batches)} batches: about {seconds * len(batches):.1f} s"
     return Finding(
-        f"loss {losses[0]:.3f}; an epoch of {len(batches)} batches: about {epoch:.1f} s",
+        f"loss {losses[0]:.3f}{_weights_of(data)}; {epoch}",
         _remembers(instance, data, batches[0][0]),
     )
+
+
+def _weights_of(data: ClientData) -> str:
+    """Say what the classes weigh in the loss, where they do: a list may be in another order."""
+    from client_app.data.losses import Weighted
+
+    if not isinstance(data.loss, Weighted):
+        return ""
+    names = data.about.get("class_names") or range(data.num_classes)
+    pairs = zip(names, data.loss.weights.tolist(), strict=True)
+    return f", where weigh {listing((f'{name} {x:.3g}' for name, x in pairs), 12)}"
 
 
 def check_common(trial: Trial) -> Finding:

@@ -267,9 +267,49 @@ def test_balanced_classes_weigh_alike() -> None:
     torch.testing.assert_close(each.mean(), (plain[:9].mean() + plain[9:].mean()) / 2)
 
 
+def test_given_weights_count_by_how_they_compare() -> None:
+    labels, outputs = torch.tensor([0] * 9 + [2] * 3), torch.randn(12, 3)
+    plain = nn.functional.cross_entropy(outputs, labels, reduction="none")
+    wanted = (plain[:9].sum() + 6 * plain[9:].sum()) / (9 * 1 + 3 * 6)
+    for text in ("1, 4, 6", "0.5,2,3"):
+        each = own_loss(text, labels, "classes", 3)(outputs, labels)
+        torch.testing.assert_close(each.mean(), wanted)
+    balanced = own_loss("balanced", labels, "classes", 3)(outputs, labels)
+    torch.testing.assert_close(own_loss("3, 1, 9", labels, "classes", 3)(outputs, labels), balanced)
+    only = own_loss("0, 0, 1", labels, "classes", 3)(outputs, labels)
+    torch.testing.assert_close(only, torch.cat([torch.zeros(9), 4 * plain[9:]]))
+
+
+def test_a_class_that_weighs_more_is_found_more_often(tmp_path: Path) -> None:
+    """Also by the model trained alone, and where a participant's own file says it."""
+    found = {}
+    for loss in ("", "1, 30, 1, 1"):
+        node = {"client-id": "a", "state-dir": str(tmp_path / f"s{loss}"), "loss": loss}
+        node |= trusting(tmp_path, f"{HERE}:joint") | {"dataset": f"{HERE}:visits"}
+        node |= {"partition": "none", "global-model": "auto"}
+        config = federation(tmp_path / f"{loss}r", "classes", num_partitions=1, rounds=1,
+                            local_epochs=1, method="mh-pfedhn", server_rule="kernel")  # fmt: skip
+        run_tiny(config, node_configs=[node])
+        module, _ = read_predictor(Shelf(tmp_path / f"s{loss}" / "a").find(LAST).folder)
+        row = torch.from_numpy(packed(visits()["inputs"])[0])
+        found[loss] = int((module(row).argmax(1) == 1).sum()), rows(config)[-1]
+    assert found["1, 30, 1, 1"][0] > found[""][0]
+    alone = [row["accuracy_alone"] for _, row in found.values()]
+    assert alone[0] != alone[1]
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
+        ("classes", {"loss": "1, 5"}, r"'1, 5' has 2 weights, and there are 4 classes. Give one"),
+        ("classes", {"loss": "5"}, r"has 1 weights, and there are 4 classes"),
+        ("classes", {"loss": "1, -5, 1, 1"}, r"'-5' is no weight of a class; expected numbers"),
+        ("classes", {"loss": "1, nan, 1, 1"}, r"'nan' is no weight of a class"),
+        ("classes", {"loss": "1, inf, 1, 1"}, r"'inf' is no weight of a class"),
+        ("classes", {"loss": "1, , 1, 1"}, r"'' is no weight of a class"),
+        ("classes", {"loss": "0, 0, 0, 0"}, r"weighs 0, and nothing would be learned"),
+        ("numbers", {"loss": "1, 5"}, r"'1, 5' is for classes; here are numbers"),
+        ("classes", {"loss": "1;2;3;4"}, r"or a weight for each class: '1, 5'"),
         ("classes", {"loss": "absolute"}, "'absolute' is for numbers; here are classes"),
         ("classes", {"loss": "balance"}, "balanced"),
         ("classes", {"loss": "balanced", "dp_noise": 1.0, "method": "local"}, "may be made of all"),
@@ -280,6 +320,13 @@ def test_a_loss_that_cannot_be_says_so(
 ) -> None:
     with pytest.raises((RunError, ConfigError), match=words):
         run_tiny(federation(tmp_path, kind, **changes))
+
+
+def test_the_check_says_what_each_class_weighs(tmp_path: Path) -> None:
+    values = {"model": f"{HERE}:joint", "dataset": f"{HERE}:visits", "loss": "1, 3, 1, 1"}
+    good, text = checked(settings(tmp_path, **values, **{"cache-dir": str(tmp_path / "cache")}))
+    assert good, text
+    assert re.search(r"where weigh 0 0\.6\d*, 1 2\.\d*, 2 0\.6", " ".join(text.split())), text
 
 
 def test_the_check_finds_a_loss_that_is_a_mean(tmp_path: Path) -> None:

@@ -141,6 +141,22 @@ def test_a_model_of_its_own_kind_is_trained_with_the_common_ones(
     assert sizes == [6, 5, 1] * 2
 
 
+@pytest.mark.parametrize("loss", ["balanced", "1, 9, 2, 1"])
+def test_clients_that_weigh_their_classes_are_batched(
+    tmp_path: Path, loss: str, sizes: list[int]
+) -> None:
+    settings = {"models": f"{HERE}:small", "max_in_flight": 0, "buffer_size": 0}
+    settings |= {"measure_alone": True, "partition": "dirichlet", "dirichlet_alpha": 2.0}
+    plain = run(tiny_config(tmp_path / "p", **settings), 0)
+    alone = run(tiny_config(tmp_path / "a", **settings, loss=loss), 0)
+    batched = run(tiny_config(tmp_path / "b", **settings, loss=loss), 6)
+    assert sizes == [6, 6] * 2
+    for one, other, without in zip(alone, batched, plain, strict=True):
+        assert one["train_loss"] != pytest.approx(without["train_loss"], rel=1e-3)
+        for key in ("accuracy_micro", "accuracy_alone", "train_loss", "test_loss"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key
+
+
 def dimmed(batch: Tensor) -> Tensor:
     """Make pictures darker, each as much as chance has it."""
     return (batch * torch.rand(len(batch), 1, 1, 1)).to(batch.dtype)

@@ -17,6 +17,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from torch import nn
 
+from client_app.data.losses import Weighted
 from client_app.methods.mhpfedhn import APART, GLOBAL, PERSONAL, MHpFedHN, Role
 from client_app.models.instances import instance_of
 from client_app.participant import Participant
@@ -81,7 +82,8 @@ class _Ready:
     def fits(self) -> bool:
         """Whether all that it trains and learns from can be batched."""
         data, training = self.method.data, self.method.training(self.task)
-        if data.loss or data.augment or training.local_patience:
+        own_loss = data.loss and not isinstance(data.loss, Weighted)
+        if own_loss or data.augment or training.local_patience:
             return False
         needed = self.roles if self.teacher is None else [*self.roles, GLOBAL]
         modules = (instance_of(self.method.kind_of(role)).model.module for role in needed)
@@ -92,7 +94,7 @@ class _Ready:
         task, participant = self.task, self.method.participant
         training, distil = self.method.training(task), task.flag(DISTIL)
         section = task.section(DistillSection) if distil and role is PERSONAL else None
-        alike = (training, section, self.teacher is None, self.tests)
+        alike = (training, section, self.teacher is None, self.tests, participant.data.loss is None)
         looks = (*participant.data.looks, participant.config.adds_init)
         return role, self.method.kind_of(role), alike, looks
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from client_app.data.examples import ClientData
+from client_app.data.losses import own_loss
+from client_app.data.source import CLASSES
 from client_app.models.instances import FlatModel, seed_dropout
 from client_app.models.registry import build_model
 from client_app.training.batched import (
@@ -52,6 +54,7 @@ def compare(
     device: str = "cpu",
     teachers: Teachers | None = None,
     augmentations: tuple[tuple[str, ...], ...] = ((),),
+    weighs: bool = False,
 ) -> None:
     own = torch.Generator(device)
     seed_dropout(module, own)
@@ -61,6 +64,9 @@ def compare(
     members, expected = [], []
     for i, plain in enumerate(clients(device)):
         data = replace(plain, augmentation=augmentations[i % len(augmentations)])
+        if weighs:  # everybody otherwise
+            words = ",".join(str(1 + (i * c) % 7) for c in range(10)) if i else "balanced"
+            data = replace(data, loss=own_loss(words, data.train_labels, CLASSES, 10))
         theta = start * (1 + 0.1 * i)
         drops = torch.Generator(device).manual_seed(100 + i)
         members.append(Member(theta, fresh, data, torch.Generator().manual_seed(i), drops))
@@ -135,6 +141,15 @@ def test_cohort_equals_one_by_one_with_padding(
     if isinstance(model, str):
         model = build_model(model, in_channels=3, num_classes=10)
     compare(model, section, clip=clip_norm is not None)
+
+
+@pytest.mark.parametrize("model", ["mlp", "normed"])
+@pytest.mark.parametrize("num_teachers", [0, len(COUNTS)])
+def test_everybody_weighs_classes_as_it_likes(model: str, num_teachers: int) -> None:
+    mlp = build_model("mlp", in_channels=3, num_classes=10)
+    section = SECTION.model_copy(update={"label_smoothing": 0.3})  # not of a loss of one's own
+    found = teachers(num_teachers) if num_teachers else None
+    compare(small_normed() if model == "normed" else mlp, section, teachers=found, weighs=True)
 
 
 @pytest.mark.parametrize("num_teachers", [1, len(COUNTS)])

@@ -71,6 +71,24 @@ def test_the_best_epoch_comes_back(patience: int) -> None:
     assert torch.equal(stopped.get_state(), drawn.get_state()), "it trained for other epochs"
 
 
+def test_a_loss_of_ones_own_says_which_epoch_is_best() -> None:
+    """One that grows with every epoch: the first is kept."""
+    epochs_judged = []
+
+    def worse(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if not outputs.requires_grad:
+            epochs_judged.append(1)
+        plain = torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+        return plain + len(epochs_judged)
+
+    data = replace(judging(client_data()), loss=worse)
+    model, clear = fresh(), fresh()
+    train_to_best(model, data, section(4, 2), generator=torch.Generator().manual_seed(5))
+    train(clear, data, section(1, 0), generator=torch.Generator().manual_seed(5))
+    assert len(epochs_judged) == 3
+    assert torch.equal(model.theta, clear.theta)
+
+
 def test_it_needs_validation_examples() -> None:
     with pytest.raises(ConfigError, match=r"local-patience = 2 .* there are none"):
         train_to_best(fresh(), client_data(), section(3, 2), generator=torch.Generator())
