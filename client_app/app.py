@@ -34,7 +34,8 @@ def reply(message: Message, context: Context) -> Message:
 
     `query.register`: identity and counts; `train.personal`: test and train what came, send what the
     method sends; `evaluate.personal`: test counts of the weights as received; `query.finish`: store
-    the personal model and say where; `query.refused`: note why it is not admitted.
+    the personal model and say where, or note that the run pauses; `query.refused`: note why it is
+    not admitted.
 
     An error of a deployed participant leaves it without paths, layer names and traceback; its own
     log has the whole.

@@ -5,7 +5,6 @@ Imports torch; `app.py` decides in which process it runs.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from client_app.data.source import CLASSES
 from client_app.models.building import AUTO, ModelKind, fitting
 from client_app.models.instances import FlatModel, cpu_threads, pick_device
 from client_app.models.registry import model_for_partition
+from client_app.notices import take_notice
 from client_app.personal import PersonalModel, accuracy_of
 from client_app.privacy import Privacy, note_clear
 from client_app.shelf import Shelf
@@ -26,13 +26,11 @@ from client_app.training.early import train_to_best
 from client_app.training.loop import Loss, Trained, rate_of_round, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, DataError, WireError
-from common.files import PRIVATE, printable, replace_file
 from common.log import logger
-from common.messages import FINAL, REASON, REFUSED, Evaluation
+from common.messages import Evaluation
 from common.methods import METHODS, method_class
 from common.records import Content, Received, encode
 
-REFUSAL, MOST_WORDS = "refusal.json", 1000
 MOST_VERSIONS = 19
 """Of what a deployed participant keeps, whatever `checkpoint-every` its server has."""
 
@@ -176,14 +174,6 @@ class Participant:
         """Whether every model that comes is kept: where this is deployed, and has a folder."""
         return self.is_deployed and isinstance(self.state, FolderState)
 
-    def note_refusal(self, reason: str, *, final: bool) -> None:
-        """Write down why the server does not admit this participant; `join` tells it."""
-        text = printable(reason)[:MOST_WORDS]
-        logger.error("refused by the server: %s", text)
-        if isinstance(self.state, FolderState):
-            told = json.dumps({"reason": text, "final": final})
-            replace_file(self.state.folder / REFUSAL, told, mode=PRIVATE)
-
     def told(self, found: Evaluation, server_round: int) -> Evaluation | None:
         """Return what of a test the server is told; a deployed participant's log has it all."""
         if self.is_deployed:
@@ -287,8 +277,9 @@ def answer(participant: Participant, message_type: str, content: RecordDict) -> 
     with cpu_threads(participant.section.client_threads):
         try:
             task = participant.task(content)
-            if message_type == REFUSED:
-                participant.note_refusal(task.value(REASON, str), final=task.flag(FINAL))
+            if message_type.startswith("query.") and take_notice(
+                participant.state, message_type, task
+            ):
                 return encode(task.header, Content({}))
             method = method_class(participant.config.run.method, "client_app")(participant)
             reply = method.reply(message_type, task)

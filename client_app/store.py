@@ -27,7 +27,7 @@ from common.files import PRIVATE, closed_folder, replace_file, safe_name, state_
 from common.log import logger
 
 Tensors = dict[str, Tensor]
-BUFFER, VALUES = "buffer/", "values"
+BUFFER, VALUES, MARKER = "buffer/", "values", "federation.json"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class FolderState:
 
     def enter_federation(self, federation_id: str) -> None:
         """Forget everything that belongs to another federation, but never what is `OWNED`."""
-        marker = self.folder / "federation.json"
+        marker = self.folder / MARKER
         try:
             known = json.loads(marker.read_text())["id"]
         except (OSError, ValueError, KeyError):

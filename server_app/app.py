@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.exit import add_exit_handler
 
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError, RunError
 from common.inflation import bound_replies
 from common.log import logger
+from common.messages import FINISH, PAUSED, Recipient
 from common.methods import METHODS, method_class
+from common.records import Content
 from server_app.clients import Registry
 from server_app.methods.base import Method
 from server_app.output.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -28,6 +34,9 @@ app = ServerApp()
 
 CHECKPOINTS = "checkpoint"
 """Name of the folder with checkpoints in a run's folder."""
+PAUSE_S = 4.0
+"""For which a run that stops waits for participants to take notice: a SuperNode asks every 3 s."""
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @app.main()
@@ -53,9 +62,11 @@ def main(grid: Grid, context: Context) -> None:
     with _disk_errors_told():
         folder = RunFolder(run_folder_path(config), config)
     logger.info("Results go to %s", folder.path)
+    registry = Registry(config.hypernet.max_parameters, method.admit)
+    server = Server(method, transport, registry, folder)
+    running = [server]
+    add_exit_handler(partial(_say_paused, running), run_before_force_exit=True)
     try:
-        registry = Registry(config.hypernet.max_parameters, method.admit)
-        server = Server(method, transport, registry, folder)
         with _disk_errors_told():
             last = server.begin()
         Rounds(method, transport, registry, folder, server.save).run(last + 1)
@@ -65,8 +76,28 @@ def main(grid: Grid, context: Context) -> None:
         reason = f"{type(error).__name__}: {error}"
         logger.log(level, "Run stopped: %s", reason)
         folder.close("interrupted" if stopped else "failed", reason)
+        if not stopped:
+            server.say_paused()
         raise
+    finally:
+        running.clear()
     folder.close("completed")
+
+
+def _say_paused(running: list[Server]) -> None:
+    """Tell participants that a signal ends this process, before Flower gives up the run.
+
+    Flower calls it once, in the main thread. Signals that come meanwhile would keep it from saying
+    how the run ended: the SuperExec that goes before us makes one.
+    """
+    if not running:
+        return
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    try:
+        running[0].say_paused()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -115,6 +146,39 @@ class Server:
             logger.error("No checkpoint this time, the run goes on: %s", error)
             return
         logger.info("Checkpoint: %s", path)
+
+    def say_paused(self) -> None:
+        """Tell those who are here that the run has stopped and may go on, within `PAUSE_S`.
+
+        A connection that hangs, or a lock of the thread that was interrupted, costs no more: it is
+        waited for in a thread of its own.
+        """
+        clients = [c for c in self.registry.clients().values() if self.registry.is_here(c)]
+        if not self.folder.rows or not clients:
+            return
+        method, last = self.method.config.run.method, int(self.folder.rows[-1]["round"])
+        afresh = Transport(self.transport.grid, method, timeout_s=PAUSE_S)
+        afresh.federation_id = self.transport.federation_id
+        bound_replies(afresh.most_bytes)
+
+        def tell() -> None:
+            notices = (
+                afresh.message(
+                    FINISH,
+                    Recipient(client.client_id, client.node_id),
+                    Content({PAUSED: True}),
+                    server_round=last,
+                )
+                for client in clients
+            )
+            with suppress(Exception):  # whoever is not told sees that nothing comes
+                heard = afresh.exchange(notices, window=len(clients))
+                count = sum(arrival.content is not None for arrival in heard)
+                logger.info("%d of %d clients know that the run pauses", count, len(clients))
+
+        thread = Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(PAUSE_S)
 
     def begin(self) -> int:
         """Begin the run's folder, from `resume-from` where it is set; return the last round."""

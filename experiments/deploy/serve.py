@@ -10,14 +10,19 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from experiments.deploy.supernode import PYTHON
 from experiments.run.engines.processes import program_path
 
 STEADY_S = 10.0
 """Who ends sooner could never work: a wrong address, a wrong secret."""
+STOP_S = 9.0
+"""A container's processes are killed 10 s after the first was asked to end."""
 
 
 def add_serve_parser(commands: Any) -> None:
@@ -33,13 +38,17 @@ def add_serve_parser(commands: Any) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """Run until stopped; returns 0 when it was told to end, else what Flower's SuperExec says.
 
-    A SuperExec that has worked ends when the SuperLink stumbles once: another one follows it.
+    A SuperExec that has worked ends when the SuperLink stumbles once: another one follows it. A
+    ServerApp ends after its SuperExec, tells participants that its run pauses, and is waited for.
     """
     stopped, process = False, _started(args)
+    hosted: list[psutil.Process] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
         stopped = True
+        with suppress(psutil.Error):
+            hosted.extend(psutil.Process(process.pid).children(recursive=True))
         process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -47,6 +56,8 @@ def run_serve(args: argparse.Namespace) -> int:
     while True:
         began = time.monotonic()
         code = process.wait()
+        if stopped:
+            psutil.wait_procs(hosted, timeout=STOP_S)
         if stopped or time.monotonic() - began < STEADY_S:
             return 0 if stopped else code
         print(f"the SuperExec ended with {code}; another one starts", flush=True)

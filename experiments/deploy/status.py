@@ -92,17 +92,21 @@ def write_page(status: RenderableType, path: Path, title: str, *, again: bool) -
 
 def status_of(state: Path) -> dict[str, Any]:
     """Return whether `join` runs, the newest federation, and a row for every model that came."""
+    from client_app.notices import PAUSE
     from client_app.shelf import Shelf
 
     shelf = Shelf(state)
     known = shelf.federations()
     rows = shelf.history(known[-1]) if known else []
+    pause, ended = read_json(state / PAUSE), bool(rows and rows[-1].get("run_ended"))
+    elsewhere = known and pause.get("federation") != known[-1]
     return {
         "client": state.name,
         "joined": is_held(state / LOCK),
         "trouble": read_json(state / TROUBLE),
         "federation": known[-1] if known else None,
-        "run_ended": bool(rows and rows[-1].get("run_ended")),
+        "run_ended": ended,
+        "pause": None if not pause or elsewhere or (ended and pause["continued"]) else pause,
         "rounds": rows,
         "seconds_since": _age(rows[-1]["time"]) if rows else None,
     }
@@ -114,11 +118,17 @@ def drawn(status: dict[str, Any]) -> RenderableType:
     head = Text.assemble((status["client"], "bold"), "  ", joined)
     if trouble := status["trouble"]:
         head.append(f"  {trouble['reason']} ({trouble['time']})", "yellow")
+    pause = status["pause"]
+    if pause and pause["continued"]:
+        head.append(f"  continued at round {pause['round']}")
+    elif pause:
+        word = "paused" if pause["told"] else "stopped"
+        head.append(f"  {word} after round {pause['round']} since {pause['time']}", "yellow")
     if not (rows := status["rounds"]):
         return Group(head, Text("no model has come yet: there is one after the first round"))
     head.append(f"  federation {status['federation']}, ")
     head.append(f"newest model {status['seconds_since']:.0f} s ago")
-    if status["run_ended"]:
+    if status["run_ended"] and not pause:
         head.append("  the run has ended", "bold")
     names = [k for k in rows[-1] if k.startswith("accuracy_")]
     table = Table(

@@ -51,6 +51,9 @@ REASONS = {
     606: "the server runs another version of Flower: install the same on both sides",
 }
 FATAL = REASONS.keys() - {305}
+_ROUND = re.compile(r"\[RUN \d+, ROUND (\d{1,9})\D")
+NOT_RUNNING = "is not in `RUNNING` status. Ignoring reply message"
+"""What a SuperNode says of a reply that comes after the run has stopped or ended."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXIT = re.compile(r"(?:ERROR ?: ?)?Exit Code: (\d+)")
 """As Flower's own line begins; a text of the server's stands behind other words."""
@@ -68,7 +71,7 @@ class Supervisor:
         self._model = settings.folder / "personal_model.json"
         self._seen = _changed(self._model)
         self._refusal = settings.folder / REFUSAL
-        self._refused = ""
+        self._refused, self._round = "", 0
         self._refusal.unlink(missing_ok=True)  # of an earlier time
 
     def run(self) -> int:
@@ -136,7 +139,17 @@ class Supervisor:
                 self._lines.append(line.rstrip()[:LONGEST_LINE])
                 shown = _shown(_ANSI.sub("", line.rstrip()[:LONGEST_LINE]))
                 log.handle(logging.makeLogRecord({"msg": shown}))
+                self._note_stop(shown)
                 self._say(shown, "dim")
+
+    def _note_stop(self, line: str) -> None:
+        """Write down, for `status`, that the run stopped while this participant worked."""
+        if found := _ROUND.search(line):
+            self._round = int(found[1])
+        elif NOT_RUNNING in line and self._round:
+            from client_app.notices import note_stop
+
+            note_stop(self._settings.folder, self._round)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._leave()

@@ -117,6 +117,43 @@ def test_kill_9_of_the_server_app_and_resume(tmp_path: Path) -> None:
         assert steps == dict.fromkeys(SITES, done + 2)
 
 
+def paused(folder: Path) -> list[dict[str, Any]]:
+    """Return what every site that was told has noted of a pause."""
+    files = (folder / "state" / site / "pause.json" for site in SITES)
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def test_sites_know_that_serve_was_stopped_and_that_the_run_goes_on(tmp_path: Path) -> None:
+    """SIGTERM to `serve` alone, as a container's end: its ServerApp says goodbye before it ends.
+
+    One by one: a site that trains is not reached, for a SuperNode takes one message at a time.
+    """
+    config = deployed_config(tmp_path, rounds=60, max_in_flight=1, buffer_size=1)
+    with begin(tmp_path) as deployment:
+        deployment.run(config)
+        deployment.wait_for_round(config, 2)
+        began, process = time.monotonic(), deployment.processes["server"]
+        family = deployment.started_by("server")
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+        seconds = time.monotonic() - began
+        print(f"serve ended after {seconds:.1f} s")
+        assert not any(is_alive(process) for process in family)
+        log = deployment.log("server") + deployment.tails()
+        deployment.kill("server")
+        wait_until(lambda: paused(tmp_path), 60, log)
+        done = len(deployment.rows(config))
+        for note in paused(tmp_path):
+            assert note["continued"] is False
+            assert note["round"] in (done - 1, done)
+        wait_until(lambda: deployment.status().startswith("finished"), 180, "Flower has noticed")
+        deployment.start_server()
+        resumed = config.with_overrides({"resume-from": config.run.output_dir, "rounds": done + 1})
+        deployment.run(resumed)
+        assert deployment.wait_for_status(resumed, {"completed", "failed"}) == "completed"
+        assert all(note["continued"] for note in paused(tmp_path))
+
+
 def test_kill_9_of_the_superlink_with_a_database(tmp_path: Path) -> None:
     config = deployed_config(tmp_path, rounds=6, message_timeout_s=300.0)
     with begin(tmp_path) as deployment:

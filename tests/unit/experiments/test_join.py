@@ -280,3 +280,33 @@ def test_a_refusal_ends_it_at_once_with_its_reason(
     shown = Console(record=True, width=200, file=io.StringIO())
     shown.print(drawn(status_of(own.folder)))
     assert "not joined  refused: site-a declares 9 parameters [red] (20" in shown.export_text()
+
+
+SENT = """
+import time
+print("INFO : [RUN 77, ROUND 5, reply up to 1049608 bytes]")
+print("INFO : Sending: train.personal message (ID: ab)")
+print("INFO : Run ID 77 is not in `RUNNING` status. Ignoring reply message ab.", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_run_that_stops_while_a_site_trains_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """By what its SuperNode says; what the server itself has said of a pause stays."""
+    monkeypatch.setattr(JoinSettings, "command", lambda *_: [sys.executable, "-c", SENT])
+    own = settings(tmp_path)
+    own.folder.mkdir(parents=True)
+    (own.folder / "federation.json").write_text('{"id": "fe"}')
+    told = {"federation": "fe", "round": 3, "time": "then", "continued": False, "told": True}
+    if known:
+        (own.folder / "pause.json").write_text(json.dumps(told))
+    supervisor = Supervisor(own, Console(file=io.StringIO()))
+    threading.Timer(4.0, supervisor._leave).start()
+    assert supervisor.run() == 0
+    shown = Console(record=True, width=200, file=io.StringIO())
+    shown.print(drawn(status_of(own.folder)))
+    words = "paused after round 3 since then" if known else "stopped after round 4 since 20"
+    assert words in shown.export_text()
