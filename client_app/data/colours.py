@@ -11,14 +11,16 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from client_app.data.cache import DecodedDataset
 from common.errors import DataError
 
 GREY, COLOURED = 1, 3
 LUMA = (0.299, 0.587, 0.114)
-_ROWS = 256
+_ROWS, MOST_LOOKED_AT = 256, 4096
 
 Pixels = NDArray[np.uint8]
 
@@ -68,6 +70,19 @@ class Recoloured:
 
     def __getitem__(self, rows: Any) -> Pixels:
         return recoloured(self.pictures[rows], self.channels)
+
+
+def border(pictures: Tensor) -> float:
+    """Return the median of the outermost pixels of uint8 pictures (N, C, H, W), 0 to 255."""
+    x = pictures[:MOST_LOOKED_AT].float().mean(1)
+    edges = [x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]]
+    return float(torch.cat(edges, 1).median())
+
+
+def outside(pictures: Tensor) -> float:
+    """Return which part of the values of uint8 pictures is 0 or 255: at the ends of their range."""
+    x = pictures[:MOST_LOOKED_AT]
+    return float(((x == 0) | (x == 255)).float().mean())
 
 
 def with_channels(dataset: DecodedDataset, channels: int) -> DecodedDataset:

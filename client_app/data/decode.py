@@ -36,7 +36,11 @@ Pixels = NDArray[np.uint8]
 
 
 Intensity = tuple[float, float]
-"""What becomes 0 and what becomes 255."""
+"""What becomes 0 and what becomes 255; where the first is the larger, pictures are inverted."""
+SIXTEEN_BITS: Intensity = (0.0, 65535.0)
+FEWEST_LEVELS, LEAST_SPREAD = 16, 64
+"""Of 256 that become 0 to 255; and the part of a range that values have to span: 1 / 64, of 255
+four."""
 
 
 def decode_picture(
@@ -44,21 +48,27 @@ def decode_picture(
 ) -> Pixels:
     """Decode an encoded picture to (channels, image_size, image_size); 1 channel grey, 3 RGB.
 
-    What is transparent becomes white. `intensity` is for pictures with more than 8 bits. Raises
-    DataError, with `name`, where the bytes are not a whole picture in one of `FORMATS`.
+    What is transparent becomes white. `intensity` scales or inverts; None: 8 bits are as they are,
+    and of 16 bits 0 to 65535 become 0 to 255. Raises DataError, with `name`, where the bytes are
+    not a whole picture in one of `FORMATS`.
     """
     try:
         with _opened(data) as opened:
             turned = opened.getexif().get(_ORIENTATION, 1) != 1
             picture = ImageOps.exif_transpose(opened) if turned else opened
-            picture = _eight_bit(_on_white(picture), intensity)
+            picture = _on_white(picture)
+            if is_deep := picture.mode.split(";")[0] in DEEP_MODES:  # PIL's own way would clip it
+                picture = Image.fromarray(scaled(np.asarray(picture), intensity or SIXTEEN_BITS))
             picture = picture.convert("L" if channels == 1 else "RGB")
     except _BAD_PICTURE as error:
         raise DataError(
             f"{name} is not a picture that can be read ({error}). Formats: {', '.join(FORMATS)}. "
             "Remove the file or replace it."
         ) from error
-    return resize_array(np.atleast_3d(np.asarray(picture, np.uint8)), image_size=image_size)
+    pixels = np.atleast_3d(np.asarray(picture, np.uint8))
+    if intensity and not is_deep:
+        pixels = scaled(pixels, intensity)
+    return resize_array(pixels, image_size=image_size)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -142,10 +152,31 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
 
 
-def _eight_bit(picture: Image.Image, intensity: Intensity | None) -> Image.Image:
-    """Scale grey with more than 8 bits to 8; PIL's own conversion would clip it."""
-    if picture.mode.split(";")[0] not in DEEP_MODES:
-        return picture
-    low, high = intensity or (0.0, 65535.0)
-    values = (np.asarray(picture, dtype=np.float32) - low) / (high - low)
-    return Image.fromarray(np.rint(values.clip(0, 1) * 255).astype(np.uint8))
+def scaled(values: NDArray[Any], intensity: Intensity) -> Pixels:
+    """Scale values of any shape to 0 to 255; what lies outside becomes the nearer of the two."""
+    first, last = intensity
+    shares = (values.astype(np.float32) - np.float32(first)) / np.float32(last - first)
+    found: Pixels = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+    return found
+
+
+def require_spread(intensity: Intensity, values: Intensity | None) -> None:
+    """Raise DataError where pictures would be all alike, or not as meant, by an intensity.
+
+    `values` are the least and the largest of all; None of pictures with 8 bits.
+    """
+    low, high = sorted(intensity)
+    said = "{:g}..{:g}".format(*intensity)
+    if values is None:
+        if low < 0 or high > 255 or high - low < FEWEST_LEVELS:
+            raise DataError(
+                f'intensity = "{said}", and the pictures have 8 bits, 0 to 255. Set intensity = '
+                '"0..255" in your own file, or "255..0" where black and white are the other way.'
+            )
+        return
+    if min(high, values[1]) - max(low, values[0]) < (high - low) / LEAST_SPREAD:
+        raise DataError(
+            f'intensity = "{said}", and values lie from {values[0]:g} to {values[1]:g}: they would '
+            f'be all alike. Set intensity = "{values[0]:g}..{values[1]:g}" in your own file, or '
+            "whatever range they are meant in."
+        )

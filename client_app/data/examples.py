@@ -228,7 +228,7 @@ def open_examples(section: ClientSection, *, anew: bool = False) -> DecodedDatas
         LOADED.clear()
     names = named_classes(section.class_names)
     found = open_dataset(
-        select_source(section.dataset, section.data_dir, names),
+        select_source(section.dataset, section.data_dir, names, section.intensity),
         name=section.dataset,
         image_size=section.image_size,
         cache_dir=section.cache_dir,

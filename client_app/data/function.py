@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client_app.data.catalogue import OWN
-from client_app.data.decode import resize_array
+from client_app.data.decode import Intensity, require_spread, resize_array, scaled
 from client_app.data.labels import read_labels
 from client_app.data.returned import table_of
 from client_app.data.several import packed
@@ -25,13 +25,15 @@ from client_app.plugins import load_callable
 from common.errors import DataError, listing
 
 MOST_CHANNELS = 4
+_SOME = 256
 
 
 @dataclass(frozen=True)
 class FunctionSource:
     """A participant's own function(), which returns one of `FORMS`.
 
-    Inputs are pictures, uint8 (N, H, W[, channels]), which are scaled to the run's size; or floats
+    Inputs are pictures, uint8 (N, H, W[, channels]), or of any numbers where there is an
+    `intensity`, which are scaled to the run's size; or floats
     or token ids (N, ...), which a model gets as they are, or a dict of several of these. Labels are
     classes, integers (N,) from 0; or several labels, bool (N, C); or numbers, floats (N[, C]).
 
@@ -42,6 +44,7 @@ class FunctionSource:
     spec: str
     data_dir: str
     class_names: tuple[str, ...] = ()
+    intensity: Intensity | None = None
 
     def fingerprint(self) -> list[Any]:
         """Return the identity of the module's file and of the files under data-dir."""
@@ -50,6 +53,7 @@ class FunctionSource:
         except (ImportError, ValueError):
             module = None
         facts: list[Any] = ["function", self.spec, list(self.class_names)]
+        facts += [list(self.intensity)] if self.intensity else []
         if module is not None and module.origin and os.path.isfile(module.origin):
             facts.append(file_identity(Path(module.origin)))
         if self.data_dir:
@@ -74,6 +78,9 @@ class FunctionSource:
         try:
             inputs, parts = packed(table.inputs)
             labels = read_labels(table.labels, len(inputs), table.target)
+            values = None
+            if self.intensity:
+                inputs, values = _as_pictures(inputs, self.intensity)
         except DataError as error:
             raise DataError(f"dataset {self.spec!r}: {error}.") from error
         if fault := _wrong_inputs(inputs) or table.division.fault(len(inputs)):
@@ -82,11 +89,15 @@ class FunctionSource:
         about: dict[str, Any] = {"inputs": parts} if parts else {}
         if self.class_names:
             about["class_names"] = list(self.class_names)
+        if self.intensity:
+            about["intensity"] = list(self.intensity)
+        if values:
+            about["values"] = list(values)
         if inputs.dtype != np.uint8:
-            values = _as_they_are(inputs)
+            same = _as_they_are(inputs)
             return Examples(
-                labels, num_classes, (), (), values.__getitem__, about,
-                values.shape[1:], values.dtype, table.division,
+                labels, num_classes, (), (), same.__getitem__, about,
+                same.shape[1:], same.dtype, table.division,
             )  # fmt: skip
         pixels = inputs.reshape(*inputs.shape[:3], -1)
         channels = pixels.shape[-1]
@@ -126,6 +137,32 @@ def line_of(cause: Exception) -> str:
     ]
     own = [frame for frame in frames if here not in Path(frame.filename).parents] or frames
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+
+
+def _as_pictures(
+    inputs: NDArray[Any], intensity: Intensity
+) -> tuple[NDArray[np.uint8], Intensity | None]:
+    """Scale arrays (N, H, W[, channels]) of any numbers to uint8; also return least and largest.
+
+    Of uint8 None stands for these two. Raises DataError where they are no pictures.
+    """
+    if inputs.dtype.kind not in "uif" or inputs.ndim not in (3, 4) or not inputs.size:
+        raise DataError(
+            f"intensity says how pictures (N, H, W) or (N, H, W, channels) are scaled; inputs are "
+            f"{inputs.dtype} {inputs.shape}. Leave it out, or return pictures"
+        )
+    values = float(inputs.min()), float(inputs.max())  # of NaN both are NaN
+    if not np.isfinite(values).all():
+        raise DataError("a picture has a value that is no finite number. Mend or drop it")
+    found = None if inputs.dtype == np.uint8 else values
+    try:
+        require_spread(intensity, found)
+    except DataError as error:
+        raise DataError(str(error).removesuffix(".")) from error
+    pixels = np.empty(inputs.shape, np.uint8)
+    for start in range(0, len(inputs), _SOME):  # floats of all of them would fill the memory
+        pixels[start : start + _SOME] = scaled(inputs[start : start + _SOME], intensity)
+    return pixels, found
 
 
 def _as_they_are(inputs: NDArray[Any]) -> NDArray[Any]:
@@ -176,13 +213,15 @@ def _wrong_inputs(inputs: NDArray[Any]) -> str:
     if dtype.kind in "iu" and (inputs.ndim > 2 or int(inputs.min()) < 0):
         return (
             f"inputs are {dtype} {shape}: whole numbers are token ids, (N, T) from 0. Pictures are "
-            "uint8, or floats with channels first: inputs[:, None].astype('float32')"
+            "uint8, or have an intensity, as '0..4095', or are floats with channels first: "
+            "inputs[:, None].astype('float32')"
         )
     if inputs.ndim == 4 and shape[3] <= MOST_CHANNELS < shape[1]:
         return (
-            f"inputs {dtype} {shape} look like pictures (N, H, W, channels). Return them as uint8, "
-            "0 to 255, to have them scaled and normalised; or channels first, to have them as "
-            "they are: np.moveaxis(inputs, -1, 1)"
+            f"inputs {dtype} {shape} look like pictures (N, H, W, channels). Set intensity to the "
+            "range that they lie in, as '0..1', or return them as uint8, 0 to 255, to have them "
+            "scaled and normalised; or channels first, to have them as they are: "
+            "np.moveaxis(inputs, -1, 1)"
         )
     if dtype.kind == "f" and not np.isfinite(inputs).all():
         return "an input is no finite number (NaN or infinite). Fill or drop what is missing"

@@ -22,6 +22,7 @@ from client_app.data.decode import (
     decode_picture,
     picture_kind,
     picture_range,
+    require_spread,
 )
 from client_app.data.source import PARTS, Division, Examples, file_identity
 from common.errors import DataError, listing
@@ -47,9 +48,9 @@ class FolderSource:
     """A participant's own pictures, in one folder for each class.
 
     Classes are `class_names` in their order, of which the folder may lack some; () means the names
-    of the folders, in order. Grey when every picture is, else RGB; pictures with more than 8 bits
-    are scaled alike, from the least to the largest value of all. Names are compared in Unicode's
-    form NFC. Hidden files and folders are left out, at every depth.
+    of the folders, in order. Grey when every picture is, else RGB; all are scaled by `intensity`,
+    or those with more than 8 bits from the least to the largest value of all. Names are compared in
+    Unicode's form NFC. Hidden files and folders are left out, at every depth.
 
     Where the folders are train, test and perhaps val instead, each with the folders of the classes,
     the pictures are divided like that.
@@ -57,12 +58,14 @@ class FolderSource:
 
     root: Path
     class_names: tuple[str, ...] = ()
+    intensity: Intensity | None = None
 
     def fingerprint(self) -> list[Any]:
         """Return a hash of every picture's path, size and modification time."""
         facts = [file_identity(path) for paths in self.pictures().values() for path in paths]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()
-        return ["folder", str(self.root), list(self.class_names), digest]
+        scale = [list(self.intensity)] if self.intensity else []
+        return ["folder", str(self.root), list(self.class_names), digest, *scale]
 
     def read(self, image_size: int) -> Examples:
         """Open the folder."""
@@ -72,10 +75,14 @@ class FolderSource:
         pairs.sort(key=lambda pair: unicodedata.normalize("NFC", str(pair[0])))
         paths, labels = zip(*pairs, strict=True)
         kinds = [picture_kind(_bytes(path)) for path in paths]
-        channels, intensity = max(count for count, _ in kinds), _intensity(paths, kinds)
+        channels, values = max(count for count, _ in kinds), _values(paths, kinds)
+        intensity = self.intensity or values
         about: dict[str, Any] = {"class_names": list(classes), "left_out": left_out}
         if intensity:
+            require_spread(intensity, values)
             about["intensity"] = list(intensity)
+        if values:
+            about["values"] = list(values)
         if left_out:
             log.warning("%s: not read, for they are no pictures: %s", self.root, listed(left_out))
 
@@ -174,7 +181,7 @@ class FolderSource:
         return classes
 
 
-def _intensity(paths: Sequence[Path], kinds: list[tuple[int, bool]]) -> Intensity | None:
+def _values(paths: Sequence[Path], kinds: list[tuple[int, bool]]) -> Intensity | None:
     """Return the least and the largest value of all pictures, None where all have 8 bits."""
     deep = [path for path, (_, has_more) in zip(paths, kinds, strict=True) if has_more]
     if not deep:

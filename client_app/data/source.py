@@ -90,8 +90,9 @@ class Examples:
     `read_example` decodes one, by its index, to uint8 (channels, image_size, image_size); it is
     safe to call from several threads. Without a mean, examples are no pictures: they have `shape`
     and `dtype`, and a model gets them as they are. `about` are JSON-able facts that go with a model
-    of these data: `class_names` in their order, `intensity` (what became 0 and 255 of pictures with
-    more than 8 bits), and `left_out`, files that are no pictures, by ending.
+    of these data: `class_names` in their order, `intensity` (what became 0 and 255 of pictures),
+    `values` (the least and the largest of pictures with more than 8 bits), and `left_out`, files
+    that are no pictures, by ending.
     """
 
     labels: NDArray[Any]

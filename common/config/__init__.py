@@ -4,7 +4,13 @@ The fields of the sections are the one place that says a key's default, bounds, 
 pyproject's table and `mh-pfedhn keys` are made from them (`common.config.keys`).
 """
 
-from common.config.client import ClientSection, WireSection, named_augmentations, named_classes
+from common.config.client import (
+    ClientSection,
+    WireSection,
+    named_augmentations,
+    named_classes,
+    value_range,
+)
 from common.config.hypernet import HypernetSection, UpdateSection
 from common.config.node import NodeConfig
 from common.config.run import RunSection, ScheduleSection
@@ -27,4 +33,5 @@ __all__ = [
     "declared",
     "named_augmentations",
     "named_classes",
+    "value_range",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
@@ -57,6 +58,32 @@ def _known_classes(text: str) -> str:
     return text
 
 
+def value_range(text: str) -> tuple[float, float] | None:
+    """Return what becomes 0 and what becomes 255, None for ""; raise ValueError where it is none.
+
+    >>> value_range("255..0")
+    (255.0, 0.0)
+    """
+    if not text.strip():
+        return None
+    first, _, last = text.partition("..")
+    try:
+        found = float(first), float(last)
+    except ValueError:
+        found = math.nan, math.nan
+    if not all(map(math.isfinite, found)) or found[0] == found[1]:
+        raise ValueError(
+            f'{text!r} must be two different numbers, as "0..4095"; "255..0" inverts pictures'
+        )
+    return found
+
+
+def _known_range(text: str) -> str:
+    value_range(text)
+    return text
+
+
+Intensity = Annotated[str, AfterValidator(_known_range)]
 ClassNames = Annotated[str, AfterValidator(_known_classes)]
 
 
@@ -136,6 +163,12 @@ class ClientSection(Section):
     )
     channels: Literal[0, 1, 3] = key(
         0, "to which all pictures are brought: 1 grey, 3 RGB; 0: as they are"
+    )
+    intensity: Intensity = key(
+        "",
+        'what becomes 0 and what 255 of pictures, as "0..4095", "0..1", or "255..0", which inverts '
+        "them; empty: 8 bits as they are, of more the least and the largest value of all",
+        where='dataset "folder" or "module:function"',
     )
     augmentation: Augmentation = key(
         "none",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import create_model, model_validator
 
-from common.config.client import Augmentation, ClassNames, ClientSection, Noise
+from common.config.client import Augmentation, ClassNames, ClientSection, Intensity, Noise
 from common.config.section import Scalar, Section, key
 from common.config.training import TrainingSection
 from common.errors import ConfigError
@@ -101,6 +101,7 @@ class NodeConfig(OwnRecipe):
     measure_alone: bool | None = key(None, AS_RUN)
     image_size: int | None = key(None, AS_RUN, unit="pixels a side", ge=8, le=2048)
     channels: Literal[0, 1, 3] | None = key(None, AS_RUN)
+    intensity: Intensity | None = key(None, AS_RUN)
     augmentation: Augmentation | None = key(None, AS_RUN)
     loss: str | None = key(None, AS_RUN)
     dp_noise: Noise | None = key(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import model_validator
 
 from common.config import NodeConfig
-from common.config.client import ClassNames
+from common.config.client import ClassNames, Intensity
 from common.config.keys import describe, toml_value
 from common.config.node import MOST_ASKED
 from common.config.section import Section, key
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 CONTRACT = "federation.toml"
 PICTURES = "pictures"
+DARK, LIGHT = 85, 170
+"""Of 255: up to the one a background is surely dark, from the other on surely light."""
+MOST_OUTSIDE = 0.95
+"""Of all values: what is cut off at the ends of the range that is agreed on."""
 
 
 class Contract(Section):
@@ -48,6 +52,14 @@ class Contract(Section):
         PICTURES, '"pictures", or type and shape of one example: "float32 30", "int64 40"'
     )
     channels: Literal[1, 3] = key(3, "to which all pictures are brought: 1 grey, 3 RGB")
+    intensity: Intensity = key(
+        "",
+        'what becomes 0 and what 255 of all pictures, as "0..4095"; a site whose values lie '
+        "elsewhere, or that inverts them, sets its own; empty: as each site has it",
+    )
+    background: Literal["", "dark", "light"] = key(
+        "", "what lies behind the things in all pictures; empty: whatever it is"
+    )
     image_size: int = key(32, "to which pictures are scaled", unit="pixels a side", ge=8, le=2048)
     global_model: str = key("auto", "the common model: a built-in one, or auto: by the input")
     least_examples: int = key(2, "to train on, at each site", ge=2)
@@ -86,7 +98,7 @@ class Contract(Section):
         }
 
     def node_config(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a participant's keys with those of the contract; its own caps win.
+        """Return a participant's keys with those of the contract; its own caps and intensity win.
 
         Raises ConfigError where its file contradicts the contract.
         """
@@ -97,7 +109,8 @@ class Contract(Section):
                     f"{agreed!r}. Leave it out."
                 )
         caps = {"max-local-epochs": self.max_local_epochs, "max-batch-size": self.max_batch_size}
-        return {**caps, **self.run_config(), **own}
+        light = {"intensity": self.intensity} if self.intensity and self.input == PICTURES else {}
+        return {**caps, **light, **self.run_config(), **own}
 
     def lifted(self, node: Mapping[str, Any]) -> str:
         """Say where it lets a run ask for more than a participant's file would, "" nowhere."""
@@ -119,11 +132,15 @@ class Contract(Section):
         kind = PICTURES if data.is_pictures else str(data.input_dtype).removeprefix("torch.")
         faults = []
         if self.input.partition(" ")[0] != kind:
-            faults.append(f"{self.input} are agreed on, here {kind}")
+            hint = " (floats that are pictures need intensity, their range, as '0..1')"
+            hint *= self.input == PICTURES and len(data.input_shape) in (2, 3)
+            faults.append(f"{self.input} are agreed on, here {kind}{hint}")
         elif not data.is_pictures and self.shape != data.input_shape:
             faults.append(f"examples of shape {self.shape} are agreed on, here {data.input_shape}")
         if self.target != data.target:
             faults.append(f"{self.target} are to be predicted, here {data.target}")
+        if data.is_pictures:
+            faults += self._faults_of_light(data)
         if self.outputs not in (0, data.num_classes):
             faults.append(f"{self.outputs} {self.target} are agreed on, here {data.num_classes}")
         if self.least_examples > data.num_train:
@@ -131,6 +148,29 @@ class Contract(Section):
         if faults:
             raise DataError(f"contract of {self.name}: {'; '.join(faults)}.")
         return f"of {printable(self.name)}, {data.num_classes} {self.target}, {self.input}"
+
+    def _faults_of_light(self, data: ClientData) -> list[str]:
+        """Say where pictures are not as dark, or as light, as is agreed on."""
+        from client_app.data.colours import border, outside
+
+        first, last = data.about.get("intensity", (0, 255))
+        low, high = data.about.get("values", (0, 255))
+        is_wider = low < min(first, last) or high > max(first, last)
+        if self.intensity and is_wider and outside(data.train_images) > MOST_OUTSIDE:
+            return [
+                f"your values are {low:g} to {high:g}, and nearly all lie outside of intensity = "
+                f'"{first:g}..{last:g}": set it to the range that they are meant in, in your own '
+                "file"
+            ]
+        light = border(data.train_images)
+        is_wrong = {"dark": light >= LIGHT, "light": light <= DARK}
+        if not is_wrong.get(self.background):
+            return []
+        return [
+            f"the median of your pictures' borders is {light:.0f} of 255, a "
+            f"{'light' if light >= LIGHT else 'dark'} background, and a {self.background} one is "
+            f'agreed on: set intensity = "{last:g}..{first:g}" in your own file, which inverts them'
+        ]
 
 
 def add_contract_parser(commands: Any) -> None:

@@ -245,12 +245,15 @@ def _pictures(about: dict[str, Any], paths: Sequence[Path]) -> Batches:
 def _inputs(path: Path, about: dict[str, Any]) -> NDArray[Any]:
     """Read inputs (N, ...) of a file that numpy.savez has written; several have their names."""
     from client_app.data.colours import recoloured
-    from client_app.data.decode import resize_array
+    from client_app.data.decode import resize_array, scaled
     from client_app.data.several import packed
 
     parts, shape = about.get("inputs", {}), tuple(about["input_shape"])
     arrays = _read(path, [*parts] or ["inputs"])
     inputs, found = packed(arrays if parts else arrays["inputs"])
+    is_raw = inputs.dtype != np.uint8 or "values" not in about  # else they were scaled already
+    if _is_pictures(about) and "intensity" in about and is_raw:
+        inputs = scaled(inputs, tuple(about["intensity"]))
     if _is_pictures(about) and inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
         pixels = inputs.reshape(*inputs.shape[:3], -1)
         sized = [resize_array(one, image_size=about["image_size"]) for one in pixels]

@@ -19,6 +19,7 @@ from client_app.data.examples import load_client_data, open_examples
 from client_app.data.prepare import prepare_data
 from common.config import ClientSection
 from common.errors import ConfigError, DataError
+from experiments.__main__ import main
 from experiments.run.presets import Preset, read_toml
 from tests.support.outputs import rows
 from tests.support.tiny import run_tiny, tiny_config
@@ -103,6 +104,96 @@ def test_every_kind_of_intensity_is_the_same_picture(
     told = found.about.get("intensity")
     assert (told is None) == (KINDS[kind] is None)
     assert told is None or told == pytest.approx(KINDS[kind])
+
+
+def inverted(path: Path, mask: Mask) -> None:
+    plain(path, mask)
+    file = path.with_suffix(".png")
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+
+
+def test_inverted_pictures_and_those_with_a_fixed_range_are_the_same(tmp_path: Path) -> None:
+    wanted = open_examples(section(glyphs(tmp_path / "plain", plain))).images
+    folder = glyphs(tmp_path / "white", inverted)
+    assert (open_examples(section(folder)).images != wanted).any()
+    turned = open_examples(section(folder, intensity="255..0"))
+    assert np.array_equal(turned.images.max(1), wanted.max(1))
+    assert turned.about["intensity"] == [255, 0]
+    deep = glyphs(tmp_path / "deep", twelve_bits)
+    first = min((deep / "bar").iterdir())
+    one = np.asarray(Image.open(first)).astype(np.uint16)
+    one[0, 0] = 65535  # a label that the scanner burned in
+    Image.fromarray(one).save(first)
+    squeezed = open_examples(section(deep)).images[1:]
+    fixed = open_examples(section(deep, intensity="0..4095"))
+    assert squeezed.max() < 20
+    assert np.array_equal(fixed.images[1:].max(1), wanted[1:].max(1))
+    assert fixed.about["values"] == [0, 65535]
+
+
+@pytest.mark.parametrize(
+    ("kind", "intensity", "words"),
+    [
+        (plain, "0..4095", r'the pictures have 8 bits, 0 to 255\. Set intensity = "0\.\.255"'),
+        (plain, "0..1", r"the pictures have 8 bits"),
+        (hounsfield, "0..4095", r'-1000 to -100: they would be all alike\. Set intensity = "-1000'),
+    ],
+)
+def test_a_range_that_is_not_theirs_is_named(
+    tmp_path: Path, kind: Callable[[Path, Mask], None], intensity: str, words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        open_examples(section(glyphs(tmp_path / "x", kind), intensity=intensity))
+
+
+def test_a_range_is_for_pictures_of_ones_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it is known how those of digits are meant\. Leave it"):
+        open_examples(section(tmp_path, dataset="digits", data_dir="", intensity="255..0"))
+    with pytest.raises(DataError, match=r"intensity says how pictures .*float32 \(4, 3\)"):
+        open_examples(section(tmp_path, dataset=f"{__name__}:table", intensity="0..1"))
+    with pytest.raises(DataError, match=r"a picture has a value that is no finite number\. Mend"):
+        open_examples(section(tmp_path, dataset=f"{__name__}:holes", intensity="0..1"))
+    with pytest.raises(ConfigError, match=r"intensity = '1-2' cannot be used: .*two different"):
+        section(tmp_path, intensity="1-2")
+
+
+def table() -> tuple[np.ndarray, np.ndarray]:
+    return np.ones((4, 3), np.float32), np.array([0, 1, 0, 1])
+
+
+def holes() -> tuple[np.ndarray, np.ndarray]:
+    return np.full((4, 8, 8), np.nan), np.array([0, 1, 0, 1])
+
+
+def test_a_model_reads_new_pictures_as_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inverted ones, from files and from an array of raw values: the same answers."""
+    folder = glyphs(tmp_path / "white", inverted)
+    node = {
+        "client-id": "a", "state-dir": str(tmp_path / "s"), "model": "cnn", "dataset": "folder",
+        "data-dir": str(folder), "partition": "none", "intensity": "255..0",
+        "cache-dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    config = tiny_config(
+        tmp_path, num_partitions=1, rounds=1, image_size=32, method="mh-pfedhn", dataset="folder",
+        models="cnn", global_model="auto", server_rule="kernel",
+    )  # fmt: skip
+    run_tiny(config, node_configs=[node])
+    files = sorted(folder.glob("*/*.png"))
+    raw = np.stack([np.asarray(Image.open(file).convert("L")) for file in files])
+    labels = np.array([("bar", "disc").index(file.parent.name) for file in files])
+    wrong, held = tmp_path / "wrong.npz", tmp_path / "held.npz"
+    np.savez(held, inputs=raw, labels=labels)
+    np.savez(wrong, inputs=255 - raw, labels=labels)
+    tables = []
+    for inputs in (folder, held, wrong):
+        out = tmp_path / f"{len(tables)}.csv"
+        assert main(["model", "predict", str(tmp_path / "s" / "a"), str(inputs), str(out)]) == 0
+        lines = out.read_text().splitlines()[1:]
+        tables.append([line.split(",")[1:] for line in lines])
+    assert tables[0] == tables[1]
+    assert tables[0] != tables[2]
 
 
 def test_the_scale_goes_with_the_model(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.common.config import parse_config_args
 
@@ -94,6 +95,64 @@ def test_data_that_do_not_meet_it_are_refused(
     assert words in text
 
 
+def white() -> tuple[np.ndarray, np.ndarray]:
+    """The patterns, as a scanner that inverts them has them."""
+    images, labels = tiny.patterns()
+    return 255 - images, labels
+
+
+def shares() -> tuple[np.ndarray, np.ndarray]:
+    """The patterns as floats from 0 to 1."""
+    images, labels = tiny.patterns()
+    return (images / 255).astype(np.float32), labels
+
+
+def twelve_bits() -> tuple[np.ndarray, np.ndarray]:
+    images, labels = tiny.patterns()
+    return images.astype(np.uint16) * 16, labels
+
+
+DARK, TWELVE = {"background": '"dark"'}, {"intensity": '"0..4095"'}
+
+
+@pytest.mark.parametrize(
+    ("agreed", "source", "own", "words"),
+    [
+        (
+            DARK,
+            "white",
+            "",
+            'a light background, and a dark one is agreed on: set intensity = "255',
+        ),
+        (DARK, "white", "255..0", ""),
+        ({"background": '"light"'}, "white", "", ""),
+        (TWELVE, "twelve_bits", "", ""),
+        (TWELVE | DARK, "twelve_bits", "4095..0", 'set intensity = "0..4095" in your own file'),
+        (TWELVE, "shares", "", 'they would be all alike. Set intensity = "0..0'),
+        (TWELVE | DARK, "shares", "0..1", ""),
+        (TWELVE, "white", "", 'the pictures have 8 bits, 0 to 255. Set intensity = "0..255"'),
+        (
+            {"intensity": '"0..8"'},
+            "twelve_bits",
+            "",
+            'nearly all lie outside of intensity = "0.',
+        ),
+        (DARK, "shares", "", "here float32 (floats that are pictures need intensity"),
+        (DARK, "twelve_bits", "", "or have an intensity, as '0..4095'"),
+    ],
+)
+def test_what_black_and_white_mean_is_agreed_on(
+    bundle: Path, agreed: dict[str, str], source: str, own: str, words: str
+) -> None:
+    """A site whose pictures are not as agreed is told what to set; with that it meets it."""
+    change(bundle / "federation.toml", **agreed)
+    site = {"intensity": own} if own else {}
+    good, text = checked(joined(bundle, dataset=f"{__name__}:{source}", **site))
+    assert good == (not words), text
+    assert words in " ".join(text.split())
+    assert "intensity" not in Contract.read(bundle / "federation.toml").run_config()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_are_brought_to_what_is_agreed(bundle: Path, channels: int) -> None:
     """Grey pictures and coloured ones take part in one federation."""
@@ -130,6 +189,10 @@ def test_a_run_gets_its_keys(bundle: Path, capsys: Capture) -> None:
         ({"global-model": "mine:net"}, "global-model must be a built-in one"),
         ({"class-names": "a, a"}, "two or more different names"),
         ({"chanels": 3}, "channels"),
+        ({"background": "grey"}, "background = 'grey' cannot be used"),
+        ({"intensity": "255"}, 'must be two different numbers, as "0..4095"'),
+        ({"intensity": "7..7"}, "must be two different numbers"),
+        ({"intensity": "0..nan"}, "must be two different numbers"),
     ],
 )
 def test_a_contract_that_cannot_be_used_is_named(values: dict[str, Any], words: str) -> None:
