@@ -58,9 +58,9 @@ COMMANDS = {
         "results of these, for compare and report",
         "experiments.report.exchange:add_import_parser",
     ),
-    "tensorboard": (
-        "write runs as TensorBoard event files",
-        "experiments.report.events:add_tensorboard_parser",
+    "track": (
+        "write runs for TensorBoard, W&B or MLflow",
+        "experiments.report.track:add_track_parser",
     ),
     "join": (
         "take part in a federation with your own data",
@@ -117,7 +117,6 @@ COMMANDS = {
 }
 """What each is for, and who adds its words: imported when it is used, for that takes seconds."""
 
-
 OWN_CODE = ("run", "sweep", "attack", "liars", "bench")
 """Where a config may name a "module:factory" of the user's: it lives where they work. Elsewhere a
 file that lies in some folder by chance, or by somebody's wish, is not imported."""
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] and words[0] in OWN_CODE and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        code: int = args.command(args)
+        return int(args.command(args))
     except MHpFedHNError as error:
         say(Console(stderr=True), "error", style="bold red", end=": ")
         say(Console(stderr=True), str(error))
@@ -140,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`: nobody reads on, and Python would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USAGE_ERROR
-    return code
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     changes = [f"{key}={value}" for key, value in chosen.changes_from(preset).items()]
     if changes:
         say(console, "but " + ", ".join(changes))
-    return launch(chosen, console, tensorboard=args.tensorboard)
+    return launch(chosen, console, tracker=args.track)
 
 
 def list_presets(args: argparse.Namespace) -> int:
@@ -275,6 +273,8 @@ def add_completion_parser(commands: Any) -> None:
 
 def add_run_parser(commands: Any) -> None:
     """Add `run`."""
+    from experiments.report.track import TRACKERS
+
     command = commands.add_parser("run")
     command.add_argument("experiment", metavar="NAME|FILE.toml", help="see `mh-pfedhn list`")
     command.add_argument("--rounds", type=int, metavar="N", help="passes over the clients")
@@ -284,7 +284,7 @@ def add_run_parser(commands: Any) -> None:
     command.add_argument("--output-dir", metavar="DIR", help="this run's own folder")
     command.add_argument("--engine", metavar="ray|inprocess", help="where it runs")
     add_set_option(command, "any key of the run config or of [engine]")
-    command.add_argument("--tensorboard", action="store_true", help="write event files as well")
+    command.add_argument("--track", choices=TRACKERS, help="where the rounds go as well")
     command.set_defaults(command=run)
 
 

@@ -19,9 +19,9 @@ from common.errors import ConfigError, MHpFedHNError, RunError
 from common.files import read_json
 from experiments.console import say
 from experiments.report.clients import draw_clients
-from experiments.report.events import require_tensorboard, streamed
 from experiments.report.runs import Run, new_folder, settle
 from experiments.report.terminal import family_table, run_table
+from experiments.report.track import require, tracked
 from experiments.run.engines.home import own_modules
 from experiments.run.engines.superlink import RayEngine
 from experiments.run.interrupts import terminate_as_interrupt
@@ -67,21 +67,23 @@ def complete(preset: Preset) -> Preset:
     return preset.with_config(fills)
 
 
-def launch(preset: Preset, console: Console, *, tensorboard: bool = False) -> int:
-    """Run a preset, show its progress and its results; with `tensorboard` as its events too.
+def launch(preset: Preset, console: Console, *, tracker: str | None = None) -> int:
+    """Run a preset, show its progress and its results; with `tracker` its rounds go there too.
 
     Returns 0 when the run completed, 1 when it failed, 130 when it was interrupted.
     """
     preset = complete(preset)
     folder = Path(preset.config.run.output_dir)
-    if tensorboard:
-        require_tensorboard()  # before anything is made or started
+    if tracker:
+        require(tracker)  # before anything is made or started
     folder.mkdir(parents=True, exist_ok=True)
     say(console, f"run folder  {folder}")
-    with streamed(folder) if tensorboard else contextlib.nullcontext():
+    with tracked(tracker, Run(folder, preset.config.flat())) as lines:
         code = _run(preset, folder, console)
     if (folder / "metrics.jsonl").exists():
         show(folder, console)
+    for line in lines:
+        say(console, line)
     say(console, f"run folder  {folder}")
     return code
 
