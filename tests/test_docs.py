@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from experiments.__main__ import parser as build_parser
 from experiments.run.presets import CONFIGS, EngineSection, preset_names
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PACKAGES = ("server_app", "client_app", "common", "experiments", "tests")
 TREE = (*PACKAGES, "docs", "docker", ".ci")
 STUDIES = {path.stem for path in (CONFIGS / "studies").glob("*.toml")}
@@ -89,6 +90,20 @@ def test_commands_presets_and_keys_exist(path: Path) -> None:
     for module in re.findall(r"python -m ((?:experiments|common)[\w.]*)", text):
         file = ROOT / module.replace(".", "/")
         assert file.is_dir() or file.with_suffix(".py").is_file(), f"{path.name}: {module}"
+
+
+@documents
+def test_commands_have_the_words_they_are_given(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = build_parser()
+    for fence in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+        for line in re.sub(r"\\\n\s*", " ", fence).splitlines():
+            for words in re.findall(r"(?<![\w./-])mh-pfedhn ([^|&;)]*)", line.partition(" #")[0]):
+                try:
+                    parser.parse_args(shlex.split(words))
+                except SystemExit:
+                    pytest.fail(f"{path.name}: mh-pfedhn {words}: {capsys.readouterr().err}")
 
 
 @documents
