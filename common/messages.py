@@ -165,8 +165,8 @@ class Evaluation:
     Of several labels an example, a correct one is a share of an example; of numbers R^2 says which
     share of all is correct, 0 at least. `num_correct` over `num_test` is called accuracy.
     `others` are the counts of correct examples of further predictors that a method reports beside
-    its own, by name (FedProto: its head), and of the model trained alone where it is measured;
-    rounds are chosen by the counts of validation examples, which may be none.
+    its own, by name (FedProto: its head), and of the model trained alone; rounds are chosen by the
+    counts of validation examples, which may be none.
     """
 
     num_test: int
@@ -266,8 +266,7 @@ class Gain:
 class TrainReply:
     """What a client measured while it trained; its vectors travel beside it.
 
-    Who trains privately sends neither loss nor test counts, which would tell of its examples, but
-    the `epsilon` spent.
+    Who trains privately sends neither loss nor test counts, but the `epsilon` spent.
     """
 
     num_examples: int
