@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ from experiments.deploy.attendance import ATTENDANCE
 from experiments.report.runs import Run, find_run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from server_app.methods.base import Method
     from server_app.output.checkpoint import Checkpoint
 
 
@@ -64,10 +67,7 @@ def forget(run: Run, client_id: str) -> None:
 
     with held_checkpoint(run, client_id) as (place, checkpoint):
         meta = checkpoint.meta
-        config = RunConfig.parse(run.config)
-        kind = method_class(config.run.method, "server_app")
-        method = kind(kind.adapted(config))
-        method.load_state_dict(checkpoint.tensors, meta["learned"])
+        method = opened_method(run, checkpoint.tensors, meta["learned"])
         method.forget_client(client_id)
         tensors, learned = method.state_dict()
         without = {
@@ -98,6 +98,17 @@ def forget_key(run: Run, client_id: str) -> None:
         ]
         meta = {**meta, "registry": registry}
         save_checkpoint(place, tensors=checkpoint.tensors, meta=meta, keep=1)
+
+
+def opened_method(
+    run: Run, tensors: Mapping[str, Tensor], learned: Mapping[str, Any]
+) -> Method[Any]:
+    """Return a run's method with what a checkpoint has of it; raises what does not fit there."""
+    config = RunConfig.parse(run.config)
+    kind: type[Method[Any]] = method_class(config.run.method, "server_app")
+    method = kind(kind.adapted(config))
+    method.load_state_dict(tensors, learned)
+    return method
 
 
 @contextmanager

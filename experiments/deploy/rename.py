@@ -6,18 +6,20 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunError
+from common.errors import MHpFedHNError, RunError
 from common.files import read_json, replace_file
 from experiments.console import make_console, say
 from experiments.deploy.attendance import ATTENDANCE
-from experiments.deploy.forget import held_checkpoint
+from experiments.deploy.forget import held_checkpoint, opened_method
 from experiments.report.runs import Run, find_run
 
-Rename = Callable[[str], str]
+Names = Mapping[str, str]
 
 
 def add_rename_parser(commands: Any) -> None:
@@ -56,18 +58,23 @@ def rename(run: Run, old: str, new: str) -> None:
         meta = checkpoint.meta
         _require_free(old, new, meta)
         names = {old: new, common_id(old): common_id(new)}
-
-        def renamed(text: str) -> str:
-            for name, other in names.items():
-                if text == name or text.endswith(f".{name}"):  # of a tensor
-                    return text.removesuffix(name) + other
-            return text
-
-        tensors = {renamed(name): x for name, x in checkpoint.tensors.items()}
-        parts = {key: meta[key] for key in ("learned", "registry", "clients", "rejected")}
-        meta = {**meta, **_everywhere(parts, renamed)}
+        tensors = {_tensor(name, names): x for name, x in checkpoint.tensors.items()}
+        meta = {
+            **meta,
+            "learned": _learned(meta["learned"], names),
+            "registry": _rows(meta["registry"], names),
+            "clients": _rows(meta["clients"], names),
+            "rejected": _keys(meta["rejected"], names),
+        }
+        try:
+            opened_method(run, tensors, meta["learned"])
+        except (LookupError, TypeError, ValueError, AttributeError, MHpFedHNError) as error:
+            raise RunError(
+                f"{old!r} cannot be renamed in {run.folder}: what comes of it cannot be loaded "
+                f"({error}). Nothing has changed; let it keep its client-id."
+            ) from error
         save_checkpoint(place, tensors=tensors, meta=meta, keep=1)
-        _rename_rows(run.folder, renamed)
+        _rename_rows(run.folder, names)
 
 
 def _require_free(old: str, new: str, meta: dict[str, Any]) -> None:
@@ -91,24 +98,71 @@ def _group_keys(learned: Any) -> set[str]:
     return found | {*network.get("heads", {})} | {*map(str, network.get("groups", {}).values())}
 
 
-def _everywhere(value: Any, renamed: Rename) -> Any:
-    """Return JSON with the name changed wherever it stands by itself, as a key or as a value."""
-    if isinstance(value, dict):
-        return {renamed(key): _everywhere(x, renamed) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_everywhere(x, renamed) for x in value]
-    return renamed(value) if isinstance(value, str) else value
+# --- where names stand: a client-id may be any other word of a checkpoint as well -----------------
+
+_OF_CLIENT = re.compile(
+    r"((?:adam\.\w+\.)?embeddings\.|personal\.|(?:momentum\.)?embedding\.)(.*)", re.DOTALL
+)
 
 
-def _rename_rows(folder: Path, renamed: Rename) -> None:
+def _tensor(name: str, names: Names) -> str:
+    """Return the name of a tensor, or of a parameter, with the client's new name."""
+    found = _OF_CLIENT.fullmatch(name)
+    return found[1] + names.get(found[2], found[2]) if found else name
+
+
+def _keys(value: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    return {names.get(key, key): x for key, x in value.items()}
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], names: Names) -> list[dict[str, Any]]:
+    return [{**row, "client_id": names.get(row["client_id"], row["client_id"])} for row in rows]
+
+
+def _learned(learned: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Return the facts of a method's state dict with the new name, whatever the method is."""
+
+    def listed(clients: Iterable[str]) -> list[str]:
+        return [names.get(client, client) for client in clients]
+
+    def tensors(parameters: Iterable[str]) -> list[str]:
+        return [_tensor(name, names) for name in parameters]
+
+    def keys(value: Mapping[str, Any]) -> dict[str, Any]:
+        return _keys(value, names)
+
+    def applied(value: Mapping[str, Any] | None, **places: Callable[[Any], Any]) -> Any:
+        return value and {**value, **{k: f(value[k]) for k, f in places.items() if k in value}}
+
+    return dict(
+        applied(
+            learned,
+            declared=keys,
+            clients=listed,
+            momenta=tensors,
+            hypernet=partial(
+                applied,
+                groups=keys,
+                clients=lambda pairs: [[names.get(client, client), size] for client, size in pairs],
+            ),
+            update=partial(applied, adam=tensors, releases=keys),
+            norms=lambda groups: {group: keys(norms) for group, norms in groups.items()},
+            frozen=partial(applied, clients=listed),
+        )
+    )
+
+
+def _rename_rows(folder: Path, names: Names) -> None:
     if (path := folder / ATTENDANCE).is_file():
-        replace_file(path, json.dumps(_everywhere(read_json(path), renamed)))
+        found = read_json(path)
+        people = _rows(found["participants"], names)
+        replace_file(path, json.dumps({**found, "participants": people}))
     if (path := folder / "clients.csv").is_file():
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            names, rows = list(reader.fieldnames or ()), list(reader)
+            fields, rows = list(reader.fieldnames or ()), list(reader)
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=names)
+        writer = csv.DictWriter(text, fieldnames=fields)
         writer.writeheader()
-        writer.writerows({**row, "client_id": renamed(row["client_id"])} for row in rows)
+        writer.writerows(_rows(rows, names))
         replace_file(path, text.getvalue())
