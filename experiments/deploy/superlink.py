@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ LONGEST = 400
 """Of a line of the log, and of each part of it."""
 PRAGMAS = (("busy_timeout", "30000"), ("journal_size_limit", str(2**26)))
 """Of SQLite: one waits for another's turn and does not fail; what was large does not stay so."""
+KNOWN = "/known"
 WITH_BODY = ("/v1/fleet/push-object", "/v1/fleet/push-messages")
 
 
@@ -45,18 +46,22 @@ def on_a_line(record: logging.LogRecord) -> bool:
 async def at_the_door(request: Any, call_next: Any, *, translated: Any) -> Any:
     """Ask who it is before a large body is read; say 503 where the database is busy.
 
-    Flower reads bodies first, and says 500 there, after which its callers give up.
+    Flower reads bodies first, and says 500 there, after which its callers give up. The gateway asks
+    whether a key is known at `KNOWN`, before it takes anything.
     """
     from fastapi import HTTPException
     from sqlalchemy.exc import OperationalError, TimeoutError
     from starlette.concurrency import run_in_threadpool
+    from starlette.responses import Response
 
     from experiments.deploy.guard import BusyError
 
     async def inside(request: Any) -> Any:
         try:
-            if request.url.path in WITH_BODY:
+            if request.url.path in (KNOWN, *WITH_BODY):
                 await run_in_threadpool(require_known, request)
+            if request.url.path == KNOWN:
+                return Response(status_code=204)
             return await call_next(request)
         except (OperationalError, TimeoutError, BusyError) as error:
             raise HTTPException(503, "busy: try again") from error
@@ -78,6 +83,8 @@ def require_known(request: Any) -> None:
     try:
         headers = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
         key, signature = (b64decode(request.headers[name], validate=True) for name in headers)
+        if request.headers.getlist(headers[0]) != [b64encode(key).decode()]:
+            raise ValueError("a key has one spelling, by which the gateway counts its requests")
         signed = request.headers[TIMESTAMP_HEADER].encode("ascii")
         known = get_linkstate(request).get_node_id_by_public_key(key) is not None
         if known and verify_signature(bytes_to_public_key(key), signed, signature):

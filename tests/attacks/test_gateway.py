@@ -3,11 +3,13 @@
 Behind it listens a server that notes every byte that comes through, in place of the SuperLink.
 """
 
+import itertools
 import re
 import resource
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -15,21 +17,25 @@ import pytest
 from flwr.superlink.routers.fleet.router import router
 
 from tests.deployment.test_gateway import CLOSED, MISSING, answer, gateway
-from tests.support.deployment import REPOSITORY, Deployment
+from tests.support.deployment import REPOSITORY, Deployment, wait_until
 
 pytestmark = pytest.mark.skipif(MISSING, reason="nginx or its stream module is not installed here")
 
 FLEET = {route.path for route in router.routes}  # type: ignore[attr-defined]  # all have one
 CONFIG = (REPOSITORY / "docker" / "nginx.conf").read_text()
 SLOW_CONNECTIONS = 2000
-HEAD = "Host: federation\r\nContent-Type: application/protobuf\r\nConnection: close\r\n"
+STRANGER = "Host: federation\r\nContent-Type: application/protobuf\r\nConnection: close\r\n"
+HEAD = f"{STRANGER}Flwr-Public-Key: a\r\n"
 
 
 class Behind:
-    """Takes what the gateway passes on, and answers 200 to every request."""
+    """Takes what the gateway passes on, and answers 200 to every request.
+
+    Asked who is known, it says that everybody with a key is. An answer has `size` bytes.
+    """
 
     def __init__(self, deployment: Deployment) -> None:
-        self.received = bytearray()
+        self.received, self.size, self.answered = bytearray(), 0, 0
         server = deployment.certs / "server"
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(server / "server.crt", server / "server.key")
@@ -45,8 +51,14 @@ class Behind:
     def _serve(self, plain: socket.socket) -> None:
         with suppress(OSError), self._context.wrap_socket(plain, server_side=True) as stream:
             while data := stream.recv(65536):
+                if data.startswith(b"GET /known "):
+                    code = b"204" if b"\r\nFlwr-Public-Key: " in data else b"401"
+                    stream.sendall(b"HTTP/1.1 %b OK\r\nContent-Length: 0\r\n\r\n" % code)
+                    continue
                 self.received += data
-                stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % self.size)
+                stream.sendall(b"x" * self.size)
+                self.answered += self.size > 0
 
     def lines(self) -> list[str]:
         """Return every line that begins a request, wherever it stands in what came."""
@@ -91,7 +103,7 @@ def say(place: tuple[Deployment, int, Behind], sent: str) -> tuple[list[int], li
 def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Behind]) -> None:
     listed = re.search(r"/v1/fleet/\(([a-z|-]+)\)", CONFIG)
     assert listed is not None
-    passing = [*listed[1].split("|"), "push-messages", "push-object"]
+    passing = [*listed[1].split("|"), "push-messages", "push-object", "pull-object"]
     assert {f"/v1/fleet/{name}" for name in passing} == FLEET
     for path in sorted(FLEET):
         codes, passed = say(place, f"POST {path}?x=1 HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n")
@@ -182,11 +194,17 @@ def test_no_other_verb_passes(place: tuple[Deployment, int, Behind], verb: str) 
     assert passed == []
 
 
-def push(place: tuple[Deployment, int, Behind], source: str, body: bytes) -> ssl.SSLSocket:
-    """Begin to push a piece of 5 MB, of which a part comes."""
+KEYS = (f"Flwr-Public-Key: {number}\r\n" for number in itertools.count())
+
+
+def push(
+    place: tuple[Deployment, int, Behind], source: str, body: bytes, key: str | None = None
+) -> ssl.SSLSocket:
+    """Begin to push a piece of 5 MB, of which a part comes, with a key that nobody else has."""
     deployment, port, _ = place
     stream = connect(deployment, port, source=source)
-    head = f"POST /v1/fleet/push-object HTTP/1.1\r\n{HEAD}Content-Length: {5 * 2**20}\r\n\r\n"
+    who = STRANGER + (next(KEYS) if key is None else key)
+    head = f"POST /v1/fleet/push-object HTTP/1.1\r\n{who}Content-Length: {5 * 2**20}\r\n\r\n"
     stream.sendall(head.encode() + body)
     return stream
 
@@ -215,6 +233,75 @@ def test_pieces_that_are_half_sent_fill_no_disk(place: tuple[Deployment, int, Be
         more = [stack.enter_context(push(place, source, half)) for source in sources]
         refused = [status(stream) for stream in more].count("HTTP/1.1 503")
         assert most + len(more) - refused == everybody
+
+
+def test_who_has_no_key_holds_no_place(place: tuple[Deployment, int, Behind]) -> None:
+    """Who it is comes before the body: two addresses would have held all places for pieces."""
+    deployment, port, behind = place
+    behind.lines()
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(push(place, f"127.0.0.{40 + i % 2}", b"\n", key=""))
+            for i in range(48)
+        ]
+        for path in ("pull-object", "pull-messages"):
+            for i in range(64):
+                half = connect(deployment, port, source=f"127.0.0.{50 + i % 4}")
+                slow.append(stack.enter_context(half))
+                head = f"{STRANGER}Content-Length: 99\r\n\r\n"
+                half.sendall(f"POST /v1/fleet/{path} HTTP/1.1\r\n{head}".encode())
+        time.sleep(2)
+        with push(place, "127.0.0.44", b"\n" * 5 * 2**20) as quick:
+            quick.settimeout(10)
+            assert quick.recv(12).decode() == "HTTP/1.1 200"
+        for path in ("pull-object", "pull-messages"):
+            asked = f"POST /v1/fleet/{path} HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n"
+            assert say(place, asked)[0] == [200]
+        for stream in slow:
+            stream.settimeout(5)
+            with suppress(ConnectionResetError):
+                assert stream.recv(12) in (b"", b"HTTP/1.1 401", b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize("procedure", ["push-object", "pull-object", "pull-messages"])
+def test_one_key_is_one_participant_from_wherever_it_asks(
+    place: tuple[Deployment, int, Behind], procedure: str
+) -> None:
+    """Few of its requests are on their way at once, so that others have their turn."""
+    deployment, port, _ = place
+    zone = {"push-object": "key_pushes", "pull-object": "key_fetches"}.get(procedure, "key_asks")
+    most = int(re.search(rf"limit_conn {zone} (\d+)", CONFIG)[1])  # type: ignore[index]
+    asked = f"POST /v1/fleet/{procedure} HTTP/1.1\r\n{STRANGER}Flwr-Public-Key: of {procedure}\r\n"
+    with ExitStack() as stack:
+        sent = []
+        for i in range(3 * most):
+            sent.append(connect(deployment, port, source=f"127.0.0.{60 + i}"))
+            stack.enter_context(sent[-1])
+            sent[-1].sendall(f"{asked}Content-Length: 99\r\n\r\n".encode())
+        time.sleep(1)
+        assert (
+            sorted(status(stream) for stream in sent) == [""] * most + ["HTTP/1.1 503"] * 2 * most
+        )
+
+
+def test_what_is_read_slowly_waits_at_the_gateway(place: tuple[Deployment, int, Behind]) -> None:
+    """A SuperLink that kept it would keep some 12 MB for each."""
+    deployment, port, behind = place
+    most = int(re.search(r"limit_conn answers (\d+)", CONFIG)[1])  # type: ignore[index]
+    bodies = int(re.search(r"limit_conn bodies (\d+)", CONFIG)[1])  # type: ignore[index]
+    assert (most + bodies) * 6 < 1024, "MB, of the gateway's /tmp"
+    behind.size, behind.answered = 5 * 2**20, 0
+    with ExitStack() as stack:
+        stack.callback(setattr, behind, "size", 0)
+        for _ in range(8):
+            plain = socket.socket()
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plain.connect(("127.0.0.1", port))
+            trusted = ssl.create_default_context(cafile=str(deployment.certs / "site-a" / "ca.crt"))
+            stream = stack.enter_context(trusted.wrap_socket(plain, server_hostname="127.0.0.1"))
+            head = f"{STRANGER}{next(KEYS)}Content-Length: 0\r\n\r\n"
+            stream.sendall(f"POST /v1/fleet/pull-object HTTP/1.1\r\n{head}".encode())
+        wait_until(lambda: behind.answered == 8, 10, "all of it has left the SuperLink")
 
 
 def test_only_pieces_are_large(place: tuple[Deployment, int, Behind]) -> None:
@@ -253,7 +340,7 @@ def test_thousands_of_slow_connections_leave_others_alone(
                 stack.callback(slow.close)
                 slow.sendall(b"\x16\x03\x01")  # begins a TLS handshake, and says no more
         for _ in range(20):
-            assert answer(deployment, port, "/v1/fleet/pull-messages") == 200
+            assert answer(deployment, port, "/health", "GET") == 200
 
 
 def test_one_address_cannot_hold_every_connection(place: tuple[Deployment, int, Behind]) -> None:
@@ -266,4 +353,4 @@ def test_one_address_cannot_hold_every_connection(place: tuple[Deployment, int, 
                 stack.enter_context(connect(deployment, port, source="127.0.0.3"))
                 held += 1
         assert limit - 5 <= held <= limit
-        assert answer(deployment, port, "/v1/fleet/pull-messages") == 200
+        assert answer(deployment, port, "/health", "GET") == 200

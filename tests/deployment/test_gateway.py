@@ -13,6 +13,7 @@ import pytest
 
 from experiments.run.engines.processes import free_port
 from tests.support.deployment import REPOSITORY, Deployment
+from tests.support.tiny import HERE, tiny_config
 
 NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
 STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -82,3 +83,26 @@ def test_nginx_passes_the_fleet_api_and_health_and_nothing_else(tmp_path: Path) 
             assert answer(deployment, port, "/v1/fleet/activate-node", "GET") == 403
             assert answer(deployment, port, "/health", "GET") == 200
             assert answer(deployment, port, "/v1/control/list-runs", "GET") == 404
+
+
+@pytest.mark.slow
+def test_several_sites_behind_one_address_train_through_it(tmp_path: Path) -> None:
+    sites = [f"site-{i}" for i in range(4)]
+    with Deployment(tmp_path, sites) as deployment:
+        deployment.start_superlink()
+        deployment.start_server()
+        with gateway(deployment) as port:
+            for site in sites:
+                deployment.register(site)
+            inside, deployment.entrance = deployment.entrance, port
+            for i, site in enumerate(sites):
+                deployment.start_site(
+                    site, model=f"{HERE}:normed", partition_id=i, num_partitions=len(sites)
+                )
+            deployment.entrance = inside
+            schedule = {"max_in_flight": 0, "buffer_size": 0, "min_clients": len(sites)}
+            limits = {"wait_for_clients_s": 120.0, "message_timeout_s": 120.0}
+            config = tiny_config(tmp_path, rounds=2, **schedule, **limits)
+            deployment.run(config)
+            assert deployment.wait_for_status(config, {"completed", "failed"}, 400) == "completed"
+        assert [row["num_accepted"] for row in deployment.rows(config)] == [len(sites)] * 2
