@@ -1,0 +1,150 @@
+"""A server, with messages that no app can answer: a participant that joined stays one."""
+
+import hashlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.run_pb2 import Run
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+)
+from flwr.supercore import task_identity
+from flwr.supercore.constant import TaskType
+from flwr.supercore.date import now
+from flwr.supercore.error import FlowerError
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.nodestate import NodeStateFactory, nodestate_factory
+from flwr.supernode.servicer.runtime import runtime_handlers as handlers
+
+from experiments.deploy import node_guard
+
+FAB = b"an app"
+NODE, RUN = 7, 1
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flower signs messages by who this process is."""
+    names = ("_run_id", "_node_id", "_task_id")
+    before = {name: getattr(task_identity.TaskIdentity, name) for name in names}
+    for name, value in zip(names, (RUN, NODE, 1), strict=True):
+        setattr(task_identity.TaskIdentity, name, value)
+    yield
+    for name, kept in before.items():
+        setattr(task_identity.TaskIdentity, name, kept)
+
+
+class Node:
+    """A SuperNode's state with one message in it, and Flower's own handlers before it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fab_hash: str = "") -> None:
+        for name, value in vars(nodestate_factory).items():
+            monkeypatch.setitem(vars(nodestate_factory), name, value)
+        node_guard.install()
+        self.state: Any = NodeStateFactory(ObjectStoreFactory()).state()
+        self.state.set_node_id(NODE)
+        named = fab_hash or hashlib.sha256(FAB).hexdigest()
+        run = run_from_proto(Run(run_id=RUN, fab_id="a/b", fab_version="1", fab_hash=named))
+        self.state.store_run(run)
+        self.state.store_fab(Fab(hashlib.sha256(FAB).hexdigest(), FAB, {}))
+        context = Context(RUN, NODE, {}, RecordDict(), {})
+        self.state.set_run_series_context(run.series_id, context)
+        number: Any = self.state.create_task(TaskType.CLIENT_APP, run_id=RUN, fab_hash=named)
+        self.message = Message(RecordDict(), NODE, "query.register")
+        self.message.metadata.__dict__["_run_id"] = RUN
+        self._insert(self.message)
+        self.state.claim_task(number)
+        (self.task,) = self.state.get_tasks(task_ids=[number])
+
+    def _insert(self, message: Message) -> None:
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.state._store_generated_message(message)
+        self.state.store_message(message)
+
+    def take(self) -> None:
+        handlers.pull_task_input(PullTaskInputRequest(), self.state, self.task)
+        assert handlers.pull_messages(PullAppMessagesRequest(), self.state, self.task).messages_list
+
+    def reply(self, *, pieces: int) -> None:
+        """Reply as an app does, with so many of the reply's pieces."""
+        content = RecordDict({"config": ConfigRecord({"said": "yes"})})
+        reply = Message(content, reply_to=self.message)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        found, tree = get_all_nested_objects(reply), get_object_tree(reply)
+        bare = message_to_proto(remove_content_from_message(reply))
+        request = PushAppMessagesRequest(messages_list=[bare], message_object_trees=[tree])
+        session = handlers.push_messages(request, self.state, self.task).session_id
+        for name in [*found][:pieces]:
+            piece = PushObjectRequest(
+                object_id=name, object_content=found[name].deflate(), session_id=session
+            )
+            assert handlers.push_object(piece, self.state, self.task).stored
+
+    def end(self, status: str) -> None:
+        request = PushTaskOutputRequest(sub_status=status, details="")
+        handlers.push_task_output(request, self.state, self.task)
+
+    def to_send(self) -> list[Message]:
+        """Return what the SuperNode's loop finds, which waits for something without end."""
+        return list(self.state.get_messages_legacy(is_reply=True))
+
+
+def test_a_message_that_no_task_takes_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(monkeypatch, fab_hash="another than the app's that came")
+    with pytest.raises(FlowerError):
+        node.take()
+    assert node.to_send() == []
+    node.end(SubStatus.FAILED)
+    (reply,) = node.to_send()
+    assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert node.to_send() == [], "once"
+
+
+@pytest.mark.parametrize("status", [SubStatus.FAILED, SubStatus.COMPLETED])
+@pytest.mark.parametrize("pieces", [None, 0, 1])
+def test_so_is_one_whose_reply_does_not_come(
+    monkeypatch: pytest.MonkeyPatch, status: str, pieces: int | None
+) -> None:
+    node = Node(monkeypatch)
+    node.take()
+    if pieces is not None:
+        node.reply(pieces=pieces)
+    assert node.to_send() == [], "the task is at work"
+    node.end(status)
+    (reply,) = node.to_send()
+    assert reply.has_error()
+    assert reply.metadata.reply_to_message_id == node.message.object_id
+    assert node.state.object_store.get_object_tree(reply.metadata.message_id)
+
+
+def test_so_is_one_whose_app_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(monkeypatch)
+    node.take()
+    node.reply(pieces=1)
+    for record in node.state.task_token_store.values():
+        record.active_until = now() - timedelta(seconds=1)
+    assert node.to_send()[0].has_error()
+
+
+@pytest.mark.parametrize("status", [SubStatus.FAILED, SubStatus.COMPLETED, ""])
+def test_a_reply_that_is_there_is_sent(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    node = Node(monkeypatch)
+    node.take()
+    node.reply(pieces=9)
+    if status:
+        node.end(status)
+    (reply,) = node.to_send()
+    assert not reply.has_error()
+    assert node.to_send() == []
