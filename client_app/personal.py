@@ -5,9 +5,10 @@ fed and what it reached, `test_rows.npy` which examples of the participant's own
 measured on. Where it is a predictor of two models, `own_model.safetensors` and
 `common_model.safetensors` are their plain state_dicts, and its own has both and the weight.
 
-A participant with a state folder also gets `personal_model.pt2`: the whole program (torch.export:
-raw weights and JSON, no pickled code), uint8 pictures in and logits out, of two models
-log-probabilities, which runs where only torch is installed.
+A participant with a state folder also gets `personal_model.pt2`: the whole program (torch.export),
+uint8 pictures in and logits out, of two models log-probabilities, which runs where only torch is
+installed. As it is written here it has raw weights and JSON, no pickled code; torch loads what is
+pickled in one that somebody else wrote, which is why no `.pt2` is ever read, or handed on.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ from common.messages import Evaluation
 TEST_ROWS = "test_rows"
 INPUT = "images / 255, minus mean, divided by std, per channel; float32 (B, C, H, W)"
 SCALED = "values scaled so that intensity[0] becomes 0 and intensity[1] 255, in whole numbers"
+ABOUT_FILES = (
+    *("load", "load_own", "load_common", "prediction", "run"),
+    *("program", "program_error", "program_input", "code", "frozen"),
+)
+"""Of a description: what tells how its files are used, and where they came from."""
 OTHER_WITH_WEIGHTS = "something that is neither parameter nor buffer"
 PREDICTIONS = {
     "classes": "weight * softmax(own) + (1 - weight) * softmax(common)",
@@ -101,17 +107,12 @@ class PersonalModel:
     def describe(self) -> dict[str, Any]:
         """Return what a person or program needs to use the weights, as JSON-able facts."""
         data, accuracies = self.data, self.evaluation.accuracies()
-        load: dict[str, Any] = {"load": _load_line(self.name, data)}
+        models: dict[str, Any] = {"model": self.name}
         if isinstance(self.module, Predictor):
-            load = {
-                "common_model": self.common,
-                "weight_of_own_model": float(self.module.weight),
-                "prediction": PREDICTIONS[data.target],
-                "load_own": _load_line(self.name, data, OWN_MODEL),
-                "load_common": _load_line(self.common, data, COMMON_MODEL),
-            }
-        return {
-            "model": self.name,
+            models["common_model"] = self.common
+            models["weight_of_own_model"] = float(self.module.weight)
+        found = {
+            **models,
             "in_channels": data.in_channels,
             "num_classes": data.num_classes,
             **{name: fact for name, fact in data.about.items() if name != "left_out"},
@@ -121,10 +122,8 @@ class PersonalModel:
             "test_accuracy": accuracies.pop("accuracy"),
             **accuracies,  # of the own model by itself, of the common one, alone, and the gain
             "test_rows": f"{TEST_ROWS}.npy: examples of the source, in its order, behind num_test",
-            **load,
-            **self._code(),
-            **self.facts,
         }
+        return {**found, **how_to_load(found), **self._code(), **self.facts}
 
     def _code(self) -> dict[str, list[str]]:
         """Return the folders of the modules that build the models, where they are of one's own."""
@@ -162,14 +161,7 @@ class PersonalModel:
             logger.warning("%s: no program stored, weights only: %s", self.name, error)
             path.unlink(missing_ok=True)
             return {"program": None, "program_error": f"{type(error).__name__}: {error}"[:2000]}
-        return {
-            "program": path.name,
-            "program_input": "images as uint8 (B, C, H, W), any B; normalised inside"
-            if self.data.is_pictures
-            else self._input()["input"],
-            "run": f"import torch; model = torch.export.load('{path.name}').module(); "
-            "logits = model(images)",
-        }
+        return how_to_run(path.name, self._input())
 
     @torch.no_grad()
     def require_same_count(self, program: nn.Module) -> None:
@@ -256,15 +248,38 @@ def not_in_state_dict(module: nn.Module) -> list[str]:
     return sorted(dict(module.named_buffers()).keys() - module.state_dict().keys())
 
 
-def _load_line(name: str, data: ClientData, file: str = PERSONAL_MODEL) -> str:
+def how_to_load(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return the lines of Python that load the weights of a description."""
+    if not about.get("common_model"):
+        return {"load": _load_line(about, "model", PERSONAL_MODEL)}
+    return {
+        "prediction": PREDICTIONS[about["target"]],
+        "load_own": _load_line(about, "model", OWN_MODEL),
+        "load_common": _load_line(about, "common_model", COMMON_MODEL),
+    }
+
+
+def how_to_run(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a description says of its program."""
+    pictures = "images as uint8 (B, C, H, W), any B; normalised inside"
+    return {
+        "program": name,
+        "program_input": pictures if about["mean"] else about["input"],
+        "run": f"import torch; model = torch.export.load('{name}').module(); "
+        "logits = model(images)",
+    }
+
+
+def _load_line(about: Mapping[str, Any], which: str, file: str) -> str:
+    module, own, factory = about[which].partition(":")
     build = (
-        f"{name.partition(':')[0]} import {name.partition(':')[2]} as factory; "
-        if ":" in name
+        f"{module} import {factory} as factory; "
+        if own
         else "client_app.models.registry import build_model; "
     )
-    call = "factory(" if ":" in name else f"build_model('{name}', "
+    call = "factory(" if own else f"build_model({module!r}, "
+    sizes = f"in_channels={about['in_channels']}, num_classes={about['num_classes']}"
     return (
-        f"from {build}from safetensors.torch import load_file; "
-        f"model = {call}in_channels={data.in_channels}, num_classes={data.num_classes}); "
+        f"from {build}from safetensors.torch import load_file; model = {call}{sizes}); "
         f"model.load_state_dict(load_file('{file}.safetensors')); model.eval()"
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from common.errors import DataError, MHpFedHNError, ModelError, listing
-from common.files import PRIVATE, read_json, replace_file
+from common.files import PRIVATE, private_folder, replace_file
 from experiments.console import make_console, say
 from experiments.deploy.predictions import admit_code, chosen, evaluate, predict
 
@@ -80,11 +80,15 @@ def list_models(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Copy a model's files, and add its program where it has none yet."""
-    from client_app.frozen import make_whole
-    from client_app.personal import read_predictor
+    """Copy a model's weights, and write its description and its program anew.
+
+    A state folder may come from anybody. A program that lies in it may hold code, which torch runs
+    when it is loaded: it is neither read nor copied.
+    """
+    from client_app.frozen import FROZEN, make_whole
+    from client_app.personal import ABOUT_FILES, TEST_ROWS, how_to_load, how_to_run, read_predictor
     from client_app.program import save_onnx, save_program
-    from client_app.store import PERSONAL_MODEL
+    from client_app.store import COMMON_MODEL, OWN_MODEL, PERSONAL_MODEL
 
     found, out = chosen(args), args.out
     if out.exists():
@@ -92,17 +96,27 @@ def export(args: argparse.Namespace) -> int:
     admit_code(found.about, args.code)
     module, about = read_predictor(found.folder)
     blank = _blank(about)
-    shutil.copytree(found.folder, out, ignore=_links)
-    make_whole(out)
-    description = out / f"{PERSONAL_MODEL}.json"
-    whole = {k: x for k, x in read_json(description).items() if k != "code"}
+    private_folder(out)
+    weights = [f"{x}.safetensors" for x in (PERSONAL_MODEL, OWN_MODEL, COMMON_MODEL, FROZEN)]
+    for path in (found.folder / name for name in (*weights, f"{TEST_ROWS}.npy")):
+        if path.is_file() and not path.is_symlink():  # a link may lead to anything
+            shutil.copyfile(path, out / path.name)
+            (out / path.name).chmod(PRIVATE)
+    whole = {k: x for k, x in about.items() if k not in ABOUT_FILES} | how_to_load(about)
+    description, program = out / f"{PERSONAL_MODEL}.json", out / f"{PERSONAL_MODEL}.pt2"
     replace_file(description, json.dumps(whole, indent=2), mode=PRIVATE)
-    program, without = out / f"{PERSONAL_MODEL}.pt2", str(about.get("program_error", ""))
-    if not program.exists() and not without:
+    make_whole(out)
+    without = str(about.get("program_error") or "")
+    if lost := about.get("not_in_state_dict"):
+        without = f"its weights lack {listing(lost)}, which the one in {found.folder} may have"
+    if not without:
         try:
             save_program((module, blank), program, lambda _: None)
         except Exception as error:  # torch.export raises whatever it meets in a user's model
             without = f"{type(error).__name__}: {error}"
+    told = {"program": None, "program_error": without[:2000]} if without else {}
+    whole |= told or how_to_run(program.name, about)
+    replace_file(description, json.dumps(whole, indent=2), mode=PRIVATE)
     console = make_console()
     say(console, f"round {found.server_round} of federation {found.federation} is in {out}")
     if args.onnx:
@@ -117,11 +131,6 @@ def export(args: argparse.Namespace) -> int:
     if without:
         say(console, f"weights only, without the program {program.name}: {without}"[:1000])
     return 0
-
-
-def _links(folder: str, names: list[str]) -> list[str]:
-    """Return what is not copied: a link may lead to anything."""
-    return [name for name in names if (Path(folder) / name).is_symlink()]
 
 
 def _row(version: Version, *, is_last: bool, is_best: bool) -> dict[str, Any]:

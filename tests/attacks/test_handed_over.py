@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,50 @@ def test_an_exported_model_tells_nothing_of_its_source(tmp_path: Path) -> None:
     assert str(tmp_path) not in (out / DESCRIPTION).read_text()
     assert not (out / "link").exists()
     assert torch.export.load(out / "personal_model.pt2")
+
+
+class Evil:
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.ran,)
+
+
+def test_a_strangers_program_is_neither_run_nor_handed_on(tmp_path: Path) -> None:
+    """Torch runs what is pickled in a weight of it."""
+    state, code = handed_over(tmp_path, "handed_program")
+    (honest, out, ran) = (tmp_path / name for name in ("honest", "out", "evil"))
+    words = ["--code", str(code)]
+    assert main(["model", "export", str(state), str(honest), *words]) == 0
+    version, packed = next(state.rglob(DESCRIPTION)).parent, io.BytesIO()
+    torch.save(Evil(ran), packed)
+    with (
+        zipfile.ZipFile(honest / "personal_model.pt2") as mine,
+        zipfile.ZipFile(version / "personal_model.pt2", "w") as theirs,
+    ):
+        (listed,) = (n for n in mine.namelist() if n.endswith("model_weights_config.json"))
+        about = json.loads(mine.read(listed))
+        weight = next(iter(about["config"].values()))
+        weight["use_pickle"] = True
+        for name in mine.namelist():
+            bad = name.endswith(f"/{weight['path_name']}")
+            content = packed.getvalue() if bad else mine.read(name)
+            theirs.writestr(name, json.dumps(about) if name == listed else content)
+    with suppress(Exception):
+        torch.export.load(version / "personal_model.pt2")
+    assert ran.exists(), "it is one that runs code"
+    ran.unlink()
+    described = json.loads((version / DESCRIPTION).read_text())
+    described |= {"run": "evil()", "load": "evil()", "program": "personal_model.pt2"}
+    (version / DESCRIPTION).write_text(json.dumps(described))
+    (version / "evil.py").write_text("evil")
+    assert main(["model", "export", str(state), str(out), *words]) == 0
+    torch.export.load(out / "personal_model.pt2")
+    assert not ran.exists()
+    assert (out / "personal_model.pt2").read_bytes() == (honest / "personal_model.pt2").read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in honest.iterdir()}
+    assert "evil" not in (out / DESCRIPTION).read_text()
 
 
 def test_a_folder_is_not_searched_for_modules(
