@@ -13,6 +13,7 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from client_app.data.examples import ClientData, load_client_data
+from client_app.data.partitions import WHOLE
 from client_app.data.source import CLASSES
 from client_app.models.building import AUTO, ModelKind, fitting
 from client_app.models.instances import FlatModel, cpu_threads, pick_device
@@ -89,8 +90,15 @@ class Participant:
         task, own = Received(content), self.config.run.method
         if task.header.method != own:
             raise WireError(f"it is of method {task.header.method!r:.80}; this run is {own!r}.")
+        if self.is_deployed and isinstance(self.state, FolderState):
+            Shelf(self.state.folder).require_same(task.header.federation_id, self.followed)
         self.state.enter_federation(task.header.federation_id)
         return task
+
+    @property
+    def followed(self) -> dict[str, Any]:
+        """What of its examples this participant leaves to the run."""
+        return self.node.followed(self.config.flat(), whole=self.section.partition == WHOLE)
 
     def in_round(self, section: TrainingSection, server_round: int) -> TrainingSection:
         """Give local training the rate of a round of this run.
@@ -119,12 +127,10 @@ class Participant:
     @property
     def privacy(self) -> Privacy | None:
         """How this participant trains privately, None where it does not."""
-        s = self.section
+        s, most = self.section, self.node.max_epsilon
         if not s.dp_noise:
             return None
-        return Privacy(
-            s.dp_noise, s.dp_clip, self.data.num_train, self.state, self.node.max_epsilon
-        )
+        return Privacy(s.dp_noise, s.dp_clip, self.data.num_train, self.state, most)
 
     def require_private(self, module: nn.Module) -> None:
         """Raise ModelError or ConfigError where private training is asked and cannot be."""
@@ -195,6 +201,7 @@ class Participant:
             "validation_accuracy": validation,
             "num_validation": len(data.validation_labels),
             "run_ended": program,
+            "followed": self.followed,
         }
         model = self._personal(module, found, facts)
         try:
@@ -215,9 +222,8 @@ class Participant:
     def store(self, module: nn.Module, evaluation: Evaluation) -> str:
         """Store the own model with the weights that it holds now; return their path.
 
-        A deployed participant tells the name of the file alone.
-
-        Without a state folder they go below the run's output folder; "" without either.
+        A deployed participant tells the name of the file alone. Without a state folder they go
+        below the run's output folder; "" without either.
         """
         folder = personal_folder(self.state, self.config.run.output_dir, self.client_id)
         if folder is None:
@@ -228,11 +234,9 @@ class Participant:
     def _personal(
         self, module: nn.Module, evaluation: Evaluation, facts: dict[str, Any]
     ) -> PersonalModel:
-        spent = self.privacy.facts() if self.privacy else {}
+        facts |= self.privacy.facts() if self.privacy else {}
         common = self.kind_of(self.config.distill.global_model).name
-        return PersonalModel(
-            self.model_name, module, self.data, evaluation, common, {**facts, **spent}
-        )
+        return PersonalModel(self.model_name, module, self.data, evaluation, common, facts)
 
     @property
     def exports(self) -> bool:
@@ -264,10 +268,7 @@ def kind_for(name: str, data: ClientData, *, device: torch.device, generate: str
 def reply_to(message_type: str, content: RecordDict, context: Context) -> RecordDict:
     """Do what one message of the server asks, whatever the method; return the reply's content.
 
-    Raises
-    ------
-    MHpFedHNError
-        The configuration, the data, the model or the message cannot be used.
+    Raises MHpFedHNError where configuration, data, model or message cannot be used.
     """
     return answer(Participant.open(context), message_type, content)
 

@@ -13,6 +13,7 @@ pickled in one that somebody else wrote, which is why no `.pt2` is ever read, or
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -44,9 +45,9 @@ INPUT = "images / 255, minus mean, divided by std, per channel; float32 (B, C, H
 SCALED = "values scaled so that intensity[0] becomes 0 and intensity[1] 255, in whole numbers"
 ABOUT_FILES = (
     *("load", "load_own", "load_common", "prediction", "run"),
-    *("program", "program_error", "program_input", "code", "frozen"),
+    *("program", "program_error", "program_input", "code", "frozen", "validated_on", "followed"),
 )
-"""Of a description: what tells how its files are used, and where they came from."""
+"""Of a description: what is of its files, and of the folder that they are in."""
 OTHER_WITH_WEIGHTS = "something that is neither parameter nor buffer"
 PREDICTIONS = {
     "classes": "weight * softmax(own) + (1 - weight) * softmax(common)",
@@ -100,6 +101,7 @@ class PersonalModel:
             description |= self._export(folder / f"{PERSONAL_MODEL}.pt2")
         if missing := not_in_state_dict(self.module):
             description["not_in_state_dict"] = missing
+        description["validated_on"] = validated_on(self.data)
         text = json.dumps(description, indent=2)
         replace_file(folder / f"{PERSONAL_MODEL}.json", text, mode=PRIVATE)
         return folder / f"{PERSONAL_MODEL}.safetensors"
@@ -241,6 +243,15 @@ def accuracy_of(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
         return None
     logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     return num_correct(logits, labels) / len(labels)
+
+
+def validated_on(data: ClientData) -> str:
+    """Return what tells validation examples, as a model gets them, from others."""
+    digest = hashlib.sha256()
+    for part in (data.validation_images, data.validation_labels):
+        digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def not_in_state_dict(module: nn.Module) -> list[str]:

@@ -5,7 +5,8 @@
 A version is written beside the others and renamed when it is whole; none is ever written over. The
 newest stays (last), and the one that was best on the validation examples; both outlive the
 federation. A server may repeat rounds, make up federations, and say how many examples validate: the
-best gives way only to one that is surely as good, and the oldest federations stay.
+best gives way only to one that is surely as good on the same examples, and the oldest federations
+stay.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.files import PRIVATE, closed_folder, read_rows, replace_file, sync
 from common.log import logger
 
@@ -35,6 +37,8 @@ MODELS, DESCRIPTION, HISTORY = "models", "personal_model.json", "history.jsonl"
 LOCK, LOCK_TIMEOUT_S = ".lock", 60.0
 MOST_FEDERATIONS, MANY = 20, 1000
 """Whose models are kept: a server names its federation. And rows of a history that is cut."""
+MOST_BEST = 3
+"""Sets of examples of a federation, the best model of each of which is kept."""
 BEGUN = "begun"
 MOST_HISTORY = 2**22
 """Bytes of a history, from which on it is cut."""
@@ -69,6 +73,11 @@ class Version:
         spread = math.sqrt(found * (1 - found) / count + Z**2 / (4 * count**2))
         return float((found + Z**2 / (2 * count) - Z * spread) / (1 + Z**2 / count))
 
+    @property
+    def examples(self) -> str:
+        """Which examples it was validated on: models are compared on the same ones alone."""
+        return str(self.about.get("validated_on", ""))
+
 
 @dataclass(frozen=True)
 class Shelf:
@@ -79,7 +88,10 @@ class Shelf:
     def keep(
         self, model: PersonalModel, federation: str, server_round: int, *, program: bool
     ) -> None:
-        """Add a version, and drop those that are neither the newest nor the best."""
+        """Add a version, and drop those that are neither the newest nor the best on any examples.
+
+        Of many sets of examples the first stays, and the last ones.
+        """
         home = self.state / MODELS / _name_of(federation)
         closed_folder(home)
         with FileLock(home / LOCK, mode=PRIVATE, timeout=LOCK_TIMEOUT_S):
@@ -93,9 +105,10 @@ class Shelf:
             model.store(draft, program=program, once=home)
             draft.rename(place)
             sync(home)
-            best = self.best(home.name)
+            best = [version.folder for version in self._best_of_each(home.name)]
+            kept = {place, *best[:1], *best[1 - MOST_BEST :]}
             for folder in home.iterdir():
-                if folder.is_dir() and folder not in (place, best and best.folder):
+                if folder.is_dir() and folder not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
             for frozen in home.glob("frozen-*"):
                 if frozen.stat().st_nlink == 1:
@@ -104,9 +117,34 @@ class Shelf:
         self._prune()
 
     def best(self, federation: str) -> Version | None:
-        """Return the best version, of two that are as good the newer; None where none is whole."""
-        versions = self.versions(federation)
-        return max(versions, key=lambda v: (v.quality, v.number), default=None)
+        """Return the best version on the examples of now; None where none is whole."""
+        return next(iter(self._best_of_each(federation)[::-1]), None)
+
+    def _best_of_each(self, federation: str) -> list[Version]:
+        """Return the best version on each set of examples, the set of the newest version last.
+
+        Of two that are as good it is the newer.
+        """
+        found: dict[str, list[Version]] = {}
+        for version in self.versions(federation):
+            found[version.examples] = [*found.pop(version.examples, []), version]
+        return [max(x, key=lambda v: (v.quality, v.number)) for x in found.values()]
+
+    def require_same(self, federation: str, followed: Mapping[str, Any]) -> None:
+        """Raise ConfigError where a run says other things of the examples than its federation did.
+
+        The participant itself may name what it left to the run.
+        """
+        for version in self.versions(_name_of(federation))[-1:]:
+            before = version.about.get("followed", {})
+            for key in followed.keys() & before.keys():
+                if followed[key] != before[key]:
+                    raise ConfigError(
+                        f"this run says {key} = {followed[key]!r}, and in round "
+                        f"{version.server_round} of its federation it was {before[key]!r}: what a "
+                        f"participant's models are tested on is not changed. Start a new "
+                        f"federation, or the participant sets {key} in its own file."
+                    )
 
     def versions(self, federation: str) -> list[Version]:
         """Return the whole versions of a federation, the newest last; damaged ones are not."""

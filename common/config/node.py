@@ -35,6 +35,8 @@ DIVIDED = frozenset(
     }
 )
 """And how a data set is divided, to one whose own file says which part of it is its own."""
+VALIDATED = frozenset({"dataset", "image-size", "channels", "class-names"})
+"""What of ASKED decides on which examples models are validated; all of DIVIDED does."""
 MOST_NAMES = 1000
 MOST_ASKED = {"image-size": 256}
 """Beyond these a participant's own file has to name the value."""
@@ -178,6 +180,15 @@ class NodeConfig(OwnRecipe):
         taken = ASKED | DIVIDED if self.partition_id >= 0 or self.partition else ASKED
         whole = {} if taken > ASKED else {"partition": "none"}
         return whole | {name: value for name, value in asked.items() if name in taken}
+
+    def followed(self, asked: Mapping[str, Scalar], *, whole: bool) -> dict[str, Scalar]:
+        """Return what a run config alone says of the examples that models are validated on.
+
+        `whole` is whether they are all of the data set, however that would be divided.
+        """
+        own, deciding = self.model_dump(by_alias=True), VALIDATED
+        deciding |= frozenset() if whole else DIVIDED | {"seed"}
+        return {k: asked[k] for k in sorted(deciding) if own.get(k) is None and k in asked}
 
     def require_modest(self, asked: Mapping[str, int]) -> None:
         """Raise ConfigError where a run config asks for more than this participant's caps.

@@ -198,12 +198,13 @@ def admit_code(about: dict[str, Any], code: Path | None) -> None:
 
 
 def _better(state: Path, found: Version) -> Version | None:
-    """Return the best model of another federation, where it is surely better on validation."""
+    """Return the best model of another federation, if it is surely better on the same examples."""
     from client_app.shelf import Shelf
 
     shelf = Shelf(state)
     others = [shelf.best(name) for name in shelf.federations() if name != found.federation]
-    best = max((v for v in others if v), key=lambda v: v.quality, default=None)
+    same = (v for v in others if v and v.examples == found.examples)
+    best = max(same, key=lambda v: v.quality, default=None)
     return best if best and best.quality > found.quality else None
 
 

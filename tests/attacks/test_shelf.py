@@ -11,20 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from PIL import Image
 
-from client_app.data.examples import load_client_data
+from client_app.data.examples import ClientData, load_client_data
 from client_app.data.own import FolderSource
+from client_app.models.instances import instance_of
 from client_app.models.registry import build_model
+from client_app.participant import Participant, reply_to
 from client_app.personal import PersonalModel
 from client_app.privacy import MOST_ROWS, Privacy, spent_from
 from client_app.shelf import BEST, LAST, MODELS, MOST_FEDERATIONS, Shelf
 from client_app.store import FolderState
 from common.accounting import Spent, epsilon
-from common.config import ClientSection
-from common.errors import DataError, WireError
-from common.messages import Evaluation
-from common.records import Content, Received, encode
+from common.config import ClientSection, RunConfig
+from common.errors import ConfigError, DataError, WireError
+from common.messages import EVALUATE, THETA, Evaluation
+from common.records import Content, Header, Received, encode
 from experiments.__main__ import main
 from experiments.deploy.supervise import MAX_LOG_BYTES, explain, rotating_log
 from tests.cases.test_pictures import grey
@@ -36,13 +39,19 @@ DATA = client_data(num_train=12)
 
 
 def keep(
-    shelf: Shelf, server_round: int, accuracy: float, *, of: int = 30, federation: str = "a1"
+    shelf: Shelf,
+    server_round: int,
+    accuracy: float,
+    *,
+    of: int = 30,
+    federation: str = "a1",
+    data: ClientData = DATA,
 ) -> None:
     """Keep a model that gets so many of so many validation examples right."""
     found = Evaluation(num_test=4, num_correct=2, test_loss=1.0, seconds=0.0)
     facts = {"round": server_round, "validation_accuracy": accuracy, "num_validation": of}
     module = build_model("mlp", in_channels=3, num_classes=10)
-    model = PersonalModel("mlp", module, DATA, found, "", facts)
+    model = PersonalModel("mlp", module, data, found, "", facts)
     shelf.keep(model, federation, server_round, program=False)
 
 
@@ -81,6 +90,65 @@ def test_few_validation_examples_make_no_best_model(tmp_path: Path) -> None:
     assert accuracy(shelf, BEST) == 0.8
     keep(shelf, 6, 0.9, of=60)
     assert accuracy(shelf, BEST) == 0.9
+
+
+def test_models_are_compared_on_the_same_examples(tmp_path: Path) -> None:
+    """What is validated on may be trivial, or public; or the participant has more of it now."""
+    shelf = Shelf(tmp_path)
+    others = [replace(DATA, validation_labels=torch.tensor([number])) for number in range(8)]
+    keep(shelf, 1, 0.8)
+    for server_round, data in enumerate(others, 2):
+        keep(shelf, server_round, 1.0, of=1000, data=data)
+        keep(shelf, server_round, 0.1, of=1000, data=data)
+        assert shelf.versions("a1")[0].about["validation_accuracy"] == 0.8
+        assert len(shelf.versions("a1")) <= 4
+        assert accuracy(shelf, BEST) == 1.0, "of the examples of now"
+    keep(shelf, 12, 0.2)
+    assert accuracy(shelf, BEST) == 0.8
+
+
+def at_a_site(folder: Path, run: dict[str, Any], own: dict[str, Any]) -> Context:
+    """Return what a participant of its own has of a run with an architecture for itself."""
+    config = RunConfig().with_overrides({"method": "mh-pfedhn", "models": "mlp"} | run)
+    own = {"client-id": "a", "state-dir": str(folder / "state"), "device": "cpu"} | own
+    own |= {"cache-dir": str(folder / "cache")}
+    return Context(1, 1, own, RecordDict(), config.with_overrides({"server-lr": 0.01}).flat())
+
+
+def evaluate(folder: Path, server_round: int, run: dict[str, Any], own: dict[str, Any]) -> None:
+    context = at_a_site(folder, run, own)
+    theta = instance_of(Participant.open(context).kind_of("mlp")).model.theta
+    asked = Header("a1", "mh-pfedhn", server_round, "n")
+    reply_to(EVALUATE, encode(asked, Content({}, {THETA: theta.detach().numpy()})), context)
+
+
+@pytest.mark.parametrize(
+    ("own", "run", "changed"),
+    [
+        ({}, {"dataset": "folder"}, {"dataset": "digits"}),
+        ({}, {"dataset": "folder"}, {"channels": 3}),
+        ({"dataset": "digits", "partition-id": 0}, {}, {"classes-per-client": 1}),
+        ({"dataset": "digits", "partition-id": 0}, {}, {"seed": 8}),
+    ],
+)
+def test_a_federation_goes_on_with_the_same_examples(
+    tmp_path: Path, own: dict[str, Any], run: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "scans" / name / f"{number}.png")
+    own |= {} if own else {"data-dir": str(tmp_path / "scans")}
+    run = {"num-partitions": 3, "classes-per-client": 4, **run}
+    evaluate(tmp_path, 1, run, own)
+    (key,) = changed
+    with pytest.raises(ConfigError, match=f"this run says {key} = .* the participant sets {key}"):
+        evaluate(tmp_path, 2, {**run, **changed}, own)
+    evaluate(tmp_path, 3, {**run, "local-epochs": 2}, own)
+    if key != "seed":
+        evaluate(tmp_path, 4, {**run, **changed}, own | changed)  # its own affair
 
 
 def test_federations_that_are_made_up_push_none_out(tmp_path: Path) -> None:
