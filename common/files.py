@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,11 +62,38 @@ def closed_folder(path: Path) -> None:
         path.chmod(0o700)
 
 
+MOST_READ = 1 << 26
+"""Bytes of a file of JSON, which others may have made."""
+MOST_ROWS = 1 << 30
+"""And of one with a row for each client and round."""
+
+
+def read_file(path: Path, most: int = MOST_READ) -> bytes:
+    """Read a file that others may have made: a regular one, no link, of at most so many bytes.
+
+    Raises OSError where it is another, or is not there.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
+            raise OSError(errno.EINVAL, f"no regular file of at most {most:,} bytes", str(path))
+        return file.read(most)
+
+
+def parsed(text: bytes | str) -> Any:
+    """Parse JSON of others; raise ValueError where it is none, or too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; {} when there is no such file."""
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = parsed(read_file(path))
     return content
 
 
@@ -75,10 +104,10 @@ def read_rows(path: Path, *, skips_damaged: bool = False) -> list[dict[str, Any]
     """
     if not path.is_file():
         return []
-    rows, text = [], path.read_text(encoding="utf-8")
+    rows, text = [], read_file(path, MOST_ROWS).decode()
     for line in text[: text.rfind("\n") + 1].splitlines():
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [parsed(line)] if line.strip() else []
         except ValueError:
             if not skips_damaged:
                 raise

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from rich.console import Console
 
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, MHpFedHNError
+from common.files import printable, read_file
 from experiments.console import say
 from experiments.deploy.reach import UnreachableError, check_server
 from experiments.deploy.rehearsal import (
@@ -31,6 +33,8 @@ from experiments.run.engines.processes import find_program
 
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "bold red")}
 MIN_FREE_BYTES = 1 << 30
+MOST_TRUSTED = 1 << 20
+"""Bytes of a file of keys."""
 
 
 Check = Callable[[Trial], Finding]
@@ -49,6 +53,7 @@ def run_checks(settings: JoinSettings, console: Console, *, must_answer: bool) -
         ),
         "state folder": lambda t: check_folder(t.settings.folder),
         "key": lambda t: check_key(t.settings.key),
+        **({"trusted": check_trusted} if settings.trusted_entities else {}),
         "data": check_data,
         **({"contract": check_contract} if settings.contract else {}),
         "model": check_model,
@@ -127,3 +132,19 @@ def check_key(key: Path | None) -> Finding:
     mode = stat.S_IMODE(key.stat().st_mode)
     open_to = f"but others can read it (mode {mode:o}): chmod 600 {key}" if mode & 0o077 else ""
     return Finding(f"{key}, {private.curve.name}", open_to)
+
+
+def check_trusted(trial: Trial) -> Finding:
+    """Check that somebody is trusted to sign apps: of none, Flower verifies nothing."""
+    path = trial.settings.trusted_entities
+    form = 'One "fpk_...: ssh-ed25519 ..." a line is expected: whose signature an app must have.'
+    try:
+        found = yaml.safe_load(read_file(Path(str(path)).resolve(), MOST_TRUSTED))
+        keys = [load_ssh_public_key(key.encode()) for key in found.values()]
+    except (OSError, RecursionError, yaml.YAMLError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {printable(str(error))}. {form}") from error
+    except UnsupportedAlgorithm as error:
+        raise ConfigError(f"{path} has a key of another kind: {error}. {form}") from error
+    if not keys or not all(isinstance(key, ed25519.Ed25519PublicKey) for key in keys):
+        raise ConfigError(f"{path} names nobody with an Ed25519 key to trust. {form}")
+    return Finding(f"apps are signed by one of {len(keys)}, or refused")

@@ -1,29 +1,85 @@
-"""The guard of a participant's SuperNode, which answers every message.
+"""The guard of a participant's SuperNode: its messages are answered, by the app that came.
 
-Flower waits without end for the reply of a ClientApp that ended before it gave one. A SuperNode
-that waits looks alive, and takes no further message of any run.
+Flower waits without end for the reply of a ClientApp that ended before it gave one; a SuperNode
+that waits looks alive, and takes no further message of any run. And it loads an app, whose content
+it has verified, from the folder of a name and version that the server states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from flwr.app import Message
+from flwr.cli.config_utils import get_fab_metadata
 from flwr.common.constant import Status
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.run import Run
+from flwr.supernode import start_client_internal as worker
 from flwr.supernode.nodestate import nodestate_factory
 from flwr.supernode.nodestate.in_memory_nodestate import (
     CLIENT_APP_CRASHED_ERROR,
     InMemoryNodeState,
 )
 
+from common.files import printable
+from common.log import logger
+
+_PART = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
+"""Of a folder's name: it leads nowhere."""
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
 def install() -> None:
     """Put this guard before Flower's SuperNode, in this process."""
     vars(nodestate_factory)["InMemoryNodeState"] = AnsweringState
+    for name, guarded in (
+        ("get_fused_config_from_fab", _config),
+        ("_pull_and_store_message", pull),
+    ):
+        vars(worker)[name] = partial(guarded, vars(worker)[name])
+
+
+class OtherAppError(Exception):
+    """What a server states of an app is not what the app says of itself."""
+
+
+def require_same_app(run: Run, content: bytes) -> None:
+    """Raise OtherAppError unless a run is of this app, by name, version and content."""
+    name, version = get_fab_metadata(content)
+    stated = (run.fab_id, run.fab_version, run.fab_hash)
+    if stated != (name, version, hashlib.sha256(content).hexdigest()):
+        raise OtherAppError(f"the server states another app, {stated}, than {name} {version}")
+    parts = (*name.split("/"), version)
+    if len(parts) != 3 or not all(map(_PART.fullmatch, parts)):
+        raise OtherAppError(f"{name!r}, {version!r} cannot name a folder")
+
+
+def pull(flower: Callable[..., int | None], **known: Any) -> int | None:
+    """Take a message as Flower does, and answer one of another app than the server states."""
+    got: list[Message] = []
+
+    def receive() -> Any:
+        if (found := known["receive"]()) is not None:
+            got.append(found[0])
+        return found
+
+    try:
+        return flower(**known | {"receive": receive})
+    except OtherAppError as error:
+        logger.error("an app is refused: %s", printable(str(error))[:1000])
+        reply = Message(worker.FAB_VERIFICATION_ERROR, reply_to=got[0])
+        worker._insert_message(reply, known["state"], known["object_store"])
+        return got[0].metadata.run_id
+
+
+def _config(flower: Callable[..., Any], content: bytes, run: Run) -> Any:
+    require_same_app(run, content)  # Flower has verified it, and stores what the server states
+    return flower(content, run)
 
 
 class AnsweringState(InMemoryNodeState):

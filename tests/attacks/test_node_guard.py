@@ -1,8 +1,11 @@
-"""A server, with messages that no app can answer: a participant that joined stays one."""
+"""A server, with messages that no app can answer, and apps that are others than it says."""
 
 import hashlib
+import io
+import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +28,17 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode import start_client_internal as worker
 from flwr.supernode.nodestate import NodeStateFactory, nodestate_factory
 from flwr.supernode.servicer.runtime import runtime_handlers as handlers
+from rich.console import Console
 
+from common.config import ClientSection
+from common.errors import ConfigError
 from experiments.deploy import node_guard
+from experiments.deploy.checks import check_trusted, run_checks
+from experiments.deploy.rehearsal import Trial
+from experiments.deploy.settings import JoinSettings
 
 FAB = b"an app"
 NODE, RUN = 7, 1
@@ -50,8 +60,9 @@ class Node:
     """A SuperNode's state with one message in it, and Flower's own handlers before it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fab_hash: str = "") -> None:
-        for name, value in vars(nodestate_factory).items():
-            monkeypatch.setitem(vars(nodestate_factory), name, value)
+        for module in (nodestate_factory, worker):
+            for name, value in vars(module).items():
+                monkeypatch.setitem(vars(module), name, value)
         node_guard.install()
         self.state: Any = NodeStateFactory(ObjectStoreFactory()).state()
         self.state.set_node_id(NODE)
@@ -148,3 +159,98 @@ def test_a_reply_that_is_there_is_sent(monkeypatch: pytest.MonkeyPatch, status: 
     (reply,) = node.to_send()
     assert not reply.has_error()
     assert node.to_send() == []
+
+
+def packed(name: str = "mh-pfedhn", version: str = "0.1.0") -> bytes:
+    """Return an app."""
+    components = '[tool.flwr.app.components]\nserverapp = "a:app"\nclientapp = "a:app"\n'
+    text = f'[project]\nname = "{name}"\nversion = "{version}"\ndescription = ""\nlicense = "MIT"\n'
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as app:
+        text += f'[tool.flwr.app]\npublisher = "lab"\n{components}'
+        app.writestr("pyproject.toml", text)
+    return file.getvalue()
+
+
+def pulled(monkeypatch: pytest.MonkeyPatch, content: bytes, **stated: str) -> list[Message]:
+    """Let a SuperNode take a message of a run of an app; return what it answers at once."""
+    node = Node(monkeypatch)
+    hashed = hashlib.sha256(content).hexdigest()
+    stated = {"fab_id": "lab/mh-pfedhn", "fab_version": "0.1.0", "fab_hash": hashed} | stated
+    message = Message(RecordDict(), NODE, "query.register")
+    message.metadata.__dict__["_run_id"] = RUN + 1
+    message.metadata.__dict__["_message_id"] = message.object_id
+    found = get_all_nested_objects(message)
+    known: dict[str, Any] = {
+        "state": node.state,
+        "object_store": node.state.object_store,
+        "node_config": {},
+        "receive": lambda: (message, get_object_tree(message)),
+        "get_run": lambda run: run_from_proto(Run(run_id=run, series_id=9, **stated)),
+        "get_fab": lambda name, run: Fab(hashed, content, {}),
+        "pull_object": lambda run, name: found[name].deflate(),
+        "confirm_message_received": lambda run, name: None,
+        "trusted_entities": None,
+    }
+    assert vars(worker)["_pull_and_store_message"](**known) == RUN + 1
+    assert (node.state.get_run(RUN + 1) is None) == any(
+        entry.message.has_error() for entry in node.state.msg_store.values()
+    )
+    return [x for x in node.to_send() if x.metadata.run_id == RUN + 1]
+
+
+def test_an_app_is_taken_that_is_what_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pulled(monkeypatch, packed()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "stated"),
+    [
+        (packed(), {"fab_version": "0.1.0.45f9f757/../../../../../tmp/evil/x"}),
+        (packed(), {"fab_id": "lab/../evil"}),
+        (packed(), {"fab_id": "other/mh-pfedhn"}),
+        (packed(), {"fab_hash": "0" * 64}),
+        (packed(version="1/../../x"), {"fab_version": "1/../../x"}),
+        (packed(name=".."), {"fab_id": "lab/.."}),
+    ],
+)
+def test_one_that_would_be_loaded_from_elsewhere_is_refused(
+    monkeypatch: pytest.MonkeyPatch, content: bytes, stated: dict[str, str]
+) -> None:
+    """Its content is verified; from which folder it is loaded, the server would say."""
+    (reply,) = pulled(monkeypatch, content, **stated)
+    assert reply.error.code == ErrorCode.INVALID_FAB
+
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[a]", "a: b", "a: 1", "a: {", "[" * 100_000, f"a: {KEY}\nb: x", None]
+)
+def test_a_file_that_trusts_nobody_is_refused(tmp_path: Path, text: str | None) -> None:
+    """Of an empty one Flower verifies nothing."""
+    if text is not None:
+        (tmp_path / "trusted.yaml").write_text(text)
+    values = {
+        "client-id": "a",
+        "server": "x:1",
+        "insecure": True,
+        "trusted-entities": "trusted.yaml",
+    }
+    settings = JoinSettings.parse(values | {"state-dir": "state"}, tmp_path)
+    trial = Trial(settings, ClientSection())
+    with pytest.raises(ConfigError, match=r"trusted.yaml .*whose signature an app must have"):
+        check_trusted(trial)
+    (tmp_path / "trusted.yaml").write_text(f"fpk_1: {KEY}\n")
+    assert "one of 1" in check_trusted(trial).detail
+
+
+def test_join_looks_at_it(tmp_path: Path) -> None:
+    (tmp_path / "trusted.yaml").write_text("{}")
+    values = {"client-id": "a", "server": "127.0.0.1:9", "insecure": True, "dataset": "digits"}
+    values |= {"trusted-entities": "trusted.yaml", "state-dir": "state", "model": "mlp"}
+    settings, told = JoinSettings.parse(values, tmp_path), io.StringIO()
+    settings.folder.mkdir(parents=True)
+    assert not run_checks(settings, Console(file=told, width=400), must_answer=False)
+    assert "names nobody with an Ed25519 key to trust" in told.getvalue()
