@@ -200,10 +200,14 @@ class Admission:
         mode, grid = self._config.run.client_keys, self._transport.grid
         if mode == "ignore":
             return dict.fromkeys(grid.get_node_ids())
-        return {
-            node.node_id: NodeKey(fingerprint(node.public_key), mode == "bind" or bool(node.name))
+        keys = {
+            node.node_id: NodeKey(
+                fingerprint(node.public_key), mode == "bind" or bool(node.name), node.name
+            )
             for node in grid.get_nodes()
         }
+        self._registry.named |= {key.fingerprint: key.name for key in keys.values() if key.name}
+        return dict(keys)
 
     def _question(self, node_id: int, server_round: int, patience_s: float) -> Outgoing:
         return self._transport.message(

@@ -18,14 +18,11 @@ from common.log import logger
 from common.messages import Registration
 
 GLOBAL_ID = "__global__"
-"""Key of the global model's embedding v_g, and what those of common models begin with.
-
-No client may register under a name that begins so: it would take another's common model.
-"""
+"""Key of the global model's embedding v_g, and what those of common models begin with: a client
+of a name that begins so would take another's common model."""
 
 CHANGE_ROUNDS = 10
-"""A client may change its model, and a node its client-id, once in so many rounds: it costs the
-server memory each time."""
+"""A client may change its model, and a node its client-id, once in so many: it costs memory."""
 
 NEVER = -CHANGE_ROUNDS
 NOWHERE = 0
@@ -52,25 +49,24 @@ class Client(Registration):
 
 
 Rule = Callable[[Registration, Client | None], None]
-"""Raises RegistrationError when a registration does not fit the method, beside another client's.
-
-What all have to agree on, all who were admitted do: one other stands for everybody."""
+"""Raises RegistrationError when a registration does not fit the method, beside another client's:
+in what all have to agree on, one that was admitted stands for everybody."""
 
 
 @dataclass(frozen=True)
 class NodeKey:
-    """The key that a node proved to hold, and whether a client_id is bound to it on first use."""
+    """What a node proved to hold, which `binds` a client_id on first use; the operator's name."""
 
     fingerprint: str
     binds: bool
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a node is not admitted, and what has to happen before it is asked again.
+    """Why a node is not admitted.
 
-    `holder` is the node that has to go offline; `until_round` and `until_s` (the clock's) are when
-    it is asked again in any case.
+    It is asked again once the node `holder` is offline, or from `until_round` or `until_s` on.
     """
 
     reason: str = ""
@@ -88,6 +84,7 @@ class Registry:
     Attributes
     ----------
     asked : the last round in which a client was asked to train, by client_id; none: never.
+    named : by fingerprint, the names that the operator gave to keys: nobody else is called so.
     """
 
     def __init__(self, max_parameters: int, rule: Rule) -> None:
@@ -101,6 +98,7 @@ class Registry:
         self.asked: dict[str, int] = {}
         self._refused: dict[int, Refusal] = {}
         self._online: set[int] = set()
+        self.named: dict[str, str] = {}
         self._asked_again: dict[str, int] = {}
 
     def present(self, server_round: int) -> list[Client]:
@@ -113,11 +111,10 @@ class Registry:
 
     def _gone(self, nodes: AbstractSet[int]) -> None:
         """Note the clients of known nodes that have gone, or have to say anew who they are."""
-        for node_id in nodes & self._known_nodes:
-            client_id = self._of_node[node_id]
+        for client_id in [self._of_node[node_id] for node_id in nodes & self._known_nodes]:
             seen = replace(self._clients[client_id], last_seen_round=self._round)
             self._clients[client_id], self._here = seen, None
-            self._known_nodes.discard(node_id)
+        self._known_nodes -= nodes
 
     def client(self, client_id: str) -> Client:
         """Return a client that has registered before."""
@@ -183,8 +180,7 @@ class Registry:
 
     def refusals(self) -> list[str]:
         """Return the reasons of the nodes that are online and were refused."""
-        found = [self._refused[node].reason for node in sorted(self._refused)]
-        return [reason for reason in found if reason]
+        return [x.reason for _, x in sorted(self._refused.items()) if x.reason]
 
     def admit(
         self,
@@ -200,7 +196,9 @@ class Registry:
         differ from the one before: the method then gives it a fresh embedding.
         """
         client_id = registration.client_id
-        before = self._clients.get(client_id)
+        current = before = self._clients.get(client_id)
+        if before and key and key.name == client_id != self.named.get(before.key):
+            before = None  # somebody else came first under the name of this one's key
         taken = before is not None and before.node_id != node_id and before.node_id in self._online
         holder = before.node_id if before is not None and taken else None
         changed = before is not None and not before.has_model_of(registration)
@@ -209,10 +207,8 @@ class Registry:
             self._check(node_id, registration, key, holder)
             self._check_name(node_id, client_id, server_round)
             if server_round < may_change:
-                raise RegistrationError(
-                    f"client {client_id} (node {node_id}) comes with another model again; it may "
-                    f"from round {may_change} on. Keep one model for a run."
-                )
+                why = f"comes with another model again; it may from round {may_change} on. Keep one"
+                raise RegistrationError(f"client {client_id} (node {node_id}) {why} for a run.")
         except RegistrationError as error:
             until = max(may_change, server_round + CHANGE_ROUNDS)  # it may have been mended
             self._refused[node_id] = Refusal(str(error), holder, until_round=until)
@@ -226,7 +222,7 @@ class Registry:
             key=key.fingerprint if key is not None and bound else "",
             changed_round=server_round if changed else getattr(before, "changed_round", NEVER),
         )
-        self._take_place(client, before)
+        self._take_place(client, current)
         return client
 
     def _take_place(self, client: Client, before: Client | None) -> None:
@@ -236,6 +232,7 @@ class Registry:
             self._clients[other] = replace(self._clients[other], node_id=NOWHERE)
         if before is not None:
             self._of_node.pop(before.node_id, None)
+            self._known_nodes.discard(before.node_id)
             self._of_key.pop(before.key, None)
         self._clients[client_id], self._of_node[node_id] = client, client_id
         if client.key:
@@ -260,10 +257,11 @@ class Registry:
                 "accepted. Use a smaller model, or raise max-parameters on the server (heads take "
                 "129 floats for each parameter)."
             )
-        others = (c for name, c in self._clients.items() if name != client_id)
-        self._rule(registration, next(others, None))
+        self._rule(
+            registration, next((c for n, c in self._clients.items() if n != client_id), None)
+        )
         if key is not None:
-            self._check_key(who, client_id, key.fingerprint)
+            self._check_key(who, client_id, key)
         if holder is not None:
             raise RegistrationError(
                 f"{who} claims a client-id that node {holder} holds and is online with. "
@@ -281,9 +279,14 @@ class Registry:
                 f"it was client {other.client_id}. A participant keeps its client-id."
             )
 
-    def _check_key(self, who: str, client_id: str, presented: str) -> None:
-        current = self._clients.get(client_id)
-        if current and current.key and current.key != presented:
+    def _check_key(self, who: str, client_id: str, key: NodeKey) -> None:
+        current, presented = self._clients.get(client_id), key.fingerprint
+        if key.name != client_id and client_id in self.named.values():
+            raise RegistrationError(
+                f"{who} has a client-id that is the name of another participant's key. Set it to "
+                "the name that the operator registered this one's key with."
+            )
+        if current and current.key not in ("", presented) and key.name != client_id:
             raise RegistrationError(
                 f"{who} presents key {presented or 'none'}, but this client-id belongs to "
                 f"the key that first used it, {current.key}. An impostor, or a participant with a "

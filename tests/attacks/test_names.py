@@ -7,6 +7,8 @@ from flwr.app import Context, Message
 
 from experiments.__main__ import main
 from server_app.output.checkpoint import load_checkpoint
+from tests.integration.conftest import Lines
+from tests.support.attendance import attended_by
 from tests.support.outputs import checkpoints, rows
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config
 
@@ -56,3 +58,27 @@ def test_what_cannot_be_loaded_replaces_nothing(
     assert main(["rename", config.run.output_dir, "0", "site-x"]) == 2
     assert "Nothing has changed" in " ".join(capsys.readouterr().err.split())
     assert checkpoints(config) == before
+
+
+@pytest.mark.parametrize("mode", ["auto", "bind"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_name_that_the_operator_gave_is_its_owners(
+    tmp_path: Path, logged: Lines, mode: str, alone: bool
+) -> None:
+    """Another enrolled key may come first, even before its owner: it has the name no longer."""
+    keys, names = {0: b"evil", 1: b"a", 2: b"b"}, {0: "evil", 1: "site-a", 2: "site-b"}
+    settings = {"rounds": 4, "min_clients": 1, "max_in_flight": 0, "buffer_size": 0}
+    config = tiny_config(tmp_path, client_keys=mode, models=f"{HERE}:small", **settings)
+    plan = attended_by(lambda look: (0, 1) if alone and look < 3 else (0, 1, 2), keys, names)
+    said = calling_itself("site-b", "site-a", "site-b")
+    run_tiny(config, num_clients=3, app=said, grid_type=plan)
+    assert logged.find(
+        "Refused: client site-b (node 2) has a client-id that is the name of another"
+    )
+    assert not logged.find("Refused: client site-b (node 4)")
+    assert [row["num_accepted"] for row in rows(config)][-2:] == [2, 2]
+    (owner,) = (
+        row for row in load_checkpoint(checkpoints(config)[-1]).meta["registry"]
+        if row["client_id"] == "site-b"
+    )  # fmt: skip
+    assert owner["node_id"] == 4

@@ -12,12 +12,14 @@ FIRST_NODE = 2
 
 
 def attended_by(
-    plan: Callable[[int], Iterable[int]], keys: Mapping[int, bytes] | None = None
+    plan: Callable[[int], Iterable[int]],
+    keys: Mapping[int, bytes] | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> type[InProcessGrid]:
     """Make a grid class for one run.
 
     `plan` says for each round which node configs are online; the server looks once a round. A node
-    with a public key in `keys` is registered by name.
+    with a public key in `keys` is registered by name, that of `names` where it is there.
     """
 
     class Grid(InProcessGrid):
@@ -32,7 +34,7 @@ def attended_by(
 
         def _info(self, node_id: int) -> NodeInfo:
             key = (keys or {}).get(node_id - FIRST_NODE)
-            name = f"node {node_id}" if key else None
+            name = (names or {}).get(node_id - FIRST_NODE, f"node {node_id}") if key else None
             return NodeInfo(node_id=node_id, public_key=key or b"", name=name)
 
     return Grid
