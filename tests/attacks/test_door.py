@@ -1,7 +1,7 @@
 """At a SuperLink's door: who it is comes before a large body, and a busy database is said so."""
 
 import asyncio
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from experiments.deploy.guard import BusyError, NotStoredError
-from experiments.deploy.superlink import WITH_BODY, at_the_door
+from experiments.deploy.superlink import KNOWN, WITH_BODY, at_the_door
 
 MINE, THEIRS = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
 
@@ -77,6 +77,19 @@ def test_a_strangers_body_is_not_read(door: Door, path: str) -> None:
     assert door.read == 0
     assert door.post(path, **signed(MINE)) == 200
     assert door.read == 1000
+
+
+def test_the_gateway_is_told_who_is_known(door: Door) -> None:
+    """By one spelling of each key: it counts what is on its way by what stands there."""
+    mine = signed(MINE)
+    assert door.post(KNOWN, **mine) == 204
+    assert door.post(KNOWN, **signed(THEIRS)) == 401
+    spelt = mine[FLEET_HTTP_PUBLIC_KEY_HEADER]
+    assert spelt.endswith("="), "bits are left over, which mean nothing"
+    other = spelt[:-2] + chr(ord(spelt[-2]) + 1) + "="
+    assert b64decode(other, validate=True) == b64decode(spelt)
+    assert door.post(KNOWN, **{**mine, FLEET_HTTP_PUBLIC_KEY_HEADER: other}) == 401
+    assert door.read == 0
 
 
 @pytest.mark.parametrize(
