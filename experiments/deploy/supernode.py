@@ -3,7 +3,7 @@
 A SuperNode serves the processes of its ClientApp on loopback. As Flower starts it, whoever has an
 account on the machine may take the participant's messages there and answer in its name. This one
 speaks TLS with a certificate of its own, made anew at each start, and gives tasks to the SuperExec
-that knows its secret, which is started beside it. `node_guard` stands before its messages.
+that knows its secret, which is started beside it. `node_guard` and `node_bounds` change the rest.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def main() -> None:
     """Run the SuperNode of this command line: a folder, `--host`, `--port`, and its own words."""
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    from experiments.deploy import node_guard
+    from experiments.deploy import node_bounds, node_guard
 
     node_guard.install()
+    node_bounds.install()
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     address = f"{words[1]}:{words[3]}"
     _more_connections()

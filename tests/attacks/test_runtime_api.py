@@ -1,19 +1,31 @@
-"""Others with an account on a participant's machine: they take no message and read no token."""
+"""Others with an account on a participant's machine, and answers of its server.
 
+They take no message, read no token, and cost no memory.
+"""
+
+import gzip
 import http.client
+import http.server
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
 
+import httpx
 import psutil
+import pytest
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from experiments.deploy import supernode
+from experiments.deploy import node_bounds, supernode
 from experiments.deploy.executor import start_task
 from experiments.run.engines.processes import free_port
 from tests.support.deployment import wait_until
@@ -69,6 +81,110 @@ def test_a_supernode_gives_its_tasks_to_nobody_else(tmp_path: Path) -> None:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def opened(port: int, head: str = "") -> ssl.SSLSocket:
+    """Connect as anybody on the machine can, and begin to ask something."""
+    unverified = ssl.create_default_context()
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    found = unverified.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=30))
+    found.sendall(head.encode())
+    return found
+
+
+def test_others_cost_it_no_memory_and_hold_no_connection(tmp_path: Path) -> None:
+    port = free_port()
+    words = ["--insecure", "--superlink", "127.0.0.1:9", "--node-config", 'client-id="a"']
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            supernode.command(tmp_path / "api", port, words), stdout=log, stderr=log,
+            start_new_session=True, env={**os.environ, "FLWR_HOME": str(tmp_path / "flwr")},
+        )  # fmt: skip
+    try:
+
+        def answers() -> bool:
+            with suppress(OSError):
+                return asked(port, secure=True) == 401
+            return False
+
+        wait_until(answers, 60, "the API answers")
+        head = (
+            "POST /v1/runtime/acquire-task HTTP/1.1\r\nHost: x\r\n"
+            "Content-Type: application/protobuf\r\nContent-Length: 1000000000\r\n"
+        )
+        idle, slow = opened(port), opened(port, f"{head}\r\na")
+        before = psutil.Process(process.pid).memory_info().rss
+        for token in ("", f"flwr-task-token: {TOKEN}\r\n"):
+            with closing(opened(port, f"{head}{token}\r\n")) as large, suppress(OSError):
+                for _ in range(128):
+                    large.sendall(bytes(1 << 20))
+                assert psutil.Process(process.pid).memory_info().rss - before < 40 << 20
+        for held in (idle, slow):
+            with closing(held), suppress(ConnectionError, ssl.SSLError):
+                assert held.recv(100)[:12] in (b"", b"HTTP/1.1 413")
+        assert asked(port, secure=True) == 401
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process's clients be those of a SuperNode."""
+    monkeypatch.setattr(node_bounds, "MOST_ANSWER", 10_000)
+    guarded = node_bounds.hardened(ProtobufClient.__init__)
+    monkeypatch.setattr(ProtobufClient, "__init__", guarded)
+
+
+ANSWERS = {
+    "plain": ({"Content-Length": "10000"}, bytes(10_000)),
+    "long": ({"Content-Length": "10001"}, bytes(10_001)),
+    "unsaid": ({}, bytes(100_000)),
+    "packed": ({"Content-Encoding": "gzip"}, gzip.compress(bytes(5_000))),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("plain", None),
+        ("long", "more than 10,000 bytes"),
+        ("unsaid", "more than 10,000 bytes"),
+        ("packed", "packed its answer"),
+        ("moved", "307"),
+    ],
+)
+def test_an_answer_is_bounded_and_from_the_server(node: None, kind: str, error: str | None) -> None:
+    """One that is packed, endless, or sends the node to another service of the participant's."""
+    visited: list[str] = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            visited.append(self.path)
+            self.rfile.read(int(self.headers["content-length"]))
+            assert self.headers["accept-encoding"] == "identity"
+            moved = kind == "moved"
+            self.send_response(307 if moved else 200)
+            headers, body = ANSWERS.get(kind, ({"Location": "/admin/shutdown"}, b""))
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        with (
+            FleetHttpClient.from_server_address(address, True, None, []) as client,
+            pytest.raises((httpx.HTTPError, ValueError), match=error or "Invalid protobuf"),
+        ):
+            client.GetRun(GetRunRequest(run_id=1))
+        server.shutdown()
+    assert len(visited) == 1
 
 
 def test_a_token_is_on_no_command_line() -> None:

@@ -73,6 +73,8 @@ def flower_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PATH": processes.program_path(base),
     }
+    for key in ("NO_PROXY", "no_proxy"):  # a company's proxy must not see loopback traffic
+        env[key] = ",".join(filter(None, [base.get(key), _LOCAL]))
     return {**base, **env, **bytecode_cache(base)}
 
 
@@ -100,8 +102,6 @@ def child_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",  # Flower's actors cannot use those workers
     }
     env.pop("RAY_ADDRESS", None)
-    for key in ("NO_PROXY", "no_proxy"):  # a company's proxy must not see loopback traffic
-        env[key] = ",".join(filter(None, [base.get(key), _LOCAL]))
     return env
 
 
