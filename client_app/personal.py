@@ -36,7 +36,7 @@ from client_app.program import Classifier, save_program
 from client_app.store import COMMON_MODEL, OWN_MODEL, PERSONAL_MODEL, FolderState
 from client_app.training.loop import num_correct
 from common.errors import DataError, ModelError
-from common.files import PRIVATE, replace_file
+from common.files import PRIVATE, parsed, read_file, replace_file
 from common.log import logger
 from common.messages import Evaluation
 
@@ -208,12 +208,15 @@ def read_predictor(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     found, or builds another model than that.
     """
     try:
-        about = json.loads((folder / f"{PERSONAL_MODEL}.json").read_text())
+        about = parsed(read_file(folder / f"{PERSONAL_MODEL}.json"))
         weights = load_file(folder / f"{PERSONAL_MODEL}.safetensors") | frozen_of(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} does not hold a whole personal model: {error}") from error
-    module = _built(about)
     try:
+        if not any(":" in str(about.get(name)) for name in ("model", "common_model")):
+            with torch.device("meta"):  # sizes that no weights have would cost memory
+                _built(about).load_state_dict(weights, assign=True)
+        module = _built(about)
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(

@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from common.errors import ConfigError, DataError
-from common.files import PRIVATE, closed_folder, read_rows, replace_file, sync
+from common.files import (
+    PRIVATE,
+    closed_folder,
+    parsed,
+    read_file,
+    read_rows,
+    replace_file,
+    sync,
+)
 from common.log import logger
 
 if TYPE_CHECKING:
@@ -153,7 +161,7 @@ class Shelf:
         for folder in home.iterdir() if home.is_dir() else ():
             match, description = _VERSION.fullmatch(folder.name), folder / DESCRIPTION
             try:
-                about = json.loads(description.read_text())
+                about = parsed(read_file(description))
             except (OSError, ValueError):
                 continue
             if match and isinstance(about, dict):
@@ -162,7 +170,10 @@ class Shelf:
 
     def history(self, federation: str) -> list[dict[str, Any]]:
         """Return what every model that came reached, a row each, in the order of their coming."""
-        return read_rows(self.state / MODELS / federation / HISTORY, skips_damaged=True)
+        try:
+            return read_rows(self.state / MODELS / federation / HISTORY, skips_damaged=True)
+        except (OSError, UnicodeError) as error:
+            raise DataError(f"the history of {federation} cannot be read: {error}") from error
 
     def _note(self, path: Path, about: dict[str, Any], server_round: int) -> None:
         wanted = (

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,25 +62,49 @@ def decode_picture(
             if is_deep := picture.mode.split(";")[0] in DEEP_MODES:  # PIL's own way would clip it
                 picture = Image.fromarray(scaled(np.asarray(picture), intensity or SIXTEEN_BITS))
             picture = picture.convert("L" if channels == 1 else "RGB")
+            pixels = np.atleast_3d(np.asarray(picture, np.uint8))
+            if intensity and not is_deep:
+                pixels = scaled(pixels, intensity)
+            return resize_array(pixels, image_size=image_size)
     except _BAD_PICTURE as error:
         raise DataError(
             f"{name} is not a picture that can be read ({error}). Formats: {', '.join(FORMATS)}. "
             "Remove the file or replace it."
         ) from error
-    pixels = np.atleast_3d(np.asarray(picture, np.uint8))
-    if intensity and not is_deep:
-        pixels = scaled(pixels, intensity)
-    return resize_array(pixels, image_size=image_size)
 
 
-def _opened(data: bytes) -> Image.Image:
+class _InFlight:
+    """Pixels that all threads together decode at the moment: each costs up to 14 bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._free, self._changed = most, threading.Condition()
+
+    @contextmanager
+    def of(self, count: int) -> Iterator[None]:
+        """Wait for room for so many, and hold it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+_IN_FLIGHT = _InFlight(2 * MOST_PIXELS)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
     """Read a picture's header; raise ValueError where it has more than `MOST_PIXELS`."""
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = picture.size
-    if width * height > MOST_PIXELS:
-        picture.close()
-        raise ValueError(f"{width} x {height} pixels; at most {MOST_PIXELS:,} are read")
-    return picture
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels; at most {MOST_PIXELS:,} are read")
+        with _IN_FLIGHT.of(width * height):
+            yield picture
 
 
 def resize_array(pixels_hwc: Pixels, *, image_size: int) -> Pixels:

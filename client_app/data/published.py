@@ -8,7 +8,10 @@ splits are by hospital.
 from __future__ import annotations
 
 import gzip
+import math
 import re
+import struct
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from common.errors import DataError, listing
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label")
 IDX_PARTS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+MOST_IDX = 1 << 30
+"""Bytes of an IDX file; EMNIST ByClass has half of it."""
 
 
 def find_local_files(dataset: str, data_dir: str) -> Source:
@@ -165,18 +170,22 @@ class IdxSource:
 
 def read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
     """Read an IDX file of unsigned bytes with `num_axes` axes; DataError where it is another."""
+    header, sizes = 4 + 4 * num_axes, f">{num_axes}I"
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            begin = file.read(header)
+            shape = struct.unpack(sizes, begin[4:]) if len(begin) == header else ()
+            count = min(math.prod(shape), MOST_IDX)
+            data = file.read(count + 1)  # what is packed may be longer than it says
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    header = 4 + 4 * num_axes
-    shape = tuple(int(size) for size in np.frombuffer(data[4:header], dtype=">u4"))
-    if data[:4] != bytes([0, 0, 8, num_axes]) or len(data) - header != int(np.prod(shape)):
+    if begin[:4] != bytes([0, 0, 8, num_axes]) or len(data) != math.prod(shape):
         raise DataError(
-            f"{path} is not a whole IDX file of unsigned bytes with {num_axes} axes: its header "
-            f"is {data[:4].hex()}, its sizes {shape}, its length {len(data)}. Download it again."
+            f"{path} is not a whole IDX file of at most {MOST_IDX:,} unsigned bytes with "
+            f"{num_axes} axes: its header is {begin[:4].hex()}, its sizes {shape}, and "
+            f"{len(data)} bytes were read. Download it again."
         )
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def _download_table(spec: DatasetSpec) -> Any:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from common.errors import DataError, MHpFedHNError, ModelError, listing
-from common.files import PRIVATE, private_folder, replace_file
+from common.files import PRIVATE, printable, private_folder, replace_file
 from experiments.console import make_console, say
 from experiments.deploy.predictions import admit_code, chosen, evaluate, predict
 
@@ -74,7 +75,8 @@ def list_models(args: argparse.Namespace) -> int:
     table = Table("federation", "round", "", "validation", "test", "alone", "gain", "folder")
     for row in rows:
         shares = [_share(row[key]) for key in ("validation", "test", "alone", "gain")]
-        table.add_row(row["federation"], str(row["round"]), row["which"], *shares, row["folder"])
+        names = (row["federation"], str(row["round"]), row["which"], *shares, row["folder"])
+        table.add_row(*(escape(printable(name)) for name in names))
     make_console(wide=True).print(table)
     return 0
 

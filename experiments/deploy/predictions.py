@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from client_app.shelf import Version
 
 BATCH = 64
+FEW_BYTES, MOST_RATIO = 1 << 28, 100
+"""Bytes that arrays may have whatever their file has; beyond these, times those of their file."""
 BINS = 15
 """Of the calibration error."""
 Batches = Iterable[NDArray[Any]]
@@ -164,14 +165,13 @@ def chosen(args: argparse.Namespace) -> Version:
 def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return a model that maps examples to what `_predictions` reads, and its description."""
     from client_app.personal import OTHER_WITH_WEIGHTS, read_predictor
-    from client_app.shelf import DESCRIPTION
 
     found = chosen(args)
     say(make_console(), f"round {found.server_round} of federation {found.federation}")
     if not args.federation and not args.last and (better := _better(args.state, found)):
         words = f"federation {better.federation} has a better one, of round {better.server_round}"
         say(make_console(), f"note: {words}: --federation {better.federation}")
-    about = json.loads((found.folder / DESCRIPTION).read_text())
+    about = found.about
     admit_code(about, args.code)
     module, described = read_predictor(found.folder)
     if OTHER_WITH_WEIGHTS in str(about.get("program_error", "")):
@@ -268,6 +268,9 @@ def _inputs(path: Path, about: dict[str, Any]) -> NDArray[Any]:
 def _read(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            unpacked = sum(part.file_size for part in file.zip.infolist())
+            if unpacked > max(FEW_BYTES, MOST_RATIO * path.stat().st_size):
+                raise ValueError(f"it unpacks to {unpacked:,} bytes")
             return {name: file[name] for name in wanted}
     except Exception as error:  # whatever a file that is none makes numpy and zipfile raise
         raise DataError(

@@ -1,9 +1,14 @@
 """What somebody hands over, or lies where a command is typed: read, never run, and bounded."""
 
+import gzip
 import io
 import json
+import struct
 import sys
+import time
+import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,16 +19,20 @@ import torch
 from PIL import Image
 from torch import nn
 
+from client_app.data import decode, published
 from client_app.data.augment import own_augmentation
 from client_app.data.colours import LUMA, recoloured
 from client_app.data.decode import decode_picture, picture_range
 from client_app.data.losses import own_loss
+from client_app.models.registry import build_model
 from client_app.outgoing import outgoing_error
 from client_app.personal import PersonalModel
 from client_app.shelf import DESCRIPTION, Shelf
 from common.errors import DataError, MHpFedHNError
+from common.files import MOST_READ
 from common.messages import Evaluation
 from experiments.__main__ import main
+from experiments.deploy import predictions
 from experiments.deploy.contract import Contract
 from experiments.deploy.settings import JoinSettings
 from tests.cases.test_pictures import grey
@@ -210,6 +219,85 @@ def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes, capsys: Cap
     words = [str(tmp_path / "state"), str(bad), str(tmp_path / "out.csv")]
     assert main(["model", "predict", *words]) == 2
     assert "bad.npz cannot be read" in "".join(capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "large", "brackets", "sizes"])
+def test_a_description_is_read_within_bounds(
+    tmp_path: Path, kind: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, data = tmp_path / "state", client_data(num_train=12)
+    found = Evaluation(num_test=4, num_correct=2, test_loss=1.0, seconds=0.0)
+    model = build_model("mlp", in_channels=3, num_classes=10)
+    Shelf(state).keep(PersonalModel("mlp", model, data, found), "a1", 1, program=False)
+    path = next(state.rglob(DESCRIPTION))
+    about = json.loads(path.read_text())
+    path.unlink()
+    if kind in ("link", "device"):
+        elsewhere = tmp_path / "elsewhere.json"
+        elsewhere.write_text(json.dumps(about))
+        path.symlink_to(elsewhere if kind == "link" else "/dev/zero")
+    else:
+        sizes = json.dumps({**about, "num_classes": 10**12})
+        texts = {"large": " " * (MOST_READ + 1), "brackets": "[" * 200_000, "sizes": sizes}
+        path.write_text(texts[kind])
+    grey(tmp_path / "pictures" / "a" / "1.png", 5)
+    words = [str(state), str(tmp_path / "pictures"), str(tmp_path / "out.csv")]
+    assert main(["model", "predict", *words]) == 2
+    said = "".join(capsys.readouterr().err.split())
+    assert ("nolongerthemodel" if kind == "sizes" else "holdsnomodel") in said
+
+
+def test_names_of_folders_are_shown_not_obeyed(tmp_path: Path, capsys: Capture) -> None:
+    state, _ = handed_over(tmp_path, "handed_names")
+    (state / "models" / "a1").rename(state / "models" / "\x1b]0;owned\x07[red]a1")
+    assert main(["model", "list", str(state)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "[red]" in said
+
+
+def test_what_is_packed_is_no_larger_than_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "MOST_IDX", 10_000)
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    for said, there in ((100, 10**7), (10**7, 10**7), (10_000, 9_999)):
+        with gzip.open(path, "wb") as file:
+            file.write(bytes([0, 0, 8, 1]) + struct.pack(">I", said) + bytes(there))
+        tracemalloc.start()
+        with pytest.raises(DataError, match="is not a whole IDX file of at most 10,000"):
+            published.read_idx(path, 1)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+    with gzip.open(path, "wb") as file:
+        file.write(bytes([0, 0, 8, 1]) + struct.pack(">I", 3) + b"abc")
+    assert published.read_idx(path, 1).tobytes() == b"abc"
+
+
+def test_arrays_that_unpack_to_much_more_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "FEW_BYTES", 1000)
+    np.savez_compressed(tmp_path / "bomb.npz", inputs=np.zeros((1000, 1000)))
+    np.savez_compressed(tmp_path / "fine.npz", inputs=np.random.default_rng(0).random((100, 10)))
+    with pytest.raises(DataError, match="it unpacks to 8,000,128 bytes"):
+        predictions._read(tmp_path / "bomb.npz", ["inputs"])
+    assert predictions._read(tmp_path / "fine.npz", ["inputs"])["inputs"].shape == (100, 10)
+
+
+def test_threads_decode_so_many_pixels_at_a_time() -> None:
+    room, held, most = decode._InFlight(10), [0], [0]
+
+    def hold(_: int) -> None:
+        with room.of(4):
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+            time.sleep(0.01)
+            held[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(hold, range(16))]
+    assert most[0] == 2
 
 
 def flat(*, in_channels: int, num_classes: int) -> nn.Module:
