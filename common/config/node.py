@@ -40,6 +40,8 @@ VALIDATED = frozenset({"dataset", "image-size", "channels", "class-names"})
 MOST_NAMES = 1000
 MOST_ASKED = {"image-size": 256}
 """Beyond these a participant's own file has to name the value."""
+MOST_PIXELS = 1 << 22
+"""Of a batch that a server may ask for; a ResNet-18 keeps 2.7 KB for each, 11 GB together."""
 CODE = {
     "models": "model", "dataset": "dataset", "global-model": "global-model",
     "augmentation": "augmentation",
@@ -206,6 +208,16 @@ class NodeConfig(OwnRecipe):
                     f"{caps[name]}. Whoever starts the run lowers {name}, or the participant "
                     f"raises max-{name}."
                 )
+
+    def with_room(self, image_size: int) -> Self:
+        """Return this with a batch-size that pictures of that size allow, unless its file says one.
+
+        Pixels count together: each alone is within its bound, and a network keeps both for a step.
+        """
+        most = max(1, MOST_PIXELS // image_size**2)
+        if "max_batch_size" in self.model_fields_set or most >= self.max_batch_size:
+            return self
+        return self.model_copy(update={"max_batch_size": most})
 
     @cached_property
     def recipe(self) -> dict[str, Scalar]:

@@ -139,8 +139,9 @@ def declared(run: tuple[tuple[str, Scalar], ...], node: tuple[tuple[str, Scalar]
     """Parse the items of a run config and a node config, once in a process; raise ConfigError."""
     own = NodeConfig.parse(dict(node))
     config = RunConfig.parse(own.admitted(dict(run)))
-    training = own.training(config.training)
     section = own.client_section(config.client)
+    own = own.with_room(section.image_size)
+    training = own.training(config.training)
     _require_private(config.run.method, training, section.dp_noise, "node config")
     return Declared(config, own, section, own.identity)
 

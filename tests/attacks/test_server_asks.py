@@ -164,3 +164,27 @@ def test_batches_count_as_passes(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with pytest.raises(RunError):
         run_tiny(config, node_configs=[own])
     assert "asks for local-epochs = 267" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "own", "most"),
+    [
+        (256, 1024, {}, 64),
+        (256, 64, {}, None),
+        (32, 1024, {}, None),
+        (256, 1024, {"max-batch-size": 1024}, None),
+        (32, 1024, {"image-size": 512}, 16),
+        (256, 1024, {"batch-size": 128}, None),
+    ],
+)
+def test_a_batch_has_so_many_pixels(
+    size: int, batch: int, own: dict[str, int], most: int | None
+) -> None:
+    """Within either bound a network may need hundreds of gigabytes for a step."""
+    run = RunConfig().with_overrides({"image-size": size, "batch-size": batch}).flat()
+    node = {"client-id": "a", **own}
+    if most is None:
+        declared((*run.items(),), (*node.items(),))
+        return
+    with pytest.raises(ConfigError, match=f"batch-size = {batch}; .* max-batch-size = {most}"):
+        declared((*run.items(),), (*node.items(),))
