@@ -8,6 +8,7 @@ it has verified, from the folder of a name and version that the server states.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
 
 from common.files import printable
 from common.log import logger
+from experiments.deploy.superlink import on_a_line
 
 _PART = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
 """Of a folder's name: it leads nowhere."""
@@ -36,6 +38,7 @@ UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 def install() -> None:
     """Put this guard before Flower's SuperNode, in this process."""
+    logging.getLogger("flwr").addFilter(on_a_line)  # else a server's text begins a line of its own
     vars(nodestate_factory)["InMemoryNodeState"] = AnsweringState
     for name, guarded in (
         ("get_fused_config_from_fab", _config),

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
@@ -39,6 +40,8 @@ from experiments.deploy import node_guard
 from experiments.deploy.checks import check_trusted, run_checks
 from experiments.deploy.rehearsal import Trial
 from experiments.deploy.settings import JoinSettings
+from experiments.deploy.superlink import on_a_line
+from experiments.deploy.supervise import explain
 
 FAB = b"an app"
 NODE, RUN = 7, 1
@@ -52,6 +55,7 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in zip(names, (RUN, NODE, 1), strict=True):
         setattr(task_identity.TaskIdentity, name, value)
     yield
+    logging.getLogger("flwr").removeFilter(on_a_line)
     for name, kept in before.items():
         setattr(task_identity.TaskIdentity, name, kept)
 
@@ -220,6 +224,16 @@ def test_one_that_would_be_loaded_from_elsewhere_is_refused(
     """Its content is verified; from which folder it is loaded, the server would say."""
     (reply,) = pulled(monkeypatch, content, **stated)
     assert reply.error.code == ErrorCode.INVALID_FAB
+
+
+def test_a_round_that_is_named_so_is_no_exit_of_flowers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Node(monkeypatch)
+    logging.getLogger("flwr").error("[RUN %s, ROUND %s]", 1, "1\nExit Code: 302")
+    assert caplog.records[-1].getMessage() == "[RUN 1, ROUND 1 Exit Code: 302]"
+    logging.getLogger("flwr").error("Exit Code: 606\nanother version")
+    assert explain([f"ERROR :     {caplog.records[-1].getMessage()}"])[0] == 606
 
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl"
