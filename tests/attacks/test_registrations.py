@@ -203,7 +203,7 @@ def times_that_all_wait(flapping: int, exchange: Callable[[Clock, Any], Any], re
     clock, here = Clock(), set[int]()
     transport: Any = SimpleNamespace(
         clock=clock, exchange=lambda messages: exchange(clock, messages), busy_nodes=set,
-        recent=[], read=read, attempt=lambda call: dict.fromkeys(here),
+        recent=[], silent=set(), read=read, attempt=lambda call: dict.fromkeys(here),
         message=lambda kind, recipient, *_, **__: -recipient.node_id,
     )  # fmt: skip
     registry = Registry(10**6, lambda *_: None)

@@ -139,7 +139,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (list_of_pairs, "a list of pairs; return them as two: tuple(zip(*pairs))"),
     (volumes, "Volumes, and pictures of more channels, are floats"),
     (microscopy, "channels come last"),
-    (tomography, "whole numbers are token ids, (N, T) from 0. Pictures are uint8, or floats"),
+    (tomography, "(N, T) from 0. Pictures are uint8, or have an intensity"),
     (breaks, "raised KeyError: 'label' (line test_further.py:"),
 ]
 

@@ -142,7 +142,7 @@ def test_nothing_of_a_bad_reply_enters_the_hypernetwork(
 def test_a_wrong_protocol_version_is_not_admitted(tmp_path: Path, logged: Lines) -> None:
     config = tiny_config(tmp_path)
     run_tiny(config, app=spoiling("query.register", setting("protocol-version", 0)))
-    assert "protocol version 0; expected 2. Install the same mh-pfedhn release" in "".join(
+    assert "protocol version 0; expected 3. Install the same mh-pfedhn release" in "".join(
         logged.find("Rejected: query.register")
     )
     assert summary(config)["num_clients"] == 5

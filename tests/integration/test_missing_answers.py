@@ -42,7 +42,7 @@ def test_a_client_that_never_answers(tmp_path: Path, logged: Lines, in_flight: i
     lines = logged.find(SOURCE)
     assert lines[0] == SOURCE + "no answer within 3 s"
     assert summary(config)["status"] == "completed"
-    assert [(r["num_accepted"], r["num_failed"]) for r in rows(config)] == [(5, 1), (5, 1)]
+    assert [(r["num_accepted"], r["num_failed"]) for r in rows(config)] == [(5, 1), (5, 0)]
 
 
 class DyingGrid(InProcessGrid):

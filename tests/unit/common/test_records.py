@@ -116,7 +116,7 @@ def changed(key: str, value: object) -> Callable[[RecordDict], None]:
         (lambda c: c.clear(), "record 'config' is missing; got none."),
         (lambda c: c.update(arrays=ConfigRecord()), "record 'arrays' is missing; got config, arr"),
         (lambda c: c.update(more=MetricRecord()), "there are other records than config and arrays"),
-        (changed("protocol-version", 99), "protocol version 99; expected 2. Install the same"),
+        (changed("protocol-version", 99), "protocol version 99; expected 3. Install the same"),
         (changed("protocol-version", "2"), "protocol-version = '2'; expected int."),
         (changed("nonce", 7), "nonce = 7; expected str."),
         (changed("precision", "float8"), "unknown precision 'float8'. Did you mean"),

@@ -36,7 +36,7 @@ def test_run_table_sums_the_run_up(tmp_path: Path) -> None:
         "MH-pFedHN",
         "cnn, vgg8",
         "4 of 4",
-        "40.0 % last, 40.0 % best (round 4)",
+        "40.0 % last, 40.0 % in round 4, the best on validation",
         "38.0 %, standard deviation over clients 10.0 %",
         "20.0 %",
         "8.0 MB down, 4.0 MB up",
