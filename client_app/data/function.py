@@ -33,9 +33,9 @@ class FunctionSource:
     """A participant's own function(), which returns one of `FORMS`.
 
     Inputs are pictures, uint8 (N, H, W[, channels]), or of any numbers where there is an
-    `intensity`, which are scaled to the run's size; or floats
-    or token ids (N, ...), which a model gets as they are, or a dict of several of these. Labels are
-    classes, integers (N,) from 0; or several labels, bool (N, C); or numbers, floats (N[, C]).
+    `intensity`, which are scaled to the run's size; or floats or token ids (N, ...), which a model
+    gets as they are, or a dict of several of these. Labels are classes, integers (N,) from 0; or
+    several labels, bool (N, C); or numbers, floats (N[, C]).
 
     The result is kept until the file that defines the function changes, or any file under data-dir
     when that is set: name there the folder that the function reads.
