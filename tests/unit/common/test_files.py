@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import PRIVATE, replace_file
+from common.files import PRIVATE, best_round, replace_file
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -36,3 +36,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(
         replace_file(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_round_is_chosen_by_validation_whatever_the_test_says() -> None:
+    tested = (0.5, 0.9, 0.7, 0.8)
+    found = [{"round": n, "accuracy_micro": x} for n, x in enumerate(tested, 1)]
+    assert best_round(found) is None
+    for row, validated in zip(found, (0.6, 0.7, 0.8, None), strict=True):
+        row |= {} if validated is None else {"accuracy_validation": validated}
+    assert best_round(found) == found[2]
