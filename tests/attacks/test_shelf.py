@@ -38,6 +38,16 @@ from tests.unit.common.test_records import HEADER
 DATA = client_data(num_train=12)
 
 
+def write_pictures(folder: Path, classes: str) -> None:
+    """Twenty grey pictures of noise in a folder for each class."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
 def keep(
     shelf: Shelf,
     server_round: int,
@@ -134,12 +144,7 @@ def evaluate(folder: Path, server_round: int, run: dict[str, Any], own: dict[str
 def test_a_federation_goes_on_with_the_same_examples(
     tmp_path: Path, own: dict[str, Any], run: dict[str, Any], changed: dict[str, Any]
 ) -> None:
-    rng = np.random.default_rng(0)
-    for name in "ab":
-        (tmp_path / "scans" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "scans" / name / f"{number}.png")
+    write_pictures(tmp_path / "scans", "ab")
     own |= {} if own else {"data-dir": str(tmp_path / "scans")}
     run = {"num-partitions": 3, "classes-per-client": 4, **run}
     evaluate(tmp_path, 1, run, own)
@@ -214,12 +219,7 @@ def test_a_server_does_not_say_what_is_held_back(tmp_path: Path) -> None:
 
 
 def test_nor_does_the_order_of_its_class_names(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    write_pictures(tmp_path / "pictures", "abc")
 
     def held_back(names: str, most: int = 0) -> set[bytes]:
         own = {"dataset": "folder", "data-dir": str(tmp_path / "pictures"), "partition": "none"}
