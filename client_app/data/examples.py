@@ -24,13 +24,12 @@ from client_app.data.cache import DecodedDataset, open_dataset
 from client_app.data.colours import with_channels
 from client_app.data.labels import scale_of
 from client_app.data.losses import OwnLoss, own_loss
-from client_app.data.partitions import WHOLE, client_indices, keeps_groups
+from client_app.data.partitions import client_indices, client_parts
 from client_app.data.select import select_source
 from client_app.data.source import CLASSES, LABELS, NUMBERS
-from client_app.data.splits import Indices, numbered_anew, split_three_ways, strata
+from client_app.data.splits import Indices
 from common.config import ClientSection, named_augmentations, named_classes
 from common.errors import DataError
-from common.seeding import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -242,21 +241,12 @@ def _load(
 ) -> ClientData:
     dataset = open_examples(section)
     rows = client_indices(dataset, section, partition_id=partition_id, seed=seed, cap=split_seed)
-    client = WHOLE if section.partition == WHOLE else str(partition_id)
-    rng = numpy_generator(split_seed, "train-test", client_id=client)
     labels = dataset.labels[rows]
     if dataset.num_classes < 2 and labels.ndim == 1:
         raise DataError(f"{section.dataset} has one class; there is nothing to tell apart.")
-    try:
-        train, validation, test = split_three_ways(
-            numbered_anew(strata(labels)),
-            dataset.division.at(rows, keep_groups=keeps_groups(section)),
-            test_fraction=section.test_fraction,
-            validation_fraction=section.validation_fraction,
-            rng=rng,
-        )
-    except DataError as error:
-        raise DataError(f"{section.dataset}, client {partition_id}: {error}") from error
+    train, validation, test = client_parts(
+        dataset, section, rows, partition_id=partition_id, seed=split_seed
+    )
     test = validation if section.tested_on == "validation" else test
 
     def images(positions: Indices) -> Tensor:

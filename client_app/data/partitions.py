@@ -25,6 +25,7 @@ from client_app.data.splits import (
     split_dirichlet,
     split_natural,
     split_pathological,
+    split_three_ways,
     strata,
     thin_out,
 )
@@ -79,9 +80,40 @@ def client_indices(
     rows = _share(dataset, section, partition_id, seed)
     if not most or len(rows) <= most:
         return rows
-    client = WHOLE if section.partition == WHOLE else str(partition_id)
+    client = _name(section, partition_id)
     rng = numpy_generator(seed if cap is None else cap, "max-client-examples", client_id=client)
     return rows[thin_out(numbered_anew(strata(dataset.labels[rows])), most=most, rng=rng)]
+
+
+def client_parts(
+    dataset: DecodedDataset,
+    section: ClientSection,
+    rows: Indices,
+    *,
+    partition_id: int,
+    seed: int,
+) -> tuple[Indices, Indices, Indices]:
+    """Divide a client's rows (M,) into positions of train, validation and test examples.
+
+    Groups are trained on or tested on as wholes, but where a client is one group, or a published
+    data set is divided otherwise: it is compared with results on random test examples. Raises
+    DataError where nothing is left to train or to test on.
+    """
+    mixed = section.partition == NATURAL or section.dataset in CATALOGUE
+    try:
+        return split_three_ways(
+            numbered_anew(strata(dataset.labels[rows])),
+            dataset.division.at(rows, keep_groups=not mixed),
+            test_fraction=section.test_fraction,
+            validation_fraction=section.validation_fraction,
+            rng=numpy_generator(seed, "train-test", client_id=_name(section, partition_id)),
+        )
+    except DataError as error:
+        raise DataError(f"{section.dataset}, client {partition_id}: {error}") from error
+
+
+def _name(section: ClientSection, partition_id: int) -> str:
+    return WHOLE if section.partition == WHOLE else str(partition_id)
 
 
 def _share(
@@ -107,15 +139,6 @@ def _share(
                 _write_parts(path, parts)
                 share = parts[partition_id]
     return share
-
-
-def keeps_groups(section: ClientSection) -> bool:
-    """Whether a client's groups are trained on or tested on as wholes.
-
-    Not where a client is one group, nor where a published data set is divided otherwise: it is
-    compared with results on random test examples.
-    """
-    return section.partition != NATURAL and section.dataset not in CATALOGUE
 
 
 def _divided_by(dataset: DecodedDataset, section: ClientSection) -> Indices:
