@@ -28,8 +28,9 @@ def run_table(run: Run) -> Table:
     if last:
         micro = f"[bold]{percent(last['accuracy_micro'])}[/] last"
     if last and best:
-        micro += f", {percent(best['accuracy_micro'])} in round {int(best['round'])}, "
-        micro += "the best on validation"
+        if best["round"] != last["round"]:
+            micro += f", {percent(best['accuracy_micro'])} in round {int(best['round'])}"
+        micro += ", the best on validation"
     if "accuracy_macro" in last:
         macro = f"{percent(last['accuracy_macro'])}, standard deviation over clients "
         macro += percent(last.get("accuracy_std"))

@@ -167,10 +167,9 @@ def _outcome(rows: Sequence[Row]) -> str:
     if not values:
         return f"{len(rows)} rounds, no evaluation yet"
     found = f"micro accuracy {100 * values[-1]:.1f} % after round {rounds[-1]}"
-    if best := best_round(rows):
+    if (best := best_round(rows)) and best["round"] != rounds[-1]:
         found += f", {100 * best['accuracy_micro']:.1f} % in round {int(best['round'])}"
-        found += ", the best on validation"
-    return found
+    return f"{found}, the best on validation" if best else found
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[Row], reference: Reference | None) -> None:

@@ -36,13 +36,21 @@ def test_run_table_sums_the_run_up(tmp_path: Path) -> None:
         "MH-pFedHN",
         "cnn, vgg8",
         "4 of 4",
-        "40.0 % last, 40.0 % in round 4, the best on validation",
+        "40.0 % last, the best on validation",
         "38.0 %, standard deviation over clients 10.0 %",
         "20.0 %",
         "8.0 MB down, 4.0 MB up",
         "1:15",
     ):
         assert part in shown
+
+
+def test_run_table_names_the_round_that_validation_chose(tmp_path: Path) -> None:
+    run = Run.load(write_run(tmp_path / "a"))
+    run.summary["best"] = {"round": 3, "accuracy_micro": 0.3}
+    assert "40.0 % last, 30.0 % in round 3, the best on validation" in text(run_table(run))
+    run.summary["best"] = None
+    assert "validation" not in text(run_table(run))
 
 
 def test_run_table_of_a_run_that_never_evaluated(tmp_path: Path) -> None:
