@@ -36,6 +36,7 @@ clientapp = "client_app.app:app"
 [tool.flwr.app.config]
 """
 _LOCAL = "127.0.0.1,localhost"
+CLUSTER = "RAY_ADDRESS"  # Ray's own variable: where a cluster runs that this user has started
 
 
 def new_home() -> Path:
@@ -92,17 +93,16 @@ def own_modules(names: Iterable[str], folder: Path) -> dict[str, str]:
 def child_environment(base: Mapping[str, str], *, home: Path) -> dict[str, str]:
     """Return the environment of a run's processes: isolated, and marked with the run's FLWR_HOME.
 
-    By the mark `processes.stop_marked` finds them.
+    By the mark `processes.stop_marked` finds them. A Ray of the run's own keeps its files in
+    `home`; a cluster that `base` names has a place of its own for them.
     """
     env = flower_environment(base, home=home) | {
         processes.MARK: str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(home),
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_prestart_worker_first_driver": "0",  # Flower's actors cannot use those workers
     }
-    env.pop("RAY_ADDRESS", None)
-    return env
+    return env if base.get(CLUSTER) else env | {"RAY_TMPDIR": str(home)}
 
 
 def bytecode_cache(base: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from common.config.keys import to_toml
 from common.errors import RunError
 from experiments.run.engines import processes
 from experiments.run.engines.home import (
+    CLUSTER,
     child_environment,
     new_home,
     remove_abandoned_homes,
@@ -134,7 +135,10 @@ class SuperLink:
 
 
 class RayEngine(SuperLink):
-    """A context in which simulated federations run; `engine` says how many clients share what."""
+    """A context in which simulated federations run; `engine` says how many clients share what.
+
+    They run on the Ray cluster that the environment names (RAY_ADDRESS), or on a Ray of their own.
+    """
 
     def __init__(
         self, engine: EngineSection, *, log: Path, extra_env: Mapping[str, str] | None = None
@@ -148,16 +152,21 @@ class RayEngine(SuperLink):
         super().run(config, "--federation-config", self.federation(), *words)
 
     def federation(self) -> str:
-        """Return the settings of Flower's simulation: clients, their resources, Ray's CPUs."""
+        """Return the settings of Flower's simulation: clients, their resources, Ray's CPUs.
+
+        A cluster that is there has its CPUs: as many clients run at once as it has room for.
+        """
         engine = self._engine
-        workers = engine.workers or max(1, available_cpus() // engine.client_cpus)
-        workers = min(workers, engine.num_clients)  # an actor without a client only costs memory
-        return (
+        settings = (
             f"num-supernodes={engine.num_clients} "
             f"client-resources-num-cpus={engine.client_cpus} "
-            f"client-resources-num-gpus={float(engine.client_gpus)} "
-            f"init-args-num-cpus={workers * engine.client_cpus}"
+            f"client-resources-num-gpus={float(engine.client_gpus)}"
         )
+        if os.environ.get(CLUSTER):
+            return settings
+        workers = engine.workers or max(1, available_cpus() // engine.client_cpus)
+        workers = min(workers, engine.num_clients)  # an actor without a client only costs memory
+        return f"{settings} init-args-num-cpus={workers * engine.client_cpus}"
 
 
 def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -23,15 +23,20 @@ PROJECT = Path(__file__).parents[3]
 
 
 def test_children_are_isolated_marked_and_quiet(tmp_path: Path) -> None:
-    base = {"PATH": "/bin", "FLWR_HOME": "/theirs", "RAY_ADDRESS": "auto", "NO_PROXY": "corp"}
+    base = {"PATH": "/bin", "FLWR_HOME": "/theirs", "NO_PROXY": "corp"}
     env = child_environment(base, home=tmp_path)
     assert env[processes.MARK] == env["FLWR_HOME"] == env["RAY_TMPDIR"] == str(tmp_path)
     assert env["FLWR_TELEMETRY_ENABLED"] == "0"
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert "RAY_ADDRESS" not in env
     assert env["NO_PROXY"] == "corp,127.0.0.1,localhost"
     assert env["PATH"].split(":") == [str(Path(sys.executable).parent), "/bin"]
     assert base["FLWR_HOME"] == "/theirs"
+
+
+def test_a_cluster_keeps_its_address_and_its_files(tmp_path: Path) -> None:
+    env = child_environment({"RAY_ADDRESS": "10.0.0.7:6379"}, home=tmp_path)
+    assert env["RAY_ADDRESS"] == "10.0.0.7:6379"
+    assert "RAY_TMPDIR" not in env
 
 
 def test_bytecode_is_kept_elsewhere_where_it_may_not_lie_beside_the_sources(tmp_path: Path) -> None:
@@ -84,6 +89,12 @@ def test_federation_has_room_for_the_workers_and_no_more(
     assert f"num-supernodes={engine.num_clients}" in settings
     assert f"client-resources-num-cpus={engine.client_cpus}" in settings
     assert settings.endswith(f"init-args-num-cpus={cpus}")
+
+
+def test_a_cluster_brings_its_own_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # Ray takes no num-cpus together with an address
+    settings = RayEngine(EngineSection(num_clients=9, workers=3), log=tmp_path / "log").federation()
+    assert settings.endswith("client-resources-num-gpus=0.0")
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [("50000 100000", 1), ("max 100000", None), ("", None)])
