@@ -30,6 +30,26 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module", params=SCHEDULES)
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, float]:
+    """A run of each schedule that nothing interrupts, and how many seconds it took."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    settings = SCHEDULES[request.param] | {"checkpoint_every": 1}
+    config = config_at(tmp_path_factory.mktemp("whole") / "run", **settings)
+    began = time.monotonic()
+    run_tiny(config)
+    return config, time.monotonic() - began
+
+
+def once_more(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the same run for another folder."""
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"output_dir": str(folder)})}
+    )
+
+
 class FailingGrid(InProcessGrid):
     """Loses its SuperLink while round 4 is on its way, after some of it was learned."""
 
@@ -44,17 +64,15 @@ class FailingGrid(InProcessGrid):
         return found
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_an_error_in_the_middle_of_a_round_leaves_whole_rounds(tmp_path: Path, name: str) -> None:
-    settings = SCHEDULES[name] | {"checkpoint_every": 1}
-    whole = config_at(tmp_path / "whole", **settings)
-    broken = config_at(tmp_path / "broken", **settings)
-    run_tiny(whole)
+def test_an_error_in_the_middle_of_a_round_leaves_whole_rounds(
+    whole: tuple[RunConfig, float], tmp_path: Path
+) -> None:
+    broken = once_more(whole[0], tmp_path / "broken")
     with pytest.raises(ConnectionError):
         run_tiny(broken, grid_type=FailingGrid)
     assert [row["round"] for row in rows(broken)] == [1, 2, 3]
     run_tiny(in_place(broken))
-    assert_same_run(whole, broken)
+    assert_same_run(whole[0], broken)
 
 
 def killed(config: RunConfig, after_s: float) -> bool:
@@ -83,21 +101,17 @@ def checkpoints_of(config: RunConfig) -> list[Path]:
     return checkpoints(config) if (Path(config.run.output_dir) / "checkpoint").is_dir() else []
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_kill_9_at_random_moments_changes_no_bit(tmp_path: Path, name: str) -> None:
-    settings = SCHEDULES[name] | {"checkpoint_every": 1}
-    torch.set_num_threads(1)  # threads do not survive a fork
-    whole = config_at(tmp_path / "whole", **settings)
-    began = time.monotonic()
-    run_tiny(whole)
-    took_s = time.monotonic() - began
-    draw, kills, tries = random.Random(name), 0, 0
+def test_kill_9_at_random_moments_changes_no_bit(
+    whole: tuple[RunConfig, float], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config, took_s = whole
+    draw, kills, tries = random.Random(request.node.name), 0, 0
     wanted = -(-KILLS // len(SCHEDULES))
     while kills < wanted:
-        broken = config_at(tmp_path / f"broken-{tries}", **settings)
+        broken = once_more(config, tmp_path / f"broken-{tries}")
         tries += 1
         assert tries < 10 * wanted, "it ends before it can be killed"
         while kills < wanted and killed(broken, draw.uniform(0.05, 0.8) * took_s):
             kills += 1
         killed(broken, 600)  # to its end
-        assert_same_run(whole, broken)
+        assert_same_run(config, broken)

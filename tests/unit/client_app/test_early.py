@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from client_app.data.examples import ClientData
 from client_app.models.instances import FlatModel
-from client_app.models.registry import build_model
 from client_app.training.early import train_to_best
 from client_app.training.loop import logits_over, loss_of, train
 from common.config import RunConfig, TrainingSection, declared
@@ -15,8 +15,11 @@ from common.errors import ConfigError
 from tests.unit.client_app.pictures import client_data, draw_theta
 
 
-def fresh(name: str = "resnet10") -> FlatModel:
-    model = FlatModel(build_model(name, in_channels=3, num_classes=10))
+def fresh() -> FlatModel:
+    """A small model with running statistics."""
+    features = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()
+    head = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)
+    model = FlatModel(nn.Sequential(*features, *head))
     model.load(draw_theta(model.module))
     return model
 
@@ -43,10 +46,15 @@ def loss_by_epoch(data: ClientData, epochs: int) -> list[float]:
     return found
 
 
+@pytest.fixture(scope="module")
+def losses() -> list[float]:
+    """The validation loss of each of six epochs."""
+    return loss_by_epoch(judging(client_data()), 6)
+
+
 @pytest.mark.parametrize("patience", [1, 2, 50])
-def test_the_best_epoch_comes_back(patience: int) -> None:
-    data, epochs = judging(client_data()), 6
-    losses = loss_by_epoch(data, epochs)
+def test_the_best_epoch_comes_back(losses: list[float], patience: int) -> None:
+    data, epochs = judging(client_data()), len(losses)
     best = waited = 0
     for epoch in range(1, epochs):
         if losses[epoch] < losses[best]:
