@@ -23,11 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from common.config import ScheduleSection
+from common.config import RunSection, ScheduleSection
+from common.files import best_round
 from common.log import logger
 from common.messages import MOST_WEIGHT, bounded_counts
 from server_app.clients import Client
@@ -61,6 +62,21 @@ def sample(
         last = [asked.get(present[i].client_id, 0) for i in order]
         order = order[np.argsort(last, kind="stable")]
     return [present[i] for i in order[:count]]
+
+
+def last_round(run: RunSection, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return which round is the last of a run, after these rows of metrics.jsonl.
+
+    `rounds`, or the next one where validation was best `patience` rounds ago: the last round tests
+    everybody, and waits for all who are still at it.
+    """
+    best, now = best_round(rows), rows[-1]["round"]
+    if not run.patience or best is None or now - best["round"] < run.patience:
+        return run.rounds
+    words = "Validation is best in round %d, %d rounds ago (patience = %d); round %d is the last"
+    last = min(run.rounds, int(now) + 1)
+    logger.info(words, best["round"], now - best["round"], run.patience, last)
+    return last
 
 
 class RoundActions(Protocol[U]):

@@ -24,7 +24,7 @@ from server_app.aggregation.base import StepDiagnostics, mean_diagnostics
 from server_app.clients import Client, Registry
 from server_app.methods.base import Method, Upload
 from server_app.output.run_folder import RunFolder, summarise
-from server_app.scheduler import MOST_SHORT_ROUNDS, RoundOutcome, Schedule, sample
+from server_app.scheduler import MOST_SHORT_ROUNDS, RoundOutcome, Schedule, last_round, sample
 from server_app.transport import Arrival, Outgoing, Transport
 
 T = TypeVar("T")
@@ -159,6 +159,7 @@ class Rounds:
         self._config, self._method = method.config, method
         self._transport, self._registry = transport, registry
         self._folder, self._save, self._short_rounds = folder, save, 0
+        self._last = method.config.run.rounds
         self._admission = Admission(self._config, transport, registry, method.add_client)
         self._schedule = Schedule(self._config.schedule, transport)
 
@@ -170,11 +171,14 @@ class Rounds:
         logger.info(words, run.method, first, run.rounds, run.seed, *slots)
         for server_round in range(first, run.rounds + 1):
             row = self.run_round(server_round)
-            self._folder.add_round(row, run.rounds)
-            if server_round % run.checkpoint_every == 0 or server_round == run.rounds:
+            self._folder.add_round(row, self._last)
+            if server_round % run.checkpoint_every == 0 or server_round == self._last:
                 self._save()
             self._require_enough(row, server_round)
-        self._finish(run.rounds)
+            if server_round == self._last:
+                break
+            self._last = last_round(run, self._folder.rows)
+        self._finish(self._last)
 
     def _gather(self, server_round: int) -> list[Client]:
         """Return who is present; where they are too few, what was learned is saved first."""
@@ -196,7 +200,7 @@ class Rounds:
         asked |= dict.fromkeys((client.client_id for client in learners), server_round)
         training = TrainingRound(server_round, learners, self._method, transport, self._registry)
         training.open()
-        queue, last = [(c.client_id, c.node_id) for c in learners], server_round == run.rounds
+        queue, last = [(c.client_id, c.node_id) for c in learners], server_round == self._last
         outcome = self._schedule.run_round(server_round, queue, training, last=last)
         training.seconds_server -= time.monotonic()
         global_row = self._method.close_round()
@@ -234,10 +238,8 @@ class Rounds:
         transport, busy = self._transport, self._transport.busy_nodes()
         free = [c for c in clients if c.node_id not in busy and c.client_id not in transport.silent]
         contents = self._method.contents(free, training=False)
-        patience = self._config.schedule.round_deadline_s or math.inf
-        make = partial(
-            transport.message, message_type, server_round=server_round, patience_s=patience
-        )
+        wait = self._config.schedule.round_deadline_s or math.inf
+        make = partial(transport.message, message_type, server_round=server_round, patience_s=wait)
         outgoing = (
             make(Recipient(client.client_id, client.node_id), content)
             for client, content in zip(free, contents, strict=True)

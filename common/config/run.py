@@ -19,6 +19,12 @@ class RunSection(Section):
         "with a personal common model for each; or a baseline: docs/baselines.md",
     )
     rounds: int = key(28, "one round is one pass over the clients present", ge=1)
+    patience: int = key(
+        0,
+        "end the run after so many rounds without a better accuracy on validation examples; 0: not",
+        unit="rounds",
+        ge=0,
+    )
     seed: int = key(42, "of the data split, first weights, the order of clients, batches", ge=0)
     evaluation: Literal["separate", "fused"] = key(
         "separate",

@@ -160,6 +160,11 @@ def _check_together(config: RunConfig) -> None:
             "run config: tested-on = 'validation' with validation-fraction = 0: there are no such "
             "examples. Set validation-fraction = 0.1, say."
         )
+    if config.run.patience and not config.client.validation_fraction:
+        raise ConfigError(
+            f"run config: patience = {config.run.patience} with validation-fraction = 0: there are "
+            "no examples to judge by. Set validation-fraction = 0.1, say."
+        )
     if config.has_personal_common and not config.client.validation_fraction:
         raise ConfigError(
             "run config: mh-pfedhn-pg weighs the own and the common model on validation examples; "

@@ -1,0 +1,70 @@
+"""`patience`: a run ends when validation has not improved for so many rounds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import RunSection
+from common.errors import ConfigError
+from server_app.scheduler import last_round
+from tests.support.outputs import checkpoints, client_rows, rows, summary
+from tests.support.tiny import run_tiny, tiny_config
+
+
+def found(*accuracies: float | None) -> list[dict[str, Any]]:
+    """Rows from round 1 on; None: not evaluated in that round."""
+    return [
+        {"round": number} | ({} if accuracy is None else {"accuracy_validation": accuracy})
+        for number, accuracy in enumerate(accuracies, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "last"),
+    [
+        ([0.5, 0.4, 0.3], 0, 9),
+        ([0.5, 0.4, 0.3], 3, 9),
+        ([0.5, 0.4, 0.3, 0.2], 3, 5),
+        ([0.5, 0.5, 0.5, 0.5], 3, 5),
+        ([0.5, 0.4, 0.6, 0.2, 0.5], 3, 9),
+        ([None, 0.4, None, None], 2, 5),
+        ([None, None, None, None], 1, 9),
+        ([0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1], 7, 9),
+        ([0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1], 7, 9),
+    ],
+)
+def test_the_round_after_waiting_is_the_last(
+    accuracies: list[float | None], patience: int, last: int
+) -> None:
+    section = RunSection(rounds=9, patience=patience)
+    assert last_round(section, found(*accuracies)) == last
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"max_in_flight": 1, "buffer_size": 1},
+        {"max_in_flight": 4, "buffer_size": 2, "evaluation": "fused"},
+    ],
+)
+def test_a_run_ends_whole(tmp_path: Path, schedule: dict[str, Any]) -> None:
+    """These examples are learned within a few rounds of the sixty."""
+    config = tiny_config(
+        tmp_path, method="mh-pfedhn-pg", rounds=60, patience=3, validation_fraction=0.2,
+        server_rule="kernel", learning_rate=0.2, **schedule,
+    )  # fmt: skip
+    run_tiny(config)
+    metrics = rows(config)
+    last, best = metrics[-1]["round"], summary(config)["best"]["round"]
+    assert best + 3 < last < 60
+    validation = [row.get("accuracy_validation", 0.0) for row in metrics]
+    assert max(validation[best:], default=0) <= validation[best - 1]
+    assert summary(config)["status"] == "completed"
+    assert metrics[-1]["num_evaluated"] == len(client_rows(config)) == 6
+    assert checkpoints(config)[-1].name.endswith(f"{last:08}")
+
+
+def test_it_needs_examples_to_judge_by(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="patience = 3 with validation-fraction = 0"):
+        tiny_config(tmp_path, patience=3)
