@@ -236,7 +236,7 @@ def require_size(contents: Mapping[str, bytes], most_bytes: int) -> None:
         total += sum(len(contents[children[place]]) for place in places)
         if total > most_bytes:
             raise WireError(
-                f"put together it has more than the {most_bytes:,} bytes that a reply may have."
+                f"put together it has more than the {most_bytes:,} bytes that it may have."
             )
 
 

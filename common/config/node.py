@@ -157,6 +157,12 @@ class NodeConfig(OwnRecipe):
         """
         if not self.client_id:
             return dict(asked)
+        for name, value in asked.items():
+            if isinstance(value, str) and not value.isprintable():
+                raise ConfigError(
+                    f"client {self.client_id}: the server's run config has line breaks or control "
+                    f"characters in {name!r:.80}. Whoever starts the run writes it on one line."
+                )
         own = self.model_dump(by_alias=True)
         for name, mine in CODE.items():
             named = str(asked.get(name, ""))
@@ -177,7 +183,7 @@ class NodeConfig(OwnRecipe):
             if own[name] is None and (isinstance(value, str) or value > most):
                 raise ConfigError(
                     f"client {self.client_id}: the server's run config asks for {name} = "
-                    f"{asked[name]}; beyond {most} this participant's own file has to set {name}."
+                    f"{asked[name]!r:.80}; beyond {most} this participant's own file has to set it."
                 )
         taken = ASKED | DIVIDED if self.partition_id >= 0 or self.partition else ASKED
         whole = {} if taken > ASKED else {"partition": "none"}

@@ -1,8 +1,10 @@
 """The guard of a participant's SuperNode: its messages are answered, by the app that came.
 
 Flower waits without end for the reply of a ClientApp that ended before it gave one; a SuperNode
-that waits looks alive, and takes no further message of any run. And it loads an app, whose content
-it has verified, from the folder of a name and version that the server states.
+that waits looks alive, and takes no further message of any run. It loads an app, whose content
+it has verified, from the folder of a name and version that the server states. It sends back a
+message that calls itself a reply, and starts an app for it; and messages, and what a run says of
+itself, may be of any size.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, Metadata
 from flwr.cli.config_utils import get_fab_metadata
 from flwr.common.constant import Status
+from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
@@ -27,12 +30,19 @@ from flwr.supernode.nodestate.in_memory_nodestate import (
     InMemoryNodeState,
 )
 
+from common.errors import WireError
 from common.files import printable
+from common.inflation import FEW, PIECE, require_size
 from common.log import logger
+from common.messages import LARGEST_REPLY
 from experiments.deploy.superlink import on_a_line
 
 _PART = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
 """Of a folder's name: it leads nowhere."""
+MOST_CONFIG = 1 << 16
+"""Letters of a run's configuration."""
+MOST_RUNS = 16
+"""Runs that a SuperNode remembers; of another it asks again."""
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
@@ -47,46 +57,111 @@ def install() -> None:
         vars(worker)[name] = partial(guarded, vars(worker)[name])
 
 
-class OtherAppError(Exception):
-    """What a server states of an app is not what the app says of itself."""
+class RefusedError(Exception):
+    """A message is of a run, or of a size, that is not taken; it is answered so."""
 
 
 def require_same_app(run: Run, content: bytes) -> None:
-    """Raise OtherAppError unless a run is of this app, by name, version and content."""
+    """Raise RefusedError unless a run is of this app, by name, version and content."""
     name, version = get_fab_metadata(content)
     stated = (run.fab_id, run.fab_version, run.fab_hash)
     if stated != (name, version, hashlib.sha256(content).hexdigest()):
-        raise OtherAppError(f"the server states another app, {stated}, than {name} {version}")
+        raise RefusedError(f"the server states another app, {stated}, than {name} {version}")
     parts = (*name.split("/"), version)
     if len(parts) != 3 or not all(map(_PART.fullmatch, parts)):
-        raise OtherAppError(f"{name!r}, {version!r} cannot name a folder")
+        raise RefusedError(f"{name!r}, {version!r} cannot name a folder")
 
 
 def pull(flower: Callable[..., int | None], **known: Any) -> int | None:
-    """Take a message as Flower does, and answer one of another app than the server states."""
-    got: list[Message] = []
+    """Take a message as Flower does, if it is one to this node; answer what is refused."""
+    incoming = Incoming(known)
+    try:
+        return flower(**known | incoming.guarded())
+    except RefusedError as error:
+        logger.error("a message is refused: %s", printable(str(error))[:1000])
+        reply = Message(worker.FAB_VERIFICATION_ERROR, reply_to=incoming.message)
+        worker._insert_message(reply, known["state"], known["object_store"])
+        return int(incoming.message.metadata.run_id)
 
-    def receive() -> Any:
-        if (found := known["receive"]()) is not None:
-            got.append(found[0])
+
+class Incoming:
+    """A message on its way in, between Flower and what fetches it for Flower."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self._known, self._pieces, self._bytes = known, 0, 0
+
+    def guarded(self) -> dict[str, Any]:
+        """Return what stands in the place of Flower's functions, by name."""
+        return {
+            "receive": self._receive,
+            "pull_object": self._pull,
+            "confirm_message_received": self._confirm,
+        }
+
+    def _receive(self) -> Any:
+        if (found := self._known["receive"]()) is None:
+            return None
+        self.message, self._tree = found
+        if not self._is_asked(self.message.metadata):
+            logger.error("a message that is no question to this participant is passed over")
+            return None
+        self._pieces = sum(1 for _ in iterate_object_tree(self._tree))
+        if self._pieces > FEW + LARGEST_REPLY // PIECE:
+            raise RefusedError(f"a message has {self._pieces} pieces")
         return found
 
-    try:
-        return flower(**known | {"receive": receive})
-    except OtherAppError as error:
-        logger.error("an app is refused: %s", printable(str(error))[:1000])
-        reply = Message(worker.FAB_VERIFICATION_ERROR, reply_to=got[0])
-        worker._insert_message(reply, known["state"], known["object_store"])
-        return got[0].metadata.run_id
+    def _is_asked(self, metadata: Metadata) -> bool:
+        own = self._known["state"].get_node_id()
+        return not metadata.reply_to_message_id and metadata.dst_node_id == own
+
+    def _pull(self, run_id: int, name: str) -> Any:
+        content = self._known["pull_object"](run_id, name)
+        self._bytes += len(content)
+        if self._bytes > LARGEST_REPLY:
+            raise WireError(f"the message has more than {LARGEST_REPLY:,} bytes.")
+        return content
+
+    def _confirm(self, run_id: int, message_id: str) -> None:
+        """Confirm a message, unless it is larger, put together, than its pieces are."""
+        names = {piece.object_id for piece in iterate_object_tree(self._tree)}
+        store = self._known["object_store"]
+        require_size({name: store.get(name) for name in names}, LARGEST_REPLY)
+        self._known["confirm_message_received"](run_id, message_id)
 
 
 def _config(flower: Callable[..., Any], content: bytes, run: Run) -> Any:
     require_same_app(run, content)  # Flower has verified it, and stores what the server states
-    return flower(content, run)
+    try:
+        config = flower(content, run)
+    except ValueError as error:  # a key that the app does not have would end the SuperNode
+        raise RefusedError(f"the run's configuration: {error}") from None
+    size = sum(len(str(key)) + len(str(value)) for key, value in config.items())
+    if size > MOST_CONFIG:
+        raise RefusedError(f"the run's configuration has {size:,} letters")
+    return config
+
+
+def _keep_newest(known: dict[Any, Any]) -> None:
+    for oldest in [*known][:-MOST_RUNS]:
+        del known[oldest]
 
 
 class AnsweringState(InMemoryNodeState):
     """What a SuperNode knows; every message in it is answered once no task is at work on it."""
+
+    def store_run(self, run: Run) -> None:
+        """Remember a run, and forget the oldest."""
+        super().store_run(run)
+        with self.lock_run_store, self.lock_run_series_context_store:
+            for known in (self.run_store, self.run_series_context_store):
+                _keep_newest(known)
+
+    def store_fab(self, fab: Fab) -> str:
+        """Remember an app, and forget the oldest."""
+        name = super().store_fab(fab)
+        with self.lock_fab_store:
+            _keep_newest(self.fab_store)
+        return name
 
     def get_messages_legacy(
         self,
@@ -124,6 +199,7 @@ class AnsweringState(InMemoryNodeState):
             if reply is not None:  # its pieces will not come
                 self.delete_messages(message_ids=[reply])
                 self.object_store.delete(reply)
+            self.object_store.delete(name)
             entry.is_retrieved = True  # else it would be no message of an app that ended
             self._store_error_replies({metadata.run_id}, CLIENT_APP_CRASHED_ERROR)
 

@@ -55,7 +55,7 @@ def failure(folder: Path, **declared: Any) -> str:
             {"dataset": "folder", "data_dir": "/srv/hospital a/scans"},
             "DataError on the participant's side",
         ),
-        ({"state_dir": "/proc/hospital a/state"}, "state-dir <state-dir>/a cannot be created"),
+        ({"state_dir": "/proc/hospital a/state"}, "state-dir <state-dir> cannot be created"),
         ({"dataset": "/srv/scans:load"}, "DataError on the participant's side"),
         (
             {"partition": "pathological", "classes_per_client": 10**6},
@@ -78,10 +78,10 @@ def test_errors_name_no_path_and_no_layer(
         ("cannot read '/a/b.png': no", "cannot read '<path>': no"),
         ("~/x/y and C:\\data\\z", "<path> and <path>"),
         ("bytes/s of 3/4 at https://x.org/a", "bytes/s of 3/4 at https://x.org/a"),
-        ("/my data/in/x.png is cut", "<data-dir>/in/x.png is cut"),
-        ("our scans/7.png is cut", "<cache-dir>/7.png is cut"),
+        ("/my data/in/x.png is cut", "<data-dir> is cut"),
+        ("our scans/7.png is cut", "<cache-dir> is cut"),
         ("cannot import hospital.nets:make", "cannot import <model>"),
-        ("\\\\nas\\scans\\7.png", "<state-dir>\\7.png"),
+        ("\\\\nas\\scans\\7.png", "<state-dir>"),
         ("client a.b: dataset digits", "client a.b: dataset digits"),
     ],
 )

@@ -1,119 +1,28 @@
 """A server, with messages that no app can answer, and apps that are others than it says."""
 
-import hashlib
 import io
 import logging
-import zipfile
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.serde import message_to_proto, run_from_proto
-from flwr.proto.message_pb2 import PushObjectRequest
-from flwr.proto.run_pb2 import Run
-from flwr.proto.runtime_pb2 import (
-    PullAppMessagesRequest,
-    PullTaskInputRequest,
-    PushAppMessagesRequest,
-    PushTaskOutputRequest,
-)
-from flwr.supercore import task_identity
-from flwr.supercore.constant import TaskType
 from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
-from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supernode import start_client_internal as worker
-from flwr.supernode.nodestate import NodeStateFactory, nodestate_factory
-from flwr.supernode.servicer.runtime import runtime_handlers as handlers
 from rich.console import Console
 
 from common.config import ClientSection
 from common.errors import ConfigError
-from experiments.deploy import node_guard
 from experiments.deploy.checks import check_trusted, run_checks
 from experiments.deploy.rehearsal import Trial
 from experiments.deploy.settings import JoinSettings
-from experiments.deploy.superlink import on_a_line
 from experiments.deploy.supervise import explain
+from tests.support.node import Node, identity, packed, pulled
 
-FAB = b"an app"
-NODE, RUN = 7, 1
-
-
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Flower signs messages by who this process is."""
-    names = ("_run_id", "_node_id", "_task_id")
-    before = {name: getattr(task_identity.TaskIdentity, name) for name in names}
-    for name, value in zip(names, (RUN, NODE, 1), strict=True):
-        setattr(task_identity.TaskIdentity, name, value)
-    yield
-    logging.getLogger("flwr").removeFilter(on_a_line)
-    for name, kept in before.items():
-        setattr(task_identity.TaskIdentity, name, kept)
+__all__ = ["identity"]
 
 
-class Node:
-    """A SuperNode's state with one message in it, and Flower's own handlers before it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fab_hash: str = "") -> None:
-        for module in (nodestate_factory, worker):
-            for name, value in vars(module).items():
-                monkeypatch.setitem(vars(module), name, value)
-        node_guard.install()
-        self.state: Any = NodeStateFactory(ObjectStoreFactory()).state()
-        self.state.set_node_id(NODE)
-        named = fab_hash or hashlib.sha256(FAB).hexdigest()
-        run = run_from_proto(Run(run_id=RUN, fab_id="a/b", fab_version="1", fab_hash=named))
-        self.state.store_run(run)
-        self.state.store_fab(Fab(hashlib.sha256(FAB).hexdigest(), FAB, {}))
-        context = Context(RUN, NODE, {}, RecordDict(), {})
-        self.state.set_run_series_context(run.series_id, context)
-        number: Any = self.state.create_task(TaskType.CLIENT_APP, run_id=RUN, fab_hash=named)
-        self.message = Message(RecordDict(), NODE, "query.register")
-        self.message.metadata.__dict__["_run_id"] = RUN
-        self._insert(self.message)
-        self.state.claim_task(number)
-        (self.task,) = self.state.get_tasks(task_ids=[number])
-
-    def _insert(self, message: Message) -> None:
-        message.metadata.__dict__["_message_id"] = message.object_id
-        self.state._store_generated_message(message)
-        self.state.store_message(message)
-
-    def take(self) -> None:
-        handlers.pull_task_input(PullTaskInputRequest(), self.state, self.task)
-        assert handlers.pull_messages(PullAppMessagesRequest(), self.state, self.task).messages_list
-
-    def reply(self, *, pieces: int) -> None:
-        """Reply as an app does, with so many of the reply's pieces."""
-        content = RecordDict({"config": ConfigRecord({"said": "yes"})})
-        reply = Message(content, reply_to=self.message)
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        found, tree = get_all_nested_objects(reply), get_object_tree(reply)
-        bare = message_to_proto(remove_content_from_message(reply))
-        request = PushAppMessagesRequest(messages_list=[bare], message_object_trees=[tree])
-        session = handlers.push_messages(request, self.state, self.task).session_id
-        for name in [*found][:pieces]:
-            piece = PushObjectRequest(
-                object_id=name, object_content=found[name].deflate(), session_id=session
-            )
-            assert handlers.push_object(piece, self.state, self.task).stored
-
-    def end(self, status: str) -> None:
-        request = PushTaskOutputRequest(sub_status=status, details="")
-        handlers.push_task_output(request, self.state, self.task)
-
-    def to_send(self) -> list[Message]:
-        """Return what the SuperNode's loop finds, which waits for something without end."""
-        return list(self.state.get_messages_legacy(is_reply=True))
+pytestmark = pytest.mark.usefixtures("identity")
 
 
 def test_a_message_that_no_task_takes_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,44 +72,6 @@ def test_a_reply_that_is_there_is_sent(monkeypatch: pytest.MonkeyPatch, status: 
     (reply,) = node.to_send()
     assert not reply.has_error()
     assert node.to_send() == []
-
-
-def packed(name: str = "mh-pfedhn", version: str = "0.1.0") -> bytes:
-    """Return an app."""
-    components = '[tool.flwr.app.components]\nserverapp = "a:app"\nclientapp = "a:app"\n'
-    text = f'[project]\nname = "{name}"\nversion = "{version}"\ndescription = ""\nlicense = "MIT"\n'
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as app:
-        text += f'[tool.flwr.app]\npublisher = "lab"\n{components}'
-        app.writestr("pyproject.toml", text)
-    return file.getvalue()
-
-
-def pulled(monkeypatch: pytest.MonkeyPatch, content: bytes, **stated: str) -> list[Message]:
-    """Let a SuperNode take a message of a run of an app; return what it answers at once."""
-    node = Node(monkeypatch)
-    hashed = hashlib.sha256(content).hexdigest()
-    stated = {"fab_id": "lab/mh-pfedhn", "fab_version": "0.1.0", "fab_hash": hashed} | stated
-    message = Message(RecordDict(), NODE, "query.register")
-    message.metadata.__dict__["_run_id"] = RUN + 1
-    message.metadata.__dict__["_message_id"] = message.object_id
-    found = get_all_nested_objects(message)
-    known: dict[str, Any] = {
-        "state": node.state,
-        "object_store": node.state.object_store,
-        "node_config": {},
-        "receive": lambda: (message, get_object_tree(message)),
-        "get_run": lambda run: run_from_proto(Run(run_id=run, series_id=9, **stated)),
-        "get_fab": lambda name, run: Fab(hashed, content, {}),
-        "pull_object": lambda run, name: found[name].deflate(),
-        "confirm_message_received": lambda run, name: None,
-        "trusted_entities": None,
-    }
-    assert vars(worker)["_pull_and_store_message"](**known) == RUN + 1
-    assert (node.state.get_run(RUN + 1) is None) == any(
-        entry.message.has_error() for entry in node.state.msg_store.values()
-    )
-    return [x for x in node.to_send() if x.metadata.run_id == RUN + 1]
 
 
 def test_an_app_is_taken_that_is_what_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a server's run config may ask of a participant that has a file of its own."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +38,35 @@ def test_an_error_confirms_no_guess_of_a_path() -> None:
     assert "<the run's optimizer>" in text
     assert "data-dir" not in text
     assert "home" not in text
+
+
+@pytest.mark.parametrize(
+    "said", [":", "e.l", "'onc", "'/", "/home/a", "/", "oncology_site.losses:survival", ": '/"]
+)
+def test_no_text_of_a_server_cuts_a_path_or_a_module_in_two(said: str) -> None:
+    node = {**OWN, "loss": "oncology_site.losses:survival_weighted", "state-dir": "s"}
+    asked = {"models": said}
+    for text in (
+        f"loss = {node['loss']!r} may be made of all examples",
+        "'/home/alice/oncology/state/a/split-seed' is damaged: '/home/alice/x y' too",
+    ):
+        told = str(outgoing_error(ConfigError(text), node, asked))
+        assert not re.search("onc|site|losses|surv|home|alice|split", told), told
+
+
+def test_what_is_said_for_a_servers_words_is_not_searched_for_others() -> None:
+    """Sixty words, each in what stands for the one before, would make a text without end."""
+    asked: dict[str, str] = {"method": "      "}
+    asked |= {f"key-{i}": f"<the run's key-{i - 1}>"[i % 5 : 9 + i % 5] for i in range(60)}
+    told = str(outgoing_error(ConfigError("x      y" * 10), OWN, asked))
+    assert told == "x<the run's method>y" * 10
+    assert len(str(outgoing_error(ConfigError("a.b " * 10**6), OWN, {"dataset": "a.b "}))) < 80_000
+
+
+def test_a_server_says_everything_on_one_line() -> None:
+    """Else a line of a participant's log would be the server's: the end of a SuperNode, say."""
+    with pytest.raises(ConfigError, match=r"line breaks or control characters in 'image-size'"):
+        declared((("image-size", "x\nExit Code: 302\n"),), (*OWN.items(),))
 
 
 def test_a_server_names_a_thousand_classes_at_most() -> None:
