@@ -18,8 +18,8 @@ from client_app.data.own import FolderSource
 from common.config import ClientSection
 from common.errors import DataError
 from experiments.__main__ import main
+from tests.support.joining import checked, settings
 from tests.support.tiny import run_tiny, tiny_config, trusting
-from tests.unit.experiments.test_join import checked, settings
 
 HERE = __name__
 N = 60

@@ -19,10 +19,10 @@ from client_app.training.loop import logits_over, num_correct
 from common.errors import MHpFedHNError, RunError
 from common.messages import Evaluation
 from tests.support import tiny
+from tests.support.joining import checked, settings
 from tests.support.outputs import client_rows, rows
 from tests.support.tiny import run_tiny, tiny_config, trusting
 from tests.unit.client_app.pictures import client_data
-from tests.unit.experiments.test_join import checked, settings
 
 HERE = __name__
 CPU = torch.device("cpu")

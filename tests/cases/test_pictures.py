@@ -21,9 +21,9 @@ from common.config import ClientSection
 from common.errors import ConfigError, DataError
 from experiments.__main__ import main
 from experiments.run.presets import Preset, read_toml
+from tests.support.joining import checked, settings
 from tests.support.outputs import rows
 from tests.support.tiny import run_tiny, tiny_config
-from tests.unit.experiments.test_join import checked, settings
 
 HERE = __name__
 Mask = np.ndarray

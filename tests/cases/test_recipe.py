@@ -15,9 +15,9 @@ from client_app.shelf import Shelf
 from common.config import NodeConfig, TrainingSection
 from common.errors import ConfigError, ModelError
 from experiments.__main__ import main
+from tests.support.joining import checked, settings
 from tests.support.outputs import rows
 from tests.support.tiny import Handler, Wrapped, run_tiny, tiny_config, trusting
-from tests.unit.experiments.test_join import checked, settings
 
 HERE = __name__
 CPU = torch.device("cpu")

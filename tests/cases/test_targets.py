@@ -27,9 +27,9 @@ from common.config import ClientSection, RunConfig
 from common.errors import ConfigError, DataError, RunError
 from experiments.__main__ import main
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
+from tests.support.joining import checked, settings
 from tests.support.outputs import rows
 from tests.support.tiny import run_tiny, tiny_config, trusting
-from tests.unit.experiments.test_join import checked, settings
 
 HERE = __name__
 Capture = pytest.CaptureFixture[str]

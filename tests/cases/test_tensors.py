@@ -19,9 +19,9 @@ from client_app.personal import read_predictor
 from client_app.shelf import LAST, Shelf
 from common.errors import ModelError
 from experiments.__main__ import main
+from tests.support.joining import checked, settings
 from tests.support.outputs import rows
 from tests.support.tiny import run_tiny, tiny_config, trusting
-from tests.unit.experiments.test_join import checked, settings
 
 HERE = __name__
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from experiments.deploy.contract import Contract
 from experiments.deploy.settings import JoinSettings
 from tests.cases import test_tensors
 from tests.support import tiny
-from tests.unit.experiments.test_join import checked
+from tests.support.joining import checked
 
 Capture = pytest.CaptureFixture[str]
 AGREED = {"name": '"patterns"', "server": '"127.0.0.1:9"', "class-names": '"a, b, c, d, e"',

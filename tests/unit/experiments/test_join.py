@@ -1,12 +1,8 @@
 """`mh-pfedhn join`: settings, and every check with what is wrong and what to change."""
 
 import argparse
-import io
-import json
 import os
 import sys
-import threading
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from filelock import FileLock
 from flwr.common.config import parse_config_args
-from rich.console import Console
 
 from common.config import NodeConfig
 from common.errors import ConfigError, RunError
@@ -24,24 +19,16 @@ from experiments.deploy import checks as join_checks
 from experiments.deploy import join
 from experiments.deploy.join import add_join_parser
 from experiments.deploy.settings import JoinSettings, read_settings
-from experiments.deploy.status import drawn, status_of
-from experiments.deploy.supervise import Supervisor, explain
 from experiments.examples import my_site
 from tests.support import tiny
+from tests.support.joining import BASIC, checked, settings
 from tests.support.one_line_server import OneLineServer
-
-BASIC = {"client-id": "site-a", "server": "127.0.0.1:9", "insecure": True, "dataset": "digits"}
 
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_join_parser(parser.add_subparsers(required=True))
     return parser.parse_args(["join", *words])
-
-
-def settings(folder: Path, **changes: Any) -> JoinSettings:
-    values = BASIC | {"state-dir": str(folder / "state")}
-    return JoinSettings.parse(values | changes, folder)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -164,14 +151,6 @@ def test_keys(tmp_path: Path) -> None:
 # --- the whole list ------------------------------------------------------------------------------
 
 
-def checked(found: JoinSettings, *, must_answer: bool = False) -> tuple[bool, str]:
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    found.folder.mkdir(parents=True, exist_ok=True)
-    good = join_checks.run_checks(found, console, must_answer=must_answer)
-    console.file.close()
-    return good, console.export_text()
-
-
 def own(folder: Path, **changes: Any) -> JoinSettings:
     values = {"model": f"{tiny.HERE}:normed", "dataset": f"{tiny.HERE}:patterns", "image-size": 8}
     return settings(folder, **(values | {"cache-dir": str(folder / "cache")} | changes))
@@ -239,74 +218,3 @@ def test_a_state_folder_that_cannot_be_made(tmp_path: Path) -> None:
     words = ["--client-id", "a", "--server", "b:1", "--state-dir", str(tmp_path / "file")]
     with pytest.raises(ConfigError, match=r"file/a cannot be made: Not a directory\. Choose"):
         join.run_join(arguments(*words))
-
-
-@pytest.mark.parametrize(
-    ("lines", "code", "text"),
-    [
-        (["\x1b[91mERROR\x1b[0m: Exit Code: 305"], 305, "the server refused the connection"),
-        (["Exit Code: 302", "Unable to parse"], 302, "the key cannot be used (exit code 302)"),
-        (["Exit Code: 606"], 606, "install the same on both sides"),
-        (["Exit Code: 777"], 777, "exit code 777"),
-        (["first", "Killed", ""], 0, "Killed"),
-        ([], 0, "no output"),
-    ],
-)
-def test_why_a_supernode_ended(lines: list[str], code: int, text: str) -> None:
-    found = explain(lines)
-    assert found[0] == code
-    assert text in found[1]
-
-
-@pytest.mark.parametrize("final", [True, False])
-def test_a_refusal_ends_it_at_once_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final: bool
-) -> None:
-    """Unless it is of the kind that passes; then it is told, and goes on."""
-    monkeypatch.setattr(JoinSettings, "command", lambda *_: ["sleep", "60"])
-    own, console = settings(tmp_path), Console(record=True, width=200)
-    own.folder.mkdir(parents=True)
-    (own.folder / "refusal.json").write_text("{}")  # of an earlier time
-    supervisor = Supervisor(own, console)
-    told = json.dumps({"reason": "site-a declares 9 parameters [red]", "final": final})
-    threading.Timer(0.5, (own.folder / "refusal.json").write_text, [told]).start()
-    threading.Timer(4.0, supervisor._leave).start()
-    started = time.monotonic()
-    code = supervisor.run()
-    text = console.export_text()
-    assert "site-a declares 9 parameters [red]" in text
-    assert (code, "refused by the server" in text) == ((1, True) if final else (0, False))
-    assert (time.monotonic() - started < 3.5) == final
-    shown = Console(record=True, width=200, file=io.StringIO())
-    shown.print(drawn(status_of(own.folder)))
-    assert "not joined  refused: site-a declares 9 parameters [red] (20" in shown.export_text()
-
-
-SENT = """
-import time
-print("INFO : [RUN 77, ROUND 5, reply up to 1049608 bytes]")
-print("INFO : Sending: train.personal message (ID: ab)")
-print("INFO : Run ID 77 is not in `RUNNING` status. Ignoring reply message ab.", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_a_run_that_stops_while_a_site_trains_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
-    """By what its SuperNode says; what the server itself has said of a pause stays."""
-    monkeypatch.setattr(JoinSettings, "command", lambda *_: [sys.executable, "-c", SENT])
-    own = settings(tmp_path)
-    own.folder.mkdir(parents=True)
-    (own.folder / "federation.json").write_text('{"id": "fe"}')
-    told = {"federation": "fe", "round": 3, "time": "then", "continued": False, "told": True}
-    if known:
-        (own.folder / "pause.json").write_text(json.dumps(told))
-    supervisor = Supervisor(own, Console(file=io.StringIO()))
-    threading.Timer(4.0, supervisor._leave).start()
-    assert supervisor.run() == 0
-    shown = Console(record=True, width=200, file=io.StringIO())
-    shown.print(drawn(status_of(own.folder)))
-    words = "paused after round 3 since then" if known else "stopped after round 4 since 20"
-    assert words in shown.export_text()
