@@ -2,7 +2,6 @@
 
 import csv
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,94 +9,29 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
-from sklearn.datasets import load_diabetes
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from client_app.data.examples import load_client_data
 from client_app.data.labels import read_labels
-from client_app.data.losses import own_loss
 from client_app.data.several import packed, take_apart
 from client_app.personal import read_predictor
 from client_app.predictor import choose_weight, mixture
 from client_app.shelf import LAST, Shelf
 from client_app.training.loop import distilled, loss_of, num_correct
-from common.config import ClientSection, RunConfig
-from common.errors import ConfigError, DataError, RunError
+from common.config import ClientSection
+from common.errors import DataError, RunError
 from experiments.__main__ import main
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from tests.support.joining import checked, settings
 from tests.support.outputs import rows
-from tests.support.tiny import run_tiny, tiny_config, trusting
+from tests.support.targets import HERE, KINDS, diabetes, federation, visits
+from tests.support.tiny import run_tiny, trusting
 
-HERE = __name__
 Capture = pytest.CaptureFixture[str]
-Array = NDArray[Any]
 
 
-# --- three kinds of data --------------------------------------------------------------------------
-
-
-def diabetes() -> tuple[Array, Array]:
-    table = load_diabetes(scaled=True)
-    return table.data * 20, table.target
-
-
-def findings() -> tuple[Array, Array]:
-    """Thirty columns; each of five labels is there where the sum of six of them is above 0."""
-    inputs = np.random.default_rng(0).normal(0, 1, (500, 30)).astype(np.float32)
-    return inputs, inputs.reshape(500, 5, 6).sum(2) > 0
-
-
-def visits() -> dict[str, Any]:
-    """A scan, a table and words: the class needs the brightness of one and a column of another."""
-    rng = np.random.default_rng(1)
-    labels = np.arange(480) % 4
-    scan = rng.normal(0, 0.3, (480, 1, 6, 6)) + (labels % 2)[:, None, None, None]
-    table = rng.normal(0, 0.3, (480, 5)) + (labels // 2)[:, None]
-    words = rng.integers(0, 12, (480, 7))
-    return {"inputs": {"scan": scan, "table": table, "words": words}, "labels": labels}
-
-
-def mlp(*, in_channels: int, num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(in_channels, 16), nn.ReLU(), nn.Linear(16, num_classes))
-
-
-class Joint(nn.Module):
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.scan = nn.Linear(36, 8)
-        self.table = nn.Linear(5, 8)
-        self.words = nn.Embedding(12, 8)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, scan: Tensor, table: Tensor, words: Tensor) -> Tensor:
-        found = self.scan(scan.flatten(1)) + self.table(table) + self.words(words).mean(1)
-        return self.head(torch.relu(found))
-
-
-def joint(*, in_channels: int, num_classes: int) -> nn.Module:
-    return Joint(num_classes)
-
-
-KINDS: dict[str, tuple[Callable[[], Any], Callable[..., nn.Module], float]] = {
-    "numbers": (diabetes, mlp, 0.3),
-    "labels": (findings, mlp, 0.8),
-    "classes": (visits, joint, 0.85),
-}
-
-
-def federation(folder: Path, kind: str, **overrides: Any) -> RunConfig:
-    """Three participants with one kind of labels, and a recipe that learns them in seconds."""
-    source, factory, _ = KINDS[kind]
-    settings = {
-        "method": "mh-pfedhn-pg", "server_rule": "kernel", "rounds": 8, "local_epochs": 4,
-        "dataset": f"{HERE}:{source.__name__}", "models": f"{HERE}:{factory.__name__}",
-        "num_partitions": 3, "global_model": "auto", "optimizer": "adamw", "learning_rate": 0.01,
-        "validation_fraction": 0.1, "measure_alone": True, "evaluate_every": 8,
-    }  # fmt: skip
-    return tiny_config(folder, **(settings | overrides))
+# --- a federation ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,106 +168,6 @@ def test_private_training_refuses_numbers(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="cannot protect numbers"):
         load_client_data(section, partition_id=0, seed=0, device=torch.device("cpu"))
-
-
-# --- losses of one's own --------------------------------------------------------------------------
-
-
-def focal(outputs: Tensor, labels: Tensor) -> Tensor:
-    likely = torch.softmax(outputs, 1).gather(1, labels[:, None])[:, 0]
-    return -((1 - likely) ** 2) * likely.log()
-
-
-def averaged(outputs: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(outputs, labels)
-
-
-@pytest.mark.parametrize(("kind", "loss"), [("numbers", "absolute"), ("classes", f"{HERE}:focal")])
-def test_a_loss_of_ones_own_is_descended(kind: str, loss: str, tmp_path: Path) -> None:
-    found = []
-    for name in ("", loss):
-        config = federation(tmp_path / str(len(found)), kind, loss=name, method="local")
-        run_tiny(config)
-        found.append(rows(config)[-1])
-    assert found[1]["accuracy_micro"] > KINDS[kind][2] - 0.1
-    assert found[0]["train_loss"] != found[1]["train_loss"]
-
-
-def test_balanced_classes_weigh_alike() -> None:
-    labels = torch.tensor([0] * 9 + [2] * 3)
-    outputs = torch.randn(12, 3)
-    each = own_loss("balanced", labels, "classes", 3)(outputs, labels)
-    plain = nn.functional.cross_entropy(outputs, labels, reduction="none")
-    torch.testing.assert_close(each.mean(), (plain[:9].mean() + plain[9:].mean()) / 2)
-
-
-def test_given_weights_count_by_how_they_compare() -> None:
-    labels, outputs = torch.tensor([0] * 9 + [2] * 3), torch.randn(12, 3)
-    plain = nn.functional.cross_entropy(outputs, labels, reduction="none")
-    wanted = (plain[:9].sum() + 6 * plain[9:].sum()) / (9 * 1 + 3 * 6)
-    for text in ("1, 4, 6", "0.5,2,3"):
-        each = own_loss(text, labels, "classes", 3)(outputs, labels)
-        torch.testing.assert_close(each.mean(), wanted)
-    balanced = own_loss("balanced", labels, "classes", 3)(outputs, labels)
-    torch.testing.assert_close(own_loss("3, 1, 9", labels, "classes", 3)(outputs, labels), balanced)
-    only = own_loss("0, 0, 1", labels, "classes", 3)(outputs, labels)
-    torch.testing.assert_close(only, torch.cat([torch.zeros(9), 4 * plain[9:]]))
-
-
-def test_a_class_that_weighs_more_is_found_more_often(tmp_path: Path) -> None:
-    """Also by the model trained alone, and where a participant's own file says it."""
-    found = {}
-    for loss in ("", "1, 30, 1, 1"):
-        node = {"client-id": "a", "state-dir": str(tmp_path / f"s{loss}"), "loss": loss}
-        node |= trusting(tmp_path, f"{HERE}:joint") | {"dataset": f"{HERE}:visits"}
-        node |= {"partition": "none", "global-model": "auto"}
-        config = federation(tmp_path / f"{loss}r", "classes", num_partitions=1, rounds=1,
-                            local_epochs=1, method="mh-pfedhn", server_rule="kernel")  # fmt: skip
-        run_tiny(config, node_configs=[node])
-        module, _ = read_predictor(Shelf(tmp_path / f"s{loss}" / "a").find(LAST).folder)
-        row = torch.from_numpy(packed(visits()["inputs"])[0])
-        found[loss] = int((module(row).argmax(1) == 1).sum()), rows(config)[-1]
-    assert found["1, 30, 1, 1"][0] > found[""][0]
-    alone = [row["accuracy_alone"] for _, row in found.values()]
-    assert alone[0] != alone[1]
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "words"),
-    [
-        ("classes", {"loss": "1, 5"}, r"'1, 5' has 2 weights, and there are 4 classes. Give one"),
-        ("classes", {"loss": "5"}, r"has 1 weights, and there are 4 classes"),
-        ("classes", {"loss": "1, -5, 1, 1"}, r"'-5' is no weight of a class; expected numbers"),
-        ("classes", {"loss": "1, nan, 1, 1"}, r"'nan' is no weight of a class"),
-        ("classes", {"loss": "1, inf, 1, 1"}, r"'inf' is no weight of a class"),
-        ("classes", {"loss": "1, , 1, 1"}, r"'' is no weight of a class"),
-        ("classes", {"loss": "0, 0, 0, 0"}, r"weighs 0, and nothing would be learned"),
-        ("numbers", {"loss": "1, 5"}, r"'1, 5' is for classes; here are numbers"),
-        ("classes", {"loss": "1;2;3;4"}, r"or a weight for each class: '1, 5'"),
-        ("classes", {"loss": "absolute"}, "'absolute' is for numbers; here are classes"),
-        ("classes", {"loss": "balance"}, "balanced"),
-        ("classes", {"loss": "balanced", "dp_noise": 1.0, "method": "local"}, "may be made of all"),
-    ],
-)
-def test_a_loss_that_cannot_be_says_so(
-    kind: str, changes: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    with pytest.raises((RunError, ConfigError), match=words):
-        run_tiny(federation(tmp_path, kind, **changes))
-
-
-def test_the_check_says_what_each_class_weighs(tmp_path: Path) -> None:
-    values = {"model": f"{HERE}:joint", "dataset": f"{HERE}:visits", "loss": "1, 3, 1, 1"}
-    good, text = checked(settings(tmp_path, **values, **{"cache-dir": str(tmp_path / "cache")}))
-    assert good, text
-    assert re.search(r"where weigh 0 0\.6\d*, 1 2\.\d*, 2 0\.6", " ".join(text.split())), text
-
-
-def test_the_check_finds_a_loss_that_is_a_mean(tmp_path: Path) -> None:
-    values = {"model": f"{HERE}:joint", "dataset": f"{HERE}:visits", "loss": f"{HERE}:averaged"}
-    good, text = checked(settings(tmp_path, **values, **{"cache-dir": str(tmp_path / "cache")}))
-    assert not good
-    assert "got shape (). Leave out the mean" in " ".join(text.split())
 
 
 # --- what labels may look like --------------------------------------------------------------------
