@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -128,36 +127,15 @@ def one_object(*, in_channels: int, num_classes: int) -> nn.Module:
     return plain(in_channels=in_channels, num_classes=num_classes)
 
 
-class Frozen(nn.Module):
-    def __init__(self, channels: int, classes: int, flag: bool) -> None:
-        super().__init__()
-        self.body, self.out, self.flag = body(channels), nn.Linear(32, classes), flag
-        if flag:
-            self.body.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.flag and torch.is_grad_enabled()):
-            features = self.body(x)
-        return self.out(features)
-
-
-def frozen_by_no_grad(*, in_channels: int, num_classes: int) -> nn.Module:
-    return Frozen(in_channels, num_classes, flag=False)
-
-
-def frozen_by_flag(*, in_channels: int, num_classes: int) -> nn.Module:
-    return Frozen(in_channels, num_classes, flag=True)
-
-
 def batch_norm_1d(*, in_channels: int, num_classes: int) -> nn.Module:
     layers = [nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes)]
     return nn.Sequential(body(in_channels), *layers)
 
 
-def federation(folder: Path, name: str, **settings: Any) -> Any:
+def federation(folder: Path, name: str, module: str = HERE, **settings: Any) -> Any:
     """Two clients with this model; the run's config."""
     made: dict[str, Any] = {
-        "models": f"{HERE}:{name}", "global_model": f"{HERE}:plain", "server_rule": "kernel",
+        "models": f"{module}:{name}", "global_model": f"{HERE}:plain", "server_rule": "kernel",
         "rounds": 3, "state_dir": str(folder / "state"), "num_partitions": 2, **settings,
     }  # fmt: skip
     config = tiny_config(folder, **made)
@@ -252,30 +230,6 @@ def test_one_object_for_everybody_is_refused(
         federation(tmp_path, "one_object", global_model=f"{HERE}:one_object", method="mh-pfedhn-gd")
     assert "returned the same parameters as in an earlier call" in caplog.text
     assert "no lru_cache" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["frozen_by_no_grad", "frozen_by_flag"])
-def test_what_is_frozen_is_neither_generated_nor_decayed(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        config = federation(tmp_path, name, weight_decay=0.1, head_sharing="chunks")
-    head = 32 * 4 + 4
-    assert {int(row["num_parameters"]) for row in client_rows(config)} == {head}
-    kept = load_file(stored(tmp_path) / "personal_model.safetensors")
-    kind = ModelKind(f"{HERE}:{name}", 1, 4, CPU, seed=config.run.seed, input_shape=(1, 8, 8))
-    fresh = instance_of(kind).model.module.state_dict()
-    for key in ("body.0.weight", "body.0.bias"):
-        assert torch.equal(kept[key], fresh[key])
-    assert not torch.equal(kept["out.weight"], fresh["out.weight"])
-    assert rows(config)[-1]["accuracy_micro"] > 0.4
-    if name == "frozen_by_no_grad":
-        assert "no gradient reaches 2 parameters, body.0.weight among them" in caplog.text
-
-
-def test_a_frozen_model_trains_privately_and_in_batches(tmp_path: Path) -> None:
-    config = federation(tmp_path, "frozen_by_flag", dp_noise=0.5, rounds=1)
-    assert rows(config)[0]["epsilon_max"] > 0
 
 
 def test_building_leaves_the_callers_randomness_alone() -> None:
