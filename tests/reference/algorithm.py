@@ -101,14 +101,11 @@ class ReferenceHypernet:
         shared = [*self.trunk.parameters()]
         for heads in self.heads.values():
             shared += heads.parameters()
-        self.adam = torch.optim.Adam(
-            [
-                {"params": shared, "lr": hyper.server_lr},
-                {"params": list(self.embeddings.values()), "lr": hyper.embedding_lr},
-            ],
-            betas=hyper.betas,
-            eps=hyper.eps,
-        )
+        groups = [
+            {"params": shared, "lr": hyper.server_lr},
+            {"params": list(self.embeddings.values()), "lr": hyper.embedding_lr},
+        ]
+        self.adam = torch.optim.Adam(groups, betas=hyper.betas, eps=hyper.eps)
 
     def theta(self, client_id: str) -> Tensor:
         """Compute h(v_i; phi) (P_i,) chunk by chunk, with its graph."""
@@ -159,14 +156,29 @@ class ReferenceHypernet:
 
 
 def one_round_hn(
-    hypernet: ReferenceHypernet, clients: Mapping[str, Client], order: Sequence[str]
+    hypernet: ReferenceHypernet,
+    clients: Mapping[str, Client],
+    order: Sequence[str],
+    *,
+    teacher: nn.Module | None = None,
 ) -> Trace:
     """Run one MH-pFedHN round: clients in `order`, `buffer_size` of them per server step.
 
     With buffer_size 1 each client's theta comes from the phi that its predecessor just moved: the
     published algorithm. With more, a cohort trains from one phi and its mean makes one step.
     """
-    return _personal_round(hypernet, clients, order, teacher=None)
+    trace = Trace()
+    size = hypernet.hyper.buffer_size
+    for first in range(0, len(order), size):
+        cohort = order[first : first + size]
+        for client_id in cohort:
+            trace.theta[client_id] = hypernet.theta(client_id).detach().clone()
+        for client_id in cohort:
+            theta = trace.theta[client_id]
+            trained = train_client(clients[client_id], theta, hyper=hypernet.hyper, teacher=teacher)
+            trace.delta[client_id] = theta - trained
+        hypernet.step({c: trace.delta[c] for c in cohort}, dict.fromkeys(cohort, 1.0))
+    return trace
 
 
 def one_round_gd(
@@ -193,29 +205,8 @@ def one_round_gd(
     hypernet.step({global_id: mean}, {global_id: 1.0})
 
     teacher = load_theta(make_global(), sent).eval()
-    trace = _personal_round(hypernet, clients, order, teacher=teacher)
+    trace = one_round_hn(hypernet, clients, order, teacher=teacher)
     trace.global_theta, trace.global_delta = sent, deltas
-    return trace
-
-
-def _personal_round(
-    hypernet: ReferenceHypernet,
-    clients: Mapping[str, Client],
-    order: Sequence[str],
-    *,
-    teacher: nn.Module | None,
-) -> Trace:
-    trace = Trace()
-    size = hypernet.hyper.buffer_size
-    for first in range(0, len(order), size):
-        cohort = order[first : first + size]
-        for client_id in cohort:
-            trace.theta[client_id] = hypernet.theta(client_id).detach().clone()
-        for client_id in cohort:
-            theta = trace.theta[client_id]
-            trained = train_client(clients[client_id], theta, hyper=hypernet.hyper, teacher=teacher)
-            trace.delta[client_id] = theta - trained
-        hypernet.step({c: trace.delta[c] for c in cohort}, dict.fromkeys(cohort, 1.0))
     return trace
 
 
