@@ -18,8 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 from experiments.deploy.pieces import is_whole
-from tests.attacks.test_pieces import chunks, trees, vector
-from tests.support.link import Link, guarded_link
+from tests.support.link import Link, chunks, guarded_link, trees, vector
 
 
 @pytest.fixture

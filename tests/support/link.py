@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.app import ConfigRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app import Message as FlowerMessage
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
@@ -28,7 +30,11 @@ from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore import task_identity
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.servicer.fleet import fleet_handlers as fleet
@@ -239,3 +245,20 @@ class Link:
     def num_pieces(self) -> int:
         """Count what the database holds."""
         return len(self.state.object_store)
+
+
+# --- what goes over it ----------------------------------------------------------------------------
+
+
+def chunks(count: int, size: int = 1000) -> dict[str, bytes]:
+    made = [ArrayChunk(secrets.token_bytes(size)).deflate() for _ in range(count)]
+    return {get_object_id(content): content for content in made}
+
+
+def trees(names: Iterable[str]) -> list[ObjectTree]:
+    return [ObjectTree(object_id=name) for name in names]
+
+
+def vector(seed: int = 1) -> tuple[Array, RecordDict]:
+    array = Array(np.random.default_rng(seed).standard_normal(500).astype(np.float32))
+    return array, RecordDict({"arrays": ArrayRecord({"global-theta": array})})
