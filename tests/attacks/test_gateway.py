@@ -8,7 +8,6 @@ import re
 import resource
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -18,6 +17,7 @@ from flwr.superlink.routers.fleet.router import router
 
 from tests.deployment.test_gateway import CLOSED, MISSING, answer, gateway
 from tests.support.deployment import REPOSITORY, Deployment, wait_until
+from tests.support.gateway_ends import Behind, Place, connect, say
 
 pytestmark = pytest.mark.skipif(MISSING, reason="nginx or its stream module is not installed here")
 
@@ -28,50 +28,8 @@ STRANGER = "Host: federation\r\nContent-Type: application/protobuf\r\nConnection
 HEAD = f"{STRANGER}Flwr-Public-Key: a\r\n"
 
 
-class Behind:
-    """Takes what the gateway passes on, and answers 200 to every request.
-
-    Asked who is known, it says that everybody with a key is. An answer has `size` bytes.
-    """
-
-    def __init__(self, deployment: Deployment) -> None:
-        self.received, self.size, self.answered = bytearray(), 0, 0
-        server = deployment.certs / "server"
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(server / "server.crt", server / "server.key")
-        self._listener = socket.create_server(("127.0.0.1", deployment.port), backlog=64)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                plain, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
-
-    def _serve(self, plain: socket.socket) -> None:
-        with suppress(OSError), self._context.wrap_socket(plain, server_side=True) as stream:
-            while data := stream.recv(65536):
-                if data.startswith(b"GET /known "):
-                    code = b"204" if b"\r\nFlwr-Public-Key: " in data else b"401"
-                    stream.sendall(b"HTTP/1.1 %b OK\r\nContent-Length: 0\r\n\r\n" % code)
-                    continue
-                self.received += data
-                stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % self.size)
-                stream.sendall(b"x" * self.size)
-                self.answered += self.size > 0
-
-    def lines(self) -> list[str]:
-        """Return every line that begins a request, wherever it stands in what came."""
-        found = re.findall(rb"[^\r\n]* HTTP/[^\r\n]*", bytes(self.received))
-        self.received.clear()
-        return [line.decode(errors="replace") for line in found]
-
-    def close(self) -> None:
-        self._listener.close()
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, int, Behind]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """The gateway, its port, and who listens behind it."""
     with Deployment(tmp_path_factory.mktemp("gateway"), ["site-a"]) as deployment:
         behind = Behind(deployment)
@@ -80,27 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment
         behind.close()
 
 
-def connect(deployment: Deployment, port: int, *, source: str = "127.0.0.1") -> ssl.SSLSocket:
-    trusted = ssl.create_default_context(cafile=str(deployment.certs / "site-a" / "ca.crt"))
-    trusted.set_alpn_protocols(["h2", "http/1.1"])
-    plain = socket.create_connection(("127.0.0.1", port), 5, source_address=(source, 0))
-    return trusted.wrap_socket(plain, server_hostname="127.0.0.1")
-
-
-def say(place: tuple[Deployment, int, Behind], sent: str) -> tuple[list[int], list[str]]:
-    """Send bytes as they stand; return the statuses that came, and the requests that passed."""
-    deployment, port, behind = place
-    behind.lines()
-    came = b""
-    with connect(deployment, port) as stream, suppress(OSError):
-        stream.settimeout(1.0)
-        stream.sendall(sent.encode("latin-1"))
-        while data := stream.recv(65536):
-            came += data
-    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3})", came)], behind.lines()
-
-
-def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Behind]) -> None:
+def test_exactly_flowers_fleet_procedures_pass(place: Place) -> None:
     listed = re.search(r"/v1/fleet/\(([a-z|-]+)\)", CONFIG)
     assert listed is not None
     passing = [*listed[1].split("|"), "push-messages", "push-object", "pull-object"]
@@ -110,7 +48,7 @@ def test_exactly_flowers_fleet_procedures_pass(place: tuple[Deployment, int, Beh
         assert (codes, passed) == ([200], [f"POST {path} HTTP/1.1"])  # without what was asked
 
 
-def test_nobody_says_where_it_comes_from(place: tuple[Deployment, int, Behind]) -> None:
+def test_nobody_says_where_it_comes_from(place: Place) -> None:
     """The SuperLink would write that down as the address of whoever asked."""
     deployment, port, behind = place
     forged = "X-Forwarded-For: 10.9.9.9\x9b31mFORGED\r\nX-Forwarded-Proto: FORGED\r\n"
@@ -123,7 +61,7 @@ def test_nobody_says_where_it_comes_from(place: tuple[Deployment, int, Behind]) 
     assert b"FORGED" not in behind.received
 
 
-def test_its_log_has_nothing_that_a_terminal_obeys(place: tuple[Deployment, int, Behind]) -> None:
+def test_its_log_has_nothing_that_a_terminal_obeys(place: Place) -> None:
     deployment, _, _ = place
     escapes = "Referer: \x1b]0;OWNED\x07\x1b[2J\x9b31m\r\nUser-Agent: \x1b[1;1H\r\n"
     for request in ("GET /v1/fleet/get-run?\x9b31m", "POST /v1/fleet/get-run", "POST /nothing"):
@@ -148,7 +86,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_no_other_path_passes(place: tuple[Deployment, int, Behind], path: str) -> None:
+def test_no_other_path_passes(place: Place, path: str) -> None:
     codes, passed = say(place, f"POST {path} HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n")
     assert codes[:1] in ([400], [403], [404])
     assert passed == []
@@ -171,14 +109,14 @@ SMUGGLED = {
 
 
 @pytest.mark.parametrize("how", SMUGGLED)
-def test_no_request_hides_in_another(place: tuple[Deployment, int, Behind], how: str) -> None:
+def test_no_request_hides_in_another(place: Place, how: str) -> None:
     """What hides is refused, or is answered by the gateway itself as a request of its own."""
     kept = HEAD.replace("close", "keep-alive")
     _, passed = say(place, f"POST /v1/fleet/get-run HTTP/1.1\r\n{kept}{SMUGGLED[how]}")
     assert passed in ([], ["POST /v1/fleet/get-run HTTP/1.1"])
 
 
-def test_the_body_of_a_request_stays_its_body(place: tuple[Deployment, int, Behind]) -> None:
+def test_the_body_of_a_request_stays_its_body(place: Place) -> None:
     deployment, port, behind = place
     behind.lines()
     body = f"Content-Length: {len(INNER)}\r\n\r\n{INNER}"
@@ -188,7 +126,7 @@ def test_the_body_of_a_request_stays_its_body(place: tuple[Deployment, int, Behi
 
 
 @pytest.mark.parametrize("verb", ["GET", "PUT", "DELETE", "CONNECT", "TRACE", "OPTIONS"])
-def test_no_other_verb_passes(place: tuple[Deployment, int, Behind], verb: str) -> None:
+def test_no_other_verb_passes(place: Place, verb: str) -> None:
     codes, passed = say(place, f"{verb} /v1/fleet/get-run HTTP/1.1\r\n{HEAD}\r\n")
     assert codes[:1] in ([400], [403], [405])
     assert passed == []
@@ -197,9 +135,7 @@ def test_no_other_verb_passes(place: tuple[Deployment, int, Behind], verb: str) 
 KEYS = (f"Flwr-Public-Key: {number}\r\n" for number in itertools.count())
 
 
-def push(
-    place: tuple[Deployment, int, Behind], source: str, body: bytes, key: str | None = None
-) -> ssl.SSLSocket:
+def push(place: Place, source: str, body: bytes, key: str | None = None) -> ssl.SSLSocket:
     """Begin to push a piece of 5 MB, of which a part comes, with a key that nobody else has."""
     deployment, port, _ = place
     stream = connect(deployment, port, source=source)
@@ -217,7 +153,7 @@ def status(stream: ssl.SSLSocket) -> str:
     return ""
 
 
-def test_pieces_that_are_half_sent_fill_no_disk(place: tuple[Deployment, int, Behind]) -> None:
+def test_pieces_that_are_half_sent_fill_no_disk(place: Place) -> None:
     """So many from one address, and so many in all; others still push."""
     most = int(re.search(r"limit_conn pieces (\d+)", CONFIG)[1])  # type: ignore[index]
     everybody = int(re.search(r"limit_conn bodies (\d+)", CONFIG)[1])  # type: ignore[index]
@@ -235,7 +171,7 @@ def test_pieces_that_are_half_sent_fill_no_disk(place: tuple[Deployment, int, Be
         assert most + len(more) - refused == everybody
 
 
-def test_who_has_no_key_holds_no_place(place: tuple[Deployment, int, Behind]) -> None:
+def test_who_has_no_key_holds_no_place(place: Place) -> None:
     """Who it is comes before the body: two addresses would have held all places for pieces."""
     deployment, port, behind = place
     behind.lines()
@@ -264,9 +200,7 @@ def test_who_has_no_key_holds_no_place(place: tuple[Deployment, int, Behind]) ->
 
 
 @pytest.mark.parametrize("procedure", ["push-object", "pull-object", "pull-messages"])
-def test_one_key_is_one_participant_from_wherever_it_asks(
-    place: tuple[Deployment, int, Behind], procedure: str
-) -> None:
+def test_one_key_is_one_participant_from_wherever_it_asks(place: Place, procedure: str) -> None:
     """Few of its requests are on their way at once, so that others have their turn."""
     deployment, port, _ = place
     zone = {"push-object": "key_pushes", "pull-object": "key_fetches"}.get(procedure, "key_asks")
@@ -284,7 +218,7 @@ def test_one_key_is_one_participant_from_wherever_it_asks(
         )
 
 
-def test_what_is_read_slowly_waits_at_the_gateway(place: tuple[Deployment, int, Behind]) -> None:
+def test_what_is_read_slowly_waits_at_the_gateway(place: Place) -> None:
     """A SuperLink that kept it would keep some 12 MB for each."""
     deployment, port, behind = place
     most = int(re.search(r"limit_conn answers (\d+)", CONFIG)[1])  # type: ignore[index]
@@ -304,7 +238,7 @@ def test_what_is_read_slowly_waits_at_the_gateway(place: tuple[Deployment, int, 
         wait_until(lambda: behind.answered == 8, 10, "all of it has left the SuperLink")
 
 
-def test_only_pieces_are_large(place: tuple[Deployment, int, Behind]) -> None:
+def test_only_pieces_are_large(place: Place) -> None:
     head = f"{HEAD}Content-Length: {2**20}\r\n\r\n"
     codes, passed = say(place, f"POST /v1/fleet/push-messages HTTP/1.1\r\n{head}")
     assert (codes, passed) == ([413], [])
@@ -316,7 +250,7 @@ def test_only_pieces_are_large(place: tuple[Deployment, int, Behind]) -> None:
 
 
 @pytest.mark.parametrize("begins", ["POST /v1/fl", "POST /v1/fleet/get-run HTTP/1.1\r\nHost: "])
-def test_headers_that_stop_are_let_go(place: tuple[Deployment, int, Behind], begins: str) -> None:
+def test_headers_that_stop_are_let_go(place: Place, begins: str) -> None:
     deployment, port, _ = place
     with connect(deployment, port, source="127.0.0.6") as stream:
         stream.sendall(begins.encode())
@@ -324,9 +258,7 @@ def test_headers_that_stop_are_let_go(place: tuple[Deployment, int, Behind], beg
         assert stream.recv(12) in (b"", b"HTTP/1.1 408")
 
 
-def test_thousands_of_slow_connections_leave_others_alone(
-    place: tuple[Deployment, int, Behind],
-) -> None:
+def test_thousands_of_slow_connections_leave_others_alone(place: Place) -> None:
     """Two thousand half-sent headers, from another address and from a hundred others."""
     deployment, port, _ = place
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -343,7 +275,7 @@ def test_thousands_of_slow_connections_leave_others_alone(
             assert answer(deployment, port, "/health", "GET") == 200
 
 
-def test_one_address_cannot_hold_every_connection(place: tuple[Deployment, int, Behind]) -> None:
+def test_one_address_cannot_hold_every_connection(place: Place) -> None:
     deployment, port, _ = place
     limit = int(re.search(r"limit_conn connections (\d+)", CONFIG)[1])  # type: ignore[index]
     with ExitStack() as stack:
