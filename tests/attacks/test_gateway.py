@@ -176,10 +176,8 @@ def test_who_has_no_key_holds_no_place(place: Place) -> None:
     deployment, port, behind = place
     behind.lines()
     with ExitStack() as stack:
-        slow = [
-            stack.enter_context(push(place, f"127.0.0.{40 + i % 2}", b"\n", key=""))
-            for i in range(48)
-        ]
+        sources = [f"127.0.0.{40 + i % 2}" for i in range(48)]
+        slow = [stack.enter_context(push(place, one, b"\n", key="")) for one in sources]
         for path in ("pull-object", "pull-messages"):
             for i in range(64):
                 half = connect(deployment, port, source=f"127.0.0.{50 + i % 4}")
@@ -197,6 +195,20 @@ def test_who_has_no_key_holds_no_place(place: Place) -> None:
             stream.settimeout(5)
             with suppress(ConnectionResetError):
                 assert stream.recv(12) in (b"", b"HTTP/1.1 401", b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize("begun", ["Content-Length: 4000", "Transfer-Encoding: chunked"])
+def test_nor_by_asking_whether_the_server_is_well(place: Place, begun: str) -> None:
+    """The one question that needs no key: with a body on its way it would hold a place for good."""
+    deployment, port, _ = place
+    with ExitStack() as stack:
+        for _ in range(40):
+            half = stack.enter_context(connect(deployment, port))  # the participant's own address
+            half.sendall(f"GET /health HTTP/1.1\r\n{STRANGER}{begun}\r\n\r\n".encode())
+        time.sleep(1)
+        asked = f"POST /v1/fleet/pull-messages HTTP/1.1\r\n{HEAD}Content-Length: 0\r\n\r\n"
+        assert say(place, asked)[0] == [200]
+        assert say(place, f"GET /health HTTP/1.1\r\n{STRANGER}\r\n")[0] == [200]
 
 
 @pytest.mark.parametrize("procedure", ["push-object", "pull-object", "pull-messages"])
