@@ -16,9 +16,10 @@ beta = max(0, min(1 - 5/N, t/(t + 3))) after t steps of the group: Nesterov's ow
 memory grows with what there is to remember (a long one overshoots the first rounds, when all deltas
 agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
 of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
-A client alone in its group has beta = 0 and r = 1, and moves by exactly its own delta: training
-alone. A pass makes shared steps of g in all, in one piece or in N/n of them; no step has a gain
-above 1, beyond which the first rounds diverge.
+In a group of fewer than three each client moves by exactly its own delta, and b, u and v rest
+(`KernelNetwork.is_private` says where, and why): training alone. A pass makes shared steps of g in
+all, in one piece or in N/n of them; no step has a gain above 1, beyond which the first rounds
+diverge.
 
 An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
 the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
@@ -97,7 +98,11 @@ class KernelRule(Rule):
         w_g's mean delta is followed whole, r = 1, which is FedAvg's step; it is like nobody.
         """
         network = self.hypernet
-        for part in map(self._released, parts):
+        private = {part.key for part in parts if network.is_private(part.key)}
+        for part in parts:
+            if part.key in private - self.frozen_groups:
+                self._move_alone(part, factor)
+        for part in (self._released(part) for part in parts if part.key not in private):
             num_clients, n = len(network.members(part.key)), len(part.deltas)
             memory, learns = self._memory_of(part), part.key not in self.frozen_groups
             beta, gain = gains(self.section.personal_gain, num_clients, memory.steps)
@@ -162,6 +167,15 @@ class KernelRule(Rule):
         base = self.hypernet.groups[part.key].base
         base.sub_(part.mean, alpha=gain).sub_(memory.velocity, alpha=gain * beta)
         memory.steps += 1
+
+    def _move_alone(self, part: GroupDeltas, factor: float) -> None:
+        """Move each client by the mean of its own deltas of this step, and nobody else."""
+        total: dict[str, float] = {}
+        for client_id, weight in zip(part.client_ids, part.within, strict=True):
+            total[client_id] = total.get(client_id, 0.0) + weight
+        for client_id, delta, weight in zip(part.client_ids, part.deltas, part.within, strict=True):
+            alpha = factor * weight / total[client_id]
+            self.hypernet.personal[client_id].sub_(delta, alpha=alpha)
 
     def _memory_of(self, part: GroupDeltas) -> Memory:
         if part.key not in self._memory:

@@ -137,6 +137,10 @@ class Network(ABC):
         self._require(client_id)
         return self._keys[client_id]
 
+    def is_private(self, key: str) -> bool:
+        """Whether each client of a head group keeps to itself what it learns."""
+        return False
+
     # --- generate --------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -1,0 +1,121 @@
+"""One that registers as many parameters as another has, to see what it learns, or to spoil it."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+
+from common.config import RunConfig
+from server_app.clients import Client
+from server_app.methods.base import Upload
+from server_app.methods.mhpfedhn import Deltas, MHpFedHN, MHpFedHNPG
+
+VICTIM, COMMON = 9_000, 500
+OTHERS = [Client(f"site-{i}", 2_000, 100, num_global_parameters=COMMON) for i in range(8)]
+SPOIL: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "nothing": lambda delta: 0 * delta,
+    "away": lambda delta: -100 * delta,
+    "noise": lambda delta: np.random.default_rng(0).normal(0, 30, len(delta)).astype(np.float32),
+}
+
+
+def client(name: str, size: int = VICTIM) -> Client:
+    return Client(name, size, 100, num_global_parameters=COMMON)
+
+
+class Server:
+    """The server's half of a run of MH-pFedHN-PG, over deltas that are drawn."""
+
+    def __init__(self, clients: list[Client], **settings: str) -> None:
+        keys = {"method": "mh-pfedhn-pg", **{k.replace("_", "-"): v for k, v in settings.items()}}
+        self.method: MHpFedHN = MHpFedHNPG(MHpFedHNPG.adapted(RunConfig.parse(keys)))
+        self.rng, self.rounds = np.random.default_rng(1), 0
+        self.clients = [*clients]
+        for one in clients:
+            self.method.add_client(one)
+
+    def join(self, one: Client) -> None:
+        self.method.add_client(one)
+        self.clients.append(one)
+
+    def theta(self, name: str) -> np.ndarray:
+        (one,) = [one for one in self.clients if one.client_id == name]
+        return next(iter(self.method.contents([one], training=True))).arrays["theta"].copy()
+
+    def round(
+        self, lies: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Let everybody send a delta; return what was sent, by client."""
+        self.rounds, sent, uploads = self.rounds + 1, {}, []
+        for one in self.clients:
+            drawn = self.rng.normal(0, 0.01, one.num_parameters).astype(np.float32)
+            sent[one.client_id] = (lies or {}).get(one.client_id, lambda x: x)(drawn)
+            common = self.rng.normal(0, 0.01, COMMON).astype(np.float32)
+            uploads.append(Upload(one, 100, Deltas(sent[one.client_id], common)))
+        self.method.learn(uploads, server_round=self.rounds, progress=float(self.rounds))
+        return sent
+
+
+def test_a_newcomer_of_the_same_size_is_sent_nothing_of_it() -> None:
+    server = Server([*OTHERS, client("victim")])
+    for _ in range(4):
+        server.round()
+    assert np.linalg.norm(server.theta("victim")) > 1
+    server.join(client("spy", VICTIM - 5))
+    assert not server.theta("spy").any()
+    for _ in range(3):
+        server.round({"spy": SPOIL["nothing"]})
+        assert not server.theta("spy").any()
+
+
+@pytest.mark.parametrize("lie", SPOIL)
+def test_nor_does_it_move_it(lie: str) -> None:
+    server = Server([*OTHERS, client("victim"), client("liar")])
+    before = server.theta("victim")
+    for _ in range(3):
+        sent = server.round({"liar": SPOIL[lie]})
+        after = server.theta("victim")
+        np.testing.assert_allclose(before - after, sent["victim"], atol=1e-6)
+        before = after
+
+
+def test_what_it_sent_costs_nobody_anything_when_a_third_joins() -> None:
+    """Its deltas turn out absurd then: it starts anew, if anybody, and not the victim."""
+    server = Server([*OTHERS, client("victim"), client("liar")])
+    for _ in range(3):
+        server.round({"liar": SPOIL["noise"]})
+    before = server.theta("victim")
+    server.join(client("third"))
+    server.round()
+    assert np.linalg.norm(server.theta("victim") - before) < 0.1 * np.linalg.norm(before) + 2
+
+
+def shares(server: Server, one: str, other: str) -> bool:
+    """Whether what one client sends moves another's parameters."""
+    moved = []
+    for lie in (SPOIL["nothing"], lambda delta: delta):
+        before = server.theta(other)
+        sent = server.round({one: lie})
+        own = before - server.theta(other) - sent[other]
+        moved.append(float(np.abs(own).max()) > 1e-6)
+    return any(moved)
+
+
+def test_three_share_and_so_do_two_who_are_all_or_chose_one_another() -> None:
+    two = [client("a"), client("b")]
+    assert not shares(Server([*OTHERS, *two]), "a", "b")
+    assert shares(Server(two), "a", "b")
+    assert shares(Server([*OTHERS, *two, client("c")]), "a", "b")
+    named = [Client(n, VICTIM, 100, num_global_parameters=COMMON, group="1f0c") for n in "ab"]
+    strangers = [
+        Client(o.client_id, 2_000, 100, num_global_parameters=COMMON, group="77") for o in OTHERS
+    ]
+    assert shares(Server([*strangers, *named], head_sharing="tag"), "a", "b")
+
+
+def test_common_models_are_shared_whatever_the_architectures_are() -> None:
+    server = Server([client("a", 2_000), client("b", 5_000)])
+    before = next(iter(server.method.contents([server.clients[0]], training=True)))
+    server.round({"a": SPOIL["nothing"]})
+    after = next(iter(server.method.contents([server.clients[0]], training=True)))
+    assert not np.array_equal(before.arrays["global-theta"], after.arrays["global-theta"])
