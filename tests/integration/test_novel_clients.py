@@ -10,7 +10,7 @@ from common.errors import ConfigError, RunError
 from experiments.run.engines.inprocess import simulated_nodes
 from tests.support.attendance import attended_by
 from tests.support.outputs import client_rows, rows, tensors
-from tests.support.tiny import run_tiny, tiny_config
+from tests.support.tiny import HERE, MIXED, run_tiny, tiny_config
 
 
 def config_at(folder: Path, **overrides: object) -> RunConfig:
@@ -48,11 +48,18 @@ def accuracies(config: RunConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("method", "rule"), [("mh-pfedhn", "adam"), ("mh-pfedhn-gd", "adam"), ("mh-pfedhn", "kernel")]
+    ("method", "rule", "models"),
+    [
+        ("mh-pfedhn", "adam", MIXED),
+        ("mh-pfedhn-gd", "adam", MIXED),
+        ("mh-pfedhn", "kernel", f"{HERE}:small"),  # two of a size would share nothing
+    ],
 )
-def test_only_embeddings_of_new_clients_learn(tmp_path: Path, method: str, rule: str) -> None:
+def test_only_embeddings_of_new_clients_learn(
+    tmp_path: Path, method: str, rule: str, models: str
+) -> None:
     nodes = simulated_nodes(6)
-    base = config_at(tmp_path, method=method, server_rule=rule)
+    base = config_at(tmp_path, method=method, server_rule=rule, models=models)
     run_tiny(base, node_configs=[nodes[i] for i in (0, 2, 4)])
     config = novel(base, tmp_path / "novel", rounds=24)
     run_tiny(config, node_configs=nodes)
