@@ -117,26 +117,40 @@ GD = DEFAULT_RULE | {"method": "mh-pfedhn-gd", "gd_mode": "fused", "evaluation":
 def test_nothing_of_a_bad_reply_enters_the_hypernetwork(
     tmp_path: Path, settings: dict[str, object], garbage: dict[str, Callable]
 ) -> None:
-    """A client whose every reply is rejected leaves phi exactly as if it had said nothing."""
+    """Clients whose every reply is rejected leave phi exactly as if they had said nothing.
+
+    Each of the first clients sends garbage of its own kind, the last four what they have learned.
+    """
+    kinds, count = [*garbage.values()], len(garbage) + 4
+
+    def training_of_a_liar(message: Message, context: Context) -> bool:
+        who = int(context.node_config["partition-id"])
+        return message.metadata.message_type == "train.personal" and who < len(kinds)
 
     def refuse(message: Message, context: Context, handler: Handler) -> Message:
-        training = message.metadata.message_type == "train.personal"
-        if training and context.node_config["partition-id"] == BAD:
+        if training_of_a_liar(message, context):
             raise RuntimeError("out of memory")
         return handler(message, context)
 
-    runs = {name: spoiling("train.personal", damage) for name, damage in garbage.items()}
+    def spoil(message: Message, context: Context, handler: Handler) -> Message:
+        reply = handler(message, context)
+        if training_of_a_liar(message, context):
+            kinds[int(context.node_config["partition-id"])](reply)
+        return reply
+
     found = {}
-    for name, app in {"silent": Wrapped(refuse), **runs}.items():
-        config = tiny_config(tmp_path / name, max_in_flight=0, buffer_size=0, **settings)
+    for name, handle in {"silent": refuse, "garbage": spoil}.items():
+        config = tiny_config(
+            tmp_path / name, max_in_flight=0, buffer_size=0, min_fraction=0.1,
+            num_partitions=count, **settings,
+        )  # fmt: skip
         config = config.with_overrides({"cache-dir": str(tmp_path / "cache")})
-        run_tiny(config, app=app)
-        assert [row["num_accepted"] for row in rows(config)] == [5, 5], name
+        run_tiny(config, app=Wrapped(handle), num_clients=count)
+        assert [row["num_accepted"] for row in rows(config)] == [4, 4], name
         found[name] = tensors(config)
-    for kind in garbage:
-        for name, tensor in found[kind].items():
-            assert torch.equal(tensor, found["silent"][name]), (kind, name)
-            assert torch.isfinite(tensor).all(), (kind, name)
+    for name, tensor in found["garbage"].items():
+        assert torch.equal(tensor, found["silent"][name]), name
+        assert torch.isfinite(tensor).all(), name
 
 
 def test_a_wrong_protocol_version_is_not_admitted(tmp_path: Path, logged: Lines) -> None:

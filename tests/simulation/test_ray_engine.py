@@ -71,6 +71,7 @@ def test_ray_and_one_process_give_the_same_numbers(experiment: str, tmp_path: Pa
     assert set(remains()) <= set(before)
 
 
+@pytest.mark.slow  # on Ray; what Flower says of a run is read in tests/unit/experiments as well
 def test_a_failed_run_is_not_taken_for_a_good_one(
     experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
