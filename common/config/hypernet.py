@@ -37,6 +37,13 @@ class HypernetSection(Section):
         where='head-sharing "tolerance"',
         gt=0,
     )
+    min_sharing: int = key(
+        3,
+        "fewer clients of a group share nothing, unless they are all or have a tag; of 2 that do, "
+        "each can compute what the other learns",
+        where=KERNEL,
+        ge=2,
+    )
     global_parameters: int = key(
         0,
         "size that everybody's global-model must have; 0: what most of the first to register have",

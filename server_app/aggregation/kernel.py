@@ -16,7 +16,7 @@ beta = max(0, min(1 - 5/N, t/(t + 3))) after t steps of the group: Nesterov's ow
 memory grows with what there is to remember (a long one overshoots the first rounds, when all deltas
 agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
 of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
-In a group of fewer than three each client moves by exactly its own delta, and b, u and v rest
+In a group of too few to share each client moves by exactly its own delta, and b, u and v rest
 (`KernelNetwork.is_private` says where, and why): training alone. A pass makes shared steps of g in
 all, in one piece or in N/n of them; no step has a gain above 1, beyond which the first rounds
 diverge.

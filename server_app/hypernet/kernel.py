@@ -5,10 +5,11 @@
 
 over the clients of a head group (docs/method.md, "What this project does by default"). b is what
 all of a group share, a_j what client j adds, and the embeddings decide who takes how much of whose:
-who joins takes from its like as soon as its embedding says who they are. Where fewer than three
-clients are of a size, each keeps to itself what it learns (`is_private`). The published heads are
-linear in H features of a client and hold H + 1 numbers for each parameter; this form holds N + 1
-and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0 beyond its end.
+who joins takes from its like as soon as its embedding says who they are. Where fewer than `min-
+sharing` clients are of a size, each keeps to itself what it learns (`is_private`). The published
+heads are linear in H features of a client and hold H + 1 numbers for each parameter; this form
+holds N + 1 and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0 beyond
+its end.
 
 Sums run over the clients sorted by name, so that nothing depends on who came first.
 
@@ -34,7 +35,6 @@ from server_app.clients import GLOBAL_ID
 from server_app.hypernet.base import Network
 from server_app.hypernet.groups import (
     GPU_FACTOR,
-    LEAST,
     TILE_BYTES,
     fresh_rows,
     gather,
@@ -116,14 +116,14 @@ class KernelNetwork(Network):
         """Whether a group is too small to share: each client keeps to itself what it learns.
 
         Of two that share, each can compute every change of the other, and spoil it; and whose size
-        one has, anybody chooses. So fewer than three share nothing, unless nobody else takes part,
-        or they chose one another by name ("-" in the key).
+        one has, anybody chooses. So fewer than `min-sharing` share nothing, unless nobody else
+        takes part, or they chose one another by name ("-" in the key).
         """
         counts = [
             sum(not client_id.startswith(GLOBAL_ID) for client_id in client_ids)
             for client_ids in (self.members(key), self._sizes)
         ]
-        return "-" not in key and counts[0] < min(LEAST, max(2, counts[1]))
+        return "-" not in key and counts[0] < min(self.section.min_sharing, max(2, counts[1]))
 
     def kernel(self, key: str, client_ids: Sequence[str]) -> tuple[list[str], Tensor]:
         """Return K_ij (n, N) of clients of one group, and the clients j."""

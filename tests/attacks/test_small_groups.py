@@ -26,7 +26,7 @@ def client(name: str, size: int = VICTIM) -> Client:
 class Server:
     """The server's half of a run of MH-pFedHN-PG, over deltas that are drawn."""
 
-    def __init__(self, clients: list[Client], **settings: str) -> None:
+    def __init__(self, clients: list[Client], **settings: str | int) -> None:
         keys = {"method": "mh-pfedhn-pg", **{k.replace("_", "-"): v for k, v in settings.items()}}
         self.method: MHpFedHN = MHpFedHNPG(MHpFedHNPG.adapted(RunConfig.parse(keys)))
         self.rng, self.rounds = np.random.default_rng(1), 0
@@ -105,6 +105,8 @@ def test_three_share_and_so_do_two_who_are_all_or_chose_one_another() -> None:
     two = [client("a"), client("b")]
     assert not shares(Server([*OTHERS, *two]), "a", "b")
     assert shares(Server(two), "a", "b")
+    assert shares(Server([*OTHERS, *two], min_sharing=2), "a", "b")
+    assert not shares(Server([*OTHERS, *two, client("c")], min_sharing=4), "a", "b")
     assert shares(Server([*OTHERS, *two, client("c")]), "a", "b")
     named = [Client(n, VICTIM, 100, num_global_parameters=COMMON, group="1f0c") for n in "ab"]
     strangers = [
