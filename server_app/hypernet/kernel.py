@@ -5,11 +5,11 @@
 
 over the clients of a head group (docs/method.md, "What this project does by default"). b is what
 all of a group share, a_j what client j adds, and the embeddings decide who takes how much of whose:
-who joins takes from its like as soon as its embedding says who they are. Where fewer than `min-
-sharing` clients are of a size, each keeps to itself what it learns (`is_private`). The published
-heads are linear in H features of a client and hold H + 1 numbers for each parameter; this form
-holds N + 1 and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0 beyond
-its end.
+who joins takes from its like as soon as its embedding says who they are. Where fewer than
+`min-sharing` clients are of a size, each keeps to itself what it learns (`is_private`). The
+published heads are linear in H features of a client and hold H + 1 numbers for each parameter; this
+form holds N + 1 and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0
+beyond its end.
 
 Sums run over the clients sorted by name, so that nothing depends on who came first.
 
