@@ -17,7 +17,7 @@ memory grows with what there is to remember (a long one overshoots the first rou
 agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
 of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
 In a group of too few to share each client moves by exactly its own delta, and b, u and v rest
-(`KernelNetwork.is_private` says where, and why): training alone. A pass makes shared steps of g in
+(`KernelNetwork.num_sharing` says where, and why): training alone. A pass makes shared steps of g in
 all, in one piece or in N/n of them; no step has a gain above 1, beyond which the first rounds
 diverge.
 
@@ -97,28 +97,29 @@ class KernelRule(Rule):
 
         w_g's mean delta is followed whole, r = 1, which is FedAvg's step; it is like nobody.
         """
-        network = self.hypernet
-        private = {part.key for part in parts if network.is_private(part.key)}
         for part in parts:
-            if part.key in private - self.frozen_groups:
+            if num_clients := self.hypernet.num_sharing(part.key):
+                self._move_together(self._released(part), num_clients, factor, is_global)
+            else:
                 self._move_alone(part, factor)
-        for part in (self._released(part) for part in parts if part.key not in private):
-            num_clients, n = len(network.members(part.key)), len(part.deltas)
-            memory, learns = self._memory_of(part), part.key not in self.frozen_groups
-            beta, gain = gains(self.section.personal_gain, num_clients, memory.steps)
-            gain = factor * (1.0 if is_global else gain)
-            if learns:
-                self._move_shared(part, memory, beta, min(1.0, n / num_clients), factor)
-            for client_id, delta, weight in zip(
-                part.client_ids, part.deltas, part.within, strict=True
-            ):
-                change = delta - memory.mean[: len(delta)]
-                if learns:
-                    network.personal[client_id].sub_(change, alpha=gain * n * weight)
-                if not is_global and self.privacy is None:
-                    embedding = network.embeddings[client_id]
-                    embedding += network.groups[part.key].sketch(change, len(embedding))
         return Moved()
+
+    def _move_together(
+        self, part: GroupDeltas, num_clients: int, factor: float, is_global: bool
+    ) -> None:
+        network, n = self.hypernet, len(part.deltas)
+        memory, learns = self._memory_of(part), part.key not in self.frozen_groups
+        beta, gain = gains(self.section.personal_gain, num_clients, memory.steps)
+        gain = factor * (1.0 if is_global else gain)
+        if learns:
+            self._move_shared(part, memory, beta, min(1.0, n / num_clients), factor)
+        for client_id, delta, weight in zip(part.client_ids, part.deltas, part.within, strict=True):
+            change = delta - memory.mean[: len(delta)]
+            if learns:
+                network.personal[client_id].sub_(change, alpha=gain * n * weight)
+            if not is_global and self.privacy is None:
+                embedding = network.embeddings[client_id]
+                embedding += network.groups[part.key].sketch(change, len(embedding))
 
     @torch.no_grad()
     def start_anew(self, key: str) -> None:
@@ -139,9 +140,7 @@ class KernelRule(Rule):
 
     def _released(self, part: GroupDeltas) -> GroupDeltas:
         """Clip each client's newest delta and noise their mean, where others may see it."""
-        privacy, (first, *_) = self.privacy, part.client_ids
-        own = self.hypernet.section.head_sharing == "own" and part.key.partition("-")[2] == first
-        if privacy is None or own:
+        if (privacy := self.privacy) is None:
             return part
         newest = dict(reversed([*zip(part.client_ids, part.deltas, strict=True)]))
         deltas = [clipped(newest[client_id], privacy.clip) for client_id in sorted(newest)]
@@ -169,7 +168,10 @@ class KernelRule(Rule):
         memory.steps += 1
 
     def _move_alone(self, part: GroupDeltas, factor: float) -> None:
-        """Move each client by the mean of its own deltas of this step, and nobody else."""
+        """Move each client by the mean of its own deltas of this step, and nobody else.
+
+        In frozen groups too: who learned before sends no delta, and the new ones share nothing.
+        """
         total: dict[str, float] = {}
         for client_id, weight in zip(part.client_ids, part.within, strict=True):
             total[client_id] = total.get(client_id, 0.0) + weight

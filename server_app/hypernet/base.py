@@ -137,9 +137,9 @@ class Network(ABC):
         self._require(client_id)
         return self._keys[client_id]
 
-    def is_private(self, key: str) -> bool:
-        """Whether each client of a head group keeps to itself what it learns."""
-        return False
+    def num_sharing(self, key: str) -> int:
+        """Count who shares in a head group; 0 where each client keeps to itself what it learns."""
+        return len(self.members(key))
 
     # --- generate --------------------------------------------------------------------------------
 

@@ -137,7 +137,8 @@ class NormClip:
     ) -> list[Update]:
         """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
 
-        `size_of` says how many clients a group has. The updates come back sorted by client, and do
+        `size_of` says how many clients share in a group; where nobody does, each has what it sent
+        to itself, and nothing is clipped. The updates come back sorted by client, and do
         not depend on the order in which replies arrived.
         """
         if not self._factor:
@@ -146,9 +147,10 @@ class NormClip:
         norms = [float(torch.linalg.vector_norm(u.delta.double())) for u in ordered]
         clipped = dict(enumerate(ordered))
         for key, positions in members_by_group((u.client_id for u in ordered), group_of).items():
+            if not (size := size_of(key)):
+                continue
             known = self._norms.setdefault(key, {})
             known.update((ordered[i].client_id, norms[i]) for i in positions)
-            size = size_of(key)
             if len(known) < LEAST and size < LEAST:
                 self._note([(norms[i], len(ordered[i].delta)) for i in positions], key)
             bound = self._bound(key, size)

@@ -6,7 +6,7 @@
 over the clients of a head group (docs/method.md, "What this project does by default"). b is what
 all of a group share, a_j what client j adds, and the embeddings decide who takes how much of whose:
 who joins takes from its like as soon as its embedding says who they are. Where fewer than
-`min-sharing` clients are of a size, each keeps to itself what it learns (`is_private`). The
+`min-sharing` clients are of a size, each keeps to itself what it learns (`num_sharing`). The
 published heads are linear in H features of a client and hold H + 1 numbers for each parameter; this
 form holds N + 1 and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0
 beyond its end.
@@ -33,13 +33,7 @@ from common.config import HypernetSection
 from common.seeding import torch_generator
 from server_app.clients import GLOBAL_ID
 from server_app.hypernet.base import Network
-from server_app.hypernet.groups import (
-    GPU_FACTOR,
-    TILE_BYTES,
-    fresh_rows,
-    gather,
-    group_order,
-)
+from server_app.hypernet.groups import GPU_FACTOR, TILE_BYTES, fresh_rows, gather, group_order
 
 
 @dataclass(frozen=True)
@@ -112,22 +106,25 @@ class KernelNetwork(Network):
     def _forget(self, client_id: str) -> None:
         del self.personal[client_id], self.embeddings[client_id]
 
-    def is_private(self, key: str) -> bool:
-        """Whether a group is too small to share: each client keeps to itself what it learns.
+    def num_sharing(self, key: str) -> int:
+        """Count who shares in a group: nobody in one that is too small.
 
         Of two that share, each can compute every change of the other, and spoil it; and whose size
         one has, anybody chooses. So fewer than `min-sharing` share nothing, unless nobody else
-        takes part, or they chose one another by name ("-" in the key).
+        takes part, or they chose one another by name ("-" in the key); and one alone never does:
+        what it learned by itself is not sent to whoever comes next.
         """
-        counts = [
+        members = self.members(key)
+        here, everybody = (
             sum(not client_id.startswith(GLOBAL_ID) for client_id in client_ids)
-            for client_ids in (self.members(key), self._sizes)
-        ]
-        return "-" not in key and counts[0] < min(self.section.min_sharing, max(2, counts[1]))
+            for client_ids in (members, self._sizes)
+        )
+        least = 2 if "-" in key else min(self.section.min_sharing, max(2, everybody))
+        return len(members) if here >= least else 0
 
     def kernel(self, key: str, client_ids: Sequence[str]) -> tuple[list[str], Tensor]:
         """Return K_ij (n, N) of clients of one group, and the clients j."""
-        if self.is_private(key):
+        if not self.num_sharing(key):
             return list(client_ids), torch.eye(len(client_ids), device=self.device)
         members = self.members(key)
         v_nE, w_NE = (

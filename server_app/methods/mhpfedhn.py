@@ -167,14 +167,9 @@ class MHpFedHN(Method[Deltas]):
                 found = Upload(upload.client, upload.num_examples, shared, upload.staleness)
                 self._global_uploads[upload.client.client_id] = found
         updates = [update for upload in uploads for update in self.updates(upload)]
-        group_of, members = self.hypernet.group_key, self.hypernet.members
-        keys = {group_of(update.client_id) for update in updates}
-        private = set(filter(self.hypernet.is_private, keys))
-        alone = [update for update in updates if group_of(update.client_id) in private]
-        together = [update for update in updates if group_of(update.client_id) not in private]
-        usual = self.clip.clip_all(together, group_of, lambda key: len(members(key)))
+        usual = self.clip.clip_all(updates, self.hypernet.group_key, self.hypernet.num_sharing)
         self._start_anew()
-        return self.rule.step([*usual, *alone], progress=progress)
+        return self.rule.step(usual, progress=progress)
 
     def start_over(self) -> bool:
         """See `Method.start_over`."""

@@ -104,8 +104,7 @@ def test_a_piece_in_two_places_is_stored_once(link: Link) -> None:
 
 def test_a_piece_is_pushed_for_ones_own_reply(link: Link) -> None:
     evil, good = link.nodes
-    sent = link.send(good)
-    answer = link.answer(link.fetch(good), vector()[1])
+    sent, answer = link.ask(good)
     parts = get_all_nested_objects(answer)
     names = link.announce(good, answer).objects_to_push
     for stolen in ("", sent, "f" * 64):

@@ -17,8 +17,8 @@ from tests.support.link import Link, vector
 def test_a_reply_is_whole_before_anybody_sees_it(link: Link) -> None:
     """The server does not wait for pieces, and what is half there is in nobody's way."""
     node = link.nodes[0]
-    sent = link.send(node)
-    answer, before = link.answer(link.fetch(node), vector()[1]), link.num_pieces()
+    sent, answer = link.ask(node)
+    before = link.num_pieces()
     response, parts = link.announce(node, answer), get_all_nested_objects(answer)
     for name in response.objects_to_push:
         assert link.num_pieces() == before
@@ -35,8 +35,7 @@ def test_a_node_that_did_not_hear_the_answer_goes_on(
 ) -> None:
     """It asks again; a reply that could not be stored is stored when it asks the next time."""
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
     first, *others = link.announce(node, answer).objects_to_push
     parts = {name: one.deflate() for name, one in get_all_nested_objects(answer).items()}
     link.push(node, sent, first, parts[first])
@@ -59,8 +58,7 @@ def test_what_the_database_never_takes_is_given_up(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
     monkeypatch.setattr(link.state, "store_object", lambda *_: False)
     with pytest.raises(NotStoredError):
         link.hand_in(node, answer)
@@ -77,8 +75,7 @@ def test_only_some_wait_for_their_turn(link: Link, monkeypatch: pytest.MonkeyPat
     """Each holds a thread of the SuperLink; more are told to come again, and lose nothing."""
     monkeypatch.setattr(link.guard, "_waiting", Semaphore(0))
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
     for _ in range(2 * MOST_FAILURES):
         with pytest.raises(BusyError, match="many replies"):
             link.hand_in(node, answer)
@@ -91,8 +88,7 @@ def test_only_some_wait_for_their_turn(link: Link, monkeypatch: pytest.MonkeyPat
 def test_a_reply_outlives_a_restart(link: Link) -> None:
     """What was taken is not given up because the node repeats itself."""
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
     parts = {name: one.deflate() for name, one in get_all_nested_objects(answer).items()}
     *_, last = link.announce(node, answer).objects_to_push
     link.hand_in(node, answer)
@@ -107,8 +103,7 @@ def test_a_reply_outlives_a_restart(link: Link) -> None:
 def test_a_piece_that_comes_just_now_counts(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look for idle replies and the end of one, its last piece may come."""
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
     link.announce(node, answer)
     idle = link.guard._inbox.idle
 
@@ -127,8 +122,7 @@ def test_a_piece_that_comes_just_now_counts(link: Link, monkeypatch: pytest.Monk
 
 def test_a_disk_that_is_full_ends_one_reply(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
 
     def write(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -151,8 +145,7 @@ def test_the_server_is_told_that_a_reply_will_not_come(
 ) -> None:
     """Where its node hands in another, pushes no more, or the SuperLink has forgotten it."""
     node = link.nodes[0]
-    sent = link.send(node)
-    answer = link.answer(link.fetch(node), vector()[1])
+    sent, answer = link.ask(node)
     name = link.announce(node, answer).objects_to_push[0]
     piece = get_all_nested_objects(answer)[name].deflate()
     assert link.push(node, sent, name, piece)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
+import torch
 
 from common.config import RunConfig
 from server_app.clients import Client
@@ -113,6 +114,30 @@ def test_three_share_and_so_do_two_who_are_all_or_chose_one_another() -> None:
         Client(o.client_id, 2_000, 100, num_global_parameters=COMMON, group="77") for o in OTHERS
     ]
     assert shares(Server([*strangers, *named], head_sharing="tag"), "a", "b")
+
+
+def test_a_new_one_of_two_learns_by_itself_where_all_else_is_frozen() -> None:
+    server = Server([*OTHERS, client("old")])
+    server.round()
+    server.method.rule.freeze(server.method.hypernet.groups)
+    server.clients = []
+    server.join(client("new"))
+    old = server.method.hypernet.personal["old"].clone()
+    before = server.theta("new")
+    sent = server.round()
+    np.testing.assert_allclose(before - server.theta("new"), sent["new"], atol=1e-6)
+    assert torch.equal(server.method.hypernet.personal["old"], old)
+
+
+def test_two_replies_of_one_step_count_as_their_mean() -> None:
+    server = Server([*OTHERS, client("a")])
+    before, one = server.theta("a"), server.clients[-1]
+    common = np.zeros(COMMON, np.float32)
+    deltas = [np.full(VICTIM, x, np.float32) for x in (0.01, 0.03)]
+    server.method.learn(
+        [Upload(one, 100, Deltas(delta, common)) for delta in deltas], server_round=1, progress=1.0
+    )
+    np.testing.assert_allclose(before - server.theta("a"), 0.02, atol=1e-6)
 
 
 def test_common_models_are_shared_whatever_the_architectures_are() -> None:

@@ -203,6 +203,11 @@ class Link:
         answer.metadata.__dict__["_message_id"] = answer.object_id
         return answer
 
+    def ask(self, node: int) -> tuple[str, FlowerMessage]:
+        """Send a node a message that it takes; return its id, and a reply with a vector."""
+        sent = self.send(node)
+        return sent, self.answer(self.fetch(node), vector()[1])
+
     def announce(self, node: int, answer: FlowerMessage) -> Any:
         """Hand in a reply, without its pieces; return the response."""
         proto = message_to_proto(answer)
