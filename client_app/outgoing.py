@@ -53,7 +53,6 @@ def without_paths(
     text repeats what the server's run config says, that is replaced whole, whatever is in it: else
     the server would learn that it has guessed a path. It cannot cut one in two either.
     """
-    text = text[: 2 * MOST_TEXT]
     own = {str(v): f"<{key}>" for key, v in node_config.items() if key not in KNOWN}
     own |= dict.fromkeys((str(Path.cwd()), str(Path.home())), HIDDEN)
     paths: Spans = [(*found.span(), HIDDEN) for found in _PATH.finditer(text)]
@@ -68,7 +67,7 @@ def without_paths(
         return before >= 0 and place < ends[before]
 
     whole = [span for span in said if not cuts(span[0]) and not cuts(span[1])]
-    return _replaced(text, _merged([*whole, *hidden]))
+    return _replaced(text, _merged([*whole, *hidden]))[:MOST_TEXT]
 
 
 def _found(text: str, values: Mapping[str, str], *, least: int, further: str = "") -> Spans:
@@ -99,6 +98,4 @@ def _replaced(text: str, spans: Spans) -> str:
     for start, end, name in spans:
         parts += [text[place:start], name]
         place = end
-        if place >= MOST_TEXT:
-            break
-    return "".join([*parts, text[place:MOST_TEXT]])
+    return "".join([*parts, text[place:]])

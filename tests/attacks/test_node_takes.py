@@ -23,7 +23,7 @@ __all__ = ["identity"]
 pytestmark = pytest.mark.usefixtures("identity")
 
 
-@pytest.mark.parametrize("config", [{"batch-size": 2, "no-such-key": 1}, {"models": "x" * 70_000}])
+@pytest.mark.parametrize("config", [{"models": "cnn", "no-such-key": 1}, {"models": "x" * 70_000}])
 def test_a_configuration_that_is_no_runs_of_the_app_is_refused(
     monkeypatch: pytest.MonkeyPatch, config: dict[str, Scalar]
 ) -> None:
@@ -93,10 +93,18 @@ def test_nor_is_one_of_too_many_or_too_large_pieces(monkeypatch: pytest.MonkeyPa
     many = ObjectTree(object_id=tree.object_id, children=[tree.children[0]] * 1000)
     assert take(node, packed(), (message, pieces, many)) == RUN + 1
     assert node.to_send()[-1].error.code == ErrorCode.INVALID_FAB
-    monkeypatch.setattr(node_guard, "LARGEST_REPLY", 2000)
-    before = left(node)
-    assert take(node, packed(), question(size=1000)) is None
+    monkeypatch.setattr(node_guard, "LARGEST_REPLY", 20_000)
+    before, fetched = left(node), []
+    message, pieces, tree = question(size=1000, count=25)
+
+    class Served(dict[str, bytes]):
+        def __getitem__(self, name: str) -> bytes:
+            fetched.append(name)
+            return super().__getitem__(name)
+
+    assert take(node, packed(), (message, Served(pieces), tree)) is None
     assert left(node) == before
+    assert 5 <= len(fetched) < len(pieces) - 10, "it is not fetched to its end"
 
 
 def test_of_runs_and_apps_the_newest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

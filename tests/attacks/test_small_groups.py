@@ -81,14 +81,28 @@ def test_nor_does_it_move_it(lie: str) -> None:
 
 
 def test_what_it_sent_costs_nobody_anything_when_a_third_joins() -> None:
-    """Its deltas turn out absurd then: it starts anew, if anybody, and not the victim."""
+    """Its deltas turn out absurd then: a group that had shared them would start anew."""
     server = Server([*OTHERS, client("victim"), client("liar")])
-    for _ in range(3):
-        server.round({"liar": SPOIL["noise"]})
-    before = server.theta("victim")
+    for _ in range(12):
+        sent = server.round({"liar": SPOIL["noise"]})
+    before, own = server.theta("victim"), np.linalg.norm(sent["victim"])
+    assert np.linalg.norm(before) > 3 * own
     server.join(client("third"))
     server.round()
-    assert np.linalg.norm(server.theta("victim") - before) < 0.1 * np.linalg.norm(before) + 2
+    assert np.linalg.norm(server.theta("victim") - before) < 2 * own
+
+
+def test_two_that_are_left_of_three_share_nothing_any_more() -> None:
+    server = Server([*OTHERS, client("a"), client("b"), client("c")])
+    alike = server.rng.normal(0, 0.01, VICTIM).astype(np.float32)
+    for _ in range(3):
+        server.round(dict.fromkeys("abc", lambda delta: alike + 0.1 * delta))
+    server.method.forget_client("c")
+    server.clients.pop()
+    for lie in SPOIL.values():
+        before = server.theta("a")
+        sent = server.round({"b": lie})
+        np.testing.assert_allclose(before - server.theta("a"), sent["a"], atol=1e-5)
 
 
 def shares(server: Server, one: str, other: str) -> bool:

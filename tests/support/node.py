@@ -113,16 +113,18 @@ def packed(name: str = "mh-pfedhn", version: str = "0.1.0") -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as app:
         text += f'[tool.flwr.app]\npublisher = "lab"\n{components}'
+        text += '[tool.flwr.app.config]\nmodels = ""\n'
         app.writestr("pyproject.toml", text)
     return file.getvalue()
 
 
 def question(
-    *, run_id: int = RUN + 1, node: int = NODE, reply_to: str = "", size: int = 0
+    *, run_id: int = RUN + 1, node: int = NODE, reply_to: str = "", size: int = 0, count: int = 1
 ) -> tuple[Message, dict[str, bytes], ObjectTree]:
-    """Return a message with an array of so many numbers, its pieces, and how they belong."""
-    arrays = {"arrays": ArrayRecord({"theta": Array(np.arange(size, dtype=np.float32))})}
-    message = Message(RecordDict(arrays if size else {}), node, "query.register")
+    """Return a message with arrays of so many numbers, its pieces, and how they belong."""
+    drawn = np.random.default_rng(0).random((count, size), np.float32)
+    arrays = ArrayRecord({f"array {i}": Array(x) for i, x in enumerate(drawn)})
+    message = Message(RecordDict({"arrays": arrays} if size else {}), node, "query.register")
     own = {"_run_id": run_id, "_reply_to_message_id": reply_to}
     message.metadata.__dict__.update(own)
     message.metadata.__dict__["_message_id"] = message.object_id
