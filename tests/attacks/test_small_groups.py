@@ -95,8 +95,11 @@ def test_what_it_sent_costs_nobody_anything_when_a_third_joins() -> None:
 def test_two_that_are_left_of_three_share_nothing_any_more() -> None:
     server = Server([*OTHERS, client("a"), client("b"), client("c")])
     alike = server.rng.normal(0, 0.01, VICTIM).astype(np.float32)
+    kinds = {"a": alike, "b": alike, "c": -alike}
     for _ in range(3):
-        server.round(dict.fromkeys("abc", lambda delta: alike + 0.1 * delta))
+        server.round({n: lambda delta, x=x: x + 0.1 * delta for n, x in kinds.items()})
+    names, likeness = server.method.hypernet.kernel(server.method.hypernet.group_key("a"), ["a"])
+    assert likeness[0, names.index("b")] > 0.2
     server.method.forget_client("c")
     server.clients.pop()
     for lie in SPOIL.values():
