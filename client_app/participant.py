@@ -5,6 +5,7 @@ Imports torch; `app.py` decides in which process it runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from client_app.privacy import Privacy, note_clear
 from client_app.shelf import Shelf
 from client_app.store import ClientState, FolderState, open_state, personal_folder
 from client_app.training.early import train_to_best
-from client_app.training.loop import Loss, Trained, rate_of_round, train
+from client_app.training.loop import Loss, Trained, train
 from common.config import ClientSection, NodeConfig, RunConfig, TrainingSection, declared
 from common.errors import ConfigError, DataError, WireError
 from common.log import logger
@@ -34,6 +35,13 @@ from common.records import Content, Received, encode
 
 MOST_VERSIONS = 19
 """Of what a deployed participant keeps, whatever `checkpoint-every` its server has."""
+
+
+def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:
+    """Return the local rate in a round, 1 to `rounds`: along a cosine to `learning-rate-final`."""
+    passed = min((server_round - 1) / max(rounds - 1, 1), 1.0)
+    final = section.learning_rate_final
+    return section.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * passed)) / 2)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from client_app.models.building import ModelKind, built, draw_theta, flatten, trainable
 from client_app.training.allocator import keep_freed_memory
+from client_app.training.recording import GraphCapture, Recorder
 from common.errors import ConfigError, ModelError
 from common.log import logger
 from common.seeding import stream_seed
@@ -32,7 +33,7 @@ class FlatModel:
 
     Loading `theta` (P,), float32, is one copy, reading it none, and an optimiser sees a single
     tensor however many layers the model has. `theta.grad` (P,) has all gradients. What is frozen
-    stays as it was built.
+    stays as it was built. `recorder` records its training steps; None: they run as they are.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -41,6 +42,9 @@ class FlatModel:
         self.module, self.has_trained = module, False
         self.theta = nn.Parameter(flatten(module))
         self.theta.grad = torch.zeros_like(self.theta)
+        self.recorder: Recorder | None = None
+        if self.theta.is_cuda:
+            self.recorder = Recorder(module, self.theta, GraphCapture(self.theta.device))
         self._named = trainable(module)
         self._parameters = list(self._named.values())
         offset = 0

@@ -6,11 +6,10 @@ layout of `model.named_parameters()`: each tensor flattened row-major, one after
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Literal, Protocol
 
@@ -24,6 +23,7 @@ from client_app.models.building import watching_draws
 from client_app.models.instances import FlatModel
 from client_app.training.allocator import warn_of_slow_bfloat16
 from client_app.training.optim import AdamW
+from client_app.training.recording import Step
 from common.config import TrainingSection
 from common.errors import ModelError
 from common.messages import Evaluation
@@ -83,10 +83,9 @@ def label_loss(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Return `loss_of` with labels smoothed by `label-smoothing`, or one's own, as it is."""
-    if own:
-        losses = own(logits, labels)
-        return losses.mean() if reduction == "mean" else losses
-    return loss_of(logits, labels, smoothing=section.label_smoothing, reduction=reduction)
+    if own is None:
+        return loss_of(logits, labels, smoothing=section.label_smoothing, reduction=reduction)
+    return own(logits, labels).mean() if reduction == "mean" else own(logits, labels)
 
 
 def loss_of(
@@ -143,19 +142,19 @@ def distilled(
 
 @dataclass(frozen=True)
 class Teacher:
-    """A common model as it was sent, and its weight: frozen, in evaluation mode, no graph."""
+    """A common model as it was sent, and its weight, a scalar: frozen, in evaluation mode."""
 
     module: nn.Module
-    alpha: float
+    alpha: Tensor = field(compare=False)
     temperature: float
 
-    def loss(self, images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
         """Return the mean loss of a batch; as `Loss`."""
         self.module.eval()
         with torch.no_grad():
             teacher = self.module(images)
-        settings = {"alpha": self.alpha, "temperature": self.temperature}
-        return distilled(logits, teacher, labels, hard, **settings).mean()
+        given = (logits, teacher, labels, hard)
+        return distilled(*given, alpha=self.alpha, temperature=self.temperature).mean()
 
 
 def mixed_precision(section: TrainingSection, device: torch.device) -> torch.autocast:
@@ -167,30 +166,28 @@ def mixed_precision(section: TrainingSection, device: torch.device) -> torch.aut
 
 
 class MomentumSGD:
-    """Descends theta (..., P) in place as torch.optim.SGD would; its momentum starts at zero."""
+    """Descends theta (..., P) in place as torch.optim.SGD would.
+
+    Its `state`, the momentum, starts at zero; `rate` is a scalar on theta's device.
+    """
 
     def __init__(self, theta: Tensor, section: TrainingSection) -> None:
         self._theta, self._section = theta.detach(), section
+        self.rate = torch.tensor(section.learning_rate, device=theta.device)
         self._momentum = torch.zeros_like(self._theta)
+        self.state = (self._momentum,)
 
     @torch.no_grad()
     def step(self, gradient: Tensor, of: slice | EllipsisType = ...) -> None:
         """Descend along a gradient (..., P) with the models `of` a stack, or with all."""
         theta, momentum, section = self._theta[of], self._momentum[of], self._section
         momentum.mul_(section.momentum).add_(gradient).add_(theta, alpha=section.weight_decay)
-        theta.sub_(momentum, alpha=section.learning_rate)
+        theta.sub_(momentum * self.rate)
 
 
 def make_optimizer(theta: Tensor, section: TrainingSection) -> MomentumSGD | AdamW:
     """Make what descends theta (..., P) by `optimizer`, its state afresh."""
     return (AdamW if section.optimizer == "adamw" else MomentumSGD)(theta, section)
-
-
-def rate_of_round(section: TrainingSection, server_round: int, rounds: int) -> float:
-    """Return the local rate in a round, 1 to `rounds`: along a cosine to `learning-rate-final`."""
-    passed = min((server_round - 1) / max(rounds - 1, 1), 1.0)
-    final = section.learning_rate_final
-    return section.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * passed)) / 2)
 
 
 def train(
@@ -212,25 +209,33 @@ def train(
     clip : whether the gradient's norm is clipped at `client-clip-norm` (w_g is trained without).
     """
     started = time.monotonic()
-    optimizer = make_optimizer(model.theta, section)
+    optimizer, classes, own = make_optimizer(model.theta, section), data.num_classes, data.loss
+    sums = torch.zeros(2, device=model.theta.device)  # of losses, of examples
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        with mixed_precision(section, images.device):
+            logits = logits_of(model.module, images, classes).float()
+            value = label_loss(logits, labels, section, own)
+            value = loss(images, logits, labels, value) if loss else value
+        model.backward(value)
+        if clip:
+            nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
+        optimizer.step(model.gradient)
+        sums.add_(torch.stack([value.detach(), torch.ones_like(value)]), alpha=len(labels))
+
+    take: Step = step
+    if model.recorder and (loss is None or isinstance(loss, Teacher)):
+        recipe = (section.model_copy(update={"learning_rate": 0.0}), classes, id(own), loss, clip)
+        settings = (sums, optimizer.rate, *optimizer.state, *([loss.alpha] if loss else []))
+        take, (sums, *_) = model.recorder.begin(recipe, step, settings)
     model.module.train()
-    total, seen = torch.zeros((), device=model.theta.device), 0
-    with nullcontext() if model.has_trained else watching_draws(model.module, total.device):
+    with nullcontext() if model.has_trained else watching_draws(model.module, sums.device):
         for _ in range(section.local_epochs):
             for images, labels in data.batches(section.batch_size, generator):
-                with mixed_precision(section, images.device):
-                    logits = logits_of(model.module, images, data.num_classes).float()
-                    value = label_loss(logits, labels, section, data.loss)
-                    value = loss(images, logits, labels, value) if loss else value
-                model.backward(value)
-                if clip:
-                    nn.utils.clip_grad_norm_([model.theta], section.client_clip_norm)
-                optimizer.step(model.gradient)
-                total += value.detach() * len(labels)
-                seen += len(labels)
+                take(images, labels)
     model.has_trained = True
     model.require_views()
-    return Trained(data.num_train, float(total) / seen, time.monotonic() - started)
+    return Trained(data.num_train, float(sums[0] / sums[1]), time.monotonic() - started)
 
 
 @torch.no_grad()

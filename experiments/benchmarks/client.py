@@ -6,6 +6,7 @@ leaves most of the chip idle; on a CPU the grouped kernels are the slower ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
@@ -77,7 +78,10 @@ def random_client(num_train: int, num_test: int, device: str = "cpu") -> ClientD
 
 
 def client_step(name: str, device: str, machine: Machine, repeats: int, steps: int = 4) -> Row:
-    """Time one step of a model at batch 64 (seconds a step), with the plain script beside it."""
+    """Time one step of a model at batch 64 (seconds a step), with the plain script beside it.
+
+    On a GPU `graph_ratio` is how much slower it is where its kernels are launched one by one.
+    """
     section, algorithm = TrainingSection(batch_size=BATCH), reference()
     data = random_client(BATCH * steps, BATCH, device)
     model, plain = FlatModel(build(name).to(device)), build(name).to(device)
@@ -87,18 +91,22 @@ def client_step(name: str, device: str, machine: Machine, repeats: int, steps: i
         batches = moved(loader, device)
         algorithm.local_training(plain, batches, hyper=algorithm.Hyper(), clip=CLIP_NORM)
 
-    found = take_turns(
-        {
-            "step": lambda: train(model, data, section, generator=shuffle),
-            "dataloader_step": script,
-            "batches": lambda: [None for _ in data.batches(BATCH, shuffle)],
-            "dataloader_batches": lambda: [None for _ in loader],
-            "test_batch": lambda: [evaluate(model, data) for _ in range(steps)],
-        },
-        repeats,
-    )
+    ways: dict[str, Callable[[], object]] = {
+        "step": lambda: train(model, data, section, generator=shuffle),
+        "dataloader_step": script,
+        "batches": lambda: [None for _ in data.batches(BATCH, shuffle)],
+        "dataloader_batches": lambda: [None for _ in loader],
+        "test_batch": lambda: [evaluate(model, data) for _ in range(steps)],
+    }
+    if model.recorder:
+        eager = FlatModel(build(name).to(device))
+        eager.recorder = None
+        ways["eager_step"] = lambda: train(eager, data, section, generator=shuffle)
+    found = take_turns(ways, repeats)
     row: Row = {f"{key}_seconds": timing.best / steps for key, timing in found.items()}
     row["ratio"] = row["dataloader_step_seconds"] / row["step_seconds"]
+    if model.recorder:
+        row["graph_ratio"] = row["eager_step_seconds"] / row["step_seconds"]
     if device == "cpu":
         with FlopCounterMode(display=False) as counter:
             build(name)(torch.zeros(BATCH, 3, 32, 32)).sum().backward()

@@ -65,7 +65,7 @@ def run_suite(args: argparse.Namespace) -> int:
 
 def _measures(work: Workload, machine: Machine, repeats: int) -> dict[str, Callable[[], Row]]:
     quick = work.quick
-    models = ("cnn",) if quick else ("cnn", "vgg8", "resnet10")
+    models = ("cnn",) if quick else ("cnn", "vgg8", "resnet10", "vit")
     many = work if quick else replace(work, num_clients=MANY_CLIENTS)
     rounds, counts = (3, (2,)) if quick else (300, (10, 20, 40, 80))
     usual_s, turns = (0.2, 1) if quick else (4.0, 2)

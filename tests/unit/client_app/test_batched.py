@@ -75,7 +75,7 @@ def compare(
         for name, buffer in module.named_buffers():
             buffer.copy_(fresh[name])
         order = torch.Generator().manual_seed(i)
-        loss = teacher_of(teachers, i).loss if teachers else None
+        loss = teacher_of(teachers, i) if teachers else None
         trained = train(model, data, section, generator=order, loss=loss, clip=clip)
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         expected.append((model.theta.detach().clone(), buffers, trained))
@@ -106,7 +106,7 @@ def teachers(count: int) -> Teachers:
 def teacher_of(teachers: Teachers, client: int) -> Teacher:
     module = deepcopy(teachers.module)
     module.load_state_dict({k: x[client % len(x)] for k, x in teachers.state.items()})
-    return Teacher(module, float(teachers.alphas[client]), teachers.temperature)
+    return Teacher(module, teachers.alphas[client], teachers.temperature)
 
 
 def small_normed(dropout: float = 0.0) -> nn.Module:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from client_app.models.cnn import CNN
 from client_app.models.registry import build_model
 from client_app.models.vgg import VGG8
+from client_app.participant import rate_of_round
 from client_app.training.allocator import keep_freed_memory
 from client_app.training.loop import (
     FlatModel,
     evaluate,
     label_loss,
     make_optimizer,
-    rate_of_round,
     train,
 )
 from common.config import TrainingSection
@@ -197,6 +197,7 @@ from client_app.training.loop import evaluate
 from client_app.training.loop import train
 from client_app.models.building import ModelKind
 from client_app.models.instances import instance_of
+from client_app.participant import rate_of_round
 from common.config import TrainingSection
 from tests.unit.client_app.pictures import client_data
 
