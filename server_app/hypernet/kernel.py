@@ -119,6 +119,8 @@ class KernelNetwork(Network):
             sum(not client_id.startswith(GLOBAL_ID) for client_id in client_ids)
             for client_ids in (members, self._sizes)
         )
+        if not here:  # w_g, or the personal common models: everybody's
+            return len(members)
         least = 2 if "-" in key else min(self.section.min_sharing, max(2, everybody))
         return len(members) if here >= least else 0
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from common.config import RunConfig
-from server_app.clients import Client
+from server_app.clients import GLOBAL_ID, Client
 from server_app.methods.base import Upload
-from server_app.methods.mhpfedhn import Deltas, MHpFedHN, MHpFedHNPG
+from server_app.methods.mhpfedhn import Deltas, MHpFedHN, MHpFedHNPG, common_id
 
 VICTIM, COMMON = 9_000, 500
 OTHERS = [Client(f"site-{i}", 2_000, 100, num_global_parameters=COMMON) for i in range(8)]
@@ -159,7 +159,19 @@ def test_two_replies_of_one_step_count_as_their_mean() -> None:
 
 def test_common_models_are_shared_whatever_the_architectures_are() -> None:
     server = Server([client("a", 2_000), client("b", 5_000)])
-    before = next(iter(server.method.contents([server.clients[0]], training=True)))
-    server.round({"a": SPOIL["nothing"]})
-    after = next(iter(server.method.contents([server.clients[0]], training=True)))
-    assert not np.array_equal(before.arrays["global-theta"], after.arrays["global-theta"])
+    hypernet = server.method.hypernet
+    assert hypernet.num_sharing(hypernet.group_key(common_id("a"))) == 2
+    ((_, before),) = hypernet.thetas([common_id("a")])
+    still = Deltas(np.zeros(2_000, np.float32), np.zeros(COMMON, np.float32))
+    moved = Deltas(np.zeros(5_000, np.float32), np.full(COMMON, 0.01, np.float32))
+    uploads = [Upload(server.clients[0], 100, still), Upload(server.clients[1], 100, moved)]
+    server.method.learn(uploads, server_round=1, progress=1.0)
+    ((_, after),) = hypernet.thetas([common_id("a")])
+    assert (before - after).mean() > 1e-3
+
+
+def test_the_global_model_is_everybodys() -> None:
+    method = MHpFedHN(MHpFedHN.adapted(RunConfig.parse({"method": "mh-pfedhn-gd"})))
+    for name in "abcd":
+        method.add_client(client(name))
+    assert method.hypernet.num_sharing(method.hypernet.group_key(GLOBAL_ID)) == 1
