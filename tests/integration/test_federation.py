@@ -38,6 +38,7 @@ def test_a_federation_of_three_architectures_learns(
     assert result["best"] is None  # there are no validation examples to choose a round by
 
 
+@pytest.mark.draws
 def test_run_folder_holds_what_design_promises(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run_tiny(config)
