@@ -101,7 +101,8 @@ def _group_keys(learned: Any) -> set[str]:
 # --- where names stand: a client-id may be any other word of a checkpoint as well -----------------
 
 _OF_CLIENT = re.compile(
-    r"((?:adam\.\w+\.)?embeddings\.|personal\.|(?:momentum\.)?embedding\.)(.*)", re.DOTALL
+    r"((?:adam\.\w+\.)?embeddings\.|(?:personal|alone|newest)\.|(?:momentum\.)?embedding\.)(.*)",
+    re.DOTALL,
 )
 
 
@@ -144,6 +145,9 @@ def _learned(learned: Mapping[str, Any], names: Names) -> dict[str, Any]:
                 applied,
                 groups=keys,
                 clients=lambda pairs: [[names.get(client, client), size] for client, size in pairs],
+                turns=keys,
+                alone=listed,
+                newest=listed,
             ),
             update=partial(applied, adam=tensors, releases=keys),
             norms=lambda groups: {group: keys(norms) for group, norms in groups.items()},

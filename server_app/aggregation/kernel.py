@@ -10,16 +10,17 @@ the deltas and m its running mean,
     m <- m + p (m_now - m), at first m_now                  u <- beta^p u + p m_now
     b <- b - min(1, g p) f (m_now + beta^p u)               what is shared: Nesterov momentum
     a_i <- a_i - r f (delta_i - m)                          what is the client's own
-    v_i <- v_i + sketch of the last entries of delta_i - m  who it is like
+    v_i <- v_i + s(delta_i) - median_j s(delta_j)           who it is like
 
 beta = max(0, min(1 - 5/N, t/(t + 3))) after t steps of the group: Nesterov's own sequence, whose
 memory grows with what there is to remember (a long one overshoots the first rounds, when all deltas
 agree), up to where a client's own delta comes back to it through what is shared, g / (N (1 - beta))
 of it in all, to a fifth for g = 1. r = rho + (1 - rho)/N. g is `shared-gain`, rho `personal-gain`.
-In a group of too few to share each client moves by exactly its own delta, and b, u and v rest
-(`KernelNetwork.num_sharing` says where, and why): training alone. A pass makes shared steps of g in
-all, in one piece or in N/n of them; no step has a gain above 1, beyond which the first rounds
-diverge.
+s is a sketch of a delta's last entries, and the median, number by number, over the newest of each.
+A pass makes shared steps of g in all, in one piece or in N/n of them; no step has a gain above 1,
+beyond which the first rounds diverge. In a group of too few to share each client moves by exactly
+its own delta, in a vector that nobody takes from, and all else rests (`KernelNetwork.num_sharing`
+says where, and why).
 
 An embedding is what a client's own changes have added up to, in E numbers, and the cosine of two
 the correlation of these sums. Differs from paper: there phi and v descend along J^T delta.
@@ -98,7 +99,12 @@ class KernelRule(Rule):
         w_g's mean delta is followed whole, r = 1, which is FedAvg's step; it is like nobody.
         """
         for part in parts:
-            if num_clients := self.hypernet.num_sharing(part.key):
+            sending = part.client_ids
+            if part.key in self.frozen_groups:
+                sending = self.hypernet.members(part.key)  # nobody else's vectors move
+            else:
+                self.hypernet.note_senders(part.key, sending)
+            if num_clients := self.hypernet.num_sharing(part.key, sending):
                 self._move_together(self._released(part), num_clients, factor, is_global)
             else:
                 self._move_alone(part, factor)
@@ -113,13 +119,24 @@ class KernelRule(Rule):
         gain = factor * (1.0 if is_global else gain)
         if learns:
             self._move_shared(part, memory, beta, min(1.0, n / num_clients), factor)
-        for client_id, delta, weight in zip(part.client_ids, part.deltas, part.within, strict=True):
-            change = delta - memory.mean[: len(delta)]
-            if learns:
+            for client_id, delta, weight in zip(
+                part.client_ids, part.deltas, part.within, strict=True
+            ):
+                change = delta - memory.mean[: len(delta)]
                 network.personal[client_id].sub_(change, alpha=gain * n * weight)
-            if not is_global and self.privacy is None:
-                embedding = network.embeddings[client_id]
-                embedding += network.groups[part.key].sketch(change, len(embedding))
+        if not is_global and self.privacy is None:
+            self._move_embeddings(part, follows_usual=learns)
+
+    def _move_embeddings(self, part: GroupDeltas, *, follows_usual: bool) -> None:
+        """Move who each is like, against what is usual; in a group that rests, against nothing."""
+        network, group = self.hypernet, self.hypernet.groups[part.key]
+        sketches = [group.sketch(delta, network.section.embed_dim) for delta in part.deltas]
+        if follows_usual:
+            network.newest |= zip(part.client_ids, sketches, strict=True)
+            usual = network.usual(part.key)
+            sketches = [sketch - usual for sketch in sketches]
+        for client_id, sketch in zip(part.client_ids, sketches, strict=True):
+            network.embeddings[client_id] += sketch
 
     @torch.no_grad()
     def start_anew(self, key: str) -> None:
@@ -168,7 +185,7 @@ class KernelRule(Rule):
         memory.steps += 1
 
     def _move_alone(self, part: GroupDeltas, factor: float) -> None:
-        """Move each client by the mean of its own deltas of this step, and nobody else.
+        """Move each client by the mean of its own deltas of this step, and nobody else, ever.
 
         In frozen groups too: who learned before sends no delta, and the new ones share nothing.
         """
@@ -176,8 +193,8 @@ class KernelRule(Rule):
         for client_id, weight in zip(part.client_ids, part.within, strict=True):
             total[client_id] = total.get(client_id, 0.0) + weight
         for client_id, delta, weight in zip(part.client_ids, part.deltas, part.within, strict=True):
-            alpha = factor * weight / total[client_id]
-            self.hypernet.personal[client_id].sub_(delta, alpha=alpha)
+            alone = self.hypernet.alone.setdefault(client_id, torch.zeros_like(delta))
+            alone.sub_(delta, alpha=factor * weight / total[client_id])
 
     def _memory_of(self, part: GroupDeltas) -> Memory:
         if part.key not in self._memory:

@@ -9,7 +9,7 @@ Shapes: P parameters of a client (the paper's K_i).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -137,8 +137,11 @@ class Network(ABC):
         self._require(client_id)
         return self._keys[client_id]
 
-    def num_sharing(self, key: str) -> int:
-        """Count who shares in a head group; 0 where each client keeps to itself what it learns."""
+    def num_sharing(self, key: str, sending: Collection[str] = ()) -> int:
+        """Count who shares in a head group; 0 where each client keeps to itself what it learns.
+
+        Of `sending` there are deltas at hand.
+        """
         return len(self.members(key))
 
     # --- generate --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
@@ -133,13 +133,13 @@ class NormClip:
         self,
         updates: Sequence[Update],
         group_of: Callable[[str], str],
-        size_of: Callable[[str], int] = lambda _: LEAST,
+        size_of: Callable[[str, Collection[str]], int] = lambda *_: LEAST,
     ) -> list[Update]:
         """Return the updates, deltas (P_i,) of at most `factor` times their group's median norm.
 
-        `size_of` says how many clients share in a group; where nobody does, each has what it sent
-        to itself, and nothing is clipped. The updates come back sorted by client, and do
-        not depend on the order in which replies arrived.
+        `size_of` says how many clients share in a group, if some send; where nobody does, each has
+        what it sent to itself, and nothing is clipped. The updates come back sorted by client, and
+        do not depend on the order in which replies arrived.
         """
         if not self._factor:
             return list(updates)
@@ -147,7 +147,7 @@ class NormClip:
         norms = [float(torch.linalg.vector_norm(u.delta.double())) for u in ordered]
         clipped = dict(enumerate(ordered))
         for key, positions in members_by_group((u.client_id for u in ordered), group_of).items():
-            if not (size := size_of(key)):
+            if not (size := size_of(key, [ordered[i].client_id for i in positions])):
                 continue
             known = self._norms.setdefault(key, {})
             known.update((ordered[i].client_id, norms[i]) for i in positions)

@@ -6,12 +6,10 @@
 over the clients of a head group (docs/method.md, "What this project does by default"). b is what
 all of a group share, a_j what client j adds, and the embeddings decide who takes how much of whose:
 who joins takes from its like as soon as its embedding says who they are. Where fewer than
-`min-sharing` clients are of a size, each keeps to itself what it learns (`num_sharing`). The
-published heads are linear in H features of a client and hold H + 1 numbers for each parameter; this
-form holds N + 1 and has no trunk. Where sizes differ within a group, a shorter a_j counts as 0
-beyond its end.
-
-Sums run over the clients sorted by name, so that nothing depends on who came first.
+`min-sharing` clients of a size send deltas, what each learns is added to its own theta alone
+(`num_sharing`, `KernelNetwork.alone`). The published heads are linear in H features of a client and
+hold H + 1 numbers for each parameter; this form holds N + 1 and has no trunk. Where sizes differ
+within a group, a shorter a_j counts as 0 beyond its end.
 
 Shapes: n clients asked for, N clients of a group, P parameters of a client, C chunks of a group, S
 chunk size, E embedding size.
@@ -21,7 +19,7 @@ chunk size, E embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +31,16 @@ from common.config import HypernetSection
 from common.seeding import torch_generator
 from server_app.clients import GLOBAL_ID
 from server_app.hypernet.base import Network
-from server_app.hypernet.groups import GPU_FACTOR, TILE_BYTES, fresh_rows, gather, group_order
+from server_app.hypernet.groups import (
+    GPU_FACTOR,
+    TILE_BYTES,
+    fresh_rows,
+    gather,
+    group_order,
+)
+
+SILENT = 2
+"""Who has sent nothing for more turns than that no longer counts as one who shares."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class KernelNetwork(Network):
     groups : by key.
     personal : a_i (P_i,) by client_id; zero at first, as all of the following.
     embeddings : v_i (E,) by client_id.
+    alone : by client_id what it has learned in a group of too few, (P_i,), which nobody takes.
+    newest : the sketch (E,) of its newest delta by client_id, of who has sent one.
     """
 
     shape_keys = ("chunk-size", "embed-dim", "head-sharing")
@@ -89,6 +98,9 @@ class KernelNetwork(Network):
         self.groups = {}
         self.personal: dict[str, Tensor] = {}
         self.embeddings = {}
+        self.alone: dict[str, Tensor] = {}
+        self.newest: dict[str, Tensor] = {}
+        self._turns: dict[str, int] = {}  # by client_id: in which turn of its group it sent a delta
 
     def _embed(self, client_id: str, key: str, num_heads: int) -> None:
         self.personal[client_id] = torch.zeros(self._sizes[client_id], device=self.device)
@@ -105,24 +117,53 @@ class KernelNetwork(Network):
 
     def _forget(self, client_id: str) -> None:
         del self.personal[client_id], self.embeddings[client_id]
+        for kept in (self.alone, self.newest, self._turns):
+            kept.pop(client_id, None)
 
-    def num_sharing(self, key: str) -> int:
+    def note_senders(self, key: str, client_ids: Iterable[str]) -> None:
+        """Remember who of a group has sent a delta.
+
+        A turn ends when somebody sends again, and another has sent since it began.
+        """
+        members = self.members(key)
+        turn = max(self._turns.get(client_id, 0) for client_id in members)
+        sent = {client_id for client_id in members if self._turns.get(client_id) == turn}
+        for client_id in dict.fromkeys(client_ids):
+            if client_id in sent and len(sent) > 1:
+                turn, sent = turn + 1, set()
+            self._turns[client_id] = turn
+            sent.add(client_id)
+
+    def _senders(self, key: str) -> set[str]:
+        """Return who has sent a delta in one of a group's last turns."""
+        known = {c: self._turns[c] for c in self.members(key) if c in self._turns}
+        newest = max(known.values(), default=0)
+        return {client_id for client_id, turn in known.items() if turn >= newest - SILENT}
+
+    def num_sharing(self, key: str, sending: Collection[str] = ()) -> int:
         """Count who shares in a group: nobody in one that is too small.
 
         Of two that share, each can compute every change of the other, and spoil it; and whose size
-        one has, anybody chooses. So fewer than `min-sharing` share nothing, unless nobody else
-        takes part, or they chose one another by name ("-" in the key); and one alone never does:
-        what it learned by itself is not sent to whoever comes next.
+        one has, anybody chooses. So fewer than `min-sharing` that send share nothing, unless nobody
+        else takes part, or they chose one another by name ("-" in the key: personal common models
+        too); and one alone never does: what it learned by itself is not sent to whoever comes next.
         """
         members = self.members(key)
-        here, everybody = (
+        senders, everybody = (
             sum(not client_id.startswith(GLOBAL_ID) for client_id in client_ids)
-            for client_ids in (members, self._sizes)
+            for client_ids in (self._senders(key) | {*sending}, self._sizes)
         )
-        if not here:  # w_g, or the personal common models: everybody's
-            return len(members)
-        least = 2 if "-" in key else min(self.section.min_sharing, max(2, everybody))
-        return len(members) if here >= least else 0
+        least = max(2, min(self.section.min_sharing, everybody))
+        enough = len(members) > 1 if "-" in key else senders >= least
+        return len(members) if enough or members == [GLOBAL_ID] else 0
+
+    def usual(self, key: str) -> Tensor:
+        """Return the median of the senders' newest sketches (E,), number by number.
+
+        In their mean one who sends what nobody's training does would make all others alike.
+        """
+        newest = [self.newest[c] for c in sorted(self._senders(key)) if c in self.newest]
+        return torch.stack(newest).quantile(0.5, dim=0)
 
     def kernel(self, key: str, client_ids: Sequence[str]) -> tuple[list[str], Tensor]:
         """Return K_ij (n, N) of clients of one group, and the clients j."""
@@ -158,13 +199,22 @@ class KernelNetwork(Network):
             own_NT = rows_NT[:, : out_nT.shape[1]]
             gather(own_NT, vectors, start)
             torch.addmm(base[start : start + out_nT.shape[1]], weights_nN, own_NT, out=out_nT)
+            for row, client_id in zip(out_nT, ids, strict=True):
+                if (alone := self.alone.get(client_id)) is not None:
+                    piece = alone[start : start + len(row)]
+                    row[: len(piece)] += piece
         return [row[:entries] for row, entries in zip(out_nP, sizes, strict=True)]
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """Return `base.<key>` (C S,), and by client_id `personal.` (P_i,), `embeddings.` (E,)."""
+        """Return `base.<key>` (C S,), and all else by client_id: `personal.`, `embeddings.`, ..."""
         named = {f"base.{k}": self.groups[k].base for k in sorted(self.groups, key=group_order)}
         named |= {f"personal.{client_id}": a for client_id, a in self.personal.items()}
+        named |= {f"alone.{client_id}": c for client_id, c in self.alone.items()}
+        named |= {f"newest.{client_id}": sketch for client_id, sketch in self.newest.items()}
         return named | {f"embeddings.{client_id}": v for client_id, v in self.embeddings.items()}
+
+    def _facts(self) -> dict[str, Any]:
+        return {"turns": dict(self._turns), "alone": [*self.alone], "newest": [*self.newest]}
 
     def _restore(self, own: Callable[..., Tensor], facts: Mapping[str, Any]) -> None:
         s = self.section
@@ -173,3 +223,8 @@ class KernelNetwork(Network):
         for client_id, size in self._sizes.items():
             self.personal[client_id] = own(f"personal.{client_id}", size)
             self.embeddings[client_id] = own(f"embeddings.{client_id}", s.embed_dim)
+        for client_id in facts.get("alone", []):
+            self.alone[client_id] = own(f"alone.{client_id}", self._sizes[client_id])
+        for client_id in facts.get("newest", []):
+            self.newest[client_id] = own(f"newest.{client_id}", s.embed_dim)
+        self._turns = dict(facts.get("turns", dict.fromkeys(self._sizes, 0)))

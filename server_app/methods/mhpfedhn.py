@@ -207,7 +207,7 @@ class MHpFedHN(Method[Deltas]):
             for upload, weight in zip(uploads, weights, strict=True)
         ]
         clients = len(self.hypernet.clients()) - 1  # without v_g
-        usual = self.clip.clip_all(updates, lambda _: SHARED, lambda _: clients)
+        usual = self.clip.clip_all(updates, lambda _: SHARED, lambda *_: clients)
         self._start_anew()
         self._global_step = self.rule.step_global(GLOBAL_ID, usual, progress=progress)
         self.num_steps += 1

@@ -108,6 +108,10 @@ def test_two_that_are_left_of_three_share_nothing_any_more() -> None:
         np.testing.assert_allclose(before - server.theta("a"), sent["a"], atol=1e-5)
 
 
+def upload(one: Client) -> Upload[Deltas]:
+    return Upload(one, 100, Deltas(*(np.full(n, 0.01, np.float32) for n in (VICTIM, COMMON))))
+
+
 def shares(server: Server, one: str, other: str) -> bool:
     """Whether what one client sends moves another's parameters."""
     moved = []
@@ -155,6 +159,54 @@ def test_two_replies_of_one_step_count_as_their_mean() -> None:
         [Upload(one, 100, Deltas(delta, common)) for delta in deltas], server_round=1, progress=1.0
     )
     np.testing.assert_allclose(before - server.theta("a"), 0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["silent", "never sends"])
+def test_a_third_that_sends_nothing_leaves_two(is_known: bool) -> None:
+    """Else the spy, which knows its own delta, could solve for the victim's."""
+    server = Server([*OTHERS, client("victim"), client("spy"), client("third")])
+    third = server.clients.pop()
+    if is_known:
+        server.method.learn([upload(third)], server_round=1, progress=1.0)
+    for _ in range(4):
+        server.round({"spy": SPOIL["nothing"]})
+    for lie in SPOIL.values():
+        victim, spy = server.theta("victim"), server.theta("spy")
+        sent = server.round({"spy": lie})
+        np.testing.assert_allclose(victim - server.theta("victim"), sent["victim"], atol=1e-5)
+        np.testing.assert_allclose(spy - server.theta("spy"), sent["spy"], rtol=1e-4, atol=1e-5)
+
+
+def test_one_that_is_fast_makes_nobody_silent() -> None:
+    server = Server([*OTHERS, client("a"), client("b"), client("fast")])
+    server.round()
+    for i in range(12):
+        server.method.learn([upload(server.clients[-1])], server_round=i, progress=1.0)
+    assert shares(server, "a", "b")
+
+
+def test_what_one_learned_by_itself_is_never_taken_by_others() -> None:
+    """Not even where a third comes, and what all three send is alike."""
+    server = Server([*OTHERS, client("victim"), client("liar")])
+    for _ in range(5):
+        server.round({"liar": SPOIL["noise"]})
+    before = server.theta("victim")
+    server.join(client("third"))
+    alike = server.rng.normal(0, 0.01, VICTIM).astype(np.float32)
+    everybody = dict.fromkeys(("victim", "liar", "third"), lambda delta: alike + 0.1 * delta)
+    for _ in range(5):
+        server.round(everybody)
+    assert np.linalg.norm(server.theta("victim") - before) < 20 * np.linalg.norm(alike)
+
+
+def test_the_first_ones_common_model_is_not_the_seconds() -> None:
+    server = Server([client("first")])
+    for _ in range(3):
+        server.round()
+    server.join(client("second"))
+    ((_, mine), (_, theirs)) = server.method.hypernet.thetas([*map(common_id, ("first", "second"))])
+    assert mine.any()
+    assert not theirs.any()
 
 
 def test_common_models_are_shared_whatever_the_architectures_are() -> None:

@@ -6,7 +6,8 @@ beta = max(0, min(1 - 5 / N, t / (t + 3))) after t steps:
 
     m_now = sum_i w_i delta_i        m <- m + p (m_now - m)        u <- beta^p u + p m_now
     b <- b - min(1, g p) f (m_now + beta^p u)
-    for each update i:   a_i <- a_i - r f n w_i (delta_i - m)      v_i <- v_i + sketch(delta_i - m)
+    for each update i:   a_i <- a_i - r f n w_i (delta_i - m)
+                         v_i <- v_i + sketch(delta_i) - median_j sketch(newest delta_j)
 
     theta_i = b + sum_j K_ij a_j,  K_ij = k_ij / sum_l k_il,  k_ij = max(0, cos(v_i, v_j))
 """
@@ -14,6 +15,7 @@ beta = max(0, min(1 - 5 / N, t / (t + 3))) after t steps:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ class ReferenceGroup:
         self.mean: Tensor | None = None
         self.own: dict[str, Tensor] = {}
         self.embeddings: dict[str, Tensor] = {}
+        self.newest: dict[str, Tensor] = {}
 
     def add_client(self, client_id: str, size: int) -> None:
         self.sizes[client_id] = size
@@ -45,7 +48,7 @@ class ReferenceGroup:
         self.embeddings[client_id] = torch.zeros(self.embed_dim, dtype=torch.float64)
 
     def remove_client(self, client_id: str) -> None:
-        for known in (self.sizes, self.own, self.embeddings):
+        for known in (self.sizes, self.own, self.embeddings, self.newest):
             del known[client_id]
 
     def likeness(self, a: str, b: str) -> float:
@@ -92,8 +95,17 @@ class ReferenceGroup:
             own = delta.double() - self.mean[:size]
             if not frozen:
                 self.own[client_id][:size] -= gain * factor * n * weight / total * own
-            if not is_global:
-                self.embeddings[client_id] = self.embeddings[client_id] + self.sketch(own)
+        if is_global:
+            return
+        if not frozen:
+            self.newest |= {client_id: self.sketch(delta) for client_id, delta, _ in updates}
+        for client_id, delta, _ in updates:
+            moved = self.sketch(delta) - (0 if frozen else self.usual())
+            self.embeddings[client_id] = self.embeddings[client_id] + moved
+
+    def usual(self) -> Tensor:
+        columns = torch.stack([*self.newest.values()]).T.tolist()
+        return torch.tensor([median(column) for column in columns], dtype=torch.float64)
 
     def sketch(self, change: Tensor) -> Tensor:
         kept = torch.zeros(self.embed_dim, dtype=torch.float64)

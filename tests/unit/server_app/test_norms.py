@@ -23,7 +23,7 @@ def one_group(client_id: str) -> str:
     return "7-g"
 
 
-def two(group: str) -> int:
+def two(*_: object) -> int:
     return 2
 
 
@@ -59,7 +59,7 @@ def test_scales_down_to_the_multiple_of_the_median_and_keeps_the_direction() -> 
 def test_groups_do_not_mix_and_outliers_do_not_drag_the_median() -> None:
     clip = NormClip(2)
     clip.clip_all([update(str(i), 1.0) for i in range(LEAST)], one_group)
-    alone = clip.clip_all([update("a", 100.0)], lambda _: "1-g", lambda _: 1)
+    alone = clip.clip_all([update("a", 100.0)], lambda *_: "1-g", lambda *_: 1)
     assert norms(alone) == pytest.approx([100.0])
     honest = [update(str(i), 1.0) for i in range(3)]
     for _ in range(50):
@@ -141,7 +141,7 @@ def test_where_others_are_expected_the_first_are_not_believed() -> None:
 
 def test_what_turns_out_absurd_is_told_once() -> None:
     clip, again = NormClip(2), NormClip(2)
-    assert norms(clip.clip_all([update("liar", 1e4)], one_group, lambda _: 1)) == [1e4]
+    assert norms(clip.clip_all([update("liar", 1e4)], one_group, lambda *_: 1)) == [1e4]
     again.restore(json.loads(json.dumps(clip.export())))
     for one in (clip, again):
         one.clip_all([update(name, 1.0) for name in "abc"], one_group)
@@ -150,6 +150,6 @@ def test_what_turns_out_absurd_is_told_once() -> None:
         one.clip_all([update("liar", 1e4)], one_group)
         assert not one.absurd
     usual = NormClip(2)
-    usual.clip_all([update("a", 5.0)], one_group, lambda _: 1)
+    usual.clip_all([update("a", 5.0)], one_group, lambda *_: 1)
     usual.clip_all([update(name, 1.0) for name in "bcd"], one_group)
     assert not usual.absurd, "a model that moves more at first is no liar"
