@@ -182,20 +182,27 @@ def test_one_that_is_fast_makes_nobody_silent() -> None:
     server.round()
     for i in range(12):
         server.method.learn([upload(server.clients[-1])], server_round=i, progress=1.0)
-    assert shares(server, "a", "b")
+    hypernet = server.method.hypernet
+    assert hypernet.num_sharing(hypernet.group_key("a")) == 3
 
 
 def test_what_one_learned_by_itself_is_never_taken_by_others() -> None:
-    """Not even where a third comes, and what all three send is alike."""
+    """Not even where more come, and what the liar sends then is like what the victim does."""
     server = Server([*OTHERS, client("victim"), client("liar")])
     for _ in range(5):
         server.round({"liar": SPOIL["noise"]})
     before = server.theta("victim")
     server.join(client("third"))
+    server.join(client("fourth"))
     alike = server.rng.normal(0, 0.01, VICTIM).astype(np.float32)
-    everybody = dict.fromkeys(("victim", "liar", "third"), lambda delta: alike + 0.1 * delta)
+    ways = {"victim": 1, "liar": 1, "third": -1, "fourth": -1}
     for _ in range(5):
-        server.round(everybody)
+        server.round(
+            {n: lambda delta, way=way: way * alike + 0.1 * delta for n, way in ways.items()}
+        )
+    hypernet = server.method.hypernet
+    names, likeness = hypernet.kernel(hypernet.group_key("victim"), ["victim"])
+    assert likeness[0, names.index("liar")] > 0.3
     assert np.linalg.norm(server.theta("victim") - before) < 20 * np.linalg.norm(alike)
 
 
