@@ -114,10 +114,12 @@ def read_rows(path: Path, *, skips_damaged: bool = False) -> list[dict[str, Any]
     return rows
 
 
-def best_round(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def best_round(
+    rows: Iterable[Mapping[str, Any]], by: str = "accuracy_validation"
+) -> Mapping[str, Any] | None:
     """Return the row of metrics.jsonl that is best on validation examples; None without any."""
-    validated = [row for row in rows if "accuracy_validation" in row]
-    return max(validated, key=lambda row: row["accuracy_validation"], default=None)
+    validated = [row for row in rows if by in row]
+    return max(validated, key=lambda row: row[by], default=None)
 
 
 def sync(path: Path) -> None:

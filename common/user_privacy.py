@@ -9,14 +9,21 @@ Shapes: P parameters.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.accounting import DELTA, Spent, epsilon
+from common.errors import RunError
+from common.files import read_json, replace_file
+
+RELEASES = "user_privacy.json"
+"""In a run's folder: how many steps released something of each participant."""
 
 
 def clipped(delta: Tensor, clip: float) -> Tensor:
@@ -36,6 +43,17 @@ class UserPrivacy:
         self.noise, self.clip = noise, clip
         self._rng = rng or np.random.default_rng()
         self.releases: Counter[str] = Counter()
+        self._ledger: Path | None = None
+
+    def keep_in(self, folder: Path, *earlier: Path) -> None:
+        """Keep the counts in a file of the run's folder; take over what is there, and in earlier.
+
+        What a step made may be sent before the next checkpoint: who resumes from an older one does
+        the step again, and has seen both.
+        """
+        for path in (folder / RELEASES, *(other / RELEASES for other in earlier)):
+            self.releases |= Counter(read_json(path))
+        self._ledger = folder / RELEASES
 
     def noise_like(self, mean: Tensor, num_updates: int) -> Tensor:
         """Draw what is added to the mean (P,) of so many deltas."""
@@ -43,8 +61,20 @@ class UserPrivacy:
         return torch.from_numpy(drawn).to(mean) * (self.noise * self.clip / num_updates)
 
     def count(self, participants: Iterable[str]) -> None:
-        """Note that a step released something of each of these."""
+        """Note that a step releases something of each of these, before anybody is sent it.
+
+        Raises RunError where that cannot be written down.
+        """
         self.releases.update(participants)
+        if self._ledger is None:
+            return
+        try:
+            replace_file(self._ledger, json.dumps(self.releases))
+        except OSError as error:
+            raise RunError(
+                f"what was released cannot be written to {self._ledger}: {error}. A step whose "
+                "privacy nobody could count is not taken: free some space, then resume."
+            ) from error
 
     def row(self) -> dict[str, float]:
         """Return `user_epsilon`, of the participant that was in most steps, at delta 1e-5."""
@@ -52,5 +82,5 @@ class UserPrivacy:
         return {"user_epsilon": epsilon([Spent(self.noise, 1.0, most)], DELTA)}
 
     def restore(self, releases: Mapping[str, int]) -> None:
-        """Load exported counts."""
-        self.releases = Counter(releases)
+        """Load exported counts, or keep what is known where that is more."""
+        self.releases |= Counter(releases)

@@ -190,6 +190,7 @@ class Server:
                     "whose trunk and heads the new clients shall use."
                 )
             self.folder.begin()
+            self.method.keep_releases(self.folder.path)
             return 0
         source = Path(run.resume_from).expanduser()
         nested = source / CHECKPOINTS
@@ -203,6 +204,8 @@ class Server:
                 f"{type(error).__name__}: {error}. Resume from a checkpoint that a run of this "
                 "version wrote."
             ) from error
+        earlier = source if nested.is_dir() else checkpoint.path.parent.parent
+        self.method.keep_releases(self.folder.path, earlier)
         logger.info("Resumed after round %d from %s", last, checkpoint.path)
         if last >= run.rounds:
             self._nothing_left(last)

@@ -68,9 +68,9 @@ def last_round(run: RunSection, rows: Sequence[Mapping[str, Any]]) -> int:
     """Return which round is the last of a run, after these rows of metrics.jsonl.
 
     `rounds`, or the next one where validation was best `patience` rounds ago: the last round tests
-    everybody, and waits for all who are still at it.
+    everybody, and waits for all who are still at it. No single participant's claim decides.
     """
-    best, now = best_round(rows), rows[-1]["round"]
+    best, now = best_round(rows, "validation_midmean"), rows[-1]["round"]
     if not run.patience or best is None or now - best["round"] < run.patience:
         return run.rounds
     words = "Validation is best in round %d, %d rounds ago (patience = %d); round %d is the last"

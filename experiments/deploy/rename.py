@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import MHpFedHNError, RunError
 from common.files import read_json, replace_file
+from common.user_privacy import RELEASES
 from experiments.console import make_console, say
 from experiments.deploy.attendance import ATTENDANCE
 from experiments.deploy.forget import held_checkpoint, opened_method
@@ -161,6 +162,8 @@ def _rename_rows(folder: Path, names: Names) -> None:
         found = read_json(path)
         people = _rows(found["participants"], names)
         replace_file(path, json.dumps({**found, "participants": people}))
+    if (path := folder / RELEASES).is_file():
+        replace_file(path, json.dumps(_keys(read_json(path), names)))
     if (path := folder / "clients.csv").is_file():
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

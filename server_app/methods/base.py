@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -106,6 +107,9 @@ class Method(Generic[T]):
         return {}
 
     # --- what is saved ---------------------------------------------------------------------------
+
+    def keep_releases(self, folder: Path, *earlier: Path) -> None:
+        """Keep count in the run's folder of what is released, where privacy is counted at all."""
 
     def start_over(self) -> bool:
         """Forget what was learned before anybody could judge it; return whether there was such."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,6 +214,11 @@ class MHpFedHN(Method[Deltas]):
         self.num_steps += 1
 
     # --- what is saved ---------------------------------------------------------------------------
+
+    def keep_releases(self, folder: Path, *earlier: Path) -> None:
+        """See `Method.keep_releases`."""
+        if privacy := getattr(self.rule, "privacy", None):
+            privacy.keep_in(folder, *earlier)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return phi, embeddings and the state of the rule and of the clip."""

@@ -264,8 +264,8 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     standard deviation over clients; accuracy_worst10: mean of the worst tenth of clients (at least
     one); test_loss: mean over examples, in nats; accuracy_x: micro accuracy of a further predictor
     x; accuracy_validation: that of the validation examples of clients that have some, by which a
-    round is chosen; share_gaining: the fraction of clients whose accuracy is higher than that of
-    their model trained alone, of those who measured it.
+    round is chosen; validation_midmean: the mean over the middle half of clients, by which a run
+    ends; share_gaining: that of clients better than their model trained alone, if measured.
     """
     if not evaluations:
         return {}
@@ -287,7 +287,10 @@ def summarise(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
 def _others(rows: Sequence[Evaluation]) -> dict[str, float]:
     """Summarise validation and the further predictors, each over the clients that report it."""
     validated = [(row.num_validation, row.num_validated) for row in rows if row.num_validation]
+    each = sorted(correct / total for total, correct in validated)
     found = {"accuracy_validation": messages.micro_accuracy(validated)} if validated else {}
+    middle = each[len(each) // 4 : len(each) - len(each) // 4]
+    found |= {"validation_midmean": fmean(middle)} if middle else {}
     for name in dict.fromkeys(name for row in rows for name in row.others):
         having = [row for row in rows if name in row.others]
         counts = [(row.num_test, row.others[name]) for row in having]

@@ -1,5 +1,6 @@
 """`patience`: a run ends when validation has not improved for so many rounds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 
 from common.config import RunSection
 from common.errors import ConfigError
+from common.messages import Evaluation
+from server_app.output.run_folder import summarise
 from server_app.scheduler import last_round
 from tests.support.outputs import checkpoints, client_rows, rows, summary
 from tests.support.tiny import run_tiny, tiny_config
@@ -15,7 +18,7 @@ from tests.support.tiny import run_tiny, tiny_config
 def found(*accuracies: float | None) -> list[dict[str, Any]]:
     """Rows from round 1 on; None: not evaluated in that round."""
     return [
-        {"round": number} | ({} if accuracy is None else {"accuracy_validation": accuracy})
+        {"round": number} | ({} if accuracy is None else {"validation_midmean": accuracy})
         for number, accuracy in enumerate(accuracies, 1)
     ]
 
@@ -41,6 +44,25 @@ def test_the_round_after_waiting_is_the_last(
     assert last_round(section, found(*accuracies)) == last
 
 
+def test_no_single_ones_claim_ends_a_run() -> None:
+    """It has all right in round 1, nothing afterwards, and as many examples as it may."""
+
+    def row(number: int) -> dict[str, Any]:
+        seen = {
+            f"site-{i}": Evaluation(
+                num_test=100, num_correct=1, test_loss=1.0, seconds=1.0,
+                num_validation=20, num_validated=20 * (0.3 + 0.006 * number),
+            )
+            for i in range(9)
+        }  # fmt: skip
+        claim = 200.0 if number == 1 else 0.0
+        seen["liar"] = replace(seen["site-0"], num_validation=200, num_validated=claim)
+        return {"round": number, **summarise(seen)}
+
+    rows, section = [row(number) for number in range(1, 60)], RunSection(rounds=99, patience=10)
+    assert all(last_round(section, rows[:count]) == 99 for count in range(1, len(rows)))
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -56,10 +78,10 @@ def test_a_run_ends_whole(tmp_path: Path, schedule: dict[str, Any]) -> None:
     )  # fmt: skip
     run_tiny(config)
     metrics = rows(config)
-    last, best = metrics[-1]["round"], summary(config)["best"]["round"]
+    last = metrics[-1]["round"]
+    validation = [row.get("validation_midmean", 0.0) for row in metrics]
+    best = validation.index(max(validation)) + 1
     assert best + 3 < last < 60
-    validation = [row.get("accuracy_validation", 0.0) for row in metrics]
-    assert max(validation[best:], default=0) <= validation[best - 1]
     assert summary(config)["status"] == "completed"
     assert metrics[-1]["num_evaluated"] == len(client_rows(config)) == 6
     assert checkpoints(config)[-1].name.endswith(f"{last:08}")

@@ -11,9 +11,12 @@ from flwr.app import Context, Message
 
 from client_app.privacy import spent_from
 from client_app.store import FolderState
+from common.accounting import DELTA, Spent, epsilon
 from common.config import NodeConfig, RunConfig
 from common.errors import ConfigError, RunError
-from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
+from common.messages import EVALUATE
+from common.user_privacy import RELEASES
+from experiments.run.engines.inprocess import InProcessGrid, run_inprocess, simulated_nodes
 from tests.support.tiny import HERE, Handler, Wrapped, run_tiny, tiny_config, trusting
 
 SMALL = {"models": f"{HERE}:small,{HERE}:wide", "server_rule": "kernel"}
@@ -109,3 +112,30 @@ def test_user_level_privacy_is_a_column(tmp_path: Path) -> None:
     run_tiny(tiny_config(tmp_path, user_dp_noise=2.0, max_in_flight=0, buffer_size=0, **SMALL))
     spent = [row["user_epsilon"] for row in metrics(tmp_path / "run")]
     assert 0 < spent[0] < spent[1]
+
+
+class Stopping(InProcessGrid):
+    """A server that is stopped while the results of a round are tested."""
+
+    at = 2
+
+    def _deliver(self, message: Message) -> Message:
+        asked = message.content["config"]
+        last = message.metadata.dst_node_id == max(self.get_node_ids())
+        if message.metadata.message_type == EVALUATE and last and asked["server-round"] == self.at:
+            raise KeyboardInterrupt
+        return super()._deliver(message)
+
+
+def test_a_step_that_is_done_again_counts_twice(tmp_path: Path) -> None:
+    """Who was tested in round 2 has seen two noised results of it."""
+    settings = {**SMALL, "user_dp_noise": 1.0, "user_dp_clip": 1.0, "rounds": 2, "max_in_flight": 0}
+    config = tiny_config(tmp_path, buffer_size=0, evaluate_every=1, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(config, grid_type=Stopping)
+    resumed = {**settings, "resume_from": str(tmp_path / "run")}
+    run_tiny(tiny_config(tmp_path, buffer_size=0, evaluate_every=1, **resumed))
+    counted = json.loads((tmp_path / "run" / RELEASES).read_text())
+    assert counted == dict.fromkeys("012345", 3)
+    expected = epsilon([Spent(1.0, 1.0, 3)], DELTA)
+    assert metrics(tmp_path / "run")[-1]["user_epsilon"] == pytest.approx(expected)

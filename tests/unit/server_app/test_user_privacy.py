@@ -1,13 +1,16 @@
 """User-level privacy of the kernel rule: what one client can change in what all others see."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from common.config import HypernetSection, RunConfig, UpdateSection
-from common.errors import ConfigError
-from common.user_privacy import UserPrivacy, clipped
+from common.errors import ConfigError, RunError
+from common.files import read_json
+from common.user_privacy import RELEASES, UserPrivacy, clipped
 from server_app.aggregation.kernel import KernelRule
 from server_app.hypernet.groups import Update
 from server_app.hypernet.kernel import KernelNetwork
@@ -96,6 +99,28 @@ def test_epsilon_counts_steps_and_survives_a_checkpoint() -> None:
     assert again.privacy_row()["user_epsilon"] == spent
     again.step(deltas(9), progress=0.0)
     assert again.privacy_row()["user_epsilon"] > spent > 0
+
+
+def test_what_was_released_is_on_disk_before_it_can_be_sent(tmp_path: Path) -> None:
+    rule = made(4.0)
+    assert rule.privacy
+    rule.privacy.keep_in(tmp_path)
+    saved = rule.state_dict()
+    for seed in range(3):
+        rule.step(deltas(seed), progress=0.0)
+    again = made(4.0)
+    assert again.privacy
+    again.load_state_dict(*saved)  # of before these steps
+    again.privacy.keep_in(tmp_path / "elsewhere", tmp_path)
+    assert again.privacy_row() == rule.privacy_row()
+    (tmp_path / "elsewhere").mkdir()
+    again.step(deltas(3), progress=0.0)
+    assert read_json(tmp_path / "elsewhere" / RELEASES) == dict.fromkeys(CLIENTS, 4)
+    again.privacy.keep_in(tmp_path / "nowhere")
+    base = again.hypernet.groups["3"].base.clone()
+    with pytest.raises(RunError, match="cannot be written"):
+        again.step(deltas(4), progress=0.0)
+    assert torch.equal(again.hypernet.groups["3"].base, base)
 
 
 def test_what_nobody_shares_gets_no_noise() -> None:
