@@ -30,7 +30,10 @@ ATTACKS = {
     "likeness": "who is like whom, from the embeddings that the server keeps",
     "impersonate": "whether a node gets another participant's parameters by claiming its name",
 }
-LIES = ("flip", "flip-5", "flip-100", "noise", "constant", "zero", "mimic", "labels")
+LIES = (
+    *("flip", "flip-5", "flip-100", "noise", "against"),
+    *("constant", "zero", "mimic", "labels", "alike"),
+)
 """What participants that lie send; `experiments.attacks.liars` has them."""
 
 

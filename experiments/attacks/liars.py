@@ -16,18 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Array, Context, Message
 from rich.table import Table
 
 from client_app.app import app
 from common.compression import Float32
+from common.config import RunConfig
 from common.errors import ConfigError, RunError, unknown_name
 from common.log import logger
-from common.messages import TRAIN
+from common.messages import GLOBAL_DELTA, TRAIN
 from common.records import ARRAYS
 from experiments.console import make_console
 from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from experiments.run.presets import Preset
+from server_app.clients import GLOBAL_ID
+from server_app.hypernet.groups import num_chunks
+from server_app.hypernet.kernel import KernelNetwork
 
 Lie = Callable[[Float32, Sequence[Float32]], Float32]
 """Makes of a liar's own delta (P,), and of the newest ones (P,) of honest participants with as many
@@ -73,8 +78,21 @@ LIES: Mapping[str, Lie] = {
     "zero": lambda own, honest: np.zeros_like(own),
     "mimic": _mimic,
     "labels": lambda own, honest: own,
+    "alike": lambda own, honest: own,
 }
-"""By name; "labels" trains honestly, on labels that are all wrong."""
+"""By name; "labels" trains on labels that are all wrong; "alike": `seen_in_one_number`."""
+
+
+def seen_in_one_number(network: KernelNetwork, own: Float32, key: str) -> Float32:
+    """Make a delta (P,) that is as large as can be in one number of its group's sketch.
+
+    Where the others' likeness is judged against a mean that it is in, all of them look alike.
+    """
+    group = network.make_group(key, torch.zeros(0))
+    places, signs = group.places.numpy()[-len(own) :], group.signs.numpy()[-len(own) :]
+    lie = np.zeros_like(own)
+    lie[-len(places) :] = np.where(places == np.bincount(places).argmax(), signs, 0.0)
+    return _scaled(lie, JUST_ACCEPTED)
 
 
 @dataclass
@@ -97,7 +115,13 @@ class Federation:
         arrays = reply.content.array_records[ARRAYS]
         for name, array in list(arrays.items()):
             delta = array.numpy()
-            if lies:
+            if lies and self.lie == "alike":
+                config = RunConfig.parse(context.run_config)
+                network = KernelNetwork(config.hypernet, seed=config.run.seed)
+                chunks = num_chunks(len(delta), config.hypernet.chunk_size)
+                key = f"{chunks}-{GLOBAL_ID}" if name == GLOBAL_DELTA else str(chunks)
+                arrays[name] = Array(seen_in_one_number(network, delta, key))
+            elif lies:
                 alike = [
                     x for (n, _), x in self._newest.items() if n == name and len(x) == len(delta)
                 ]

@@ -106,9 +106,11 @@ class KernelNetwork(Network):
         self.personal[client_id] = torch.zeros(self._sizes[client_id], device=self.device)
         self.embeddings[client_id] = torch.zeros(self.section.embed_dim, device=self.device)
         if key not in self.groups:
-            self.groups[key] = self._group(key, torch.zeros(num_heads * self.section.chunk_size))
+            self.groups[key] = self.make_group(
+                key, torch.zeros(num_heads * self.section.chunk_size)
+            )
 
-    def _group(self, key: str, base: Tensor) -> KernelGroup:
+    def make_group(self, key: str, base: Tensor) -> KernelGroup:
         """Make a group; its sketch is drawn from the seed and its key."""
         s, generator = self.section, torch_generator(self.seed, f"sketch/{key}")
         places = torch.randint(s.embed_dim, (s.chunk_size,), generator=generator)
@@ -219,7 +221,7 @@ class KernelNetwork(Network):
     def _restore(self, own: Callable[..., Tensor], facts: Mapping[str, Any]) -> None:
         s = self.section
         for key, num_heads in facts["heads"].items():
-            self.groups[key] = self._group(key, own(f"base.{key}", num_heads * s.chunk_size))
+            self.groups[key] = self.make_group(key, own(f"base.{key}", num_heads * s.chunk_size))
         for client_id, size in self._sizes.items():
             self.personal[client_id] = own(f"personal.{client_id}", size)
             self.embeddings[client_id] = own(f"embeddings.{client_id}", s.embed_dim)
