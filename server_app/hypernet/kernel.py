@@ -195,16 +195,16 @@ class KernelNetwork(Network):
         starts = [*range(0, most, step)]
         if chunks is not None:
             starts, step, most = [size * j for j in chunks], size, size * len(chunks)
+        alone = [(row, self.alone[c]) for row, c in enumerate(ids) if c in self.alone]
         out_nP = fresh_rows(len(ids), most, self.device)
         rows_NT = fresh_rows(len(vectors), min(step, most), self.device)
         for start, out_nT in zip(starts, torch.split(out_nP, step, dim=1), strict=True):
             own_NT = rows_NT[:, : out_nT.shape[1]]
             gather(own_NT, vectors, start)
             torch.addmm(base[start : start + out_nT.shape[1]], weights_nN, own_NT, out=out_nT)
-            for row, client_id in zip(out_nT, ids, strict=True):
-                if (alone := self.alone.get(client_id)) is not None:
-                    piece = alone[start : start + len(row)]
-                    row[: len(piece)] += piece
+            for row, vector in alone:
+                piece = vector[start : start + out_nT.shape[1]]
+                out_nT[row, : len(piece)] += piece
         return [row[:entries] for row, entries in zip(out_nP, sizes, strict=True)]
 
     def named_parameters(self) -> dict[str, Tensor]:
