@@ -244,10 +244,7 @@ class MHpFedHN(Method):
         models = (instance_of(self.kind).model, teacher)
         said = (logits_over(model, self.data, validation=True) for model in models)  # if needed
         alpha = self.teaching_weight(section.distill_alpha, lambda: said)
-        if not alpha:
-            return None
-        weight = torch.tensor(alpha, device=self.participant.device)
-        return Teacher(teacher.module, weight, section.distill_temperature)
+        return Teacher(teacher.module, alpha, section.distill_temperature) if alpha else None
 
     def teaching_weight(self, most: float, said: Callable[[], Iterable[Tensor]]) -> float:
         """Return the teacher's weight, up to `most`; `said`: both models' validation logits."""

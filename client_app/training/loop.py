@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Literal, Protocol
 
@@ -142,10 +142,10 @@ def distilled(
 
 @dataclass(frozen=True)
 class Teacher:
-    """A common model as it was sent, and its weight, a scalar: frozen, in evaluation mode."""
+    """A common model as it was sent, and its weight: frozen, in evaluation mode, no graph."""
 
     module: nn.Module
-    alpha: Tensor = field(compare=False)
+    alpha: float | Tensor = field(compare=False)
     temperature: float
 
     def __call__(self, images: Tensor, logits: Tensor, labels: Tensor, hard: Tensor) -> Tensor:
@@ -166,14 +166,11 @@ def mixed_precision(section: TrainingSection, device: torch.device) -> torch.aut
 
 
 class MomentumSGD:
-    """Descends theta (..., P) in place as torch.optim.SGD would.
-
-    Its `state`, the momentum, starts at zero; `rate` is a scalar on theta's device.
-    """
+    """Descends theta (..., P) in place as torch.optim.SGD would; as `AdamW`, with a momentum."""
 
     def __init__(self, theta: Tensor, section: TrainingSection) -> None:
         self._theta, self._section = theta.detach(), section
-        self.rate = torch.tensor(section.learning_rate, device=theta.device)
+        self.rate: float | Tensor = section.learning_rate
         self._momentum = torch.zeros_like(self._theta)
         self.state = (self._momentum,)
 
@@ -182,7 +179,10 @@ class MomentumSGD:
         """Descend along a gradient (..., P) with the models `of` a stack, or with all."""
         theta, momentum, section = self._theta[of], self._momentum[of], self._section
         momentum.mul_(section.momentum).add_(gradient).add_(theta, alpha=section.weight_decay)
-        theta.sub_(momentum * self.rate)
+        if isinstance(self.rate, float):
+            theta.sub_(momentum, alpha=self.rate)
+        else:
+            theta.sub_(momentum * self.rate)
 
 
 def make_optimizer(theta: Tensor, section: TrainingSection) -> MomentumSGD | AdamW:
@@ -201,12 +201,8 @@ def train(
 ) -> Trained:
     """Train in place: a fresh optimizer, shuffled batches, last batch kept.
 
-    Parameters
-    ----------
-    model : its theta (P,) is updated; its BatchNorm buffers move too.
-    generator : shuffles the examples.
-    loss : what is descended; None: the `label_loss`.
-    clip : whether the gradient's norm is clipped at `client-clip-norm` (w_g is trained without).
+    The model's theta (P,) is updated, its BatchNorm buffers too. `loss` is descended; None: the
+    `label_loss`. `clip`: whether the gradient's norm is clipped at `client-clip-norm`.
     """
     started = time.monotonic()
     optimizer, classes, own = make_optimizer(model.theta, section), data.num_classes, data.loss
@@ -225,8 +221,10 @@ def train(
 
     take: Step = step
     if model.recorder and (loss is None or isinstance(loss, Teacher)):
+        varying = torch.tensor([section.learning_rate, loss.alpha if loss else 0.0]).to(sums.device)
+        optimizer.rate, loss = varying[0], replace(loss, alpha=varying[1]) if loss else None
         recipe = (section.model_copy(update={"learning_rate": 0.0}), classes, id(own), loss, clip)
-        settings = (sums, optimizer.rate, *optimizer.state, *([loss.alpha] if loss else []))
+        settings = (sums, varying, *optimizer.state)
         take, (sums, *_) = model.recorder.begin(recipe, step, settings)
     model.module.train()
     with nullcontext() if model.has_trained else watching_draws(model.module, sums.device):

@@ -20,14 +20,13 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 class AdamW:
     """Descends theta (..., P) in place, weight decay decoupled (arXiv 1711.05101).
 
-    Its `state` starts at zero; `rate` is a scalar on theta's device. Each model of a stack counts
-    its own steps: some take fewer.
+    Its `state` starts at zero; `rate` may be a scalar on theta's device. Each model of a stack
+    counts its own steps: some take fewer.
     """
 
     def __init__(self, theta: Tensor, section: TrainingSection) -> None:
         self._theta, self._weight_decay = theta.detach(), section.weight_decay
-        rate, double = section.learning_rate, torch.float64
-        self.rate = torch.tensor(rate, dtype=double, device=theta.device)
+        self.rate: float | Tensor = section.learning_rate
         self._mean, self._square = torch.zeros_like(self._theta), torch.zeros_like(self._theta)
         # float64: 1 - .999 in float32 is wrong in the fifth digit
         shape = (*theta.shape[:-1], 1)

@@ -106,7 +106,7 @@ def teachers(count: int) -> Teachers:
 def teacher_of(teachers: Teachers, client: int) -> Teacher:
     module = deepcopy(teachers.module)
     module.load_state_dict({k: x[client % len(x)] for k, x in teachers.state.items()})
-    return Teacher(module, teachers.alphas[client], teachers.temperature)
+    return Teacher(module, float(teachers.alphas[client]), teachers.temperature)
 
 
 def small_normed(dropout: float = 0.0) -> nn.Module:

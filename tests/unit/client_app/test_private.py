@@ -55,7 +55,7 @@ def slow_sum(model: FlatModel, clip: float, teacher: Teacher | None = None) -> T
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_clipping_equals_a_loop_over_examples(name: str, distils: bool) -> None:
     model = made(name)
-    teacher = Teacher(made("mlp").module, torch.tensor(0.5), 3.0) if distils else None
+    teacher = Teacher(made("mlp").module, 0.5, 3.0) if distils else None
     step = PrivateStep(model, SECTION, 10, 0.3, teacher if teacher else None)
     found, _ = step.summed(*batch())
     torch.testing.assert_close(found, slow_sum(model, 0.3, teacher), rtol=1e-4, atol=1e-6)

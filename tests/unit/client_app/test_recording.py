@@ -20,8 +20,8 @@ from tests.support.tape import Tape
 from tests.unit.client_app.pictures import client_data, draw_theta
 
 DATA = client_data(num_train=20)
-SECTION = TrainingSection(batch_size=8, local_epochs=2)
-"""Two full batches and a short one in each epoch."""
+SECTION = TrainingSection(batch_size=8, local_epochs=2, learning_rate=1e-3)
+"""Two full batches and a short one in each epoch; steps so short that rounding stays small."""
 
 
 def made(name: str, *, capture: Tape | None = None) -> FlatModel:
@@ -85,7 +85,7 @@ def test_the_rate_and_the_teachers_weight_may_change(optimizer: str, precision: 
     tape, teacher = Tape(), made("cnn").module
     plain, taped = made("mlp"), made("mlp", capture=tape)
     for seed, section in enumerate(rounds(optimizer, precision)):
-        loss = Teacher(teacher, torch.tensor(0.3 * seed), 3.0)
+        loss = Teacher(teacher, 0.3 * seed, 3.0)
         for model in (plain, taped):
             trained(model, section, seed, loss)
     assert tape.num_recordings == 2
@@ -95,7 +95,7 @@ def test_the_rate_and_the_teachers_weight_may_change(optimizer: str, precision: 
 def test_another_recipe_or_teacher_is_recorded_anew() -> None:
     tape = Tape()
     model = made("mlp", capture=tape)
-    teachers = [Teacher(made("mlp").module, torch.tensor(0.5), 3.0) for _ in range(2)]
+    teachers = [Teacher(made("mlp").module, 0.5, 3.0) for _ in range(2)]
     smoothed = SECTION.model_copy(update={"label_smoothing": 0.1})
     for section, loss in itertools.product((SECTION, smoothed), (None, *teachers)):
         trained(model, section, 0, loss)
