@@ -22,8 +22,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_ANSWER = 1 << 27
-"""Bytes of an answer; arrays come in pieces of 5 MiB."""
+MOST_ANSWER = 1 << 20
+"""Bytes of an answer; as Python's objects they are up to a hundred times as many."""
+MOST_CONTENT = 1 << 27
+"""Bytes of one that brings an app or a piece; arrays come in pieces of 5 MiB."""
+WITH_CONTENT = ("/get-fab", "/pull-object")
 MOST_ASKED = 1 << 16
 """Bytes of a request that is of no task: the SuperExec's, which asks for one."""
 MOST_CONNECTIONS, PATIENCE_S = 1024, 10.0
@@ -57,24 +60,23 @@ def bounded(response: httpx.Response) -> None:
     """Count the bytes of an answer as they come; raise httpx.DecodingError where it is packed."""
     if (packed := response.headers.get("content-encoding", "identity")) != "identity":
         raise httpx.DecodingError(f"the server packed its answer ({packed:.20}), unasked")
-    response.stream = Counted(response.stream)
+    has_content = response.request.url.path.endswith(WITH_CONTENT)
+    response.stream = Counted(response.stream, MOST_CONTENT if has_content else MOST_ANSWER)
 
 
 class Counted(httpx.SyncByteStream):
-    """An answer of at most `MOST_ANSWER` bytes."""
+    """An answer of at most so many bytes."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, most: int) -> None:
+        self._stream, self._most = stream, most
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the parts of the answer; raise httpx.DecodingError beyond the bound."""
         count = 0
         for part in self._stream:
             count += len(part)
-            if count > MOST_ANSWER:
-                raise httpx.DecodingError(
-                    f"the server's answer has more than {MOST_ANSWER:,} bytes"
-                )
+            if count > self._most:
+                raise httpx.DecodingError(f"the server's answer has more than {self._most:,} bytes")
             yield part
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """The guard of a participant's SuperNode: its messages are answered, by the app that came.
 
 Flower waits without end for the reply of a ClientApp that ended before it gave one; a SuperNode
-that waits looks alive, and takes no further message of any run. It loads an app, whose content
-it has verified, from the folder of a name and version that the server states. It sends back a
-message that calls itself a reply, and starts an app for it; and messages, and what a run says of
+that waits looks alive, and takes no further message of any run. It starts an app for a message
+before it has it, and where it does not get it, keeps what the app replies. It loads an app, whose
+content it has verified, from the folder of a name and version that the server states. It sends back
+a message that calls itself a reply, and starts an app for it; and messages, and what a run says of
 itself, may be of any size.
 """
 
@@ -14,6 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from flwr.app import Message, Metadata
@@ -28,6 +30,7 @@ from flwr.supernode.nodestate import nodestate_factory
 from flwr.supernode.nodestate.in_memory_nodestate import (
     CLIENT_APP_CRASHED_ERROR,
     InMemoryNodeState,
+    MessageEntry,
 )
 
 from common.errors import WireError
@@ -43,6 +46,8 @@ MOST_CONFIG = 1 << 16
 """Letters of a run's configuration."""
 MOST_RUNS = 16
 """Runs that a SuperNode remembers; of another it asks again."""
+MOST_PIECES = FEW + LARGEST_REPLY // PIECE
+"""Of a message, as of a reply."""
 UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
@@ -74,21 +79,27 @@ def require_same_app(run: Run, content: bytes) -> None:
 
 def pull(flower: Callable[..., int | None], **known: Any) -> int | None:
     """Take a message as Flower does, if it is one to this node; answer what is refused."""
-    incoming = Incoming(known)
+    incoming, state = Incoming(known), known["state"]
+    state.is_taking = True
     try:
-        return flower(**known | incoming.guarded())
+        run_id = flower(**known | incoming.guarded())
     except RefusedError as error:
         logger.error("a message is refused: %s", printable(str(error))[:1000])
         reply = Message(worker.FAB_VERIFICATION_ERROR, reply_to=incoming.message)
-        worker._insert_message(reply, known["state"], known["object_store"])
-        return int(incoming.message.metadata.run_id)
+        worker._insert_message(reply, state, known["object_store"])
+        run_id = incoming.message.metadata.run_id
+    finally:
+        state.is_taking = False
+    if run_id is not None:
+        state.note_asked(incoming.message)
+    return run_id
 
 
 class Incoming:
     """A message on its way in, between Flower and what fetches it for Flower."""
 
     def __init__(self, known: Mapping[str, Any]) -> None:
-        self._known, self._pieces, self._bytes = known, 0, 0
+        self._known, self._bytes = known, 0
 
     def guarded(self) -> dict[str, Any]:
         """Return what stands in the place of Flower's functions, by name."""
@@ -105,14 +116,14 @@ class Incoming:
         if not self._is_asked(self.message.metadata):
             logger.error("a message that is no question to this participant is passed over")
             return None
-        self._pieces = sum(1 for _ in iterate_object_tree(self._tree))
-        if self._pieces > FEW + LARGEST_REPLY // PIECE:
-            raise RefusedError(f"a message has {self._pieces} pieces")
+        if len([*islice(iterate_object_tree(self._tree), MOST_PIECES + 1)]) > MOST_PIECES:
+            raise RefusedError(f"a message has more than {MOST_PIECES} pieces")
         return found
 
     def _is_asked(self, metadata: Metadata) -> bool:
         own = self._known["state"].get_node_id()
-        return not metadata.reply_to_message_id and metadata.dst_node_id == own
+        is_question = metadata.message_id and not metadata.reply_to_message_id
+        return bool(is_question and metadata.dst_node_id == own)
 
     def _pull(self, run_id: int, name: str) -> Any:
         content = self._known["pull_object"](run_id, name)
@@ -149,6 +160,19 @@ def _keep_newest(known: dict[Any, Any]) -> None:
 class AnsweringState(InMemoryNodeState):
     """What a SuperNode knows; every message in it is answered once no task is at work on it."""
 
+    is_taking = False
+    """Whether a message is on its way in; then no app begins, and so none replies to a part."""
+
+    def claim_task(self, task_id: int) -> str | None:
+        """Give out a task, unless its message may not be there yet; the SuperExec asks again."""
+        return None if self.is_taking else super().claim_task(task_id)
+
+    def note_asked(self, message: Message) -> None:
+        """Remember a message that was answered before any app could take it."""
+        with self.lock_msg_store:
+            entry = MessageEntry(message, is_retrieved=True)
+            self.msg_store.setdefault(message.metadata.message_id, entry)
+
     def store_run(self, run: Run) -> None:
         """Remember a run, and forget the oldest."""
         super().store_run(run)
@@ -170,13 +194,15 @@ class AnsweringState(InMemoryNodeState):
         is_reply: bool | None = None,
         limit: int | None = None,
     ) -> Sequence[Message]:
-        """Return messages; of replies those that are whole.
+        """Return messages; of replies those that are whole, to a message that is known.
 
-        A task may end before it takes its message, while it reads it, or in the midst of its reply.
+        A task may end before it takes its message, while it reads it, or in the midst of its reply;
+        and a message may be forgotten while its task is at work.
         """
         if is_reply:
             at_work = {task.run_id for task in self.get_tasks(statuses=UNFINISHED)}
             with self.lock_msg_store:
+                self._forget_unasked()
                 self._answer_for_ended(at_work)
                 if not all(map(self._is_whole, self._replies().values())):
                     return []  # its task is at work, or else it would be an error by now
@@ -186,6 +212,17 @@ class AnsweringState(InMemoryNodeState):
         """Return the ids of the replies by that of the message that each answers."""
         found = [entry.message.metadata for entry in self.msg_store.values()]
         return {x.reply_to_message_id: x.message_id for x in found if x.reply_to_message_id}
+
+    def _forget_unasked(self) -> None:
+        """Delete the replies to what nobody waits for."""
+        for name, entry in [*self.msg_store.items()]:
+            asked = entry.message.metadata.reply_to_message_id
+            if asked and asked not in self.msg_store:
+                self._forget(name)
+
+    def _forget(self, message_id: str) -> None:
+        self.delete_messages(message_ids=[message_id])
+        self.object_store.delete(message_id)
 
     def _answer_for_ended(self, at_work: set[int]) -> None:
         """Answer with an error what a run without a task at work has left without a whole reply."""
@@ -197,8 +234,7 @@ class AnsweringState(InMemoryNodeState):
             if reply is not None and self._is_whole(reply):
                 continue
             if reply is not None:  # its pieces will not come
-                self.delete_messages(message_ids=[reply])
-                self.object_store.delete(reply)
+                self._forget(reply)
             self.object_store.delete(name)
             entry.is_retrieved = True  # else it would be no message of an app that ended
             self._store_error_replies({metadata.run_id}, CLIENT_APP_CRASHED_ERROR)

@@ -4,6 +4,9 @@ A SuperNode serves the processes of its ClientApp on loopback. As Flower starts 
 account on the machine may take the participant's messages there and answer in its name. This one
 speaks TLS with a certificate of its own, made anew at each start, and gives tasks to the SuperExec
 that knows its secret, which is started beside it. `node_guard` and `node_bounds` change the rest.
+
+Flower's loop ends at the first answer it does not expect, and a process whose loop has ended would
+live on and do nothing; this one ends with it, and `join` starts it again.
 """
 
 from __future__ import annotations
@@ -15,8 +18,13 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
+
+import psutil
 
 from common.files import PRIVATE, closed_folder, replace_file
 from experiments.deploy.certificates import self_signed
@@ -35,14 +43,25 @@ def command(folder: Path, port: int, words: Sequence[str]) -> list[str]:
     return [*PYTHON, __name__, str(folder), "--host", HOST, "--port", str(port), *words]
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the SuperNode of this command line: a folder, `--host`, `--port`, and its own words."""
+    code: object = 1  # of a loop that came to an end
+    try:
+        _run()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    _leave(code if isinstance(code, int) else int(code is not None))
+
+
+def _run() -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    from experiments.deploy import node_bounds, node_guard
+    from experiments.deploy import heartbeat, node_bounds, node_guard
 
-    node_guard.install()
-    node_bounds.install()
+    for part in (node_guard, node_bounds, heartbeat):
+        part.install()
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     address = f"{words[1]}:{words[3]}"
     _more_connections()
@@ -55,6 +74,19 @@ def main() -> None:
     own = [word for pair in flags.items() for word in pair]
     sys.argv = ["flower-supernode", *words, "--isolation", "process", *own]
     flower_supernode()
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process and what it started, whichever of Flower's threads are still there."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    for process in reversed(psutil.Process().children(recursive=True)):
+        with suppress(psutil.Error):
+            process.kill()
+    os._exit(code)
 
 
 def _end_with(executor: subprocess.Popen[bytes]) -> None:

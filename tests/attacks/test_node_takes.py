@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Array, Message
-from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.constant import ErrorCode, Status, SubStatus
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
@@ -47,6 +48,9 @@ def test_what_is_no_question_to_this_node_starts_nothing(
     before = left(node)
     for _ in range(3):
         assert take(node, packed(), question(**wrong)) is None
+    nameless, *parts = question()
+    nameless.metadata.__dict__["_message_id"] = ""
+    assert take(node, packed(), (nameless, *parts)) is None
     assert left(node) == before
     assert take(node, packed(), question()) == RUN + 1
 
@@ -128,3 +132,54 @@ def test_the_pieces_of_one_that_no_app_confirmed_go(monkeypatch: pytest.MonkeyPa
     assert store.get_object_tree(reply.metadata.message_id)
     with pytest.raises(NoObjectInStoreError):
         store.get_object_tree(asked)
+
+
+def test_no_app_begins_before_its_message_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that is not, its reply would stay; and with each further one an app would work on."""
+    node = Node(monkeypatch)
+    before, claimed = left(node), []
+
+    def claim() -> None:
+        tasks = node.state.get_tasks(statuses=[Status.PENDING])
+        claimed.extend(node.state.claim_task(task.task_id) for task in tasks)
+
+    def fail() -> None:
+        claim()
+        httpx.Response(500, request=httpx.Request("POST", "https://a/b")).raise_for_status()
+
+    assert take(node, packed(), question(), confirm=fail) is None
+    assert claimed == [None]
+    assert left(node) == before
+    assert take(node, packed(), question()) == RUN + 1
+    claim()
+    assert claimed[1:] != [None], "the next is as ever"
+
+
+@pytest.mark.parametrize("pieces", [1, 9])
+def test_a_reply_to_what_is_forgotten_is_in_nobodys_way(
+    monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    """A part would hold up all others for good, a whole one be sent in the place of the next."""
+    node = Node(monkeypatch)
+    node.take()
+    node.reply(pieces=pieces)
+    asked = node.message.metadata.message_id
+    (late,) = [name for name in node.state.msg_store if name != asked]
+    node.state.delete_messages(message_ids=[asked])
+    node.end(SubStatus.FAILED)
+    message, *parts = question()
+    assert take(node, packed(), (message, *parts)) == RUN + 1
+    assert node.to_send() == [], "its task waits"
+    with pytest.raises(NoObjectInStoreError):
+        node.state.object_store.get_object_tree(late)
+    (task,) = node.state.get_tasks(statuses=[Status.PENDING])
+    node.state.finish_task(task.task_id, SubStatus.FAILED, "")
+    (reply,) = node.to_send()
+    assert reply.metadata.reply_to_message_id == message.metadata.message_id
+
+
+def test_an_app_of_nobody_trusted_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower answers it itself, and remembers no message that it would be the reply to."""
+    node = Node(monkeypatch)
+    assert take(node, packed(), question(), trusted={"fpk_1": "a key"}) == RUN + 1
+    assert node.to_send()[-1].error.code == ErrorCode.INVALID_FAB

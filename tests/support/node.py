@@ -4,7 +4,7 @@ import hashlib
 import io
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -137,9 +137,15 @@ def take(
     content: bytes,
     asked: tuple[Message, dict[str, bytes], ObjectTree],
     config: Mapping[str, Scalar] | None = None,
+    *,
+    confirm: Callable[[], None] = lambda: None,
+    trusted: Mapping[str, str] | None = None,
     **stated: str,
 ) -> int | None:
-    """Let a SuperNode take a message of a run of an app; return of which run it took one."""
+    """Let a SuperNode take a message of a run of an app; return of which run it took one.
+
+    `confirm` is what its server does when the message is confirmed.
+    """
     message, pieces, tree = asked
     hashed = hashlib.sha256(content).hexdigest()
     stated = {"fab_id": "lab/mh-pfedhn", "fab_version": "0.1.0", "fab_hash": hashed} | stated
@@ -159,8 +165,8 @@ def take(
         "get_run": described,
         "get_fab": lambda name, run: Fab(hashed, content, {}),
         "pull_object": lambda run, name: pieces[name],
-        "confirm_message_received": lambda run, name: None,
-        "trusted_entities": None,
+        "confirm_message_received": lambda run, name: confirm(),
+        "trusted_entities": trusted,
     }
     found: int | None = vars(worker)["_pull_and_store_message"](**known)
     return found
