@@ -85,7 +85,7 @@ def check_models(deployment: Deployment) -> None:
     for site in SITES:
         state = deployment.folder / "participants" / site / "state" / site
         facts = json.loads((state / "personal_model.json").read_text())
-        assert facts["num_test"] == 150
+        assert facts["num_test"] == 90
         assert (state / facts["program"]).stat().st_size > 0
         assert "your model" in deployment.log(site)
 
