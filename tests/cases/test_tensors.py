@@ -119,10 +119,10 @@ def test_a_federation_of_tensors_learns_and_gives_everybody_a_model(
 ) -> None:
     source, factory, common, wanted = KINDS[kind]
     config = tiny_config(
-        tmp_path, method="mh-pfedhn-pg", server_rule="kernel", rounds=8, local_epochs=4,
+        tmp_path, method="mh-pfedhn-pg", server_rule="kernel", rounds=4, local_epochs=8,
         dataset=f"{HERE}:{source.__name__}", models=f"{HERE}:{factory.__name__},{common}",
         num_partitions=2, global_model="auto", optimizer="adamw", learning_rate=0.01,
-        validation_fraction=0.1, measure_alone=True, evaluate_every=8,
+        validation_fraction=0.1, measure_alone=True, evaluate_every=4,
     )  # fmt: skip
     nodes = [
         {
