@@ -158,7 +158,8 @@ class PersonalModel:
 
     def _export(self, path: Path) -> dict[str, Any]:
         try:
-            save_program(self._on_cpu(), path, self.require_same_count)
+            maker = (self.name, self.common, self.data.target, str(self.data.about.get("inputs")))
+            save_program(self._on_cpu(), path, self.require_same_count, maker=maker)
         except Exception as error:  # torch.export raises whatever it meets in a user's model
             logger.warning("%s: no program stored, weights only: %s", self.name, error)
             path.unlink(missing_ok=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,10 @@ from common.files import PRIVATE, replace_file
 
 EXPORTING = threading.Lock()
 """torch.export patches torch itself while it runs: no other thread may use a model meanwhile."""
+
+MOST_KNOWN = 8
+"""Programs that a process keeps, to put other weights into: tracing a model takes the most time."""
+_KNOWN: dict[Hashable, Any] = {}
 
 _OF_SOURCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
@@ -55,16 +61,18 @@ class Classifier(nn.Module):
 
 
 def save_program(
-    program: tuple[nn.Module, Tensor], path: Path, require: Callable[[nn.Module], None]
+    program: tuple[nn.Module, Tensor],
+    path: Path,
+    require: Callable[[nn.Module], None],
+    *,
+    maker: Hashable,
 ) -> None:
-    """Export a module to a .pt2 file, for any batch size, if it is what `require` wants."""
+    """Export a module to a .pt2 file, for any batch size, if it is what `require` wants.
+
+    What one `maker` makes differs in weights and buffers alone.
+    """
     module, example = program
-    dynamic = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
-        exported = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
-    _without_source(exported.graph_module)
-    exported.example_inputs = None  # torch would store it pickled; nobody needs it
+    exported = _exported(module, example, maker)
     packed = io.BytesIO()
     torch.export.save(exported, packed)
     packed.seek(0)
@@ -73,6 +81,33 @@ def save_program(
         raise RuntimeError("the exported program gives other logits than the model")
     require(again)
     replace_file(path, packed.getvalue(), mode=PRIVATE)
+
+
+@torch.no_grad()
+def _exported(
+    module: nn.Module, example: Tensor, maker: Hashable
+) -> Any:  # ExportedProgram, whose import takes seconds
+    """Export a module, or put its weights into the program of one from the same maker."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shapes = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
+    key = (maker, shapes, example.shape, example.dtype)
+    if known := _KNOWN.get(key):
+        for held in (known.state_dict, known.constants):
+            for name, tensor in held.items():
+                tensor.copy_(tensors[name])
+        return known
+    dynamic = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
+        own = deepcopy(module)  # whose tensors become the program's
+        found = torch.export.export(own, (example,), dynamic_shapes=dynamic, strict=False)
+    _without_source(found.graph_module)
+    found.example_inputs = None  # torch would store it pickled; nobody needs it
+    if {*found.state_dict, *found.constants} <= tensors.keys():  # nothing else is in it
+        while len(_KNOWN) >= MOST_KNOWN:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[key] = found
+    return found
 
 
 def _without_source(module: torch.fx.GraphModule) -> None:

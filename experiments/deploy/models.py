@@ -113,7 +113,7 @@ def export(args: argparse.Namespace) -> int:
         without = f"its weights lack {listing(lost)}, which the one in {found.folder} may have"
     if not without:
         try:
-            save_program((module, blank), program, lambda _: None)
+            save_program((module, blank), program, lambda _: None, maker=program)
         except Exception as error:  # torch.export raises whatever it meets in a user's model
             without = f"{type(error).__name__}: {error}"
     told = {"program": None, "program_error": without[:2000]} if without else {}
