@@ -9,7 +9,6 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Hashable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,6 @@ def save_program(
     replace_file(path, packed.getvalue(), mode=PRIVATE)
 
 
-@torch.no_grad()
 def _exported(
     module: nn.Module, example: Tensor, maker: Hashable
 ) -> Any:  # ExportedProgram, whose import takes seconds
@@ -93,14 +91,12 @@ def _exported(
     key = (maker, shapes, example.shape, example.dtype)
     if known := _KNOWN.get(key):
         for held in (known.state_dict, known.constants):
-            for name, tensor in held.items():
-                tensor.copy_(tensors[name])
+            held.update({name: tensors[name] for name in held})
         return known
     dynamic = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch's own recurrent layers
-        own = deepcopy(module)  # whose tensors become the program's
-        found = torch.export.export(own, (example,), dynamic_shapes=dynamic, strict=False)
+        found = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
     _without_source(found.graph_module)
     found.example_inputs = None  # torch would store it pickled; nobody needs it
     if {*found.state_dict, *found.constants} <= tensors.keys():  # nothing else is in it

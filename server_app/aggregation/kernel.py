@@ -132,7 +132,7 @@ class KernelRule(Rule):
         network, group = self.hypernet, self.hypernet.groups[part.key]
         sketches = [group.sketch(delta, network.section.embed_dim) for delta in part.deltas]
         if follows_usual:
-            network.newest |= zip(part.client_ids, sketches, strict=True)
+            network.newest |= reversed([*zip(part.client_ids, sketches, strict=True)])
             usual = network.usual(part.key)
             sketches = [sketch - usual for sketch in sketches]
         for client_id, sketch in zip(part.client_ids, sketches, strict=True):

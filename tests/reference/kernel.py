@@ -98,7 +98,7 @@ class ReferenceGroup:
         if is_global:
             return
         if not frozen:
-            self.newest |= {client_id: self.sketch(delta) for client_id, delta, _ in updates}
+            self.newest |= {client_id: self.sketch(delta) for client_id, delta, _ in updates[::-1]}
         for client_id, delta, _ in updates:
             moved = self.sketch(delta) - (0 if frozen else self.usual())
             self.embeddings[client_id] = self.embeddings[client_id] + moved
