@@ -32,11 +32,11 @@ from experiments.run.engines.inprocess import run_inprocess, simulated_nodes
 from experiments.run.presets import Preset
 from server_app.clients import GLOBAL_ID
 from server_app.hypernet.groups import num_chunks
-from server_app.hypernet.kernel import KernelNetwork
+from server_app.hypernet.kernel import KernelGroup, KernelNetwork
 
-Lie = Callable[[Float32, Sequence[Float32]], Float32]
-"""Makes of a liar's own delta (P,), and of the newest ones (P,) of honest participants with as many
-parameters, what is sent (P,)."""
+Lie = Callable[[Float32, Sequence[Float32], KernelGroup], Float32]
+"""Makes of a liar's own delta (P,), of the newest ones (P,) of honest participants with as many
+parameters, and of what the seed tells of their group, what is sent (P,)."""
 
 JUST_ACCEPTED = 9_990.0
 """A norm below `max-delta-norm` as it is by default."""
@@ -48,19 +48,19 @@ def _scaled(x: Float32, norm: float) -> Float32:
     return (x * (norm / max(float(np.linalg.norm(x)), 1e-12))).astype(np.float32)
 
 
-def _noise(own: Float32, honest: Sequence[Float32]) -> Float32:
+def _noise(own: Float32, honest: Sequence[Float32], _: KernelGroup) -> Float32:
     """Draw other noise in every round, for every liar; the same in a run that is repeated."""
     seed = int.from_bytes(hashlib.sha256(own.tobytes()).digest()[:8], "big")
     draws = np.random.default_rng(seed).standard_normal(len(own))
     return _scaled(draws.astype(np.float32), JUST_ACCEPTED)
 
 
-def _against(own: Float32, honest: Sequence[Float32]) -> Float32:
+def _against(own: Float32, honest: Sequence[Float32], _: KernelGroup) -> Float32:
     """Undo what the honest learned, as far as they can be seen."""
     return _scaled(-np.mean(honest, axis=0) if honest else -own, JUST_ACCEPTED)
 
 
-def _mimic(own: Float32, honest: Sequence[Float32]) -> Float32:
+def _mimic(own: Float32, honest: Sequence[Float32], _: KernelGroup) -> Float32:
     """Look like somebody honest where likeness is measured, and undo its own training elsewhere."""
     lie = -5 * own
     if honest:
@@ -68,31 +68,30 @@ def _mimic(own: Float32, honest: Sequence[Float32]) -> Float32:
     return lie
 
 
-LIES: Mapping[str, Lie] = {
-    "flip": lambda own, honest: -own,
-    "flip-5": lambda own, honest: -5 * own,
-    "flip-100": lambda own, honest: -100 * own,
-    "noise": _noise,
-    "against": _against,
-    "constant": lambda own, honest: _scaled(np.ones_like(own), JUST_ACCEPTED),
-    "zero": lambda own, honest: np.zeros_like(own),
-    "mimic": _mimic,
-    "labels": lambda own, honest: own,
-    "alike": lambda own, honest: own,
-}
-"""By name; "labels" trains on labels that are all wrong; "alike": `seen_in_one_number`."""
+def _alike(own: Float32, _: Sequence[Float32], group: KernelGroup) -> Float32:
+    """Be as large as can be in one number of the group's sketch.
 
-
-def seen_in_one_number(network: KernelNetwork, own: Float32, key: str) -> Float32:
-    """Make a delta (P,) that is as large as can be in one number of its group's sketch.
-
-    Where the others' likeness is judged against a mean that it is in, all of them look alike.
+    Were others judged against a mean that this is in, all of them would look alike.
     """
-    group = network.make_group(key, torch.zeros(0))
     places, signs = group.places.numpy()[-len(own) :], group.signs.numpy()[-len(own) :]
     lie = np.zeros_like(own)
     lie[-len(places) :] = np.where(places == np.bincount(places).argmax(), signs, 0.0)
     return _scaled(lie, JUST_ACCEPTED)
+
+
+LIES: Mapping[str, Lie] = {
+    "flip": lambda own, *_: -own,
+    "flip-5": lambda own, *_: -5 * own,
+    "flip-100": lambda own, *_: -100 * own,
+    "noise": _noise,
+    "against": _against,
+    "constant": lambda own, *_: _scaled(np.ones_like(own), JUST_ACCEPTED),
+    "zero": lambda own, *_: np.zeros_like(own),
+    "mimic": _mimic,
+    "labels": lambda own, *_: own,
+    "alike": _alike,
+}
+"""By name; "labels" trains honestly, on labels that are all wrong."""
 
 
 @dataclass
@@ -115,21 +114,24 @@ class Federation:
         arrays = reply.content.array_records[ARRAYS]
         for name, array in list(arrays.items()):
             delta = array.numpy()
-            if lies and self.lie == "alike":
-                config = RunConfig.parse(context.run_config)
-                network = KernelNetwork(config.hypernet, seed=config.run.seed)
-                chunks = num_chunks(len(delta), config.hypernet.chunk_size)
-                key = f"{chunks}-{GLOBAL_ID}" if name == GLOBAL_DELTA else str(chunks)
-                arrays[name] = Array(seen_in_one_number(network, delta, key))
-            elif lies:
+            if lies:
                 alike = [
                     x for (n, _), x in self._newest.items() if n == name and len(x) == len(delta)
                 ]
-                arrays[name] = Array(LIES[self.lie](delta, alike))
+                group = sketching(name, len(delta), context.run_config)
+                arrays[name] = Array(LIES[self.lie](delta, alike, group))
             else:
                 self._newest.pop((name, who), None)  # so that the newest is the last
                 self._newest[name, who] = delta
         return reply
+
+
+def sketching(name: str, num_parameters: int, run_config: Mapping[str, Any]) -> KernelGroup:
+    """Return the group that a vector of a message belongs to, as any participant can make it."""
+    config = RunConfig.parse(run_config)
+    chunks = num_chunks(num_parameters, config.hypernet.chunk_size)
+    key = f"{chunks}-{GLOBAL_ID}" if name == GLOBAL_DELTA else str(chunks)
+    return KernelNetwork(config.hypernet, seed=config.run.seed).make_group(key, torch.zeros(0))
 
 
 def _mislabelled(message: Message, context: Context) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.config import UpdateSection
 from common.log import logger
+from common.user_privacy import UserPrivacy
 from server_app.hypernet.base import Network, by_group
 from server_app.hypernet.groups import GroupDeltas, Update, members_by_group, rms_and_coherence
 
@@ -169,6 +170,7 @@ class Rule(ABC):
         self.section = section
         self.total_rounds = total_rounds
         self.frozen_groups: frozenset[str] = frozenset()
+        self.privacy: UserPrivacy | None = None
 
     def step(self, updates: Sequence[Update], *, progress: float) -> StepDiagnostics:
         """Take one step along the updates; change phi and the embeddings in place.
@@ -235,7 +237,7 @@ class Rule(ABC):
 
     def privacy_row(self) -> dict[str, float]:
         """Return columns of metrics.jsonl that say what privacy was spent."""
-        return {}
+        return self.privacy.row() if self.privacy else {}
 
     @abstractmethod
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -227,10 +227,6 @@ class KernelRule(Rule):
         if self.privacy:
             self.privacy.restore(facts.get("releases", {}))
 
-    def privacy_row(self) -> dict[str, float]:
-        """Return `user_epsilon`, where there is user-level privacy."""
-        return self.privacy.row() if self.privacy else {}
-
 
 def gains(rho: float, num_clients: int, steps: int) -> tuple[float, float]:
     """Return beta of a whole pass, and r, of a group of N clients after t steps.

@@ -217,8 +217,8 @@ class MHpFedHN(Method[Deltas]):
 
     def keep_releases(self, folder: Path, *earlier: Path) -> None:
         """See `Method.keep_releases`."""
-        if privacy := getattr(self.rule, "privacy", None):
-            privacy.keep_in(folder, *earlier)
+        if self.rule.privacy:
+            self.rule.privacy.keep_in(folder, *earlier)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return phi, embeddings and the state of the rule and of the clip."""

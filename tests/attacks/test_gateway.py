@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import pytest
 from flwr.superlink.routers.fleet.router import router
@@ -251,25 +252,19 @@ def test_what_is_read_slowly_waits_at_the_gateway(place: Place) -> None:
 
 
 def test_only_pieces_are_large(place: Place) -> None:
-    head = f"{HEAD}Content-Length: {2**20}\r\n\r\n"
-    codes, passed = say(place, f"POST /v1/fleet/push-messages HTTP/1.1\r\n{head}")
-    assert (codes, passed) == ([413], [])
-    for procedure in ("pull-messages", "register-node"):
-        large = f"{HEAD}Content-Length: {2**13}\r\n\r\n"
-        assert say(place, f"POST /v1/fleet/{procedure} HTTP/1.1\r\n{large}") == ([413], [])
-    too_much = f"{HEAD}Content-Length: {7 * 2**20}\r\n\r\n"
-    assert say(place, f"POST /v1/fleet/push-object HTTP/1.1\r\n{too_much}") == ([413], [])
+    large = {"pull-messages": 2**13, "register-node": 2**13}
+    for procedure, size in {"push-messages": 2**20, **large, "push-object": 7 * 2**20}.items():
+        head = f"{HEAD}Content-Length: {size}\r\n\r\n"
+        assert say(place, f"POST /v1/fleet/{procedure} HTTP/1.1\r\n{head}") == ([413], [])
 
 
 def test_headers_that_stop_are_let_go(place: Place) -> None:
     deployment, port, _ = place
-    with ExitStack() as stack:
-        streams = []
-        for begins in ("POST /v1/fl", "POST /v1/fleet/get-run HTTP/1.1\r\nHost: "):
-            stream = stack.enter_context(connect(deployment, port, source="127.0.0.6"))
-            stream.sendall(begins.encode())
-            streams.append(stream)
-        for stream in streams:
+    held = partial(connect, deployment, port, source="127.0.0.6")
+    with held() as one, held() as other:
+        one.sendall(b"POST /v1/fl")
+        other.sendall(b"POST /v1/fleet/get-run HTTP/1.1\r\nHost: ")
+        for stream in (one, other):
             stream.settimeout(15)
             assert stream.recv(12) in (b"", b"HTTP/1.1 408")
 

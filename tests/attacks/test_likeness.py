@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.config import RunConfig
-from experiments.attacks.liars import seen_in_one_number
+from experiments.attacks.liars import LIES
 from server_app.clients import Client
 from server_app.methods.base import Upload
 from server_app.methods.mhpfedhn import Deltas, MHpFedHN
@@ -15,9 +15,9 @@ SIZE, HONEST, NORM = 4_000, 10, 9_000.0
 EVERYBODY = [Client(f"site-{i:02}", SIZE, 100) for i in range(HONEST + 1)]
 
 
-def seen_in_one(method: MHpFedHN) -> np.ndarray:
-    key = method.hypernet.group_key("site-00")
-    return seen_in_one_number(method.hypernet, np.zeros(SIZE, np.float32), key)
+def seen_in_one_number(method: MHpFedHN) -> np.ndarray:
+    group = method.hypernet.groups[method.hypernet.group_key("site-00")]
+    return LIES["alike"](np.zeros(SIZE, np.float32), [], group)
 
 
 def along_the_last_entries(_: MHpFedHN) -> np.ndarray:
@@ -27,7 +27,7 @@ def along_the_last_entries(_: MHpFedHN) -> np.ndarray:
 
 
 @pytest.mark.parametrize("together", [HONEST + 1, 5, 1])
-@pytest.mark.parametrize("lie", [seen_in_one, along_the_last_entries])
+@pytest.mark.parametrize("lie", [seen_in_one_number, along_the_last_entries])
 def test_honest_ones_stay_unlike_where_they_are(
     lie: Callable[[MHpFedHN], np.ndarray], together: int
 ) -> None:
