@@ -5,15 +5,14 @@ They take no message, read no token, and cost no memory.
 
 import gzip
 import http.client
-import http.server
 import os
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from experiments.deploy import node_bounds, supernode
 from experiments.deploy.executor import start_task
 from experiments.run.engines.processes import free_port
+from tests.support.answering import answering
 from tests.support.deployment import wait_until
 
 TOKEN = "ab" * 128
@@ -158,32 +158,19 @@ def test_an_answer_is_bounded_and_from_the_server(node: None, kind: str, error: 
     """One that is packed, endless, or sends the node to another service of the participant's."""
     visited: list[str] = []
 
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            visited.append(self.path)
-            self.rfile.read(int(self.headers["content-length"]))
-            assert self.headers["accept-encoding"] == "identity"
-            moved = kind == "moved"
-            self.send_response(307 if moved else 200)
-            headers, body = ANSWERS.get(kind, ({"Location": "/admin/shutdown"}, b""))
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(OSError):
-                self.wfile.write(body)
+    def answer(path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        visited.append(path)
+        assert headers["accept-encoding"] == "identity"
+        if kind == "moved":
+            return 307, {"Location": "/admin/shutdown"}, b""
+        return 200, *ANSWERS[kind]
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"127.0.0.1:{server.server_port}"
-        with (
-            FleetHttpClient.from_server_address(address, True, None, []) as client,
-            pytest.raises((httpx.HTTPError, ValueError), match=error or "Invalid protobuf"),
-        ):
-            client.GetRun(GetRunRequest(run_id=1))
-        server.shutdown()
+    with (
+        answering(answer) as address,
+        FleetHttpClient.from_server_address(address, True, None, []) as client,
+        pytest.raises((httpx.HTTPError, ValueError), match=error or "Invalid protobuf"),
+    ):
+        client.GetRun(GetRunRequest(run_id=1))
     assert len(visited) == 1
 
 

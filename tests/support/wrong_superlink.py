@@ -1,9 +1,7 @@
 """A server on loopback that answers a participant's SuperNode as a test says."""
 
-import http.server
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flwr.proto.fleet_pb2 import (
@@ -15,6 +13,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
+from tests.support.answering import answering
 from tests.support.node import NODE
 
 Answer = tuple[int, bytes]
@@ -33,8 +32,8 @@ USUAL = {
 class WrongSuperLink:
     """What a server was asked, and how it answers the first who ask."""
 
-    address: str
     wrong: dict[str, list[Answer]]
+    address: str = ""
     asked: list[str] = field(default_factory=list)
 
     def answer(self, what: str) -> Answer:
@@ -47,25 +46,12 @@ class WrongSuperLink:
 @contextmanager
 def wrong_superlink(wrong: dict[str, list[Answer]]) -> Iterator[WrongSuperLink]:
     """Serve; of each procedure the first answers are those, and then the usual ones."""
-    answer: Callable[[str], Answer]
+    link = WrongSuperLink(wrong)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            status, body = answer(self.path.rpartition("/")[2])
-            self.send_response(status)
-            self.send_header("Content-Type", "application/protobuf")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            with suppress(OSError):
-                self.wfile.write(body)
+    def answer(path: str, _: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        status, body = link.answer(path.rpartition("/")[2])
+        kind = {"Content-Type": "application/protobuf", "Content-Length": str(len(body))}
+        return status, kind, body
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        link = WrongSuperLink(f"127.0.0.1:{server.server_port}", wrong)
-        answer = link.answer
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with answering(answer) as link.address:
         yield link
-        server.shutdown()
