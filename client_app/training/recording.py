@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,23 +44,22 @@ class GraphCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool: Any = None
 
     def __call__(self, run: Callable[[], None], generators: Generators) -> Callable[[], None]:
         """Record `run`; other threads may use the device meanwhile, but not record."""
         graph = torch.cuda.CUDAGraph()
         with self.one, torch.cuda.device(self._device):
             self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            pool = self._graphs[0].pool() if self._graphs else None
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # later releases of torch see them by themselves
                 for generator in generators:
                     graph.register_generator_state(generator)
             stream, mode = self._stream, "thread_local"
-            with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode=mode):
+            with torch.cuda.graph(graph, self._pool, stream=stream, capture_error_mode=mode):
                 run()
-        self._graphs.append(graph)
-        return graph.replay
+        return graph.replay  # which keeps the graph, for as long as its recording is kept
 
 
 class Recorder:
