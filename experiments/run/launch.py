@@ -133,8 +133,20 @@ def _run_inprocess(engine: EngineSection, log: Path, config: RunConfig) -> None:
             config,
             simulated_nodes(engine.num_clients)[:present],
             workers=engine.workers,
-            batched_clients=engine.batched_clients,
+            batched_clients=batched_clients(engine, config),
         )
+
+
+def batched_clients(engine: EngineSection, config: RunConfig) -> int:
+    """Return how many clients train in one call; "auto" is for a GPU that several can fill."""
+    from client_app.models.instances import pick_device
+
+    if engine.batched_clients != "auto":
+        return engine.batched_clients
+    one_by_one = config.is_baseline or config.schedule.max_in_flight == 1 or engine.workers > 0
+    if one_by_one or pick_device(config.client.device).type == "cpu":
+        return 0
+    return engine.num_clients
 
 
 def _run(preset: Preset, folder: Path, console: Console) -> int:

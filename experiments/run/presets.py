@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pydantic import NonNegativeInt
+
 from common.config import RunConfig
 from common.config.section import Scalar, Section, key, require_known
 from common.errors import ConfigError, unknown_name
@@ -32,12 +34,11 @@ class EngineSection(Section):
         0.0, "schedules clients, does not limit their memory", unit="GPUs", where="ray", ge=0
     )
     workers: int = key(0, "clients that compute at once; 0: as many as the CPUs allow", ge=0)
-    batched_clients: int = key(
-        0,
+    batched_clients: NonNegativeInt | Literal["auto"] = key(
+        "auto",
         "clients of one architecture that are trained in one batched call; 0: one by one, which is "
-        "faster on a CPU",
+        "faster on a CPU; auto: on a GPU as many as wait and its memory holds",
         where="inprocess",
-        ge=0,
     )
 
 

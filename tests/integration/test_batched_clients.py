@@ -180,3 +180,28 @@ def test_what_cannot_be_batched_is_trained_one_by_one(
     losses = [[row["train_loss"] for row in found] for found in (plain, alone, batched)]
     assert losses[1] == losses[2]
     assert losses[0] != losses[1]
+
+
+def test_as_many_as_memory_holds(
+    tmp_path: Path,
+    sizes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A device that has no memory for six gets three at a time, and every client is trained."""
+    counted = together.train_cohort
+
+    def small_device(module, members, section, **options):  # noqa: ANN001, ANN003, ANN202
+        if len(members) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return counted(module, members, section, **options)
+
+    settings = {"models": f"{HERE}:small", "max_in_flight": 0, "buffer_size": 0}
+    alone = run(tiny_config(tmp_path / "a", **settings), 0)
+    monkeypatch.setattr(together, "train_cohort", small_device)
+    batched = run(tiny_config(tmp_path / "b", **settings), 6)
+    assert sizes == [3, 3] * 2
+    assert caplog.text.count("no memory for 6 clients in one batched call: from now on 3.") == 1
+    for one, other in zip(alone, batched, strict=True):
+        assert other["num_accepted"] == 6
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)

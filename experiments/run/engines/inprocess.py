@@ -37,7 +37,8 @@ class InProcessGrid(Grid):
     One `client_app` serves all nodes; `contexts` are theirs by node_id, kept between messages as
     Flower does. One worker runs clients in the calling thread, one after the other, and then at
     most `batched_clients` waiting ones of one architecture in one batched call
-    (`client_app.training.batched`). `num_together` counts the messages that such calls handled; the
+    (`client_app.training.batched`), half as many where the device has no memory for them.
+    `num_together` counts the messages that such calls handled; the
     server sends no more than `workers`, the messages that are worked on at a time.
     """
 
@@ -110,10 +111,20 @@ class InProcessGrid(Grid):
         """Deliver the next waiting messages, in one batched call where they allow it."""
         from experiments.run.engines.together import reply_together
 
-        messages = [self._queue.pop(i) for i in message_ids[: self._batched_clients]]
+        taken = {i: self._queue.pop(i) for i in message_ids[: self._batched_clients]}
+        messages = list(taken.values())
         pairs = [(m, self._contexts[m.metadata.dst_node_id]) for m in messages]
         try:
             replies = reply_together(pairs)
+        except torch.OutOfMemoryError:
+            self._batched_clients = len(pairs) // 2
+            logger.warning(
+                "The device has no memory for %d clients in one batched call: from now on %d.",
+                len(pairs),
+                max(1, self._batched_clients),
+            )
+            self._queue = taken | self._queue
+            return []
         except Exception as error:  # the app's edge, as below; one by one shows whose fault it is
             logger.warning("Batched training failed, going on one by one: %s", error)
             replies = [None] * len(pairs)

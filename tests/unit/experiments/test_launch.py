@@ -10,7 +10,7 @@ from rich.console import Console
 from common.config import RunConfig
 from common.errors import ConfigError
 from experiments.run.engines.home import own_modules
-from experiments.run.launch import complete, error_lines, launch
+from experiments.run.launch import batched_clients, complete, error_lines, launch
 from experiments.run.presets import EngineSection, Preset
 from tests.support.tiny import HERE, tiny_config
 
@@ -96,3 +96,27 @@ def test_absent_clients_are_not_waited_for_and_need_the_inprocess_engine(tmp_pat
     assert complete(preset).config.schedule.min_clients == 7
     with pytest.raises(ConfigError, match="absent-clients = 3 needs engine 'inprocess'"):
         complete(preset.with_engine({"name": "ray"}))
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "expected"),
+    [
+        ({}, {}, 8),
+        ({"batched-clients": 3}, {"max-in-flight": 1}, 3),
+        ({"batched-clients": 0}, {}, 0),
+        ({"workers": 2}, {}, 0),
+        ({}, {"max-in-flight": 1}, 0),
+        ({}, {"method": "fedavg"}, 0),
+        ({}, {"device": "cpu"}, 0),
+    ],
+)
+def test_clients_are_batched_where_several_fill_a_gpu(
+    engine: dict[str, int],
+    settings: dict[str, str | int],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    section = EngineSection.model_validate({"num-clients": 8} | engine)
+    config = RunConfig().with_overrides({"max-in-flight": 4} | settings)
+    assert batched_clients(section, config) == expected
