@@ -70,7 +70,7 @@ def _measures(work: Workload, machine: Machine, repeats: int) -> dict[str, Calla
     rounds, counts = (3, (2,)) if quick else (300, (10, 20, 40, 80))
     usual_s, turns = (0.2, 1) if quick else (4.0, 2)
     return {
-        "server": lambda: server_part(quick=quick, repeats=repeats),
+        "server": lambda: server_part(machine, quick=quick, repeats=repeats),
         "client": lambda: client_part(models, machine, repeats),
         "batched": lambda: batched_part(work.num_clients, repeats, quick=quick),
         "wire": lambda: wire_part(6_000 if quick else IDLE_PARAMETERS, machine, repeats),

@@ -193,8 +193,9 @@ class KernelRule(Rule):
         for client_id, weight in zip(part.client_ids, part.within, strict=True):
             total[client_id] = total.get(client_id, 0.0) + weight
         for client_id, delta, weight in zip(part.client_ids, part.deltas, part.within, strict=True):
-            alone = self.hypernet.alone.setdefault(client_id, torch.zeros_like(delta))
-            alone.sub_(delta, alpha=factor * weight / total[client_id])
+            if client_id not in self.hypernet.alone:
+                self.hypernet.alone[client_id] = self.hypernet.fresh_vector(client_id)
+            self.hypernet.alone[client_id].sub_(delta, alpha=factor * weight / total[client_id])
 
     def _memory_of(self, part: GroupDeltas) -> Memory:
         if part.key not in self._memory:

@@ -22,7 +22,7 @@ from common.errors import CheckpointError, RegistrationError, listing
 from common.serialization import require_same, required_tensor
 from server_app.hypernet.groups import GroupDeltas, head_group, members_by_group, num_chunks
 
-BLOCK_CLIENTS = 64
+BLOCK_CLIENTS = 256
 BLOCK_BYTES = 256 * 2**20
 LEAST_CLIENTS = 8
 """A block never has fewer for its size alone: reading the heads of 11 M parameters costs more."""
@@ -171,9 +171,13 @@ class Network(ABC):
 
     def thetas(self, client_ids: Sequence[str]) -> Iterator[tuple[str, Float32]]:
         """Generate as `generate`, as numpy, a block of clients at a time, when it is asked for."""
-        for block in blocks(client_ids, self.num_parameters):
+        for block in self.blocks(client_ids):
             for client_id, theta in self.generate(block).items():
                 yield client_id, theta.cpu().numpy()
+
+    def blocks(self, client_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Cut clients into runs that are generated together."""
+        return blocks(client_ids, self.num_parameters)
 
     def _entries(self, client_id: str, chunks: Sequence[int] | None) -> int:
         """Count the parameters of a client that lie in some chunks; in all of them for None."""
@@ -265,8 +269,10 @@ def by_group(
     ]
 
 
-def blocks(client_ids: Sequence[str], size_of: Callable[[str], int]) -> Iterator[Sequence[str]]:
-    """Cut clients into runs that are generated together: float32 within `BLOCK_BYTES`.
+def blocks(
+    client_ids: Sequence[str], size_of: Callable[[str], int], least: int = LEAST_CLIENTS
+) -> Iterator[Sequence[str]]:
+    """Cut clients into runs of float32 within `BLOCK_BYTES`, or of `least` clients.
 
     Only the list and the sizes decide, so that two runs make the same products. The runs are of
     nearly equal length: a product of one or two rows takes another path through the BLAS.
@@ -274,7 +280,7 @@ def blocks(client_ids: Sequence[str], size_of: Callable[[str], int]) -> Iterator
     if not client_ids:
         return
     largest = 4 * max(map(size_of, client_ids))
-    most = min(BLOCK_CLIENTS, max(LEAST_CLIENTS, BLOCK_BYTES // largest))
+    most = min(BLOCK_CLIENTS, max(least, BLOCK_BYTES // largest))
     count = -(-len(client_ids) // most)
     edges = [len(client_ids) * i // count for i in range(count + 1)]
     for first, stop in pairwise(edges):

@@ -19,18 +19,24 @@ chunk size, E embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from common.config import HypernetSection
+from common.log import logger
 from common.seeding import torch_generator
 from server_app.clients import GLOBAL_ID
-from server_app.hypernet.base import Network
+from server_app.hypernet.base import LEAST_CLIENTS, Network, blocks
 from server_app.hypernet.groups import (
     GPU_FACTOR,
     TILE_BYTES,
@@ -41,6 +47,10 @@ from server_app.hypernet.groups import (
 
 SILENT = 2
 """Who has sent nothing for more turns than that no longer counts as one who shares."""
+MEMORY_SHARE = 0.5
+"""Of the machine's memory that clients' vectors may fill; those of later clients lie on a disk."""
+DISK_CLIENTS = 64
+"""Generated together where vectors are read from a disk."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +110,40 @@ class KernelNetwork(Network):
         self.embeddings = {}
         self.alone: dict[str, Tensor] = {}
         self.newest: dict[str, Tensor] = {}
+        self._held = 0  # bytes of `personal` and `alone`
         self._turns: dict[str, int] = {}  # by client_id: in which turn of its group it sent a delta
 
     def _embed(self, client_id: str, key: str, num_heads: int) -> None:
-        self.personal[client_id] = torch.zeros(self._sizes[client_id], device=self.device)
+        self.personal[client_id] = self.fresh_vector(client_id)
         self.embeddings[client_id] = torch.zeros(self.section.embed_dim, device=self.device)
         if key not in self.groups:
             self.groups[key] = self.make_group(
                 key, torch.zeros(num_heads * self.section.chunk_size)
             )
+
+    def fresh_vector(self, client_id: str) -> Tensor:
+        """Return zeros (P,): in memory, or on a disk once the vectors of all fill their share."""
+        size, was_on_disk = self._sizes[client_id], self._is_on_disk
+        self._held += 4 * size
+        if self._is_on_disk and not was_on_disk:
+            logger.info(
+                "Clients' vectors fill %.0f %% of memory; from client %s on they lie on disk, read "
+                "once for every %d clients that parameters are generated for.",
+                100 * MEMORY_SHARE,
+                client_id,
+                DISK_CLIENTS,
+            )
+        vector = zeros_on_disk(size) if self._is_on_disk else None
+        return torch.zeros(size, device=self.device) if vector is None else vector
+
+    @property
+    def _is_on_disk(self) -> bool:
+        return self.device.type == "cpu" and self._held > MEMORY_SHARE * memory_bytes()
+
+    def blocks(self, client_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+        """See `Network.blocks`; each block reads the vectors of all, so from a disk it is large."""
+        least = DISK_CLIENTS if self._is_on_disk else LEAST_CLIENTS
+        return blocks(client_ids, self.num_parameters, least)
 
     def make_group(self, key: str, base: Tensor) -> KernelGroup:
         """Make a group; its sketch is drawn from the seed and its key."""
@@ -118,8 +153,10 @@ class KernelNetwork(Network):
         return KernelGroup(*(x.to(self.device) for x in (base, places, signs)))
 
     def _forget(self, client_id: str) -> None:
-        del self.personal[client_id], self.embeddings[client_id]
-        for kept in (self.alone, self.newest, self._turns):
+        self._held -= self.personal.pop(client_id).nbytes
+        if client_id in self.alone:
+            self._held -= self.alone.pop(client_id).nbytes
+        for kept in (self.embeddings, self.newest, self._turns):
             kept.pop(client_id, None)
 
     def note_senders(self, key: str, client_ids: Iterable[str]) -> None:
@@ -223,10 +260,39 @@ class KernelNetwork(Network):
         for key, num_heads in facts["heads"].items():
             self.groups[key] = self.make_group(key, own(f"base.{key}", num_heads * s.chunk_size))
         for client_id, size in self._sizes.items():
-            self.personal[client_id] = own(f"personal.{client_id}", size)
+            self.personal[client_id] = self.fresh_vector(client_id)
+            self.personal[client_id].copy_(own(f"personal.{client_id}", size))
             self.embeddings[client_id] = own(f"embeddings.{client_id}", s.embed_dim)
         for client_id in facts.get("alone", []):
-            self.alone[client_id] = own(f"alone.{client_id}", self._sizes[client_id])
+            self.alone[client_id] = self.fresh_vector(client_id)
+            self.alone[client_id].copy_(own(f"alone.{client_id}", self._sizes[client_id]))
         for client_id in facts.get("newest", []):
             self.newest[client_id] = own(f"newest.{client_id}", s.embed_dim)
         self._turns = dict(facts.get("turns", dict.fromkeys(self._sizes, 0)))
+
+
+@cache
+def memory_bytes() -> int:
+    """Return the memory of this machine, or what its container may have of it (cgroup v2)."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # there is no such file, or it says "max"
+        return total
+
+
+def zeros_on_disk(size: int) -> Tensor | None:
+    """Return zeros (size,), float32, in a file without a name; None where the disk has no place.
+
+    The system keeps of it in memory what there is room for. All of it is reserved at once: a
+    disk that is full later would end the process.
+    """
+    folder = os.environ.get("TMPDIR", "/var/tmp")  # /tmp is memory on many systems
+    try:
+        with NamedTemporaryFile(dir=folder, prefix="mh-pfedhn-") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)
+            vector = torch.from_file(file.name, shared=True, size=size)
+    except OSError as error:
+        logger.warning("No place on %s for a vector of %d MB (%s).", folder, size // 250_000, error)
+        return None
+    return vector

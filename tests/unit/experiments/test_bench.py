@@ -94,7 +94,10 @@ def test_clients_that_were_not_batched_give_no_batched_figure(
 
 
 def test_a_measurement_that_fails_in_its_own_process_says_why() -> None:
-    row = in_own_process(measure, 2, 3000, 1, "adam", "no-such-device")
+    row = in_own_process(measure, 2, 3000, 1, "adam", "no-such-device", 2)
     assert row["failed"]
     assert "no-such-device" in row["skipped"]
-    assert in_own_process(measure, 2, 3000, 1, "kernel", "cpu")["parallel_seconds"] > 0
+    for cohort in (1, 2):
+        row = in_own_process(measure, 2, 3000, 1, "kernel", "cpu", cohort)
+        assert row["parallel_seconds"] > 0
+        assert row["cohort"] == cohort

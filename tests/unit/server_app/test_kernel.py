@@ -1,6 +1,7 @@
 """The kernel rule and its network, held against the slow reference."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +213,53 @@ def test_a_delta_that_is_not_finite_moves_nothing(bad: float) -> None:
     assert not done.applied
     after = rule.hypernet.generate(list(SIZES))
     assert all(torch.equal(after[c], before[c]) for c in SIZES)
+
+
+def test_what_memory_does_not_hold_lies_on_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that is learned is the same bit by bit, and a client that leaves gives its place back."""
+
+    def trained() -> KernelRule:
+        rule = made()
+        rule.hypernet.add_client("only", 55)  # alone in its group: it keeps to itself
+        for seed in range(3):
+            updates = drawn(seed, SIZES | {"only": 55}, *SIZES, "only")
+            rule.step([Update(c, d, weight=w) for c, d, w in updates], progress=0.0)
+        return rule
+
+    in_memory = trained()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("server_app.hypernet.kernel.memory_bytes", lambda: 700)
+    with caplog.at_level("INFO", logger="flwr"):
+        on_disk = trained()
+    assert "from client c3 on they lie on disk" in caplog.text
+    assert mapped(tmp_path) == 6  # c3 to c6, and of "only" what others may take and what not
+    assert not list(tmp_path.iterdir())  # nothing is left behind, however the process ends
+    assert_all_equal(everything(on_disk), everything(in_memory))
+
+    restored = made({})
+    restored.hypernet.load_state_dict(*on_disk.hypernet.state_dict())
+    assert mapped(tmp_path) == 12
+    assert_all_equal(restored.hypernet.state_dict()[0], on_disk.hypernet.state_dict()[0])
+    for client_id in restored.hypernet.clients():
+        restored.hypernet.remove_client(client_id)
+    assert mapped(tmp_path) == 6
+
+
+def mapped(folder: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(f"{folder}/mh-pfedhn-")
+
+
+def test_a_disk_without_a_place_leaves_vectors_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    monkeypatch.setattr("server_app.hypernet.kernel.memory_bytes", lambda: 0)
+    with caplog.at_level("WARNING", logger="flwr"):
+        rule = made({"a": 25})
+    assert "No place on" in caplog.text
+    assert not rule.hypernet.personal["a"].any()
 
 
 def test_a_group_keeps_three_vectors_and_one_for_each_client() -> None:
