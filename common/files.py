@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from common.errors import ConfigError
 PRIVATE = 0o600
 """Mode of a file that holds data, weights or keys: for its owner alone."""
 
+_FORMULA = re.compile(r"^[\s=+\-@]|;|\s$")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -45,6 +47,15 @@ ROOT_VARIABLE = "MH_PFEDHN_RUNS"
 def printable(text: str) -> str:
     """Return a line of a text of others, without what a terminal would obey."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def is_shown_as_is(text: str) -> bool:
+    """Whether terminals and spreadsheets show a text of others as it stands: no escapes, one cell.
+
+    >>> [is_shown_as_is(text) for text in ("site-a", "=1+1", "＝1+1", "a;=1+1", " a")]
+    [True, False, False, False, False]
+    """
+    return text.isprintable() and not _FORMULA.search(unicodedata.normalize("NFKC", text))
 
 
 def private_folder(path: Path) -> None:

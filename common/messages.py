@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 from common.config.section import Scalar
 from common.errors import WireError
+from common.files import is_shown_as_is
 from common.records import Header, Received
 
 REGISTER = "query.register"
@@ -140,10 +141,8 @@ class Registration:
     def read(cls, reply: Received) -> Self:
         """Read and check a registration."""
         client_id = reply.value("client-id", str)
-        if not 1 <= len(client_id) <= 200:
-            raise WireError(f"client-id must have 1 to 200 characters, got {client_id!r:.80}.")
-        if client_id[0] in "=+-@" or not client_id.isprintable():
-            raise WireError(f"client-id {client_id!r:.80} begins as a formula, or cannot be shown.")
+        if not 1 <= len(client_id) <= 200 or not is_shown_as_is(client_id):
+            raise WireError(f"client-id {client_id!r:.80}: 1 to 200 characters, and no formula.")
         group = reply.value("group", str) if reply.has_setting("group") else ""
         if len(group) > 64 or not set(group) <= set("0123456789abcdef"):
             raise WireError(f"group = {group!r:.80}; expected up to 64 hex digits.")

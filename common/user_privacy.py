@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.accounting import DELTA, Spent, epsilon
-from common.errors import RunError
+from common.errors import CheckpointError, RunError
 from common.files import read_json, replace_file
 
 RELEASES = "user_privacy.json"
@@ -49,10 +49,10 @@ class UserPrivacy:
         """Keep the counts in a file of the run's folder; take over what is there, and in earlier.
 
         What a step made may be sent before the next checkpoint: who resumes from an older one does
-        the step again, and has seen both.
+        the step again, and has seen both. Raises CheckpointError where a file holds something else.
         """
         for path in (folder / RELEASES, *(other / RELEASES for other in earlier)):
-            self.releases |= Counter(read_json(path))
+            self.releases |= _read_counts(path)
         self._ledger = folder / RELEASES
 
     def noise_like(self, mean: Tensor, num_updates: int) -> Tensor:
@@ -84,3 +84,16 @@ class UserPrivacy:
     def restore(self, releases: Mapping[str, int]) -> None:
         """Load exported counts, or keep what is known where that is more."""
         self.releases |= Counter(releases)
+
+
+def _read_counts(path: Path) -> Counter[str]:
+    try:
+        counts = read_json(path)
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError("a count is no whole number from 0 on")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not say what was released to whom: {error}. Without it the privacy that "
+            "is spent would be told as less. Put back a copy of it, or begin a new run."
+        ) from error
+    return Counter(counts)

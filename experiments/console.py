@@ -8,9 +8,10 @@ import sys
 from rich.console import Console
 
 
-def make_console(*, wide: bool = False) -> Console:
+def make_console(*, wide: bool = False, markup: bool = True) -> Console:
     """Return the console of a command; rich would cut the lines of a file or pipe to 80 columns."""
-    return Console() if sys.stdout.isatty() else Console(width=170 if wide else 120)
+    width = None if sys.stdout.isatty() else 170 if wide else 120
+    return Console(width=width, markup=markup, emoji=markup)
 
 
 def say(console: Console, text: str, *, style: str = "", end: str = "\n") -> None:

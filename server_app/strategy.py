@@ -259,7 +259,7 @@ class Rounds:
         asked = row["num_accepted"] + row["num_failed"] + row["num_unanswered"]
         fraction, few = (s := self._config.schedule).min_fraction, s.clients_per_round
         self._short_rounds = self._short_rounds + 1 if row["num_accepted"] < fraction * asked else 0
-        if self._short_rounds > (MOST_SHORT_ROUNDS * bool(few)) and not self._method.start_over():
+        if self._short_rounds > MOST_SHORT_ROUNDS * bool(few):
             self._save()
             raise RunError(
                 f"round {server_round}: {int(row['num_accepted'])} of {int(asked)} clients sent a "

@@ -72,7 +72,9 @@ class ScheduleSection(Section):
     buffer_size: int = key(
         0, "updates of one server step; 0: as many as are in flight, which is also the most", ge=0
     )
-    min_clients: int = key(1, "wait for so many before a round", ge=1)
+    min_clients: int = key(
+        3, "wait for so many before a round; of fewer, nobody can say whose change is odd", ge=1
+    )
     wait_for_clients_s: float = key(
         300.0, "how long min-clients are waited for; then the run stops", unit="s", ge=0
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import DataError
-from common.files import printable, read_json, read_rows
+from common.files import read_json, read_rows
 
 ATTENDANCE = "attendance.json"
 MEASURED = ("accuracy", "accuracy_own", "accuracy_common", "accuracy_alone")
@@ -66,6 +66,6 @@ def drawn_run(status: dict[str, Any]) -> RenderableType:
         gain = f"{100 * float(row['gain']):+.1f}" if row.get("gain") else ""
         reply = "none yet" if row["last_reply"] is None else f"round {row['last_reply']}"
         facts = [row.get("num_parameters", ""), *cells, gain, row.get("rejected", "")]
-        table.add_row(Text(printable(row["client_id"])), online, reply, *facts)
-    refused = [Text(f"refused: {printable(reason)}", "yellow") for reason in status["refused"]]
+        table.add_row(row["client_id"], online, reply, *facts)
+    refused = [Text(f"refused: {reason}", "yellow") for reason in status["refused"]]
     return Group(head, table, *refused)

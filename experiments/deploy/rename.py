@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MHpFedHNError, RunError
-from common.files import read_json, replace_file
+from common.files import is_shown_as_is, read_json, replace_file
 from common.user_privacy import RELEASES
 from experiments.console import make_console, say
 from experiments.deploy.attendance import ATTENDANCE
@@ -83,7 +83,7 @@ def _require_free(old: str, new: str, meta: dict[str, Any]) -> None:
     known = {row["client_id"] for row in meta["registry"]}
     if new in known:
         raise RunError(f"{new!r} is a client of this run already. Choose another name.")
-    if not new or not new.isprintable() or new[0] in "=+-@_" or len(new) > 200:
+    if not 1 <= len(new) <= 200 or new[0] == "_" or not is_shown_as_is(new):
         raise RunError(f"{new!r} is no client-id: 1 to 200 characters that can be shown.")
     others = {*known - {old}, *_group_keys(meta["learned"])}
     for name in (old, new):

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import DataError
-from common.files import read_json, replace_file
+from common.files import printable, read_json, replace_file
 from experiments.console import make_console, say
 from experiments.deploy.attendance import drawn_run, run_status
 from experiments.deploy.supervise import TROUBLE, worth
@@ -63,31 +63,46 @@ def show_status(args: argparse.Namespace) -> int:
     if not is_run and not (folder / LOCK).exists() and not (folder / MODELS).exists():
         raise DataError(f"{folder} is no participant's folder (STATE/CLIENT-ID), and no run's.")
     read, draw = (run_status, drawn_run) if is_run else (status_of, drawn)
-    console = make_console()
+    console = make_console(markup=False)
+
+    def look() -> RenderableType:
+        return draw(plain(read(folder)))
+
     if args.json:
         print(json.dumps(read(folder), indent=2))
     elif args.html:
-        write_page(draw(read(folder)), args.html, folder.name, again=args.watch)
+        write_page(look(), args.html, folder.name, again=args.watch)
         say(console, f"{args.html} shows {folder}{', until Ctrl-C' * args.watch}")
         while args.watch:
             time.sleep(PAUSE_S)
-            write_page(draw(read(folder)), args.html, folder.name, again=True)
+            write_page(look(), args.html, folder.name, again=True)
     elif not args.watch:
-        console.print(draw(read(folder)))
+        console.print(look())
     else:
-        with Live(draw(read(folder)), console=console, refresh_per_second=1) as live:
+        with Live(look(), console=console, refresh_per_second=1) as live:
             while True:
                 time.sleep(PAUSE_S)
-                live.update(draw(read(folder)))
+                live.update(look())
     return 0
 
 
 def write_page(status: RenderableType, path: Path, title: str, *, again: bool) -> None:
     """Write what the terminal shows as a page, which a browser loads `again` and again."""
-    console = Console(record=True, width=PAGE_WIDTH, file=io.StringIO(), force_terminal=True)
+    console = Console(
+        record=True, width=PAGE_WIDTH, file=io.StringIO(), force_terminal=True, markup=False
+    )
     console.print(status)
     body = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
     replace_file(path, PAGE.format(title=html.escape(title), refresh=REFRESH * again, body=body))
+
+
+def plain(value: Any) -> Any:
+    """Return what was read from files, which others may have made, without what terminals obey."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def status_of(state: Path) -> dict[str, Any]:

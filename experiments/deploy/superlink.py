@@ -105,6 +105,11 @@ def beside_database(words: Sequence[str]) -> Path | None:
     return folder.resolve() if folder.is_dir() else None
 
 
+def of_participants(record: logging.LogRecord) -> bool:
+    """Leave out the lines about what anybody may ask: strangers would push all others out."""
+    return not any(path in record.getMessage() for path in (" /known ", " /health "))
+
+
 def run_superlink(args: argparse.Namespace) -> int:
     """Run `flower-superlink` with these words; returns when it ends."""
     from flwr.supercore import sql_mixin
@@ -125,6 +130,7 @@ def run_superlink(args: argparse.Namespace) -> int:
     Guard(fleet_handlers, runtime_handlers, beside_database(args.words)).install()
     for name in ("flwr", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).addFilter(on_a_line)
+    logging.getLogger("uvicorn.access").addFilter(of_participants)
     sys.argv = ["flower-superlink", *args.words]
     flower_superlink()
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from common.files import printable
 from common.messages import weighted_mean
@@ -26,7 +26,7 @@ def run_table(run: Run) -> Table:
     summary, last, best = run.summary, run.summary.get("last") or {}, run.summary.get("best")
     micro = macro = "-"
     if last:
-        micro = f"[bold]{percent(last['accuracy_micro'])}[/] last"
+        micro = f"{percent(last['accuracy_micro'])} last"
     if last and best:
         if best["round"] != last["round"]:
             micro += f", {percent(best['accuracy_micro'])} in round {int(best['round'])}"
@@ -34,15 +34,15 @@ def run_table(run: Run) -> Table:
     if "accuracy_macro" in last:
         macro = f"{percent(last['accuracy_macro'])}, standard deviation over clients "
         macro += percent(last.get("accuracy_std"))
-    table = Table(title=f"Run {run.name}", title_justify="left", show_header=False, box=None)
+    table = Table(title=Text(f"Run {run.name}"), title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column()
     color = "green" if run.status == "completed" else "red"
     traffic = [f"{float(summary.get(f'bytes_{way}', 0)) / 1e6:,.1f} MB {way}"
                for way in ("down", "up")]  # fmt: skip
     rows = {
-        "status": f"[{color}]{run.status}[/{color}]",
-        "reason": escape(printable(str(summary.get("reason") or ""))),
+        "status": run.status,
+        "reason": str(summary.get("reason") or ""),
         "method": method_label(run.method),
         "data": str(run.config.get("dataset", "?")),
         "models": ", ".join(dict.fromkeys(run.families().values())) or "?",
@@ -56,7 +56,7 @@ def run_table(run: Run) -> Table:
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, value)
+            table.add_row(name, Text(printable(value), color if name == "status" else ""))
     return table
 
 
@@ -69,7 +69,7 @@ def family_table(run: Run) -> Table:
     for client in run.clients:
         groups.setdefault(families[client.client_id], []).append(client)
     for name, clients in groups.items():
-        table.add_row(name, *_family_cells(clients)[: len(names)])
+        table.add_row(Text(printable(name)), *_family_cells(clients)[: len(names)])
     if len(groups) > 1:
         table.add_section()
         table.add_row("all", *_family_cells(run.clients)[: len(names)])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from common.config import UpdateSection
-from common.log import logger
 from common.user_privacy import UserPrivacy
 from server_app.hypernet.base import Network, by_group
 from server_app.hypernet.groups import GroupDeltas, Update, members_by_group, rms_and_coherence
@@ -215,10 +214,6 @@ class Rule(ABC):
     def freeze(self, groups: Iterable[str]) -> None:
         """Let these head groups, and a trunk, never move again; embeddings and new groups learn."""
         self.frozen_groups = frozenset(groups)
-
-    def start_anew(self, key: str) -> None:
-        """Forget what a head group has learned, where the rule can."""
-        logger.warning("Under this rule head group %s goes on with what it has learned", key)
 
     def free_unused(self) -> None:
         """Forget the head groups that no client is left of; frozen ones stay."""

@@ -138,18 +138,6 @@ class KernelRule(Rule):
         for client_id, sketch in zip(part.client_ids, sketches, strict=True):
             network.embeddings[client_id] += sketch
 
-    @torch.no_grad()
-    def start_anew(self, key: str) -> None:
-        """See `Rule.start_anew`."""
-        if key in self.frozen_groups:
-            return
-        network = self.hypernet
-        network.groups[key].base.zero_()
-        for client_id in network.members(key):
-            network.personal[client_id].zero_()
-            network.embeddings[client_id].zero_()
-        self._memory.pop(key, None)
-
     def free_unused(self) -> None:
         """See `Rule.free_unused`."""
         super().free_unused()

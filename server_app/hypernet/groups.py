@@ -25,12 +25,8 @@ ROW_PADDING = 16  # floats; rows a multiple of 4 KiB apart would fall into the s
 LEAST = 3
 """Clients whose norms have to be known of a head group: of two that differ nobody can say which is
 usual."""
-EARLY = "early"
-"""Among the exported norms, those of groups with fewer clients; no group has this key."""
-ABSURD = 10.0
-"""Times the median that a norm was, of when nobody could know: the group starts anew."""
-VAST = 1.0
-"""Root mean square of a delta above which it is larger than the weights of a model."""
+PAIR = 2.0
+"""Times `factor` that a delta may be longer than the smaller of two: shares of data differ."""
 
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
@@ -110,24 +106,14 @@ class NormClip:
 
     A delta may have `factor` times (0: any) the median of the newest norms of the clients of its
     head group, those of this step included: large models have large deltas. While fewer than half
-    of them lie, the median is between two honest norms. Where a group has three clients or more and
-    fewer norms are known, two count as far as the smaller of them, and a single one not at all.
-    With one or two clients nothing is clipped, and `absurd` says later whether it should have been.
-
-    Attributes
-    ----------
-    absurd : groups whose first two clients sent what turned out to be far too long, until cleared.
-
-    Deltas become shorter in the course of a run: what nobody could judge is held against the norms
-    of the steps that follow at once, and otherwise against the size of weights.
+    of them lie, the median is between two honest norms. As long as only two norms are known, both
+    count as far as the smaller, and a single one not at all: nobody else would undo later what a
+    lie moves now. Who is alone in its group, and shares with nobody, is not clipped.
     """
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
         self._norms: dict[str, dict[str, float]] = {}
-        self._early: dict[str, list[float]] = {}
-        self._vast: set[str] = set()
-        self.absurd: set[str] = set()
 
     def clip_all(
         self,
@@ -151,38 +137,18 @@ class NormClip:
                 continue
             known = self._norms.setdefault(key, {})
             known.update((ordered[i].client_id, norms[i]) for i in positions)
-            if len(known) < LEAST and size < LEAST:
-                self._note([(norms[i], len(ordered[i].delta)) for i in positions], key)
             bound = self._bound(key, size)
             clipped |= {i: _scaled(ordered[i], norms[i], bound) for i in positions}
         return [*clipped.values()]
 
-    def _note(self, sent: Iterable[tuple[float, int]], key: str) -> None:
-        """Remember the newest norms that nobody can judge yet; entries are counted with each."""
-        sent = list(sent)
-        self._early[key] = [*self._early.get(key, []), *(norm for norm, _ in sent)][-LEAST:]
-        if any(norm > VAST * math.sqrt(entries) for norm, entries in sent):
-            self._vast.add(key)
-
     def _bound(self, key: str, size: int) -> float:
-        """Return how long a group's deltas may be; find out whether its first ones were absurd."""
+        """Return how long a delta may be in a group of so many that share."""
         known = self._norms[key].values()
         if len(known) >= LEAST:
-            usual = median(known)
-            if 2 * len(known) >= size:
-                self._vast.discard(key)
-                if max(self._early.pop(key, [0.0])) > ABSURD * usual:
-                    self.absurd.add(key)
-            return self._factor * usual
-        if size < LEAST:
+            return self._factor * median(known)
+        if size == 1:
             return math.inf
-        return self._factor * min(known) if len(known) > 1 else 0.0
-
-    def doubt(self) -> None:
-        """Take for absurd what nobody has judged yet, and is larger than weights of a model are."""
-        self.absurd |= self._vast
-        self._early = {key: norms for key, norms in self._early.items() if key not in self._vast}
-        self._vast.clear()
+        return PAIR * self._factor * min(known) if len(known) > 1 else 0.0
 
     def forget(self, client_id: str) -> None:
         """Forget what a client's norms were."""
@@ -192,13 +158,11 @@ class NormClip:
 
     def export(self) -> dict[str, dict[str, float]]:
         """Return the remembered norms for a checkpoint."""
-        early = {EARLY: {k: max(norms) for k, norms in self._early.items()}} if self._early else {}
-        return {group: dict(norms) for group, norms in self._norms.items()} | early
+        return {group: dict(norms) for group, norms in self._norms.items()}
 
     def restore(self, saved: Mapping[str, Mapping[str, float]]) -> None:
         """Load exported norms."""
-        self._norms = {group: dict(norms) for group, norms in saved.items() if group != EARLY}
-        self._early = {group: [norm] for group, norm in saved.get(EARLY, {}).items()}
+        self._norms = {group: dict(norms) for group, norms in saved.items()}
 
 
 def _scaled(update: Update, norm: float, bound: float) -> Update:

@@ -111,10 +111,6 @@ class Method(Generic[T]):
     def keep_releases(self, folder: Path, *earlier: Path) -> None:
         """Keep count in the run's folder of what is released, where privacy is counted at all."""
 
-    def start_over(self) -> bool:
-        """Forget what was learned before anybody could judge it; return whether there was such."""
-        return False
-
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what was learned: tensors, and JSON-able facts."""
         return {}, {}

@@ -169,22 +169,7 @@ class MHpFedHN(Method[Deltas]):
                 self._global_uploads[upload.client.client_id] = found
         updates = [update for upload in uploads for update in self.updates(upload)]
         usual = self.clip.clip_all(updates, self.hypernet.group_key, self.hypernet.num_sharing)
-        self._start_anew()
         return self.rule.step(usual, progress=progress)
-
-    def start_over(self) -> bool:
-        """See `Method.start_over`."""
-        self.clip.doubt()
-        return self._start_anew()
-
-    def _start_anew(self) -> bool:
-        """Forget what groups have learned from deltas that turned out absurd."""
-        found = sorted(self.clip.absurd)
-        for key in found:
-            logger.warning("Head group %s starts anew: its first deltas were absurdly long", key)
-            self.rule.start_anew(self.hypernet.group_key(GLOBAL_ID) if key == SHARED else key)
-        self.clip.absurd.clear()
-        return bool(found)
 
     def updates(self, upload: Upload[Deltas]) -> list[Update]:
         """Return what the rule's step gets from one upload."""
@@ -207,9 +192,7 @@ class MHpFedHN(Method[Deltas]):
             Update(upload.client.client_id, torch.from_numpy(upload.content), weight)
             for upload, weight in zip(uploads, weights, strict=True)
         ]
-        clients = len(self.hypernet.clients()) - 1  # without v_g
-        usual = self.clip.clip_all(updates, lambda _: SHARED, lambda *_: clients)
-        self._start_anew()
+        usual = self.clip.clip_all(updates, lambda _: SHARED)  # everybody's: never of one alone
         self._global_step = self.rule.step_global(GLOBAL_ID, usual, progress=progress)
         self.num_steps += 1
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import read_json, read_rows
+from common.files import printable, read_json, read_rows
 from common.methods import METHODS
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def folder_title(folder: Path) -> str:
     parts = [label, str(config.get("dataset", ""))]
     if clients := summary.get("num_clients"):
         parts.append(f"{clients} clients")
-    return " · ".join(part for part in parts if part)
+    return printable(" · ".join(part for part in parts if part))
 
 
 def draw_column(

@@ -290,7 +290,7 @@ def _others(rows: Sequence[Evaluation]) -> dict[str, float]:
     each = sorted(correct / total for total, correct in validated)
     found = {"accuracy_validation": messages.micro_accuracy(validated)} if validated else {}
     middle = each[len(each) // 4 : len(each) - len(each) // 4]
-    found |= {"validation_midmean": fmean(middle)} if middle else {}
+    found |= {"validation_midmean": fmean(middle)} if len(middle) < len(each) else {}  # of four on
     for name in dict.fromkeys(name for row in rows for name in row.others):
         having = [row for row in rows if name in row.others]
         counts = [(row.num_test, row.others[name]) for row in having]

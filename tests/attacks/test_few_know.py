@@ -1,10 +1,12 @@
 """A liar where few are there to judge it: first of all, or drawn alone."""
 
 import csv
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Array, Error, Message
 
@@ -62,6 +64,49 @@ def test_who_is_first_ruins_nobody(tmp_path: Path, method: str, first: int, lie:
         max_in_flight=0, buffer_size=0, validation_fraction=0.1,
     )  # fmt: skip
     assert honest_accuracy(config) > 0.8
+
+
+class Quiet(Early):
+    """The others come in round 4; until then the liar has sent one lie, and zeros."""
+
+    now, first = 0, 2
+
+    def get_node_ids(self) -> list[int]:
+        nodes = list(InProcessGrid.get_node_ids(self))
+        return nodes if self.now >= 3 else nodes[-self.first :]
+
+    def _deliver(self, message: Message) -> Message:
+        reply = InProcessGrid._deliver(self, message)
+        self.now = int(message.content.config_records["config"]["server-round"])
+        lies = message.metadata.dst_node_id == max(InProcessGrid.get_node_ids(self))
+        if lies and message.metadata.message_type == "train.personal":
+            arrays = reply.content.array_records[ARRAYS]
+            for name, values in list(arrays.items()):
+                long = np.full_like(sent := values.numpy(), 100 / math.sqrt(sent.size))
+                arrays[name] = Array(long if self.now == 1 else 0 * sent)
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("method", "first"), [("mh-pfedhn", 2), ("mh-pfedhn-pg", 2), ("mh-pfedhn-gd", 1)]
+)
+def test_one_long_lie_to_two_is_not_what_all_others_start_from(
+    tmp_path: Path, method: str, first: int
+) -> None:
+    """Measured before: .429, .500 and .243, where such runs are allowed to begin."""
+    config = run(
+        tmp_path, "zero", type("G", (Quiet,), {"first": first}), method=method, rounds=20,
+        evaluate_every=20, min_clients=first, max_in_flight=0, buffer_size=0,
+        validation_fraction=0.1,
+    )  # fmt: skip
+    assert honest_accuracy(config) > 0.9
+
+
+def test_a_run_begins_with_three(tmp_path: Path) -> None:
+    least = RunConfig().schedule.min_clients
+    config = tiny_config(tmp_path, models=f"{HERE}:small", min_clients=least)
+    with pytest.raises(RunError, match="min-clients is 3"):
+        run_inprocess(config, simulated_nodes(2), workers=1)
 
 
 def test_whoever_answers_first_is_not_believed_at_once(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from client_app.data.prepare import prepare_data
 from client_app.worker.link import _make_private
 from common.config import ClientSection
 from common.errors import CheckpointError, MHpFedHNError
+from experiments.__main__ import main
 from experiments.console import make_console, say
-from experiments.deploy.superlink import on_a_line
+from experiments.deploy.superlink import of_participants, on_a_line
 from experiments.report.clients import draw_clients
 from experiments.report.runs import find_run
 from server_app.output.checkpoint import load_checkpoint, save_checkpoint
@@ -118,6 +119,45 @@ def test_what_a_node_sends_writes_one_line_of_the_superlinks_log(
     assert all("\x1b" not in r.getMessage() and "\n" not in r.getMessage() for r in caplog.records)
     assert caplog.messages[0].endswith(", 3 times")
     assert max(map(len, caplog.messages)) < 2100
+
+
+def test_what_strangers_ask_writes_no_line() -> None:
+    def line(path: str) -> logging.LogRecord:
+        asked = ("10.0.0.1:80", "POST", path, "1.1", 401)
+        return logging.LogRecord(
+            "uvicorn.access", 20, "", 0, '%s - "%s %s HTTP/%s" %d', asked, None
+        )
+
+    assert not of_participants(line("/known"))
+    assert not of_participants(line("/health"))
+    assert of_participants(line("/v1/fleet/push-messages"))
+
+
+ESCAPES = "x\x1b]0;OWNED\x07[link=javascript:alert(1)]y[/link]"
+
+
+@pytest.mark.parametrize("command", ["status", "show"])
+def test_a_folder_that_somebody_handed_over_orders_no_terminal_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    config = tiny_config(tmp_path, rounds=1)
+    run_tiny(config)
+    folder = Path(config.run.output_dir)
+    for name in ("summary.json", "attendance.json", "config.json"):
+        found = json.loads((folder / name).read_text())
+        found |= {key: ESCAPES for key in ("status", "reason", "method") if key in found}
+        for row in found.get("participants", []):
+            row |= {"client_id": ESCAPES, "rejected": ESCAPES}
+        (folder / name).write_text(json.dumps(found))
+    assert main([command, str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "OWNED" in printed
+    assert "\x1b]0" not in printed
+    assert "\x07" not in printed
+    page = tmp_path / "page.html"
+    assert main(["status", str(folder), "--html", str(page)]) == 0
+    assert "javascript:alert" in page.read_text()
+    assert "href" not in page.read_text()
 
 
 def test_a_worker_makes_its_owners_folders_alone(tmp_path: Path) -> None:

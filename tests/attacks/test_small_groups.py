@@ -81,7 +81,6 @@ def test_nor_does_it_move_it(lie: str) -> None:
 
 
 def test_what_it_sent_costs_nobody_anything_when_a_third_joins() -> None:
-    """Its deltas turn out absurd then: a group that had shared them would start anew."""
     server = Server([*OTHERS, client("victim"), client("liar")])
     for _ in range(12):
         sent = server.round({"liar": SPOIL["noise"]})
@@ -221,7 +220,7 @@ def test_common_models_are_shared_whatever_the_architectures_are() -> None:
     hypernet = server.method.hypernet
     assert hypernet.num_sharing(hypernet.group_key(common_id("a"))) == 2
     ((_, before),) = hypernet.thetas([common_id("a")])
-    still = Deltas(np.zeros(2_000, np.float32), np.zeros(COMMON, np.float32))
+    still = Deltas(np.zeros(2_000, np.float32), np.full(COMMON, -0.001, np.float32))
     moved = Deltas(np.zeros(5_000, np.float32), np.full(COMMON, 0.01, np.float32))
     uploads = [Upload(server.clients[0], 100, still), Upload(server.clients[1], 100, moved)]
     server.method.learn(uploads, server_round=1, progress=1.0)

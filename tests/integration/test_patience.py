@@ -63,6 +63,16 @@ def test_no_single_ones_claim_ends_a_run() -> None:
     assert all(last_round(section, rows[:count]) == 99 for count in range(1, len(rows)))
 
 
+def test_where_few_tell_it_goes_on_to_the_end() -> None:
+    """Of one to three that validate, nobody is left out of a middle half."""
+    tells = Evaluation(num_test=100, num_correct=1, test_loss=1.0, seconds=1.0,
+                       num_validation=20, num_validated=10)  # fmt: skip
+    silent = replace(tells, num_validation=0, num_validated=0)
+    for count in range(6):
+        rows = {f"site-{i}": tells if i < count else silent for i in range(6)}
+        assert ("validation_midmean" in summarise(rows)) == (count >= 4)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -151,6 +151,7 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
         "learning-rate": 0.05,
         "message-timeout-s": 300.0,
         "wait-for-clients-s": 0.0,
+        "min-clients": 1,
     }
     settings |= {key.replace("_", "-"): value for key, value in overrides.items()}
     return RunConfig.parse(settings)

@@ -190,7 +190,7 @@ def test_vectors_that_nobody_asked_for_are_refused() -> None:
             "key 'num-parameters' is missing",
         ),
         (Registration("a", -1, 1).settings(), Registration.read, "num-parameters = -1; expected 1"),
-        (Registration("a" * 201, 1, 1).settings(), Registration.read, "client-id must have 1 to 2"),
+        (Registration("a" * 201, 1, 1).settings(), Registration.read, "client-id 'aaaa"),
         (Registration("a", 1, 1, group="xyz").settings(), Registration.read, "group = 'xyz'; expe"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.config import HypernetSection, RunConfig, UpdateSection
-from common.errors import ConfigError, RunError
+from common.errors import CheckpointError, ConfigError, RunError
 from common.files import read_json
 from common.user_privacy import RELEASES, UserPrivacy, clipped
 from server_app.aggregation.kernel import KernelRule
@@ -121,6 +121,15 @@ def test_what_was_released_is_on_disk_before_it_can_be_sent(tmp_path: Path) -> N
     with pytest.raises(RunError, match="cannot be written"):
         again.step(deltas(4), progress=0.0)
     assert torch.equal(again.hypernet.groups["3"].base, base)
+
+
+@pytest.mark.parametrize("text", ["", '{"a": 2', "[]", '{"a": "x"}', '{"a": -1}', '{"a": NaN}'])
+def test_a_damaged_count_is_no_count_of_nothing(tmp_path: Path, text: str) -> None:
+    rule = made(4.0)
+    (tmp_path / RELEASES).write_text(text)
+    assert rule.privacy
+    with pytest.raises(CheckpointError, match=f"{RELEASES} does not say what was released"):
+        rule.privacy.keep_in(tmp_path)
 
 
 def test_what_nobody_shares_gets_no_noise() -> None:
