@@ -26,7 +26,7 @@ LEAST = 3
 """Clients whose norms have to be known of a head group: of two that differ nobody can say which is
 usual."""
 PAIR = 2.0
-"""Times `factor` that a delta may be longer than the smaller of two: shares of data differ."""
+"""Times `factor` that a delta may be longer than the other's, of two: their data differ in size."""
 
 
 def num_chunks(num_parameters: int, chunk_size: int) -> int:
@@ -106,9 +106,9 @@ class NormClip:
 
     A delta may have `factor` times (0: any) the median of the newest norms of the clients of its
     head group, those of this step included: large models have large deltas. While fewer than half
-    of them lie, the median is between two honest norms. As long as only two norms are known, both
-    count as far as the smaller, and a single one not at all: nobody else would undo later what a
-    lie moves now. Who is alone in its group, and shares with nobody, is not clipped.
+    of them lie, the median is between two honest norms. As long as only two norms are known, the
+    smaller takes its place, and a single one does not count at all: nobody else would undo later
+    what a lie moves now. Who is alone in its group, and shares with nobody, is not clipped.
     """
 
     def __init__(self, factor: float) -> None:
@@ -148,7 +148,8 @@ class NormClip:
             return self._factor * median(known)
         if size == 1:
             return math.inf
-        return PAIR * self._factor * min(known) if len(known) > 1 else 0.0
+        factor = self._factor * (PAIR if size < LEAST else 1.0)
+        return factor * min(known) if len(known) > 1 else 0.0
 
     def forget(self, client_id: str) -> None:
         """Forget what a client's norms were."""
