@@ -56,6 +56,7 @@ def small(config: RunConfig, folder: Path, **more: object) -> RunConfig:
         "hidden-dim": 16,
         "evaluate-every": 1,
         "wait-for-clients-s": 0.0,
+        "min-clients": 1,  # some baselines take none of another architecture
         **more,
     }
     return config.with_overrides(overrides)
