@@ -138,7 +138,8 @@ class Participant:
         s, most = self.section, self.node.max_epsilon
         if not s.dp_noise:
             return None
-        return Privacy(s.dp_noise, s.dp_clip, self.data.num_train, self.state, most)
+        count, single = self.data.num_train, self.is_deployed
+        return Privacy(s.dp_noise, s.dp_clip, count, self.state, most, single=single)
 
     def require_private(self, module: nn.Module) -> None:
         """Raise ModelError or ConfigError where private training is asked and cannot be."""

@@ -43,7 +43,8 @@ class Privacy:
     """How a participant trains privately, and its ledger.
 
     `noise` is the multiplier z, `clip` the norm C, `num_examples` those that are trained on; `most`
-    is the largest epsilon, 0: any. `rng` replaces the operating system's randomness in tests alone:
+    is the largest epsilon, 0: any. A participant is `single` where no other one's state lies beside
+    its own. `rng` replaces the operating system's randomness in tests alone:
     the server knows the run's seed.
     """
 
@@ -53,6 +54,7 @@ class Privacy:
     state: ClientState
     most: float = 0.0
     rng: np.random.Generator | None = None
+    single: bool = False
 
     @property
     def delta(self) -> float:
@@ -69,8 +71,11 @@ class Privacy:
     def spend(self, rate: float, steps: int) -> None:
         """Add steps with a sampling rate to the ledger.
 
-        Raises ConfigError, and spends nothing, where that were more than `most`.
+        Raises ConfigError, and spends nothing, where that were more than `most`, or the ledger of
+        these examples may be another's.
         """
+        if self.single:
+            _require_no_other(self.state)
         with _locked(self.state):
             after = [*spent_from(self.state), Spent(self.noise, rate, steps)]
             wanted = epsilon(after, self.delta)  # before it is written: it must be computable
@@ -136,6 +141,21 @@ def spent_from(state: ClientState) -> list[Spent]:
     kept = state.load(LEDGER)
     rows = [] if kept is None else kept["spent"].tolist()
     return [Spent(noise, rate, int(steps)) for noise, rate, steps in rows]
+
+
+def _require_no_other(state: ClientState) -> None:
+    """Raise ConfigError where nothing was spent under this name, but something under another."""
+    if not isinstance(state, FolderState) or state.load(LEDGER) is not None:
+        return
+    own = state.folder
+    for path in sorted(own.parent.glob(f"*/{LEDGER}.safetensors")):
+        if path.parent != own:
+            raise ConfigError(
+                f"there is a ledger of {path.parent.name}, and none of {own.name}, below the "
+                "state-dir. Are these the same examples under another client-id, move "
+                f"{path.name} from that folder to this one: what was spent stays spent. Are they "
+                "others, set another state-dir."
+            )
 
 
 def note_clear(state: ClientState) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import DataError
-from common.files import read_json, read_rows
+from common.files import MOST_ROWS, read_file, read_json, read_rows
 
 ATTENDANCE = "attendance.json"
 MEASURED = ("accuracy", "accuracy_own", "accuracy_common", "accuracy_alone")
@@ -28,7 +28,7 @@ def run_status(run: Path) -> dict[str, Any]:
         attendance = read_json(run / ATTENDANCE)
         clients, rows = run / "clients.csv", read_rows(run / "metrics.jsonl")
         summary = read_json(run / "summary.json")
-        text = clients.read_text(encoding="utf-8") if clients.exists() else ""
+        text = read_file(clients, MOST_ROWS).decode() if clients.exists() else ""
     except (OSError, ValueError) as error:
         raise DataError(f"{run} holds no run that can be read: {error}") from error
     tested = {row["client_id"]: row for row in csv.DictReader(io.StringIO(text))}

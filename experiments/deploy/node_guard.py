@@ -118,6 +118,8 @@ class Incoming:
             return None
         if len([*islice(iterate_object_tree(self._tree), MOST_PIECES + 1)]) > MOST_PIECES:
             raise RefusedError(f"a message has more than {MOST_PIECES} pieces")
+        if self._tree.object_id != self.message.metadata.message_id:
+            raise RefusedError("a message's pieces are those of another")  # none would forget them
         return found
 
     def _is_asked(self, metadata: Metadata) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import DataError, listing
-from common.files import printable
+from common.files import is_shown_as_is, printable
 from experiments.console import make_console, say
 
 if TYPE_CHECKING:
@@ -180,16 +179,15 @@ def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def admit_code(about: dict[str, Any], code: Path | None) -> None:
-    """Let a model's own code be imported from a folder that was named, or from what is installed.
+    """Let a model's own code be imported, where its user has named a folder for it.
 
-    A description may come from anybody: it names code and does not get to have it run. Raises
-    DataError where the code is neither.
+    A description may come from anybody: it names code and does not get to have it run, not even
+    what is installed. Raises DataError where no folder is named.
     """
     if code is not None:
         sys.path.append(str(code.resolve()))
     for name in (about["model"], about.get("common_model") or ""):
-        module, own, _ = name.partition(":")
-        if own and importlib.util.find_spec(module.partition(".")[0]) is None:
+        if ":" in name and code is None:
             where = listing(about.get("code", ["the participant's folder"]))
             raise DataError(
                 f"this model is built by code of its participant's, {name}, which was in {where}. "
@@ -293,5 +291,5 @@ def _names(about: dict[str, Any]) -> list[str]:
 
 def _no_formula(value: str) -> str:
     """Keep a spreadsheet from taking a name for a formula: a server may make up class names."""
-    text = printable(value)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    text = printable(value).replace(";", ",")
+    return text if is_shown_as_is(text) or not text else f"'{text}"

@@ -163,7 +163,7 @@ def drawn(status: dict[str, Any]) -> RenderableType:
 
 def is_held(path: Path) -> bool:
     """Whether a process holds a lock; nothing is made."""
-    if not path.exists():
+    if path.is_symlink() or not path.is_file():
         return False
     lock = FileLock(path, mode=0o600)
     try:

@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 
 KEPT = "embeddings.safetensors"
 PREFIX = "embeddings."
+NOT_THE_RUNS = {"cache-dir", "image-size"}
+"""What the config of a run, which somebody may have handed over, does not decide here."""
 STILL = 1e-6
 """Largest entry of what rounding alone makes of a start that is drawn again."""
 
@@ -114,8 +116,10 @@ def label_shares(run: Run, clients: Sequence[str]) -> Array:
     from client_app.data.examples import open_examples  # imports torch: seconds
     from client_app.data.partitions import client_indices
 
-    keys = ClientSection.key_names()
+    keys = ClientSection.key_names() - NOT_THE_RUNS
     section = ClientSection.model_validate({k: v for k, v in run.config.items() if k in keys})
+    if ":" in section.dataset:
+        raise DataError("their labels come from code that the run names; it is not run here.")
     if not all(c.isdecimal() and int(c) < section.num_partitions for c in clients):
         raise DataError("these clients brought data of their own; their labels are not known here.")
     dataset = open_examples(section)

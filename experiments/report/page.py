@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.files import replace_file
 from experiments.report import tables
 from experiments.report.figures import TITLES, draw_accuracy, draw_gains, inline_svg, swatch
 from experiments.report.gain import gains_over_local, missing_runs
@@ -34,8 +35,8 @@ def write_report(folder: Path, study: Study, *, num_maps: int) -> tuple[Path, Pa
     """
     page, table = folder / "report.html", folder / "report.md"
     command = f"mh-pfedhn report {short_path(folder)}"
-    page.write_text(render(folder.name, study, command, num_maps=num_maps), encoding="utf-8")
-    table.write_text(tables.markdown(study, source=command), encoding="utf-8")
+    replace_file(page, render(folder.name, study, command, num_maps=num_maps))
+    replace_file(table, tables.markdown(study, source=command))
     return page, table
 
 

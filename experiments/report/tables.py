@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
+from common.files import printable
 from common.methods import METHODS
 from experiments.report.groups import Group, Stat, Study
 from experiments.report.looks import method_label
@@ -155,10 +156,10 @@ def markdown(study: Study, *, source: str, more: Sequence[Column] = ()) -> str:
     header = [*(column.header for column in shown), "status"]
     rule = ["---", *["---:"] * (len(shown) - 1), "---"]
     meanings = [f"- {column.header}: {column.meaning}" for column in shown[1:]]
-    unreadable = [f"- cannot be read: {fault}" for fault in study.unreadable]
+    unreadable = [f"- cannot be read: {printable(fault)}" for fault in study.unreadable]
     return "\n".join([
         *map(_row, (header, rule, *rows)), "", ERRORS, "", *meanings, *unreadable, "",
-        f"Made by `{source}`.", "",
+        f"Made by `{printable(source)}`.", "",
     ])  # fmt: skip
 
 
@@ -178,4 +179,4 @@ def what_is_tested(study: Study) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -6,6 +6,7 @@ display.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import printable, read_json, read_rows
+from common.files import printable, read_json, read_rows, replace_file
 from common.methods import METHODS
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ def picture(layout: Layout, target: Path) -> Iterator[Figure]:
         figure.text(left, 1 - 0.14 / height, layout.title, size=14, weight="bold", va="top")
         figure.text(left, 1 - 0.44 / height, layout.subtitle, va="top", color=MUTED)
         yield figure
-        figure.savefig(target, format="png", facecolor="white")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", facecolor="white")
+        replace_file(target, drawn.getvalue())
 
 
 def folder_title(folder: Path) -> str:

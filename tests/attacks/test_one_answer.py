@@ -163,3 +163,13 @@ def test_pieces_are_counted_no_further_than_they_may_be(monkeypatch: pytest.Monk
     assert take(node, packed(), (message, pieces, tree(100_000, ""))) is not None
     assert node.to_send()[-1].error.code == ErrorCode.INVALID_FAB
     assert counted < 2 * node_guard.MOST_PIECES
+
+
+@pytest.mark.usefixtures("identity")
+def test_the_pieces_of_a_message_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the message's name they are forgotten; its record in its place would stay for good."""
+    node = Node(monkeypatch)
+    message, pieces, names = question(size=1000)
+    assert take(node, packed(), (message, pieces, names.children[0])) is not None
+    assert node.to_send()[-1].error.code == ErrorCode.INVALID_FAB
+    assert [name for name in pieces if name in node.state.object_store] == []

@@ -148,6 +148,24 @@ def test_a_budget_ends_what_a_server_may_ask(
     assert kept.epsilon() == pytest.approx(spent, rel=1e-6)
 
 
+def told(replies: list[Received]) -> list[float]:
+    return [reply.value("epsilon", float) for reply in replies if reply.has_setting("epsilon")]
+
+
+def test_another_name_is_no_other_examples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator chooses the name that a key is registered with; what was spent stays spent."""
+    spent = told(take_part(tmp_path / "1", node={"state-dir": str(tmp_path / "state")}))
+    renamed = {"state-dir": str(tmp_path / "state"), "client-id": "b"}
+    with pytest.raises(RunError):
+        take_part(tmp_path / "2", node=renamed)
+    assert "there is a ledger of a, and none of b" in caplog.text
+    ledgers = [tmp_path / "state" / name / "privacy_ledger.safetensors" for name in "ab"]
+    ledgers[0].rename(ledgers[1])
+    assert told(take_part(tmp_path / "3", node=renamed))[0] > spent[-1] > 1
+
+
 def test_alone_never_leaves_and_spends_nothing(tmp_path: Path) -> None:
     take_part(tmp_path, rounds=1)
     ((noise, rate, steps),) = spent_from(ledger(tmp_path))
