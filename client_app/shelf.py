@@ -56,6 +56,8 @@ Z = 2.0
 
 _VERSION = re.compile(r"round-(\d{8})-(\d{9})")
 """Its round, and the how manieth version of the federation it is."""
+MOST_NUMBERS = 50_000_000
+"""Of an example: what a description says of one is made before weights are read."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Shelf:
                 about = parsed(read_file(description))
             except (OSError, ValueError):
                 continue
-            if match and isinstance(about, dict):
+            if match and isinstance(about, dict) and _is_bounded(about):
                 found.append(Version(folder, federation, int(match[1]), int(match[2]), about))
         return sorted(found, key=lambda version: version.number)
 
@@ -248,3 +250,12 @@ def _name_of(federation: str) -> str:
     if re.fullmatch(r"[0-9a-f]{1,32}", federation):
         return federation
     return "x" + hashlib.sha256(federation.encode()).hexdigest()[:31]
+
+
+def _is_bounded(about: Mapping[str, Any]) -> bool:
+    """Whether an example, or a picture's pixels, are as many as a participant's may be."""
+    sizes = [about.get("image_size", 0), *about.get("input_shape", [])]
+    if not all(isinstance(size, int) and 0 <= size <= MOST_NUMBERS for size in sizes):
+        return False
+    pixels: int = max(sizes[0] ** 2, math.prod(sizes[1:]))
+    return pixels <= MOST_NUMBERS

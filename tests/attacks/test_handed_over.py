@@ -194,7 +194,7 @@ def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes, capsys: Cap
     assert "bad.npz cannot be read" in "".join(capsys.readouterr().err.splitlines())
 
 
-@pytest.mark.parametrize("kind", ["link", "device", "large", "brackets", "sizes"])
+@pytest.mark.parametrize("kind", ["link", "device", "large", "brackets", "sizes", "vast"])
 def test_a_description_is_read_within_bounds(
     tmp_path: Path, kind: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +212,7 @@ def test_a_description_is_read_within_bounds(
     else:
         sizes = json.dumps({**about, "num_classes": 10**12})
         texts = {"large": " " * (MOST_READ + 1), "brackets": "[" * 200_000, "sizes": sizes}
+        texts["vast"] = json.dumps({**about, "image_size": 100_000})
         path.write_text(texts[kind])
     grey(tmp_path / "pictures" / "a" / "1.png", 5)
     words = [str(state), str(tmp_path / "pictures"), str(tmp_path / "out.csv")]
