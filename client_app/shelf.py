@@ -254,8 +254,9 @@ def _name_of(federation: str) -> str:
 
 def _is_bounded(about: Mapping[str, Any]) -> bool:
     """Whether an example, or a picture's pixels, are as many as a participant's may be."""
-    sizes = [about.get("image_size", 0), *about.get("input_shape", [])]
+    side: Any = about.get("image_size", 0)
+    shape: Any = about.get("input_shape", [])
+    sizes = [side, *shape] if isinstance(shape, list) else [None]
     if not all(isinstance(size, int) and 0 <= size <= MOST_NUMBERS for size in sizes):
         return False
-    pixels: int = max(sizes[0] ** 2, math.prod(sizes[1:]))
-    return pixels <= MOST_NUMBERS
+    return bool(max(side**2, math.prod(shape)) <= MOST_NUMBERS)
