@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -179,15 +180,17 @@ def _opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def admit_code(about: dict[str, Any], code: Path | None) -> None:
-    """Let a model's own code be imported, where its user has named a folder for it.
+    """Let a model's own code be imported from a folder that was named, or from what is installed.
 
-    A description may come from anybody: it names code and does not get to have it run, not even
-    what is installed. Raises DataError where no folder is named.
+    A description may come from anybody: it names code and does not get to have it run, and no
+    program, which is what `__main__` is. Raises DataError where the code is neither.
     """
     if code is not None:
         sys.path.append(str(code.resolve()))
     for name in (about["model"], about.get("common_model") or ""):
-        if ":" in name and code is None:
+        module, own, _ = name.partition(":")
+        is_installed = own and importlib.util.find_spec(module.partition(".")[0]) is not None
+        if own and (not is_installed or "__main__" in module):
             where = listing(about.get("code", ["the participant's folder"]))
             raise DataError(
                 f"this model is built by code of its participant's, {name}, which was in {where}. "

@@ -190,7 +190,7 @@ def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes, capsys: Cap
     bad = tmp_path / "bad.npz"
     bad.write_bytes(content)
     words = [str(tmp_path / "state"), str(bad), str(tmp_path / "out.csv")]
-    assert main(["model", "predict", *words, "--code", str(tmp_path)]) == 2
+    assert main(["model", "predict", *words]) == 2
     assert "bad.npz cannot be read" in "".join(capsys.readouterr().err.splitlines())
 
 

@@ -12,8 +12,7 @@ from common.config import RunConfig
 
 SIZES = {"cnn": 1000, "vgg8": 2000}
 DATA: dict[str, Any] = {
-    "dataset": "tests.support.tiny:patterns", "image_size": 8, "partition": "iid",
-    "num_partitions": 4,
+    "dataset": "digits", "partition": "iid", "num_partitions": 4,
 }  # fmt: skip
 """Settings of `write_seed` under which the labels of clients can be had at once."""
 COLUMNS = "client_id num_parameters num_chunks num_train num_test correct accuracy test_loss"
