@@ -68,24 +68,24 @@ class Admission:
         Raises RunError where too few came in time, and names why others could not join.
         """
         section, clock = self._config.schedule, self._transport.clock
+        least = section.least_clients(server_round)
         self._let_rest(server_round)
         if not self._settled:
             self._settle(min(SETTLE_S, section.wait_for_clients_s))
         deadline, said = clock.monotonic() + section.wait_for_clients_s, False
         while True:
             late = clock.monotonic() >= deadline
-            self._register(server_round, least=0 if late else section.min_clients)
+            self._register(server_round, least=0 if late else least)
             present = self._registry.present(server_round)
-            if len(present) >= section.min_clients:
+            if len(present) >= least:
                 awake = [
                     c for c in present if self._rests_until.get(c.client_id, 0) <= server_round
                 ]
-                return awake if len(awake) >= section.min_clients else present
+                return awake if len(awake) >= least else present
             if late:
                 raise RunError(self._too_few(present, server_round))
             if not said:
-                here, wanted = len(present), section.min_clients
-                logger.info("Waiting for %d clients; %d are here", wanted, here)
+                logger.info("Waiting for %d clients; %d are here", least, len(present))
             said = True
             clock.sleep(0.5)
 
@@ -142,7 +142,7 @@ class Admission:
         later = {node for node, now in self._ask_from.items() if server_round < now}
         nodes = sorted(unknown - transport.busy_nodes() - self._said.keys() - later)
         section = self._config.schedule
-        enough = len(self._registry.present(server_round)) >= section.min_clients
+        enough = len(self._registry.present(server_round)) >= section.least_clients(server_round)
         patience = REGISTRATION_S
         if enough:
             patience = min(LATE_REGISTRATION_S, section.round_deadline_s or LATE_REGISTRATION_S)
@@ -238,7 +238,8 @@ class Admission:
         refused = f" Clients that could not join: {why}" if why else ""
         known = self._registry.clients()
         gone = known.keys() - {client.client_id for client in present}
-        within = f"within {section.wait_for_clients_s:g} s; min-clients is {section.min_clients}."
+        least = section.least_clients(server_round)
+        within = f"within {section.wait_for_clients_s:g} s; min-clients is {least}."
         if server_round == 1 or not gone:
             return (
                 f"{len(present)} clients registered {within} Start more clients, or lower "

@@ -55,6 +55,9 @@ class RunSection(Section):
     server_device: str = key("cpu", '"cpu", "cuda" or "auto", for the hypernetwork')
 
 
+FIRST_CLIENTS = 3
+
+
 class ScheduleSection(Section):
     """Who trains when (docs/parallel.md), patience with stragglers, and what a delta may be."""
 
@@ -73,7 +76,7 @@ class ScheduleSection(Section):
         0, "updates of one server step; 0: as many as are in flight, which is also the most", ge=0
     )
     min_clients: int = key(
-        3, "wait for so many before a round; of fewer, nobody can say whose change is odd", ge=1
+        0, "wait for so many before a round; 0: for three before the first, then for one", ge=0
     )
     wait_for_clients_s: float = key(
         300.0, "how long min-clients are waited for; then the run stops", unit="s", ge=0
@@ -106,3 +109,10 @@ class ScheduleSection(Section):
         where="MH-pFedHN",
         ge=0,
     )
+
+    def least_clients(self, server_round: int) -> int:
+        """Return how many a round waits for.
+
+        Of fewer than three nobody can say whose change is odd, and all later ones begin from it.
+        """
+        return self.min_clients or (FIRST_CLIENTS if server_round == 1 else 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from common.config import RunConfig, ScheduleSection
+from common.config import RunConfig
 from common.errors import ConfigError, MHpFedHNError, RunError
 from common.files import read_json
 from experiments.console import say
@@ -61,7 +61,7 @@ def complete(preset: Preset) -> Preset:
         "output-dir": str(folder),
         "run-name": run.run_name or preset.name,
     }
-    if schedule.min_clients == ScheduleSection().min_clients:
+    if not schedule.min_clients:
         # Simulated nodes come online one after the other: without this, round 1 may miss some.
         fills["min-clients"] = preset.engine.num_clients - preset.config.client.absent_clients
     return preset.with_config(fills)
@@ -143,8 +143,8 @@ def batched_clients(engine: EngineSection, config: RunConfig) -> int:
 
     if engine.batched_clients != "auto":
         return engine.batched_clients
-    one_by_one = config.is_baseline or config.schedule.max_in_flight == 1 or engine.workers > 0
-    if one_by_one or pick_device(config.client.device).type == "cpu":
+    one_by_one = config.is_baseline or config.client.dp_noise or config.schedule.max_in_flight == 1
+    if one_by_one or engine.workers or pick_device(config.client.device).type == "cpu":
         return 0
     return engine.num_clients
 

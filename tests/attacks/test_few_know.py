@@ -102,11 +102,33 @@ def test_one_long_lie_to_two_is_not_what_all_others_start_from(
     assert honest_accuracy(config) > 0.9
 
 
-def test_a_run_begins_with_three(tmp_path: Path) -> None:
+class Leaving(InProcessGrid):
+    """A grid whose last nodes leave when the first round is over."""
+
+    gone = 2
+
+    def get_node_ids(self) -> list[int]:
+        nodes = list(super().get_node_ids())
+        return nodes[: -self.gone] if getattr(self, "now", 1) > 1 else nodes
+
+    def _deliver(self, message: Message) -> Message:
+        reply = super()._deliver(message)
+        if message.metadata.message_type == "train.personal":
+            self.now = int(message.content.config_records["config"]["server-round"]) + 1
+        return reply
+
+
+def test_a_run_begins_with_three_and_goes_on_with_who_is_left(tmp_path: Path) -> None:
     least = RunConfig().schedule.min_clients
-    config = tiny_config(tmp_path, models=f"{HERE}:small", min_clients=least)
+    config = tiny_config(tmp_path / "a", models=f"{HERE}:small", min_clients=least)
     with pytest.raises(RunError, match="min-clients is 3"):
         run_inprocess(config, simulated_nodes(2), workers=1)
+    config = tiny_config(
+        tmp_path / "b", models=f"{HERE}:small", min_clients=least, rounds=3, min_fraction=0.3,
+        max_in_flight=0, buffer_size=0,
+    )  # fmt: skip
+    run_inprocess(config, simulated_nodes(3), workers=1, grid_type=Leaving)
+    assert [row["num_accepted"] for row in rows(config)] == [3, 1, 1]
 
 
 def test_whoever_answers_first_is_not_believed_at_once(tmp_path: Path) -> None:
