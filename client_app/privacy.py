@@ -44,8 +44,8 @@ class Privacy:
 
     `noise` is the multiplier z, `clip` the norm C, `num_examples` those that are trained on; `most`
     is the largest epsilon, 0: any. A participant is `single` where no other one's state lies beside
-    its own. `rng` replaces the operating system's randomness in tests alone:
-    the server knows the run's seed.
+    its own. `rng` replaces the operating system's randomness in tests alone: the server knows the
+    run's seed.
     """
 
     noise: float

@@ -36,6 +36,9 @@ RETRY_S = 15.0
 SETTLE_S = 2.0
 """A run starts when no node has come for so long."""
 
+FIRST_CLIENTS = 3
+"""Of fewer nobody can say whose change is odd, and all that come later begin from it."""
+
 LONGEST_RETRY_ROUNDS = 16
 """Who does not answer is asked again after 1, 2, 4, ... rounds, at most these."""
 
@@ -68,7 +71,7 @@ class Admission:
         Raises RunError where too few came in time, and names why others could not join.
         """
         section, clock = self._config.schedule, self._transport.clock
-        least = section.least_clients(server_round)
+        least = self._least(server_round)
         self._let_rest(server_round)
         if not self._settled:
             self._settle(min(SETTLE_S, section.wait_for_clients_s))
@@ -88,6 +91,10 @@ class Admission:
                 logger.info("Waiting for %d clients; %d are here", least, len(present))
             said = True
             clock.sleep(0.5)
+
+    def _least(self, server_round: int) -> int:
+        first = FIRST_CLIENTS if server_round == 1 else 1
+        return self._config.schedule.min_clients or first
 
     def _let_rest(self, server_round: int) -> None:
         """Leave alone for a while who did not answer at all, where there are enough others."""
@@ -142,7 +149,7 @@ class Admission:
         later = {node for node, now in self._ask_from.items() if server_round < now}
         nodes = sorted(unknown - transport.busy_nodes() - self._said.keys() - later)
         section = self._config.schedule
-        enough = len(self._registry.present(server_round)) >= section.least_clients(server_round)
+        enough = len(self._registry.present(server_round)) >= self._least(server_round)
         patience = REGISTRATION_S
         if enough:
             patience = min(LATE_REGISTRATION_S, section.round_deadline_s or LATE_REGISTRATION_S)
@@ -238,7 +245,7 @@ class Admission:
         refused = f" Clients that could not join: {why}" if why else ""
         known = self._registry.clients()
         gone = known.keys() - {client.client_id for client in present}
-        least = section.least_clients(server_round)
+        least = self._least(server_round)
         within = f"within {section.wait_for_clients_s:g} s; min-clients is {least}."
         if server_round == 1 or not gone:
             return (

@@ -55,9 +55,6 @@ class RunSection(Section):
     server_device: str = key("cpu", '"cpu", "cuda" or "auto", for the hypernetwork')
 
 
-FIRST_CLIENTS = 3
-
-
 class ScheduleSection(Section):
     """Who trains when (docs/parallel.md), patience with stragglers, and what a delta may be."""
 
@@ -109,10 +106,3 @@ class ScheduleSection(Section):
         where="MH-pFedHN",
         ge=0,
     )
-
-    def least_clients(self, server_round: int) -> int:
-        """Return how many a round waits for.
-
-        Of fewer than three nobody can say whose change is odd, and all later ones begin from it.
-        """
-        return self.min_clients or (FIRST_CLIENTS if server_round == 1 else 1)

@@ -236,10 +236,9 @@ def open_tracker(name: str, run: Run, started: float) -> Tracker:
     Raises ConfigError where its library is missing or refuses.
     """
     library = require(name)
-    if (
-        run.folder / name
-    ).is_symlink():  # it would lead to whatever a run that was handed over says
-        (run.folder / name).unlink()
+    place = run.folder / name
+    if place.is_symlink():  # in a folder that was handed over, to anywhere
+        place.unlink()
     try:
         return TRACKERS[name](library, run, started)
     except Exception as error:  # a library's own

@@ -107,8 +107,9 @@ class NormClip:
     A delta may have `factor` times (0: any) the median of the newest norms of the clients of its
     head group, those of this step included: large models have large deltas. While fewer than half
     of them lie, the median is between two honest norms. As long as only two norms are known, the
-    smaller takes its place, and a single one does not count at all: nobody else would undo later
-    what a lie moves now. Who is alone in its group, and shares with nobody, is not clipped.
+    smaller takes its place (where no third is expected `PAIR` times it), and a single one does not
+    count at all: nobody else would undo later what a lie moves now. Who is alone in its group, and
+    shares with nobody, is not clipped.
     """
 
     def __init__(self, factor: float) -> None:

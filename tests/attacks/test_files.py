@@ -158,6 +158,23 @@ def test_a_folder_that_somebody_handed_over_orders_no_terminal_about(
     assert main(["status", str(folder), "--html", str(page)]) == 0
     assert "javascript:alert" in page.read_text()
     assert "href" not in page.read_text()
+    assert main(["compare", str(folder), "--markdown"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_what_is_read_of_a_folder_that_was_handed_over_is_bounded(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rounds=1)
+    run_tiny(config)
+    table = Path(config.run.output_dir) / "clients.csv"
+    table.unlink()
+    table.symlink_to("/dev/zero")
+    assert main(["status", config.run.output_dir]) == 2
+    state = tmp_path / "state"
+    (state / "models").mkdir(parents=True)
+    (tmp_path / "mine").write_text("mine")
+    (state / "join.lock").symlink_to(tmp_path / "mine")
+    assert main(["status", str(state)]) == 0
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_worker_makes_its_owners_folders_alone(tmp_path: Path) -> None:

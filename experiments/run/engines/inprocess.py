@@ -38,8 +38,8 @@ class InProcessGrid(Grid):
     Flower does. One worker runs clients in the calling thread, one after the other, and then at
     most `batched_clients` waiting ones of one architecture in one batched call
     (`client_app.training.batched`), half as many where the device has no memory for them.
-    `num_together` counts the messages that such calls handled; the
-    server sends no more than `workers`, the messages that are worked on at a time.
+    `num_together` counts the messages that such calls handled; the server sends no more than
+    `workers`, the messages that are worked on at a time.
     """
 
     def __init__(

@@ -107,6 +107,7 @@ def test_absent_clients_are_not_waited_for_and_need_the_inprocess_engine(tmp_pat
         ({"workers": 2}, {}, 0),
         ({}, {"max-in-flight": 1}, 0),
         ({}, {"method": "fedavg"}, 0),
+        ({}, {"dp-noise": 1.0}, 0),
         ({}, {"device": "cpu"}, 0),
     ],
 )
