@@ -3,6 +3,7 @@
 import http.client
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -83,6 +84,19 @@ def test_nginx_passes_the_fleet_api_and_health_and_nothing_else(tmp_path: Path) 
             assert answer(deployment, port, "/v1/fleet/activate-node", "GET") == 403
             assert answer(deployment, port, "/health", "GET") == 200
             assert answer(deployment, port, "/v1/control/list-runs", "GET") == 404
+
+
+def test_what_is_no_tls_writes_no_log(tmp_path: Path) -> None:
+    """A line for each would be 45 GB a day from one stranger."""
+    broken = b"\x16\x03\x01\xff\xff" + bytes(16)
+    with Deployment(tmp_path, ["site-a"]) as deployment, gateway(deployment) as port:
+        log = deployment.folder / "nginx.log"
+        before = log.read_bytes()
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port), 10) as stream:
+                stream.sendall(broken)
+                assert len(stream.recv(100)) < 100  # an alert, or nothing
+        assert log.read_bytes() == before
 
 
 @pytest.mark.slow
